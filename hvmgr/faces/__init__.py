@@ -1,0 +1,1 @@
+"""Say it to people and machines; the only place that prints."""

@@ -1,0 +1,1 @@
+"""One keeper per outside program; no decisions."""

@@ -1,0 +1,1 @@
+"""Bytes and truth on disk."""
