@@ -28,6 +28,7 @@ class SnapshotFile:
 
     record: SnapshotRecord
     disks: Mapping[str, str]
+    formats: Mapping[str, str]  # by path
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,32 +100,25 @@ class VmHome:
 
     def tree(self, *, strangers: Mapping[str, tuple[str, ...]] | None = None) -> Tree:
         """Both graphs, complete."""
-        nodes = {one.record.id: to_node(one) for one in self.snapshots()}
-        present = to_leaf(self.present())
-        undo = self.undo()
+        snapshots, present, undo = self.snapshots(), self.present(), self.undo()
+        stated = {path: images.QCOW2 for path in _files(self.layout.images)}
+        for one in snapshots:
+            stated.update(one.formats)
+        stated.update(_formats(present, *([] if undo is None else [undo])))
+        found = self.load_images(stated)
+        unstated = [path for path in _files(self.layout.bases) if path not in found]
+        found |= self.load_images({path: images.probe(Path(path)) for path in unstated})
+        nodes = {one.record.id: to_node(one) for one in snapshots}
         leaf = None if undo is None else to_leaf(undo)
-        formats = _formats(self.present(), *([] if undo is None else [undo]))
-        roots = {path: formats.get(path) for path in present.disks.values()}
-        if leaf is not None:
-            roots.update({path: formats.get(path) for path in leaf.disks.values()})
-        for node in nodes.values():
-            roots.update({path: None for path in node.disks.values() if path not in roots})
-        for folder in (self.layout.images, self.layout.bases):
-            roots.update({path: None for path in _files(folder) if path not in roots})
-        found = self.load_images(roots)
-        return Tree(images=found, nodes=nodes, present=present, undo=leaf, strangers=strangers or {})
+        return Tree(images=found, nodes=nodes, present=to_leaf(present), undo=leaf, strangers=strangers or {})
 
     def present_tree(self) -> Tree:
         """Only the chains of the present: enough to create a snapshot, whatever the size of the tree."""
         present = self.present()
-        leaf = to_leaf(present)
-        formats = _formats(present)
-        return Tree(
-            images=self.load_images({path: formats[path] for path in leaf.disks.values()}), nodes={}, present=leaf
-        )
+        return Tree(images=self.load_images(_formats(present)), nodes={}, present=to_leaf(present))
 
-    def load_images(self, roots: Mapping[str, str | None]) -> dict[str, Image]:
-        """The images and all their parents; a format that nobody states is told by the file itself.
+    def load_images(self, roots: Mapping[str, str]) -> dict[str, Image]:
+        """The images (path to format) and all their parents. A format is what the configuration or the child states.
 
         An image that is missing is left out: ``Tree.chain`` names it when it is needed.
         """
@@ -135,7 +129,7 @@ class VmHome:
             if path in found:
                 continue
             try:
-                header = images.read(Path(path), fmt or images.probe(Path(path)))
+                header = images.read(Path(path), fmt)
             except errors.NotFound:
                 continue
             parent = None if header.parent is None else str(header.parent)
@@ -230,7 +224,7 @@ def _read_snapshot(file: Path) -> SnapshotFile:
     record = require_facts(parsed).snapshot
     if record is None:
         raise errors.Corrupt(f"{file} is no snapshot", path=str(file))
-    return SnapshotFile(record=record, disks=disks_of(parsed))
+    return SnapshotFile(record=record, disks=disks_of(parsed), formats=_formats(parsed))
 
 
 def _parse(file: Path) -> Configuration:
