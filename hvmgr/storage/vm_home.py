@@ -101,7 +101,7 @@ class VmHome:
     def tree(self, *, strangers: Mapping[str, tuple[str, ...]] | None = None) -> Tree:
         """Both graphs, complete."""
         snapshots, present, undo = self.snapshots(), self.present(), self.undo()
-        stated = {path: images.QCOW2 for path in _files(self.layout.images)}
+        stated = dict.fromkeys(_files(self.layout.images), images.QCOW2)
         for one in snapshots:
             stated.update(one.formats)
         stated.update(_formats(present, *([] if undo is None else [undo])))
