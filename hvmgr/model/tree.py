@@ -178,9 +178,9 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
 
     ``busy`` names images that a running VM has open: they wait as unnamed images.
     """
-    gone = set(snapshot_ids)
-    for snapshot_id in gone:
+    for snapshot_id in snapshot_ids:
         require_node(tree, snapshot_id)
+    gone = [snapshot_id for snapshot_id in tree.nodes if snapshot_id in set(snapshot_ids)]
     emptied = _empty_undo(tree)
     nodes = {
         node.snapshot_id: dataclasses.replace(node, parent=heir(tree, node.parent, gone))
