@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
@@ -107,6 +109,16 @@ class Session:
     def interrupts(self) -> Interrupts:
         """Ctrl-C, held back while it would leave something half-done."""
         return self._interrupts
+
+    @staticmethod
+    def new_id() -> str:
+        """An id that nothing else has."""
+        return str(uuid.uuid4())
+
+    @staticmethod
+    def now() -> datetime:
+        """This moment, UTC."""
+        return datetime.now(UTC)
 
     def say(self, sentence: str) -> None:
         """Tell people something that they would want to know."""
