@@ -62,6 +62,16 @@ class FreezeImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class ThawImage(Step):
+    """An image outside the home gets back the mode that it had before it was frozen."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"give {self.path} its mode back"
+
+
+@dataclass(frozen=True, slots=True)
 class MergeUp(Step):
     """The data of ``parent`` goes into its only child ``child``, whose parent is then ``below``; restartable at any point.
 
