@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -201,6 +202,17 @@ def test_a_broken_template_is_named_with_its_line(change, words):
         template.parse("x", change(text), skeleton, source="generation1")
     with pytest.raises(errors.Corrupt, match=r"generation1\.xml"):
         template.parse("x", text, skeleton.replace("</domain>", ""), source="generation1")
+
+
+@pytest.mark.parametrize("name", ["generation1", "generation2"])
+def test_built_xml_is_the_golden_one(name):
+    """HVMGR_WRITE_GOLDEN=1 writes the files anew; the difference is then seen in the commit."""
+    path = Path(__file__).parent / "golden" / f"{name}.xml"
+    built = build(name, disks=(NEW, NEW), cdrom=Path("/iso/a.iso"), tpm=True).to_xml()
+    if os.environ.get("HVMGR_WRITE_GOLDEN"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(built)
+    assert built.splitlines() == path.read_text().splitlines()
 
 
 VARIANTS = {
