@@ -113,11 +113,11 @@ class Connection:
         self.uri = address.uri
         self.driver = address.driver
         self._root = address.root
-        self._handle: Any = handle
+        self._opened: Any = handle
 
     def close(self) -> None:
         """Lets go of it; fine when closed already or when the daemon is gone."""
-        handle, self._handle = self._handle, None
+        handle, self._opened = self._opened, None
         if handle is not None:
             with contextlib.suppress(libvirt_door.library().libvirtError):
                 handle.close()
@@ -216,6 +216,12 @@ class Connection:
                     hint="end their QEMU processes, or look into their logs",
                 )
             time.sleep(_POLL_S)
+
+    @property
+    def _handle(self) -> Any:
+        if self._opened is None:
+            raise HostFailed(f"the connection to {self.uri} is closed")
+        return self._opened
 
     def _lost_guests(self) -> list[str]:
         assert self._root is not None
