@@ -110,7 +110,7 @@ def _classes() -> dict[int, type[HvmgrError]]:
         Busy: ("OPERATION_TIMEOUT", "RESOURCE_BUSY"),
         Conflict: ("OPERATION_INVALID", "DOM_EXIST", "BLOCK_COPY_ACTIVE", "SNAPSHOT_REVERT_RISKY"),
         Unsupported: ("CONFIG_UNSUPPORTED", "OPERATION_UNSUPPORTED", "ARGUMENT_UNSUPPORTED", "NO_SUPPORT"),
-        UsageError: ("XML_ERROR", "XML_DETAIL", "XML_INVALID_SCHEMA", "INVALID_ARG"),
+        UsageError: ("XML_ERROR", "XML_DETAIL", "XML_INVALID_SCHEMA", "INVALID_ARG", "NO_NAME", "OS_TYPE"),
     }
     return {getattr(libvirt, f"VIR_ERR_{name}"): cls for cls, names in classes.items() for name in names}
 

@@ -125,7 +125,7 @@ def test_second_process_waits_for_the_root(root):
 def test_second_process_gives_up_as_busy(embed_root, connection):
     process = python(OPEN_AND_LIST, uri(embed_root), 0.3)
     _, errors = process.communicate(timeout=20)
-    assert f"{Busy.__name__}: another process uses {embed_root}" in errors
+    assert f"{Busy.__name__}: process {os.getpid()} uses {embed_root}" in errors
 
 
 def test_second_root_in_one_process_is_a_conflict(connection, root):
