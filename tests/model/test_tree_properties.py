@@ -509,7 +509,7 @@ class Life(RuleBasedStateMachine):
         self.world.stranger_goes(pick)
 
     @rule(running=st.booleans())
-    def start_or_stop(self, running: bool) -> None:  # noqa: FBT001 - hypothesis passes it by name
+    def start_or_stop(self, running: bool) -> None:
         self.world.running = running
 
     @precondition(lambda self: len(self.world.nodes) < 12)
