@@ -1,20 +1,13 @@
-<<<<<<< HEAD
 """What every test may count on: nothing of this machine is touched, and a missing program is never silent.
 
 And the embedded libvirt driver, one root per test process.
 """
-=======
-"""Fixtures for the whole suite: the embedded libvirt driver, one root per test process; a libvirtd of our own."""
->>>>>>> hyper
 
 from __future__ import annotations
 
 import contextlib
-<<<<<<< HEAD
-import itertools
-=======
 import ctypes
->>>>>>> hyper
+import itertools
 import os
 import shutil
 import signal
