@@ -30,8 +30,8 @@ REMOVERS = [*DURABLE, "host/"]  # host removes the temporary files and sockets t
 KEEPERS = {
     door: keepers
     for doors, keepers in [
-        ("libvirt libvirt_qemu libvirt_lxc libvirtaio libvirtmod", ["host/hypervisor.py", "host/domain.py"]),
-        ("qemu", ["host/storage_daemon.py", "host/monitor.py"]),
+        ("libvirt libvirt_qemu libvirt_lxc libvirtaio libvirtmod", ["host/libvirt_door.py"]),
+        ("qemu", ["host/qmp.py"]),
         ("qemu.qmp.legacy", []),  # GPL-2
         ("subprocess multiprocessing pty asyncio.create_subprocess_exec", ["host/process.py"]),
         ("os.system os.popen os.fork os.posix_spawn os.execv os.execve os.execvp", ["host/process.py"]),
@@ -181,7 +181,7 @@ def test_file_keeps_its_layer_and_its_doors(path: PurePath) -> None:
         pytest.param("operations/vms.py", "import libvirt", id="libvirt"),
         pytest.param("operations/vms.py", "import libvirt_qemu", id="libvirt-qemu"),
         pytest.param("host/hypervisor.py", "from qemu.qmp import QMPClient", id="qmp"),
-        pytest.param("host/storage_daemon.py", "import qemu.qmp.legacy", id="gpl-module"),
+        pytest.param("host/qmp.py", "import qemu.qmp.legacy", id="gpl-module"),
         pytest.param("host/qemu_img.py", "from subprocess import run", id="subprocess"),
         pytest.param("host/qemu_img.py", "import os as o\no.system('true')", id="alias"),
         pytest.param("vhd/image.py", "import os\nsync = os.fsync", id="fsync-handed-on"),
@@ -210,7 +210,7 @@ def test_breach_is_seen(path: str, source: str) -> None:
         ),
         pytest.param("storage/vm_home.py", "from . import durable", id="sibling"),
         pytest.param(
-            "host/hypervisor.py", "import libvirt\nlibvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA", id="libvirt"
+            "host/libvirt_door.py", "import libvirt\nlibvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA", id="libvirt"
         ),
         pytest.param("storage/durable.py", "import os\nos.replace(a, b)\nos.fsync(f)\nb.unlink()", id="durable"),
         pytest.param("host/process.py", "import subprocess\nsocket.unlink()", id="host"),
