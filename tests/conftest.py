@@ -1,5 +1,7 @@
-"""What every test may count on: nothing of this machine is touched, a missing program is never silent, and the
-embedded libvirt driver, one root per test process."""
+"""What every test may count on: nothing of this machine is touched, and a missing program is never silent.
+
+And the embedded libvirt driver, one root per test process.
+"""
 
 from __future__ import annotations
 

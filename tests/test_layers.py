@@ -45,8 +45,8 @@ KEEPERS = {
     for door in doors.split()
 }
 # Methods of a path whose owner's type ast cannot see. `.replace` and `.rename` with one argument are a path's: those
-# of str and datetime take two or keywords, and the rename of an operation takes a VM and a name.
-MOVES, REMOVALS = ("rename", "replace"), ("unlink", "rmdir")
+# of str and datetime take two or keywords, and the rename of an operation takes a VM and a name. A domain is no path.
+MOVES, REMOVALS, NO_PATHS = ("rename", "replace"), ("unlink", "rmdir"), ("domain",)
 
 
 def breaches(source: str, path: PurePath) -> list[str]:
@@ -133,13 +133,18 @@ def _mentions(tree: ast.AST, names: dict[str, str]) -> Iterator[tuple[int, str]]
 
 
 def _path_methods(tree: ast.AST, names: dict[str, str], path: PurePath) -> Iterator[tuple[int, str]]:
+    moves = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not _dotted(node.func, names):
-            method = node.func.attr
-            moves = method in MOVES and len(node.args) == 1 and not node.keywords and not _is_among(path, DURABLE)
-            removes = method in REMOVALS and not _is_among(path, REMOVERS)
-            if moves or removes:
-                yield node.lineno, f".{method}()"
+        if not isinstance(node, ast.Attribute) or _dotted(node, names) or _is_among(path, DURABLE):
+            continue
+        if (node.attr in MOVES and id(node) in moves and ast.unparse(node.value) not in NO_PATHS) or (
+            node.attr in REMOVALS and not _is_among(path, REMOVERS)
+        ):
+            yield node.lineno, f".{node.attr}()"
 
 
 def _defined(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -190,6 +195,7 @@ def test_file_keeps_its_layer_and_its_doors(path: PurePath) -> None:
         pytest.param("storage/copy.py", "new.rename(old)", id="path-rename"),
         pytest.param("storage/copy.py", "Path(new).replace(old)", id="path-replace"),
         pytest.param("operations/merge.py", "path.unlink(missing_ok=True)", id="unlink"),
+        pytest.param("operations/merge.py", "stack.callback(path.unlink)", id="unlink-handed-on"),
         pytest.param("operations/merge.py", "import shutil\nshutil.rmtree(path)", id="rmtree"),
         pytest.param("operations/merge.py", "print('done')", id="print"),
         pytest.param("operations/merge.py", "import sys\nsys.stderr.write('')", id="stderr"),
@@ -218,6 +224,7 @@ def test_breach_is_seen(path: str, source: str) -> None:
         pytest.param(
             "faces/cli/vm.py", "from hvmgr.operations import vms\nvms.rename(vm)", id="operation-named-rename"
         ),
+        pytest.param("operations/vms.py", "domain.rename(name)", id="domain-rename"),
         pytest.param("model/layout.py", "text.replace('a', 'b')\nstamp.replace(microsecond=0)", id="other-replaces"),
         pytest.param("model/layout.py", "import os\nos.path.join(a, b)\nos.fspath(a)", id="harmless-os"),
     ],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from hvmgr.model.layout import BASES, CONFIGURATIONS, PRIVATE, SNAPSHOTS, Layout
 from hvmgr.model.metadata import Metadata, SnapshotRecord
 from hvmgr.model.tree import Image, Keeper, Leaf, Node, Tree
 from hvmgr.storage import durable, images, locks
+
+# The name of a differencing image that hvmgr made: slot, image id. Others put files beside them (virsh does).
+_OURS = re.compile(r"[^/]+_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.qcow2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ class VmHome:
     def tree(self, *, strangers: Mapping[str, tuple[str, ...]] | None = None) -> Tree:
         """Both graphs, complete."""
         snapshots, present, undo = self.snapshots(), self.present(), self.undo()
-        stated = dict.fromkeys(_files(self.layout.images), images.QCOW2)
+        stated = {path: images.QCOW2 for path in _files(self.layout.images) if _OURS.fullmatch(Path(path).name)}
         for one in snapshots:
             stated.update(one.formats)
         stated.update(_formats(present, *([] if undo is None else [undo])))
@@ -146,7 +150,7 @@ class VmHome:
     def keeper(self, path: str) -> Keeper:
         """Who an image belongs to."""
         folder = Path(path).parent
-        if folder == self.layout.images:
+        if folder == self.layout.images and _OURS.fullmatch(Path(path).name):
             return Keeper.IMAGES
         return Keeper.BASES if folder == self.layout.bases else Keeper.OUTSIDE
 
