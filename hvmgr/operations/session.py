@@ -24,7 +24,7 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Tree
-from hvmgr.storage import vm_home
+from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 
@@ -178,7 +178,7 @@ class Session:
         if self._daemon is None:
             self._daemon = self._stack.enter_context(storage_daemon.started(on_progress=self.progress))
             self._daemon_note.write_text(f"{self._daemon.pid} {self._daemon.start_time}\n")
-            self._stack.callback(self._daemon_note.unlink, missing_ok=True)
+            self._stack.callback(durable.remove, self._daemon_note)
         return self._daemon
 
     def end_left_over_daemon(self) -> None:
@@ -188,7 +188,7 @@ class Session:
         except (FileNotFoundError, ValueError):
             return
         process.end_left_over(int(pid), int(started))
-        self._daemon_note.unlink(missing_ok=True)
+        durable.remove(self._daemon_note)
 
     def hold(self, path: str, fmt: str) -> None:
         """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it."""
