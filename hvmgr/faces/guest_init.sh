@@ -94,5 +94,6 @@ done
 sync
 read_disks "${count#1}"
 echo "poweroff disk=$values"
+sleep 0.2 # a pty that closes forgets what nobody has read yet
 poweroff -f
 while :; do sleep 60; done
