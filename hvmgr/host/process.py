@@ -92,8 +92,12 @@ class Spawned:
 
 
 def run(
-    argv: Sequence[str | Path], *, input: bytes = b"", timeout_s: float, ok_codes: Sequence[int] = (0,)
-) -> Completed:  # ``input`` is subprocess's own word
+    argv: Sequence[str | Path],
+    *,
+    input: bytes = b"",  # noqa: A002  subprocess's own word
+    timeout_s: float,
+    ok_codes: Sequence[int] = (0,),
+) -> Completed:
     """The output of a program that ended with one of ``ok_codes``.
 
     Raises Unsupported when the program is not installed; HostFailed for another exit code, a signal, or when it
@@ -113,7 +117,7 @@ def run(
                 _kill_group(process)
     completed = Completed(stdout, _text(stderr), process.returncode)
     if completed.code not in ok_codes:
-        raise _failed(command, completed.code, completed.stderr)
+        raise _failed(command, completed)
     return completed
 
 
@@ -228,11 +232,15 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def _failed(command: str, code: int, stderr: str) -> errors.HostFailed:
-    how = f"was ended by {_signal_name(-code)}" if code < 0 else f"failed with code {code}"
-    words = "; ".join(line.strip() for line in stderr.splitlines()[-5:] if line.strip())
+def _failed(command: str, completed: Completed) -> errors.HostFailed:
+    how = (
+        f"was ended by {_signal_name(-completed.code)}" if completed.code < 0 else f"failed with code {completed.code}"
+    )
+    # Some programs, qemu-io for one, say what went wrong on stdout.
+    text = completed.stderr if completed.stderr.strip() else _text(completed.stdout)
+    words = "; ".join(line.strip() for line in text.splitlines()[-5:] if line.strip())
     message = f"'{command}' {how}" + (f": {words}" if words else "")
-    return errors.HostFailed(message, command=command, code=code, stderr=stderr)
+    return errors.HostFailed(message, command=command, code=completed.code, words=words)
 
 
 def _signal_name(number: int) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvmgr import errors
-from hvmgr.host import process, qmp
+from hvmgr.host import process, qemu_errors, qmp
 from hvmgr.model.progress import Progress
 
 if TYPE_CHECKING:
@@ -89,7 +89,6 @@ class Daemon:
         self._on_progress = on_progress
         self._numbers = itertools.count(1)
         self._nodes: dict[str, Node] = {}
-        self._locks: dict[str, str] = {}
         self.pid = program.pid
         self.start_time = program.start_time
 
@@ -108,7 +107,7 @@ class Daemon:
         if backing is not None:
             options |= {"backing-file": backing[0], "backing-fmt": backing[1]}
         try:
-            self._open_node({"driver": "file", "node-name": node, "filename": os.fspath(path)}, path)
+            self._execute("blockdev-add", {**_file(path), "node-name": node}, path)
             try:
                 self._run_job("blockdev-create", {"options": options}, what=f"create {path.name}", path=path)
             finally:
@@ -132,22 +131,17 @@ class Daemon:
             "driver": fmt,
             "node-name": name,
             "read-only": not writable,
-            "file": {"driver": _protocol(path), "filename": os.fspath(path)},
+            "file": _file(path, locked=writable and fmt == "raw"),
         }
         if fmt == "qcow2" and (backing is not None or detached_backing):
             options["backing"] = backing.name if backing is not None else None
-        self._open_node(options, path)
+        self._execute("blockdev-add", options, path)
         node = Node(name, path, fmt, self._virtual_size(name), writable)
         self._nodes[name] = node
-        if writable and fmt == "raw":
-            # The raw driver asks for the lock only while somebody writes through it; an export counts as such.
-            self._locks[name] = self._add_export(node, writable=True)
         return node
 
     def close(self, node: Node) -> None:
         """Write out and let go of an image, and of its lock. Children first: a parent in use is a Conflict."""
-        if lock := self._locks.pop(node.name, None):
-            self._remove_export(lock)
         try:
             self._session.execute("blockdev-del", {"node-name": node.name}, timeout_s=COMMAND_S)
         except qmp.CommandRefused as error:
@@ -184,12 +178,25 @@ class Daemon:
             self._io(uri, node, ["flush"])
 
     def commit(self, top: Node, base: Node) -> None:
-        """Write what ``top`` and all below it down to ``base`` hold into ``base``, which then reads as ``top`` does.
+        """Write what ``top`` and all below it down to ``base`` hold into ``base``, which then equals ``top``, size too.
 
-        ``base`` has to be writable; it grows to the size of ``top``. ``top`` itself stays as it is.
+        Both have to be open for writing: QEMU makes ``base`` as read-only as ``top`` at the end, and would drop the
+        lock. The file of ``top`` stays as it is, so a commit that was killed is simply run again; afterwards nothing
+        is left to do with the two but to close them, ``top`` first. Raises Unsupported for a VHD of another size.
         """
+        assert top.writable and base.writable, "a commit needs both images open for writing"  # noqa: PT018
+        if base.fmt == "vpc" and base.size != top.size:
+            raise errors.Unsupported(
+                f"'{base.path}' is a VHD of another size than '{top.path}' and cannot be resized",
+                hint="merge in the other direction",
+                path=str(base.path),
+            )
         arguments = {"device": top.name, "base-node": base.name, "auto-finalize": True, "auto-dismiss": False}
         self._run_job("block-commit", arguments, what=f"commit {top.path.name}", path=base.path)
+        if base.size > top.size:
+            self._detach(top)  # QEMU resizes no image that is somebody's parent
+            self._execute("block_resize", {"node-name": base.name, "size": top.size}, base.path)
+        self.flush(base)
 
     # -- bytes ----------------------------------------------------------------------------------------------------
 
@@ -214,6 +221,16 @@ class Daemon:
         finally:
             self._remove_export(export)
 
+    def _detach(self, node: Node) -> None:
+        options = {
+            "driver": node.fmt,
+            "node-name": node.name,
+            "read-only": not node.writable,
+            "backing": None,
+            "file": _file(node.path),
+        }
+        self._execute("blockdev-reopen", {"options": [options]}, node.path)
+
     def _add_export(self, node: Node, *, writable: bool) -> str:
         if not self._socket.exists():
             address = {"type": "unix", "data": {"path": os.fspath(self._socket)}}
@@ -235,7 +252,7 @@ class Daemon:
         try:
             process.run(["qemu-io", "-f", "raw", *options, uri], timeout_s=COMMAND_S * len(commands))
         except errors.HostFailed as error:
-            raise _translated(str(error), node.path) from error
+            raise qemu_errors.translated(str(error.facts.get("words", error)), node.path) from error
 
     # -- the daemon -----------------------------------------------------------------------------------------------
 
@@ -267,7 +284,7 @@ class Daemon:
             raise
         self._session.execute("job-dismiss", {"id": job_id}, timeout_s=COMMAND_S)
         if words := job.get("error"):
-            raise _translated(f"{what} failed: {words}", path)
+            raise qemu_errors.translated(f"{what} failed: {words}", path)
         self._report(job, what)
 
     def _advance(self, command: str, job_id: str) -> None:
@@ -292,9 +309,6 @@ class Daemon:
         nodes = self._query("query-named-block-nodes", {"flat": True})
         return next(int(node["image"]["virtual-size"]) for node in nodes if node["node-name"] == name)
 
-    def _open_node(self, options: dict[str, object], path: Path) -> None:
-        self._execute("blockdev-add", options, path)
-
     def _query(self, command: str, arguments: dict[str, object] | None = None) -> list[dict[str, Any]]:
         answer: list[dict[str, Any]] = self._session.execute(command, arguments, timeout_s=COMMAND_S)
         return answer
@@ -303,7 +317,7 @@ class Daemon:
         try:
             self._session.execute(command, arguments, timeout_s=COMMAND_S)
         except qmp.CommandRefused as error:
-            raise _translated(str(error), path) from error
+            raise qemu_errors.translated(str(error), path) from error
 
     def _name(self, kind: str) -> str:
         return f"{kind}{next(self._numbers)}"
@@ -317,57 +331,27 @@ def _create_exclusively(path: Path) -> None:
     except FileNotFoundError as error:
         raise errors.NotFound(f"the folder of '{path}' does not exist", path=str(path)) from error
     except OSError as error:
-        raise _translated(f"cannot create '{path}': {error.strerror}", path) from error
+        raise qemu_errors.translated(f"cannot create it: {error.strerror}", path) from error
 
 
-def _protocol(path: Path) -> str:
+def _file(path: Path, *, locked: bool = False) -> dict[str, object]:
+    """The protocol layer of an image.
+
+    ``locked``: qcow2 and vpc take QEMU's write lock on their file as soon as they are opened for writing; the raw
+    driver does so only while somebody writes through it. blkdebug, a filter, can be told to take it from the start.
+    """
     try:
-        return "host_device" if stat.S_ISBLK(path.stat().st_mode) else "file"
+        is_device = stat.S_ISBLK(path.stat().st_mode)
     except OSError:
-        return "file"  # QEMU says it better
+        is_device = False  # QEMU says it better
+    file: dict[str, object] = {"driver": "host_device" if is_device else "file", "filename": os.fspath(path)}
+    if not locked:
+        return file
+    exclusive = ["write"]
+    return {"driver": "blkdebug", "image": file, "take-child-perms": exclusive, "unshare-child-perms": exclusive}
 
 
 def _pieces(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     for offset, length in ranges:
         for start in range(offset, offset + length, _ZEROES_MAX):
             yield start, min(_ZEROES_MAX, offset + length - start)
-
-
-def _translated(words: str, path: Path) -> errors.HvmgrError:
-    """The error that QEMU's words mean; its texts are the only thing it gives."""
-    facts = {"path": str(path)}
-    if "No space left" in words or "quota exceeded" in words:
-        return errors.NoSpace(f"no space left for '{path}'", hint="free space and run the command again", **facts)
-    if "Failed to get" in words and "lock" in words:
-        holders = holders_of(path)
-        who = f"process {', '.join(map(str, holders))}" if holders else "another process"
-        return errors.Conflict(f"'{path}' is in use by {who}", hint="shut that VM down first", pids=holders, **facts)
-    if "No such file or directory" in words:
-        return errors.NotFound(words, **facts)
-    if any(sign in words for sign in _DAMAGED):
-        return errors.Corrupt(words, **facts)
-    if any(sign in words for sign in _MISSING):
-        return errors.Unsupported(words, **facts)
-    return errors.HostFailed(words, **facts)
-
-
-_DAMAGED = ("is not in qcow2 format", "not in qcow2 format", "nvalid VPC image", "orrupt", "too large", "nvalid image")
-_MISSING = ("not supported", "nknown driver", "not whitelisted", "nsupported")
-
-
-def holders_of(path: Path) -> list[int]:
-    """The processes that have a file open, as far as we may see; our own is left out.
-
-    QEMU's locks are open-file-description locks, for which the kernel names no owner.
-    """
-    try:
-        wanted = path.stat()
-    except OSError:
-        return []
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            there = entry.stat()
-            if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
-                found.add(int(entry.parts[2]))
-    return sorted(found - {os.getpid()})

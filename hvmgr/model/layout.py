@@ -37,10 +37,9 @@ class Layout:
         """One NVRAM file of the present or the undo slot; each apply gets a new name."""
         return self.vm_folder / f"nvram_{name}.fd"
 
-    @property
-    def undo_tpm(self) -> Path:
-        """TPM state that belongs to the undo slot."""
-        return self.vm_folder / "undo-tpm"
+    def tpm_copy(self, change: str) -> Path:
+        """The TPM state of a present that was put away, by the change that had made it the present."""
+        return self.vm_folder / f"tpm_{change}"
 
     @property
     def snapshots(self) -> Path:

@@ -1,7 +1,8 @@
 """hvmgr's own facts inside a libvirt domain XML: one ``<hvmgr:vm>`` element in ``<metadata>``.
 
     <hvmgr:vm xmlns:hvmgr="urn:hvmgr:vm:1" format="1" home="/var/lib/hvmgr/web" uri="qemu:///system"
-              created="2026-11-21T13:03:05.000000Z" parent="SNAPSHOT-ID">           parent: absent at the root
+              created="2026-11-21T13:03:05.000000Z" parent="SNAPSHOT-ID"            parent: absent at the root
+              change="UUID">                                                        the plan that last changed the disks
       <hvmgr:disk slot="vda" id="UUID" image="UUID"/>                               image: absent when unnamed
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
                       state="none|running|paused" automatic="no" parent="SNAPSHOT-ID">
@@ -79,7 +80,11 @@ class SnapshotRecord:
 
 @dataclass(frozen=True, slots=True)
 class Metadata:
-    """The facts of one VM; ``snapshot`` is there only in the configuration of a snapshot."""
+    """The facts of one VM; ``snapshot`` is there only in the configuration of a snapshot.
+
+    ``change`` is the id of the plan that last gave the VM its disks: whoever finds it in libvirt's XML knows that the
+    plan's switch happened.
+    """
 
     home: Path
     uri: str
@@ -87,6 +92,7 @@ class Metadata:
     parent: str | None = None
     disks: tuple[DiskRecord, ...] = ()
     snapshot: SnapshotRecord | None = None
+    change: str | None = None
 
 
 def find_element(metadata: etree._Element | None) -> etree._Element | None:
@@ -113,6 +119,7 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
             for disk in vm.findall(_DISK)
         ),
         snapshot=None if snapshot is None else _read_snapshot(snapshot, source),
+        change=vm.get("change"),
     )
 
 
@@ -122,7 +129,7 @@ def write(vm: etree._Element, facts: Metadata) -> None:
         vm.remove(child)
     try:
         _set(vm, format=str(FORMAT), home=str(facts.home), uri=facts.uri)
-        _set(vm, created=units.to_rfc3339(facts.created), parent=facts.parent)
+        _set(vm, created=units.to_rfc3339(facts.created), parent=facts.parent, change=facts.change)
         for disk in facts.disks:
             _set(etree.SubElement(vm, _DISK), slot=disk.slot, id=disk.id, image=disk.image)
         if facts.snapshot is not None:

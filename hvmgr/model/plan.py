@@ -62,16 +62,6 @@ class FreezeImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
-class ThawImage(Step):
-    """An image becomes writable again, because it is the present's working image."""
-
-    path: str
-
-    def describe(self) -> str:
-        return f"make image {_name(self.path)} writable"
-
-
-@dataclass(frozen=True, slots=True)
 class MergeUp(Step):
     """The data of ``parent`` goes into its only child ``child``, whose parent is then ``below``; restartable at any point.
 
@@ -190,18 +180,38 @@ class CopyFolder(Step):
 
 @dataclass(frozen=True, slots=True)
 class ReplaceFolder(Step):
-    """A folder's content becomes that of ``source``; without a source the folder goes."""
+    """A folder of state files becomes a copy of ``source``, whatever was there."""
 
-    source: str | None
+    source: str
     target: str
 
     def describe(self) -> str:
-        return f"put back {self.target}"
+        return f"put {self.source} back to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFolder(Step):
+    """A folder of hvmgr's own that nothing needs any more."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"remove {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class MakeSnapshotFolder(Step):
+    """The folder for the memory, NVRAM and TPM state of a new snapshot."""
+
+    snapshot_id: str
+
+    def describe(self) -> str:
+        return f"make the folder of snapshot {self.snapshot_id}"
 
 
 @dataclass(frozen=True, slots=True)
 class WriteSnapshot(Step):
-    """The configuration of a new snapshot, and its folder."""
+    """The configuration of a snapshot: with it the snapshot is in the tree."""
 
     snapshot_id: str
     xml: str

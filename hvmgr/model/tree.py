@@ -7,7 +7,8 @@ present, the undo slot and other VMs. From their number everything follows:
 - a base (an image without parent) and an image outside the home are never removed, whatever the number says;
 - a differencing image of ours that a plan leaves without users is removed;
 - an image that no snapshot and neither present nor undo slot names, and that has exactly one child, is merged with it;
-- with two or more children it stays as an unnamed image until one is left.
+- with two or more children it stays as an unnamed image until one is left;
+- what another VM reads, also as a parent of the image that it uses, stays as it is until that VM is gone.
 
 Pure: planners take a ``Tree`` and return the image steps and the ``Tree`` that is true afterwards.
 """
@@ -107,6 +108,16 @@ class Tree:
             step = self.images[step].parent
         return chain
 
+    def lent(self) -> set[str]:
+        """What strangers read: the images that they use and everything below them."""
+        read: set[str] = set()
+        for top, strangers in self.strangers.items():
+            step = self.images.get(top) if strangers else None
+            while step is not None and step.path not in read:
+                read.add(step.path)
+                step = None if step.parent is None else self.images.get(step.parent)
+        return read
+
     def snapshot_children(self, snapshot_id: str | None) -> list[str]:
         """The snapshots directly below one; None gives the roots."""
         return [node.snapshot_id for node in self.nodes.values() if node.parent == snapshot_id]
@@ -178,9 +189,9 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
 
     ``busy`` names images that a running VM has open: they wait as unnamed images.
     """
-    gone = set(snapshot_ids)
-    for snapshot_id in gone:
+    for snapshot_id in snapshot_ids:
         require_node(tree, snapshot_id)
+    gone = [snapshot_id for snapshot_id in tree.nodes if snapshot_id in set(snapshot_ids)]
     emptied = _empty_undo(tree)
     nodes = {
         node.snapshot_id: dataclasses.replace(node, parent=heir(tree, node.parent, gone))
@@ -294,12 +305,13 @@ def _empty_undo(tree: Tree) -> Change:
 def _mergeable(tree: Tree, busy: Collection[str]) -> Iterator[tuple[Image, Image]]:
     """Pairs (unnamed image, its only child) that may be merged, in the order of the images."""
     names, below = tree.named(), tree.children()
+    closed = {*busy, *tree.lent()}
     for image in tree.images.values():
         children = below.get(image.path, [])
-        if image.path in names or len(children) != 1 or tree.strangers.get(image.path):
+        if image.path in names or len(children) != 1:
             continue
         child = tree.images[children[0]]
-        if {image.path, child.path} & set(busy) or tree.strangers.get(child.path):
+        if image.path in closed or child.path in closed:
             continue
         if child.keeper is Keeper.IMAGES and (_can_merge_up(image) or _can_merge_down(image, child)):
             yield image, child

@@ -493,6 +493,45 @@ def test_metadata_that_is_not_understood_is_refused(attributes, kind, words):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        lambda xml: xml,
+        lambda xml: xml.replace("<os>", "<!-- <hvmgr:vm/> --><os>"),
+        lambda xml: xml.replace("<hvmgr:", "<h:").replace("</hvmgr:", "</h:").replace("xmlns:hvmgr", "xmlns:h"),
+        lambda xml: xml.replace(">x</name>", ">x</name><title>&lt;hvmgr:vm&gt;</title>"),
+        lambda xml: "<?xml version='1.0' encoding='utf-8'?>" + xml,
+    ],
+    ids=["as written", "comment", "prefix", "escaped", "declaration"],
+)
+def test_listing_reads_the_same_metadata_as_a_full_parse(change):
+    config = make(MINIMAL)
+    config.set_metadata(FACTS)
+    facts = configuration.metadata_of(change(config.to_xml()).encode(), source="web.xml")
+    assert facts == configuration.parse(change(config.to_xml()), source="web.xml").metadata()
+    assert facts is not None
+
+
+def test_listing_finds_no_metadata_in_a_foreign_file():
+    assert configuration.metadata_of(MINIMAL.encode(), source="web.xml") is None
+
+
+def test_listing_names_the_line_in_the_whole_file():
+    config = make(MINIMAL)
+    config.set_metadata(FACTS)
+    broken = config.to_xml().replace('type="disk-only"', 'type="none"').encode()
+    line = broken[: broken.index(b"<hvmgr:snapshot")].count(b"\n") + 1
+    with pytest.raises(errors.Corrupt, match=f"line {line}: "):
+        configuration.metadata_of(broken, source="web.xml")
+
+
+def test_listing_sees_a_file_that_was_cut_short():
+    config = make(MINIMAL)
+    config.set_metadata(FACTS)
+    with pytest.raises(errors.Corrupt):
+        configuration.metadata_of(config.to_xml().encode()[:-12], source="web.xml")
+
+
+@pytest.mark.parametrize(
     ("change", "equal"),
     [
         (lambda xml: xml, True),

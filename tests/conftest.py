@@ -1,0 +1,143 @@
+"""What every test may count on: nothing of this machine is touched, and a missing program is never silent.
+
+And the embedded libvirt driver, one root per test process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from hvmgr.host import hypervisor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_numbers = itertools.count()
+
+
+def is_complete_run() -> bool:
+    """Whether everything that tests need has to be there: in continuous integration and under ``.ci/run``."""
+    return os.environ.get("HVMGR_REQUIRE_ALL", "0") == "1" or os.environ.get("CI") == "true"
+
+
+@pytest.fixture(scope="session")
+def require() -> Callable[[bool, str], None]:
+    """``require(condition, reason)``: skips with the reason at a desk, fails in a complete run."""
+
+    def check(condition: bool, reason: str) -> None:
+        if condition:
+            return
+        if is_complete_run():
+            pytest.fail(f"{reason} (a complete run skips nothing)", pytrace=False)
+        pytest.skip(reason)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def require_program(require: Callable[[bool, str], None]) -> Callable[[str], Path]:
+    """``require_program(name)``: the path of a program in PATH or sbin; without it as ``require``."""
+
+    def find(name: str) -> Path:
+        found = shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin")
+        require(found is not None, f"the program {name} is missing: make setup installs it")
+        return Path(str(found))
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def _own_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("hvmgr")
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(_own_place: Path) -> Iterator[None]:
+    """Each test has a root and a host-wide index of its own (not made yet), never those of the machine."""
+    number = next(_numbers)
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("HVMGR_ROOT", str(_own_place / f"root{number}"))
+        environment.setenv("HVMGR_INDEX", str(_own_place / f"index{number}"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def capability_cache(request):
+    """A folder with what libvirt learnt about this host's QEMUs (8 s to learn); kept from one run to the next.
+
+    libvirt checks each entry against the binary and the host, and learns anew by itself.
+    """
+    return request.config.cache.mkdir("libvirt-capabilities")
+
+
+@pytest.fixture(scope="session")
+def new_embed_root(capability_cache):
+    """Makes fresh roots for the embedded driver, for other processes; their guests and files go at the end."""
+    roots = []
+
+    def make():
+        root = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
+        root.chmod(0o711)
+        (root / "etc").mkdir()
+        (root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
+        shutil.copytree(capability_cache, root / "cache" / "qemu" / "capabilities")
+        roots.append(root)
+        return root
+
+    yield make
+    for root in roots:
+        learnt = root / "cache" / "qemu" / "capabilities"
+        if learnt.is_dir():
+            shutil.copytree(learnt, capability_cache, dirs_exist_ok=True)
+        end_guests(root)
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def embed_root(new_embed_root):
+    """The root that this test process holds: libvirt allows one per process, until the process ends."""
+    return new_embed_root()
+
+
+@pytest.fixture
+def connection(embed_root):
+    """A connection to the embedded driver without any domain; those of the test are gone afterwards."""
+    with hypervisor.opened(f"qemu:///embed?root={embed_root}", wait_s=10) as connection:
+        yield connection
+        remove_domains(connection)
+
+
+def remove_domains(connection):
+    """Ends and undefines every domain of a connection."""
+    for domain in connection.domains():
+        domain.destroy()
+        if connection.find_domain(domain.uuid) is not None:
+            domain.undefine(keep_nvram=False, keep_tpm=False)
+
+
+def end_guests(root):
+    """Kills the QEMUs of an embedded root that no process holds any more, by their pid files."""
+    for path in (root / "run" / "qemu").glob("*.pid"):
+        if path.name == "driver.pid":  # opening and closing it would drop this process's own lock
+            continue
+        with contextlib.suppress(OSError, ValueError):
+            pid = int(path.read_text())
+            os.kill(pid, signal.SIGKILL)
+            wait_for_end(pid)
+
+
+def wait_for_end(pid, timeout_s=10):
+    """Waits until a process that is not our child is gone."""
+    deadline = time.monotonic() + timeout_s
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
