@@ -7,6 +7,7 @@ import os
 import re
 import select
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,23 +53,23 @@ class Machine:
         return match[match.lastindex or 0]
 
 
-@pytest.fixture(scope="session")
-def made_guest(require_program) -> guest.Guest:
-    """The guest from the cache, made there by the first test that asks."""
-    require_program("apt-get")
-    return guest.build()
-
-
 @pytest.fixture
-def power_on(made_guest: guest.Guest, require_program):
+def power_on(counting_guest: guest.Guest, require_program):
     """``power_on(disks, options)``: a paused machine; the test says ``cont`` when its console is open."""
     emulator = require_program("qemu-system-x86_64")
 
     @contextlib.contextmanager
     def start(disks: Sequence[str], *options: str) -> Iterator[Machine]:
-        command = [emulator, "-S", "-accel", "tcg", "-m", f"{made_guest.memory_size // units.MIB}", "-no-reboot"]
+        command = [emulator, "-S", "-accel", "tcg", "-m", f"{counting_guest.memory_size // units.MIB}", "-no-reboot"]
         command += ["-display", "none", "-nodefaults", "-serial", "pty", "-monitor", "stdio"]
-        command += ["-kernel", made_guest.kernel, "-initrd", made_guest.initrd, "-append", made_guest.command_line]
+        command += [
+            "-kernel",
+            counting_guest.kernel,
+            "-initrd",
+            counting_guest.initrd,
+            "-append",
+            counting_guest.command_line,
+        ]
         command += [word for disk in disks for word in ("-drive", disk)]
         with subprocess.Popen(
             [*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
@@ -186,6 +187,60 @@ def test_restored_memory_goes_on_where_its_disk_stands_and_notices_another_disk(
         assert not later.ok
 
 
+DOMAIN = """
+<domain type='qemu'>
+  <name>{name}</name>
+  <memory unit='b'>{guest.memory_size}</memory>
+  <os>
+    <type arch='x86_64' machine='pc'>hvm</type>
+    <kernel>{guest.kernel}</kernel><initrd>{guest.initrd}</initrd><cmdline>{guest.command_line}</cmdline>
+  </os>
+  <features><acpi/></features>
+  <devices>
+    <disk type='file' device='disk'>
+      <driver name='qemu' type='raw'/><source file='{disk}'/><target dev='vda' bus='virtio'/>
+    </disk>
+    <serial type='pty'/>
+  </devices>
+</domain>
+"""
+
+
+@pytest.fixture
+def open_folder():
+    """A folder that QEMU's user can enter: pytest's own is private to root."""
+    with tempfile.TemporaryDirectory(prefix="hvg", dir="/tmp") as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
+
+
+@pytest.mark.guest
+def test_guest_under_libvirt_is_saved_restored_and_shut_down(open_folder, counting_guest, connection):
+    disk, state = make_disk(open_folder / "disk.raw", 700), open_folder / "memory.save"
+    xml = DOMAIN.format(name=open_folder.name, guest=counting_guest, disk=disk)
+    domain = connection.define(xml)
+    domain.start(paused=True)
+    with console.Console(domain.serial_path()) as screen:
+        domain.resume()
+        assert screen.next_boot(BOOT_S) == (700,)
+        before = screen.next_tick(BOOT_S)
+        domain.save(state)
+    frozen = counter_of(disk)
+    assert frozen >= before.disk
+
+    connection.restore(state, domain.xml(live=False), running=False)
+    with console.Console(domain.serial_path()) as screen:
+        domain.resume()
+        assert screen.next_tick(BOOT_S).follows(frozen)
+        domain.shutdown()
+        last = int(screen.wait_for("poweroff disk=", BOOT_S).partition("=")[2])
+    deadline = time.monotonic() + BOOT_S
+    while domain.is_active():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert counter_of(disk) == last > frozen
+
+
 def test_counter_of_a_blank_sector_is_zero():
     assert guest.read_counter(bytes(512)) == 0
 
@@ -205,10 +260,10 @@ def test_sector_without_a_counter_is_refused(sector):
 
 
 @pytest.mark.guest
-def test_second_build_is_quick_and_asks_nobody(made_guest, monkeypatch):
+def test_second_build_is_quick_and_asks_nobody(counting_guest, monkeypatch):
     monkeypatch.setattr(guest, "_build", lambda *_: pytest.fail("built again"))
     begin = time.monotonic()
-    assert guest.build() == made_guest
+    assert guest.build() == counting_guest
     assert time.monotonic() - begin < 0.05
 
 
