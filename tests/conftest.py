@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hvmgr.faces import guest
 from hvmgr.host import hypervisor
 
 if TYPE_CHECKING:
@@ -73,6 +74,13 @@ def _own_settings(_own_place: Path) -> Iterator[None]:
         environment.setenv("HVMGR_ROOT", str(_own_place / f"root{number}"))
         environment.setenv("HVMGR_INDEX", str(_own_place / f"index{number}"))
         yield
+
+
+@pytest.fixture(scope="session")
+def counting_guest(require_program):
+    """The kernel and the initrd of the counting guest, from the cache, made there by the first test that asks."""
+    require_program("apt-get")
+    return guest.build()
 
 
 @pytest.fixture(scope="session")
