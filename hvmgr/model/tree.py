@@ -346,14 +346,17 @@ def _merge(tree: Tree, parent: Image, child: Image) -> tuple[Step, Tree]:
             parent=parent.path,
             below=None if below is None else below.path,
             below_format=None if below is None else below.format,
-            hide=_hidden(parent, child, below),
+            hide=_hidden(parent, below),
         )
     return step, dataclasses.replace(tree, images=images)
 
 
-def _hidden(parent: Image, child: Image, below: Image | None) -> tuple[int, int] | None:
-    """The range of ``below`` that the shorter ``parent`` kept out of the child's sight."""
-    if below is None:
+def _hidden(parent: Image, below: Image | None) -> tuple[int, int] | None:
+    """The range of ``below`` that the shorter ``parent`` keeps out of sight.
+
+    Both are frozen, so that it stays true until the step runs. The child's size does not: a VM that starts between
+    the parts of a merge may be grown, and what a shorter child had no need to hide would come back.
+    """
+    if below is None or below.size <= parent.size:
         return None
-    end = min(child.size, below.size)
-    return (parent.size, end - parent.size) if parent.size < end else None
+    return parent.size, below.size - parent.size
