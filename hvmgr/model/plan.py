@@ -416,7 +416,7 @@ class Plan:
             if document["format"] != JOURNAL_FORMAT:
                 raise Corrupt(f"the journal has format {document['format']}, this hvmgr reads {JOURNAL_FORMAT}")
             switch = document["switch"]
-            return cls(
+            plan = cls(
                 plan_id=document["plan"],
                 vm_id=document["vm"],
                 operation=document["operation"],
@@ -426,8 +426,11 @@ class Plan:
                 finish=tuple(_step_from_json(step) for step in document["finish"]),
                 hold=tuple((path, fmt) for path, fmt in document["hold"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Corrupt(f"the journal holds no readable plan ({error})") from error
+        if json.dumps(plan.to_json(), sort_keys=True) != json.dumps(document, sort_keys=True):
+            raise Corrupt("the journal holds more than this hvmgr understands")
+        return plan
 
 
 def dumps(plan: Plan) -> str:
