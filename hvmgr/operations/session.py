@@ -272,13 +272,17 @@ class Interrupts:
         self._wanted = False
 
     @contextlib.contextmanager
-    def held_back(self) -> Iterator[None]:
+    def held_back(self, *, back: bool = True) -> Iterator[None]:
         """Nothing stops what happens here."""
-        before, self._held_back = self._held_back, True
+        before, self._held_back = self._held_back, back
         try:
             yield
         finally:
             self._held_back = before
+
+    def let_through(self) -> contextlib.AbstractContextManager[None]:
+        """What happens here can be stopped, although what is around it cannot."""
+        return self.held_back(back=False)
 
     def close(self) -> None:
         """The signals mean again what they meant before."""
