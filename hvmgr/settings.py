@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 SYSTEM_ROOT = Path("/var/lib/hvmgr")
+SYSTEM_CACHE = Path("/var/cache/hvmgr")
 SYSTEM_URI = "qemu:///system"
 SESSION_URI = "qemu:///session"
 
@@ -44,9 +45,10 @@ def index_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Things that can be made again, such as the demo's guest."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hvmgr"
+    """Things that can be made again, such as the demo's guest; root's own home is closed to QEMU's user."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "hvmgr"
+    return SYSTEM_CACHE if is_root() else Path.home() / ".cache" / "hvmgr"
 
 
 def templates_folder() -> Path:

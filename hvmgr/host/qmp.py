@@ -30,7 +30,7 @@ _T = TypeVar("_T")
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
-class CommandRefused(Exception):  # noqa: N818  an answer, not an error of hvmgr: the keeper of the door translates it
+class CommandRefused(Exception):
     """QEMU answered a command with an error; ``str()`` is its text."""
 
 
