@@ -4,39 +4,50 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 from hvmgr import errors
 
-_FULL = ("No space left on device", "quota exceeded", "File too large")
+_FULL = ("No space left on device", "quota exceeded")
 _DAMAGED = (
     "mage is not in ",  # qcow2, vpc: another format, or none
     "nvalid VPC image",
     "orrupt",
     "nvalid image",
-    "is too large",  # tables of a header that cannot be
-    "is too small",
+    "too large",  # tables that no image can have
+    "too small",
     "ncorrect header",
     "must be a power of",
     "entry out of",
 )
-_IMPOSSIBLE = ("not support", "nknown driver", "not whitelisted", "nsupported")
+_IMPOSSIBLE = (
+    "File too large",  # EFBIG: no file of this file system can be that large
+    "too large for file format",
+    "not support",
+    "nsupported",
+    "nknown driver",
+    "not whitelisted",
+    "does not accept value",  # QMP, for a driver that was not built in
+)
 
 
 def translated(words: str, path: Path) -> errors.HvmgrError:
     """The error that QEMU's words about the image at ``path`` mean."""
     facts = {"path": str(path)}
-    if any(sign in words for sign in _FULL):
+    # Names are data: an image called "corrupt" is none.
+    plain = re.sub(r"'[^']*'", "", words.replace(str(path), ""))
+    if any(sign in plain for sign in _FULL):
         hint = "free space and run the command again"
         return errors.NoSpace(f"no space left for '{path}': {words}", hint=hint, **facts)
-    if "Failed to get" in words and "lock" in words:
-        return _in_use(path)
-    if "No such file or directory" in words:
+    if "Failed to get" in plain and "lock" in plain:
+        return _in_use(words, path)
+    if "No such file or directory" in plain:
         return errors.NotFound(words, **facts)
-    if any(sign in words for sign in _DAMAGED):
-        return errors.Corrupt(words, **facts)
-    if any(sign in words for sign in _IMPOSSIBLE):
+    if any(sign in plain for sign in _IMPOSSIBLE):
         return errors.Unsupported(words, **facts)
+    if any(sign in plain for sign in _DAMAGED):
+        return errors.Corrupt(words, **facts)
     return errors.HostFailed(words, **facts)
 
 
@@ -58,8 +69,11 @@ def holders_of(path: Path) -> list[int]:
     return sorted(found - {os.getpid()})
 
 
-def _in_use(path: Path) -> errors.Conflict:
-    holders = holders_of(path)
+def _in_use(words: str, path: Path) -> errors.Conflict:
+    named = re.search(r"using the image \[(.*)\]\?", words)  # a parent perhaps; QMP does not say which
+    image = Path(named[1]) if named else path
+    subject = f"a parent of '{path}'" if "backing file" in words and not named else f"'{image}'"
+    holders = holders_of(image)
     who = f"process {', '.join(map(str, holders))}" if holders else "another process"
     hint = "a running VM or another command writes to it: let that end first"
-    return errors.Conflict(f"'{path}' is in use by {who}", hint=hint, path=str(path), pids=holders)
+    return errors.Conflict(f"{subject} is in use by {who}", hint=hint, path=str(image), pids=holders)

@@ -258,7 +258,7 @@ def _opened(path: Path, flags: int) -> Iterator[int]:
     except FileExistsError as error:
         raise errors.Conflict(f"'{path}' exists already", path=str(path)) from error
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise errors.NoSpace(f"no space left for '{path}'", path=str(path)) from error
         raise errors.HostFailed(f"cannot read or write '{path}': {error.strerror}", path=str(path)) from error
 

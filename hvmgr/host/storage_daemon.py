@@ -252,6 +252,7 @@ class Daemon:
         try:
             process.run(["qemu-io", "-f", "raw", *options, uri], timeout_s=COMMAND_S * len(commands))
         except errors.HostFailed as error:
+            self._query("query-jobs")  # a daemon that is gone says so here, with the right error
             raise qemu_errors.translated(str(error.facts.get("words", error)), node.path) from error
 
     # -- the daemon -----------------------------------------------------------------------------------------------
