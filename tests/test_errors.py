@@ -104,10 +104,11 @@ def test_hint_is_optional() -> None:
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_no_other_module_has_public_errors(path: Path) -> None:
-    known = {kind.__name__ for kind in CLASSES} | {"HvmgrError", "Exception", "BaseException", "OSError"}
-    tree = ast.parse(path.read_text("utf-8"))
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
-    bases = {node.name: {ast.unparse(base).rpartition(".")[2] for base in node.bases} for node in found}
-    assert [
-        name for name, parents in bases.items() if parents & known or any(p.endswith("Error") for p in parents)
-    ] == []
+    """A keeper in host may have exceptions of its own, as long as they are no errors of ours: it translates them."""
+    foreseen = {kind.__name__ for kind in CLASSES} | {"HvmgrError"}
+    classes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ClassDef)]
+    for node in classes:
+        bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+        assert not bases & foreseen, node.name
+        if path.relative_to(PACKAGE).parts[0] != "host" and not node.name.startswith("_"):
+            assert not [base for base in bases if base.endswith(("Exception", "Error"))], node.name

@@ -30,8 +30,8 @@ REMOVERS = [*DURABLE, "host/"]  # host removes the temporary files and sockets t
 KEEPERS = {
     door: keepers
     for doors, keepers in [
-        ("libvirt libvirt_qemu libvirt_lxc libvirtaio libvirtmod", ["host/hypervisor.py", "host/domain.py"]),
-        ("qemu", ["host/storage_daemon.py", "host/monitor.py"]),
+        ("libvirt libvirt_qemu libvirt_lxc libvirtaio libvirtmod", ["host/libvirt_door.py"]),
+        ("qemu", ["host/qmp.py"]),
         ("qemu.qmp.legacy", []),  # GPL-2
         ("subprocess multiprocessing pty asyncio.create_subprocess_exec", ["host/process.py"]),
         ("os.system os.popen os.fork os.posix_spawn os.execv os.execve os.execvp", ["host/process.py"]),
@@ -45,8 +45,8 @@ KEEPERS = {
     for door in doors.split()
 }
 # Methods of a path whose owner's type ast cannot see. `.replace` and `.rename` with one argument are a path's: those
-# of str and datetime take two or keywords, and the rename of an operation takes a VM and a name.
-MOVES, REMOVALS = ("rename", "replace"), ("unlink", "rmdir")
+# of str and datetime take two or keywords, and the rename of an operation takes a VM and a name. A domain is no path.
+MOVES, REMOVALS, NO_PATHS = ("rename", "replace"), ("unlink", "rmdir"), ("domain",)
 
 
 def breaches(source: str, path: PurePath) -> list[str]:
@@ -133,13 +133,18 @@ def _mentions(tree: ast.AST, names: dict[str, str]) -> Iterator[tuple[int, str]]
 
 
 def _path_methods(tree: ast.AST, names: dict[str, str], path: PurePath) -> Iterator[tuple[int, str]]:
+    moves = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and len(node.args) == 1 and not node.keywords
+    }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not _dotted(node.func, names):
-            method = node.func.attr
-            moves = method in MOVES and len(node.args) == 1 and not node.keywords and not _is_among(path, DURABLE)
-            removes = method in REMOVALS and not _is_among(path, REMOVERS)
-            if moves or removes:
-                yield node.lineno, f".{method}()"
+        if not isinstance(node, ast.Attribute) or _dotted(node, names) or _is_among(path, DURABLE):
+            continue
+        if (node.attr in MOVES and id(node) in moves and ast.unparse(node.value) not in NO_PATHS) or (
+            node.attr in REMOVALS and not _is_among(path, REMOVERS)
+        ):
+            yield node.lineno, f".{node.attr}()"
 
 
 def _defined(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -181,7 +186,7 @@ def test_file_keeps_its_layer_and_its_doors(path: PurePath) -> None:
         pytest.param("operations/vms.py", "import libvirt", id="libvirt"),
         pytest.param("operations/vms.py", "import libvirt_qemu", id="libvirt-qemu"),
         pytest.param("host/hypervisor.py", "from qemu.qmp import QMPClient", id="qmp"),
-        pytest.param("host/storage_daemon.py", "import qemu.qmp.legacy", id="gpl-module"),
+        pytest.param("host/qmp.py", "import qemu.qmp.legacy", id="gpl-module"),
         pytest.param("host/qemu_img.py", "from subprocess import run", id="subprocess"),
         pytest.param("host/qemu_img.py", "import os as o\no.system('true')", id="alias"),
         pytest.param("vhd/image.py", "import os\nsync = os.fsync", id="fsync-handed-on"),
@@ -190,6 +195,7 @@ def test_file_keeps_its_layer_and_its_doors(path: PurePath) -> None:
         pytest.param("storage/copy.py", "new.rename(old)", id="path-rename"),
         pytest.param("storage/copy.py", "Path(new).replace(old)", id="path-replace"),
         pytest.param("operations/merge.py", "path.unlink(missing_ok=True)", id="unlink"),
+        pytest.param("operations/merge.py", "stack.callback(path.unlink)", id="unlink-handed-on"),
         pytest.param("operations/merge.py", "import shutil\nshutil.rmtree(path)", id="rmtree"),
         pytest.param("operations/merge.py", "print('done')", id="print"),
         pytest.param("operations/merge.py", "import sys\nsys.stderr.write('')", id="stderr"),
@@ -210,7 +216,7 @@ def test_breach_is_seen(path: str, source: str) -> None:
         ),
         pytest.param("storage/vm_home.py", "from . import durable", id="sibling"),
         pytest.param(
-            "host/hypervisor.py", "import libvirt\nlibvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA", id="libvirt"
+            "host/libvirt_door.py", "import libvirt\nlibvirt.VIR_DOMAIN_UNDEFINE_CHECKPOINTS_METADATA", id="libvirt"
         ),
         pytest.param("storage/durable.py", "import os\nos.replace(a, b)\nos.fsync(f)\nb.unlink()", id="durable"),
         pytest.param("host/process.py", "import subprocess\nsocket.unlink()", id="host"),
@@ -218,6 +224,7 @@ def test_breach_is_seen(path: str, source: str) -> None:
         pytest.param(
             "faces/cli/vm.py", "from hvmgr.operations import vms\nvms.rename(vm)", id="operation-named-rename"
         ),
+        pytest.param("operations/vms.py", "domain.rename(name)", id="domain-rename"),
         pytest.param("model/layout.py", "text.replace('a', 'b')\nstamp.replace(microsecond=0)", id="other-replaces"),
         pytest.param("model/layout.py", "import os\nos.path.join(a, b)\nos.fspath(a)", id="harmless-os"),
     ],

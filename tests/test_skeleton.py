@@ -42,3 +42,18 @@ def test_source_archive_holds_what_the_tests_need() -> None:
     for name in ["hvmgr", "templates", "tests", ".ci", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"]:
         assert f"/{name}" in included
         assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("complete", "outcome"),
+    [
+        pytest.param("0", pytest.skip.Exception, id="skipped-at-a-desk"),
+        pytest.param("1", pytest.fail.Exception, id="failed-in-ci"),
+    ],
+)
+def test_missing_program_is_never_silent(complete, outcome, monkeypatch, require_program):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("HVMGR_REQUIRE_ALL", complete)
+    assert require_program("sh").name == "sh"
+    with pytest.raises(outcome, match="no-such-program"):
+        require_program("no-such-program")

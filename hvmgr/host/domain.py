@@ -250,8 +250,8 @@ class Domain:
         with libvirt_door.translated(f"count libvirt's snapshots of {self.name}"):
             return int(self._handle().snapshotNum(0))
 
-    def checkpoint_count(self) -> int:
-        """How many of libvirt's checkpoints (dirty bitmaps) there is metadata of."""
+    def bitmap_count(self) -> int:
+        """How many of libvirt's own checkpoints (dirty bitmaps) there is metadata of."""
         with libvirt_door.translated(f"count libvirt's checkpoints of {self.name}"):
             return len(self._handle().listAllCheckpoints(0))
 
@@ -342,20 +342,22 @@ def _snapshot_xml(children: Mapping[str, Path], others: Iterable[str], memory: P
 def _writable(nodes: list[dict[str, Any]]) -> set[Path]:
     """Files behind the nodes that may write.
 
-    Every file has a protocol node, and mostly a format node above it. libvirt opens protocol nodes with
-    auto-read-only, so theirs says nothing once there is a format node: that one decides.
+    Each file has a node of its own, ``libvirt-N-storage``, and mostly a format node ``libvirt-N-format`` on it. The
+    former is opened with auto-read-only and then says nothing about writing: the latter decides where there is one.
+    Names of format nodes are no use: QEMU cuts them off (a "json:…" of the whole chain) after 4 KiB.
     """
-    protocols = {"file", "host_device"}
-    formats = {node["file"] for node in nodes if node["drv"] not in protocols}
-    deciding = [node for node in nodes if node["drv"] not in protocols or node["file"] not in formats]
-    return {_path(node["file"]) for node in deciding if not node["ro"]}
+    read_only = {node["node-name"]: node["ro"] for node in nodes}
+    files = [node for node in nodes if node["drv"] in {"file", "host_device"}]
+    deciding = {node["node-name"]: node["node-name"].replace("-storage", "-format") for node in files}
+    return {
+        _path(node["file"])
+        for node in files
+        if not read_only.get(deciding[node["node-name"]], read_only[node["node-name"]])
+    }
 
 
 def _path(filename: str) -> Path:
-    # A node whose options a plain name cannot express is shown as "json:{…}".
-    if not filename.startswith("json:"):
-        return Path(filename)
-    node = json.loads(filename.removeprefix("json:"))
-    while isinstance(node.get("file"), dict):
-        node = node["file"]
-    return Path(str(node.get("filename", filename)))
+    # A node with options that a plain name cannot express is shown as "json:{…}".
+    if filename.startswith("json:"):
+        return Path(json.loads(filename.removeprefix("json:"))["filename"])
+    return Path(filename)

@@ -3,15 +3,20 @@
 Accepted: ``qemu:///system``, ``qemu:///session``, ``qemu:///embed?root=/abs``, each also as ``qemu+unix`` with a
 ``socket``. Anything that may reach another host is Unsupported: hvmgr works on local files.
 
-The embedded driver belongs to one process at a time and, once opened, to that process until it ends: closing the
-connection does not give the root back, and a second root in the same process is refused (libvirt 9.0). Its guests
-outlive the process and are attached again by the next one; ``opened`` waits for that.
+The embedded driver belongs to one process at a time and, once opened, to that process until it ends (libvirt 9.0):
+closing the connection does not give the root back, a second root in the same process is refused, and so is the 20th
+opening, because each registers a driver anew. So this module opens it once and keeps it. Its guests outlive the
+process and are attached again by the next one; ``opened`` waits for that.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import fcntl
 import os
+import struct
+import threading
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -30,6 +35,12 @@ if TYPE_CHECKING:
 __all__ = ["Capabilities", "Connection", "Domain", "Driver", "MachineFacts", "State", "connect", "opened", "parse_uri"]
 
 _POLL_S = 0.1
+
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, pid
+
+# The embedded driver that this process holds: root -> open connection
+_embedded: dict[Path, Any] = {}
+_embedded_lock = threading.Lock()
 
 # The longest socket below an embedded root is the monitor's, "lib/qemu/domain-ID-NAME/monitor.sock" with NAME cut
 # to 20 characters; sun_path holds 107.
@@ -113,12 +124,12 @@ class Connection:
         self.uri = address.uri
         self.driver = address.driver
         self._root = address.root
-        self._handle: Any = handle
+        self._opened: Any = handle
 
     def close(self) -> None:
         """Lets go of it; fine when closed already or when the daemon is gone."""
-        handle, self._handle = self._handle, None
-        if handle is not None:
+        handle, self._opened = self._opened, None
+        if handle is not None and self.driver is not Driver.EMBED:
             with contextlib.suppress(libvirt_door.library().libvirtError):
                 handle.close()
 
@@ -164,6 +175,18 @@ class Connection:
         if self.driver is Driver.SYSTEM:
             return Path("/var/lib/libvirt/swtpm") / uuid
         return _user_config() / "qemu" / "swtpm" / uuid
+
+    def active_networks(self) -> frozenset[str]:
+        """The names of libvirt's networks that are up; none where the connection has no network driver."""
+        libvirt = libvirt_door.library()
+        with libvirt_door.translated("list the networks"):
+            try:
+                found = self._handle.listAllNetworks(libvirt.VIR_CONNECT_LIST_NETWORKS_ACTIVE)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                    raise
+                return frozenset()
+        return frozenset(network.name() for network in found)
 
     # Its domains
 
@@ -217,6 +240,12 @@ class Connection:
                 )
             time.sleep(_POLL_S)
 
+    @property
+    def _handle(self) -> Any:
+        if self._opened is None:
+            raise HostFailed(f"the connection to {self.uri} is closed")
+        return self._opened
+
     def _lost_guests(self) -> list[str]:
         assert self._root is not None
         folder = self._root / "run" / "qemu"
@@ -268,20 +297,48 @@ def _daemon_hint(address: Address, error: Any) -> str:
 
 
 def _open_embedded(address: Address, deadline: float) -> Any:
+    assert address.root is not None
+    with _embedded_lock:
+        if address.root in _embedded:
+            return _embedded[address.root]
+        if _embedded:
+            raise Conflict(f"this process holds another embedded root already: {', '.join(map(str, _embedded))}")
+        while True:
+            _await_root(address.root, deadline)
+            handle = _try_embedded(address)
+            if handle is not None:
+                atexit.register(_embedded.clear)  # while libvirt's module is still whole
+                _embedded[address.root] = handle
+                return handle
+
+
+def _try_embedded(address: Address) -> Any | None:
+    """An open embedded driver; None when another process was quicker to take the root."""
     libvirt = libvirt_door.library()
+    try:
+        return libvirt.open(address.uri)
+    except libvirt.libvirtError as error:
+        text = libvirt_door.words(error)
+        if "acquire pid file" in text:
+            return None
+        raise HostFailed(f"cannot open the embedded driver: {text}") from error
+
+
+def _await_root(root: Path, deadline: float) -> None:
+    """Returns once no other process has the root, seen by libvirt's lock on its pid file (not by trying to open)."""
+    path = root / "run" / "qemu" / "driver.pid"
     while True:
         try:
-            return libvirt.open(address.uri)
-        except libvirt.libvirtError as error:
-            text = libvirt_door.words(error)
-            if "already open with path" in text:
-                raise Conflict(f"this process holds another embedded root already: {text}") from error
-            if "acquire pid file" not in text:
-                raise HostFailed(f"cannot open the embedded driver: {text}") from error
-            if time.monotonic() > deadline:
-                raise Busy(
-                    f"another process uses {address.root}", hint="wait for it to end, or wait longer with --wait"
-                ) from error
+            with path.open("rb") as file:
+                request = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+                answer = fcntl.fcntl(file, fcntl.F_GETLK, request)
+        except FileNotFoundError:
+            return
+        kind, _, _, _, pid = struct.unpack(_FLOCK, answer)
+        if kind == fcntl.F_UNLCK:
+            return
+        if time.monotonic() > deadline:
+            raise Busy(f"process {pid} uses {root}", hint="wait for it to end, or wait longer with --wait", pid=pid)
         time.sleep(_POLL_S)
 
 

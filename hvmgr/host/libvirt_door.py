@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 @functools.cache
 def library() -> Any:
     """The libvirt module, with silent errors and a running event loop (the embedded driver needs one)."""
-    # libvirt reads its log settings while it is imported, and its default is stderr.
-    with _environment_default("LIBVIRT_LOG_OUTPUTS", "4:file:/dev/null"):
+    # libvirt reads its log settings while it is imported. Its default is stderr, and the processes that it forks use
+    # stderr whatever the outputs are, so that only the priority (4: errors) keeps their warnings away.
+    with _environment_defaults(LIBVIRT_LOG_OUTPUTS="4:file:/dev/null", LIBVIRT_DEBUG="4"):
         import libvirt
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
     libvirt.virEventRegisterDefaultImpl()
@@ -109,7 +110,7 @@ def _classes() -> dict[int, type[HvmgrError]]:
         Busy: ("OPERATION_TIMEOUT", "RESOURCE_BUSY"),
         Conflict: ("OPERATION_INVALID", "DOM_EXIST", "BLOCK_COPY_ACTIVE", "SNAPSHOT_REVERT_RISKY"),
         Unsupported: ("CONFIG_UNSUPPORTED", "OPERATION_UNSUPPORTED", "ARGUMENT_UNSUPPORTED", "NO_SUPPORT"),
-        UsageError: ("XML_ERROR", "XML_DETAIL", "XML_INVALID_SCHEMA", "INVALID_ARG"),
+        UsageError: ("XML_ERROR", "XML_DETAIL", "XML_INVALID_SCHEMA", "INVALID_ARG", "NO_NAME", "OS_TYPE"),
     }
     return {getattr(libvirt, f"VIR_ERR_{name}"): cls for cls, names in classes.items() for name in names}
 
@@ -120,12 +121,11 @@ def _run_events(libvirt: Any) -> None:
 
 
 @contextlib.contextmanager
-def _environment_default(name: str, value: str) -> Iterator[None]:
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = value
+def _environment_defaults(**values: str) -> Iterator[None]:
+    missing = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(missing)
     try:
         yield
     finally:
-        del os.environ[name]
+        for name in missing:
+            del os.environ[name]

@@ -94,7 +94,7 @@ class Spawned:
 def run(
     argv: Sequence[str | Path],
     *,
-    input: bytes = b"",  # noqa: A002  subprocess's own word
+    input: bytes = b"",
     timeout_s: float,
     ok_codes: Sequence[int] = (0,),
 ) -> Completed:

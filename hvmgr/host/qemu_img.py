@@ -114,7 +114,7 @@ def info(path: Path, fmt: str, *, force_share: bool = False) -> Info:
     )
 
 
-def map(path: Path, fmt: str, *, force_share: bool = False) -> list[Extent]:  # noqa: A001  qemu-img's own word
+def map(path: Path, fmt: str, *, force_share: bool = False) -> list[Extent]:
     """The extents of the whole disk through its chain, in order and without gaps."""
     answer = _run(path, "map", ["-f", fmt, *_share(force_share=force_share)], timeout_s=_SCAN_S)
     return [

@@ -62,11 +62,22 @@ class FreezeImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class ThawImage(Step):
+    """An image outside the home gets back the mode that it had before it was frozen."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"give {self.path} its mode back"
+
+
+@dataclass(frozen=True, slots=True)
 class MergeUp(Step):
     """The data of ``parent`` goes into its only child ``child``, whose parent is then ``below``; restartable at any point.
 
     ``hide`` is a range (offset, length) in bytes that the shorter ``parent`` hid from the child and that needs
-    explicit zeros first, or old data of ``below`` would come back.
+    explicit zeros first, or old data of ``below`` would come back. It may reach beyond the child's end: what is within
+    the child by its size when the step runs counts, and again each time the step is run again.
     """
 
     child: str
@@ -81,7 +92,11 @@ class MergeUp(Step):
 
 @dataclass(frozen=True, slots=True)
 class MergeDown(Step):
-    """The data of ``child`` goes into ``parent``, which then takes the child's name, so that nothing else changes."""
+    """The data of ``child`` goes into ``parent``, which then takes the child's name, so that nothing else changes.
+
+    It needs equal sizes: when the child was resized since the plan, this merge and those after it are given up until
+    the next plan. A part of it that was done before does no harm, because the child is the parent's only user.
+    """
 
     child: str
     parent: str
@@ -421,7 +436,7 @@ class Plan:
             if document["format"] != JOURNAL_FORMAT:
                 raise Corrupt(f"the journal has format {document['format']}, this hvmgr reads {JOURNAL_FORMAT}")
             switch = document["switch"]
-            return cls(
+            plan = cls(
                 plan_id=document["plan"],
                 vm_id=document["vm"],
                 operation=document["operation"],
@@ -431,8 +446,11 @@ class Plan:
                 finish=tuple(_step_from_json(step) for step in document["finish"]),
                 hold=tuple((path, fmt) for path, fmt in document["hold"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise Corrupt(f"the journal holds no readable plan ({error})") from error
+        if json.dumps(plan.to_json(), sort_keys=True) != json.dumps(document, sort_keys=True):
+            raise Corrupt("the journal holds more than this hvmgr understands")
+        return plan
 
 
 def dumps(plan: Plan) -> str:

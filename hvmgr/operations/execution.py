@@ -28,6 +28,7 @@ _Act = Callable[[Session, Any], None]
 DO: Mapping[type[Step], _Act] = {
     plan.CreateImage: image_steps.create,
     plan.FreezeImage: image_steps.freeze,
+    plan.ThawImage: image_steps.thaw,
     plan.MergeUp: image_steps.merge_up,
     plan.MergeDown: image_steps.merge_down,
     plan.Flatten: image_steps.flatten,
@@ -89,7 +90,9 @@ _JOB_WAIT_S = 60.0
 def run(session: Session, one: Plan) -> None:
     """Carry a plan out; an error leaves the state before it, or, once the switch happened, the state after it."""
     journal.begin(session.layout.journal, one)
-    if one.switch is not None:
+    if one.switch is None:
+        _require_off(session, one)
+    else:
         _prepare(session, one)
         _switch(session, one)
     _finish(session, one)
@@ -111,7 +114,7 @@ def recover(session: Session) -> bool:
             session.say(f"completed the interrupted {one.subject}")
         else:
             _undo(session, one.prepare)
-            _end(session)
+            _end_undone(session, one)
             session.say(f"undid the interrupted {one.subject}")
     session.recovering = False
     return True
@@ -129,7 +132,7 @@ def _prepare(session: Session, one: Plan) -> None:
         session.interrupts.check()
         journal.reach_switch(session.layout.journal)
     except BaseException as error:
-        _go_back(session, done, error)
+        _go_back(session, one, done, error)
         raise
 
 
@@ -152,7 +155,7 @@ def _switch(session: Session, one: Plan) -> None:
         raise  # the journal stays open; the next command asks
     except BaseException as error:
         if not _happened(session, one):
-            _go_back(session, list(one.prepare), error)
+            _go_back(session, one, list(one.prepare), error)
             raise
         session.say(f"{error}, but the new state is in place")
     session.release()
@@ -183,12 +186,12 @@ def _say_what_waits(session: Session, one: Plan) -> None:
     ) from error
 
 
-def _go_back(session: Session, done: list[Step], error: BaseException) -> None:
+def _go_back(session: Session, one: Plan, done: list[Step], error: BaseException) -> None:
     with session.interrupts.held_back():
         session.release()
         try:
             _undo(session, tuple(done))
-            _end(session)
+            _end_undone(session, one)
         except errors.HvmgrError as second:
             session.say(f"going back failed as well ({second}); the next command on this VM tries again")
     if isinstance(error, errors.Cancelled):
@@ -203,6 +206,24 @@ def _undo(session: Session, steps: tuple[Step, ...]) -> None:
 def _end(session: Session) -> None:
     journal.end(session.layout.journal)
     _empty_trash(session)
+
+
+def _end_undone(session: Session, one: Plan) -> None:
+    """A home that was to be made leaves nothing behind."""
+    _end(session)
+    if any(isinstance(step, plan.MakeHome) for step in one.prepare):
+        file_steps.remove_private(session)
+
+
+def _require_off(session: Session, one: Plan) -> None:
+    """Images that the finishing steps touch are in nobody's hands when they begin."""
+    try:
+        _hold_when_off(session, one)
+    except errors.HvmgrError:
+        _end(session)
+        raise
+    finally:
+        session.release()
 
 
 def _empty_trash(session: Session) -> None:

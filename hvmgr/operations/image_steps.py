@@ -49,6 +49,11 @@ def unfreeze(session: Session, step: plan.FreezeImage) -> None:
     frozen.thaw(session.layout, Path(step.path))
 
 
+def thaw(session: Session, step: plan.ThawImage) -> None:
+    """The image has its own mode again."""
+    frozen.thaw(session.layout, Path(step.path))
+
+
 def record(session: Session, step: plan.RecordFrozen) -> None:
     """A later change of these frozen images will be seen."""
     for path in step.paths:

@@ -29,9 +29,11 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     present = home.present()
     facts = vm_home.require_facts(present)
     finish: list[Step] = [*snapshots.empty_undo_files(session, home.undo())]
-    for node in change.after.nodes.values():
-        if node.parent != before.nodes[node.snapshot_id].parent:
-            finish.append(_new_parent(session, node.snapshot_id, node.parent))
+    finish += [
+        _new_parent(session, node.snapshot_id, node.parent)
+        for node in change.after.nodes.values()
+        if node.parent != before.nodes[node.snapshot_id].parent
+    ]
     if change.after.present.parent != before.present.parent:
         present.set_metadata(dataclasses.replace(facts, parent=change.after.present.parent))
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]

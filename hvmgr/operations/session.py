@@ -21,22 +21,33 @@ from hvmgr.host.domain import Domain, State
 from hvmgr.host.hypervisor import Connection
 from hvmgr.host.storage_daemon import Daemon, Node
 from hvmgr.model.layout import Layout
+from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Tree
-from hvmgr.storage import vm_home
+from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
+
+
+class Declined(errors.Cancelled):
+    """The caller looked at the plan and did not want it; nothing was changed."""
 
 
 def _silent(_: object) -> None:
     """Nobody listens."""
 
 
+def _agree(_: Plan) -> bool:
+    """Every plan is fine."""
+    return True
+
+
 @dataclass(frozen=True, slots=True)
 class Reporter:
-    """Whom an operation tells what people want to know: sentences, and how far long work is."""
+    """Whom an operation tells what people want to know: sentences, how far long work is, and what it is about to do."""
 
     notice: Callable[[str], None] = _silent
     progress: Callable[[Progress], None] = _silent
+    approve: Callable[[Plan], bool] = _agree
 
 
 @dataclass(slots=True)
@@ -129,6 +140,11 @@ class Session:
         self._reporter.progress(progress)
         self._interrupts.check()
 
+    def require_approval(self, plan: Plan) -> None:
+        """Raises Declined when the caller does not want this plan; nothing was changed then."""
+        if not self._reporter.approve(plan):
+            raise Declined(f"{plan.subject}: not done")
+
     # -- the domain ----------------------------------------------------------------------------------------------
 
     def find_domain(self) -> Domain | None:
@@ -162,7 +178,7 @@ class Session:
         if self._daemon is None:
             self._daemon = self._stack.enter_context(storage_daemon.started(on_progress=self.progress))
             self._daemon_note.write_text(f"{self._daemon.pid} {self._daemon.start_time}\n")
-            self._stack.callback(self._daemon_note.unlink, missing_ok=True)
+            self._stack.callback(durable.remove, self._daemon_note)
         return self._daemon
 
     def end_left_over_daemon(self) -> None:
@@ -172,7 +188,7 @@ class Session:
         except (FileNotFoundError, ValueError):
             return
         process.end_left_over(int(pid), int(started))
-        self._daemon_note.unlink(missing_ok=True)
+        durable.remove(self._daemon_note)
 
     def hold(self, path: str, fmt: str) -> None:
         """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it."""

@@ -90,7 +90,7 @@ def locked(paths: Iterable[Path], *, wait_s: float) -> Iterator[None]:
         for (device, inode), path in sorted(by_identity.items()):  # one order for all: no deadlock
             lock = folder / f"{device}-{inode}"
             stack.enter_context(locks.held(lock, wait_s=wait_s, what=f"the image {path}"))
-            stack.callback(lock.unlink, missing_ok=True)
+            stack.callback(durable.remove, lock)
         yield
 
 
