@@ -23,12 +23,11 @@ if TYPE_CHECKING:
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.host import VM, Host, Snapshot
-    from hvmgr.operations.session import Declined, Reporter
+    from hvmgr.operations.session import Reporter
     from hvmgr.operations.usage import Usage
 
 __all__ = [
     "VM",
-    "Declined",
     "DiskSpecification",
     "Host",
     "NetworkSpecification",
@@ -47,7 +46,6 @@ __all__ = [
 
 _HOMES = {
     "VM": "hvmgr.operations.host",
-    "Declined": "hvmgr.operations.session",
     "DiskSpecification": "hvmgr.model.specification",
     "Host": "hvmgr.operations.host",
     "NetworkSpecification": "hvmgr.model.specification",
@@ -71,3 +69,7 @@ def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'hvmgr' has no attribute '{name}'")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

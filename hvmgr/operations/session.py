@@ -28,10 +28,6 @@ from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 
-class Declined(errors.Cancelled):
-    """The caller looked at the plan and did not want it; nothing was changed."""
-
-
 def _silent(_: object) -> None:
     """Nobody listens."""
 
@@ -143,7 +139,7 @@ class Session:
     def require_approval(self, plan: Plan) -> None:
         """Raises Declined when the caller does not want this plan; nothing was changed then."""
         if not self._reporter.approve(plan):
-            raise Declined(f"{plan.subject}: not done")
+            raise errors.Declined(f"{plan.subject}: not done")
 
     # -- the domain ----------------------------------------------------------------------------------------------
 
