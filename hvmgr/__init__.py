@@ -11,10 +11,9 @@ Every name in ``__all__`` is imported when it is first used, so that ``import hv
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from hvmgr.version import __version__
 
+TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know the name
 if TYPE_CHECKING:
     from hvmgr import errors
     from hvmgr.host.domain import State
