@@ -85,6 +85,7 @@ HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
 _STOPPING = (plan.SavePresent, plan.TakeManagedSave, plan.DiscardPresent)
 
 _JOB_WAIT_S = 60.0
+_GOES_ON = "the journal holds what is open; the next command on this VM goes on with it"
 
 
 def run(session: Session, one: Plan) -> None:
@@ -154,14 +155,33 @@ def _switch(session: Session, one: Plan) -> None:
     except errors.OutcomeUnknown:
         raise  # the journal stays open; the next command asks
     except BaseException as error:
-        if not _happened(session, one):
+        if not _ask_after(session, one, error):
             _go_back(session, one, list(one.prepare), error)
             raise
         session.say(f"{error}, but the new state is in place")
     session.release()
 
 
+def _ask_after(session: Session, one: Plan, error: BaseException) -> bool:
+    """Whether the switch happened although it failed; not being able to ask is an answer of its own."""
+    try:
+        return _happened(session, one)
+    except errors.HvmgrError as second:
+        raise errors.OutcomeUnknown(
+            f"{one.subject}: {error}; and nobody can say now whether it happened ({second})", hint=_GOES_ON
+        ) from error
+
+
 def _finish(session: Session, one: Plan) -> None:
+    try:
+        _do_finish(session, one)
+    except errors.HvmgrError as error:
+        error.hint = error.hint or _GOES_ON
+        raise
+    _say_what_waits(session, one)
+
+
+def _do_finish(session: Session, one: Plan) -> None:
     with session.interrupts.held_back():
         for step in one.finish:
             DO[type(step)](session, step)
@@ -169,7 +189,6 @@ def _finish(session: Session, one: Plan) -> None:
             file_steps.remove_private(session)
         else:
             _end(session)
-    _say_what_waits(session, one)
 
 
 def _say_what_waits(session: Session, one: Plan) -> None:
