@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import socket
 import stat
@@ -37,6 +38,8 @@ POLL_S = 0.05
 
 # One request of QEMU's block layer stays below 2 GiB.
 _ZEROES_MAX = 1 << 30
+# Words on one command line of qemu-io: far below the kernel's limit.
+_COMMANDS_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +194,8 @@ class Daemon:
                 hint="merge in the other direction",
                 path=str(base.path),
             )
+        if base.fmt == "qcow2" and base.size < top.size:
+            self._own_zeroes(top, base.size)
         arguments = {"device": top.name, "base-node": base.name, "auto-finalize": True, "auto-dismiss": False}
         self._run_job("block-commit", arguments, what=f"commit {top.path.name}", path=base.path)
         if base.size > top.size:
@@ -203,9 +208,12 @@ class Daemon:
     def write_zeroes(self, node: Node, ranges: Sequence[tuple[int, int]]) -> None:
         """Make each (offset, length) read as zeros from this image itself, whatever its parents hold there."""
         commands = [f"write -z -u {start} {length}" for start, length in _pieces(ranges)]
-        if commands:
-            with self.exported(node, writable=True) as uri:
-                self._io(uri, node, [*commands, "flush"])
+        if not commands:
+            return
+        with self.exported(node, writable=True) as uri:
+            for first in range(0, len(commands), _COMMANDS_MAX):
+                self._io(uri, node, commands[first : first + _COMMANDS_MAX])
+            self._io(uri, node, ["flush"])
 
     def flush(self, node: Node) -> None:
         """Write out the image's caches and sync its file; raises when that fails, which ``close`` cannot."""
@@ -220,6 +228,17 @@ class Daemon:
             yield f"nbd+unix:///{export}?socket={self._socket}"
         finally:
             self._remove_export(export)
+
+    def _own_zeroes(self, node: Node, start: int) -> None:
+        """Give ``node`` zeros of its own wherever it reads as zeros from ``start`` on.
+
+        When a commit makes a smaller base larger, QEMU 7.2 writes the new size before the zeros that hide what the
+        base's own parents hold there: killed in between, their old data would appear in ``node``.
+        """
+        with self.exported(node) as uri:
+            argv = ["qemu-img", "map", "--output=json", "-f", "raw", f"--start-offset={start}", uri]
+            extents = json.loads(process.run(argv, timeout_s=COMMAND_S).stdout)
+        self.write_zeroes(node, [(extent["start"], extent["length"]) for extent in extents if extent["zero"]])
 
     def _detach(self, node: Node) -> None:
         options = {

@@ -459,11 +459,16 @@ class TestCommit:
             daemon.commit(top, base)
         assert (tmp_path / "v.vhd").read_bytes() == before
 
-    def test_killed_at_any_moment_and_run_again(self, tmp_path):
+    @pytest.mark.parametrize(
+        ("b", "c", "expected"),
+        [(".2...", "..3.4", "12314"), (".2.", "..3.4", "12304"), (".2.12", "..3", "123")],
+        ids=["equal sizes", "the base grows", "the base shrinks"],
+    )
+    def test_killed_at_any_moment_and_run_again(self, tmp_path, b, c, expected):
         for n in itertools.count(1):
             for path in tmp_path.iterdir():
                 path.unlink()
-            a, b, c = build(tmp_path, a="11111", b=".2.", c="..3.4")
+            images = build(tmp_path, a="11111", b=b, c=c)
             calls = itertools.count(1)
 
             def die(progress, n=n, calls=calls):
@@ -472,16 +477,27 @@ class TestCommit:
 
             try:
                 with storage_daemon.started(on_progress=die) as daemon:
-                    nodes = open_chain(daemon, [a, b, c], writable=[b, c])
+                    nodes = open_chain(daemon, images, writable=images[1:])
                     daemon.commit(nodes[2], nodes[1])
                     break
             except errors.OutcomeUnknown:
-                assert content(c) == "12304"  # the child reads the same all the time
+                assert content(images[2]) == expected  # the child reads the same all the time
             with storage_daemon.started() as daemon:
-                nodes = open_chain(daemon, [a, b, c], writable=[b, c])
+                nodes = open_chain(daemon, images, writable=images[1:])
                 daemon.commit(nodes[2], nodes[1])
-            assert content(b) == "12304"
+            assert content(images[1]) == content(images[2]) == expected
         assert n > 1
+
+    def test_hidden_data_stays_hidden_before_the_base_grows(self, tmp_path):
+        """The first moment at which a death hurt: the base is larger already, its zeros are not written out yet."""
+        a, b, c = build(tmp_path, a="11111", b=".2.", c="..3.4")
+        with pytest.raises(ZeroDivisionError), storage_daemon.started(on_progress=lambda _: 1 // 0) as daemon:
+            nodes = open_chain(daemon, [a, b, c], writable=[b, c])
+            daemon.commit(nodes[2], nodes[1])
+        process.run(["qemu-img", "resize", "-q", b, "5M"], timeout_s=60)
+        process.run(["qemu-io", "-f", "qcow2", "-c", "discard 3M 2M", b], timeout_s=60)
+        assert content(c) == "12304"
+        assert {e.depth for e in qemu_img.map(c, "qcow2") if e.start >= 3 * MIB} == {0}
 
     def test_is_written_out_when_it_returns(self, tmp_path):
         a, b = build(tmp_path, a="1111", b="23..")
