@@ -115,7 +115,7 @@ class TestLife:
             raise error
         assert process.start_time(daemon.pid) is None
 
-    def test_dies_with_a_killed_parent(self):
+    def test_dies_with_a_killed_parent(self, tmp_path):
         script = textwrap.dedent("""
             import os, signal
             from hvmgr.host import storage_daemon
@@ -123,7 +123,9 @@ class TestLife:
                 print(daemon.pid, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
         """)
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=20, check=False)
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}  # nobody is left to remove its folder
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, env=environment, capture_output=True, timeout=20, check=False)
         assert (ended.returncode, ended.stderr) == (-signal.SIGKILL, b"")
         wait_until_gone(int(ended.stdout))
 
