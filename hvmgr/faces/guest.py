@@ -6,7 +6,8 @@ Ten times a second it counts in memory and on each of its disks, reads the disks
 - Memory starts from what the first disk held, which the guest says at boot: after a cold boot ``boot disk=`` is the
   counter that lies in the disk's bytes.
 - Each tick finds on the disk what the tick before wrote: ``memory == disk + 1``. A memory that comes back over a disk
-  of another moment says MISMATCH at once and until it boots anew.
+  of another moment, two ticks away or more, says MISMATCH in its first or second tick and from then on, until it
+  boots anew.
 - The disk is written after the tick is said. A snapshot whose disk holds D therefore goes on, when its memory is
   restored, with tick D + 1, or with D + 2 when it was taken between the word and the write.
 - The power button (``vm stop``, ACPI) turns it off; a disk has to be longer than 1 MiB. It has a driver for virtio,
@@ -39,7 +40,8 @@ COMMAND_LINE = (
 MEMORY_SIZE = 96 * units.MIB  # 80 MiB is the least with which it boots
 
 COUNTER_OFFSET = 1 * units.MIB
-COUNTER_SIZE = 512
+COUNTER_SIZE = 1024  # two sectors that are written by turns
+_SECTOR_SIZE = 512
 _COUNTER = re.compile(rb"HVMGR-COUNT (\d{6})\n\0*")
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
@@ -85,16 +87,22 @@ def build(folder: Path | None = None) -> Guest:
         return _build(folder, recipe)
 
 
-def read_counter(sector: bytes) -> int:
-    """The count in the ``COUNTER_SIZE`` bytes at ``COUNTER_OFFSET`` of a disk; 0 for a blank sector.
+def read_counter(data: bytes) -> int:
+    """The count in the ``COUNTER_SIZE`` bytes at ``COUNTER_OFFSET`` of a disk; 0 when they are blank.
 
     Raises Corrupt for anything else.
     """
-    if sector == bytes(COUNTER_SIZE):
+    if len(data) != COUNTER_SIZE:
+        raise errors.Corrupt(f"the guest's counter takes {COUNTER_SIZE} bytes, not {len(data)}")
+    return max(_sector_counter(data[:_SECTOR_SIZE]), _sector_counter(data[_SECTOR_SIZE:]))
+
+
+def _sector_counter(sector: bytes) -> int:
+    if sector == bytes(_SECTOR_SIZE):
         return 0
     match = _COUNTER.fullmatch(sector)
-    if match is None or len(sector) != COUNTER_SIZE:
-        raise errors.Corrupt("the sector does not hold the guest's counter", sector=sector[:32].hex())
+    if match is None:
+        raise errors.Corrupt("the disk does not hold the guest's counter", sector=sector[:32].hex())
     return int(match[1])
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import socket
 import stat
@@ -181,26 +180,21 @@ class Daemon:
             self._io(uri, node, ["flush"])
 
     def commit(self, top: Node, base: Node) -> None:
-        """Write what ``top`` and all below it down to ``base`` hold into ``base``, which then equals ``top``, size too.
+        """Write what ``top`` and all below it down to ``base`` hold into ``base``, which then equals ``top``.
 
         Both have to be open for writing: QEMU makes ``base`` as read-only as ``top`` at the end, and would drop the
-        lock. The file of ``top`` stays as it is, so a commit that was killed is simply run again; afterwards nothing
-        is left to do with the two but to close them, ``top`` first. Raises Unsupported for a VHD of another size.
+        lock. ``top`` stays as it is, so a commit that was killed is simply run again. Unsupported when the sizes
+        differ: QEMU resizes ``base`` first, and killed at that moment ``top`` would show old data from below it.
         """
         assert top.writable and base.writable, "a commit needs both images open for writing"  # noqa: PT018
-        if base.fmt == "vpc" and base.size != top.size:
+        if base.size != top.size:
             raise errors.Unsupported(
-                f"'{base.path}' is a VHD of another size than '{top.path}' and cannot be resized",
+                f"'{base.path}' has another size than '{top.path}'",
                 hint="merge in the other direction",
                 path=str(base.path),
             )
-        if base.fmt == "qcow2" and base.size < top.size:
-            self._own_zeroes(top, base.size)
         arguments = {"device": top.name, "base-node": base.name, "auto-finalize": True, "auto-dismiss": False}
         self._run_job("block-commit", arguments, what=f"commit {top.path.name}", path=base.path)
-        if base.size > top.size:
-            self._detach(top)  # QEMU resizes no image that is somebody's parent
-            self._execute("block_resize", {"node-name": base.name, "size": top.size}, base.path)
         self.flush(base)
 
     # -- bytes ----------------------------------------------------------------------------------------------------
@@ -228,27 +222,6 @@ class Daemon:
             yield f"nbd+unix:///{export}?socket={self._socket}"
         finally:
             self._remove_export(export)
-
-    def _own_zeroes(self, node: Node, start: int) -> None:
-        """Give ``node`` zeros of its own wherever it reads as zeros from ``start`` on.
-
-        When a commit makes a smaller base larger, QEMU 7.2 writes the new size before the zeros that hide what the
-        base's own parents hold there: killed in between, their old data would appear in ``node``.
-        """
-        with self.exported(node) as uri:
-            argv = ["qemu-img", "map", "--output=json", "-f", "raw", f"--start-offset={start}", uri]
-            extents = json.loads(process.run(argv, timeout_s=COMMAND_S).stdout)
-        self.write_zeroes(node, [(extent["start"], extent["length"]) for extent in extents if extent["zero"]])
-
-    def _detach(self, node: Node) -> None:
-        options = {
-            "driver": node.fmt,
-            "node-name": node.name,
-            "read-only": not node.writable,
-            "backing": None,
-            "file": _file(node.path),
-        }
-        self._execute("blockdev-reopen", {"options": [options]}, node.path)
 
     def _add_export(self, node: Node, *, writable: bool) -> str:
         if not self._socket.exists():

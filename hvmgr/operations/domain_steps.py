@@ -116,10 +116,8 @@ def unsave_present(session: Session, step: plan.SavePresent) -> None:
     if domain.is_active():  # the save itself did not come through
         if not step.paused and domain.state() is State.PAUSED:
             domain.resume()
-    elif memory.exists():
-        state = saved_state.read(memory)
-        if state.complete:
-            session.connection.restore(memory, state.xml, running=not step.paused)
+    elif saved_state.is_complete(memory):
+        session.connection.restore(memory, saved_state.read(memory).xml, running=not step.paused)
     durable.remove(memory)
 
 

@@ -35,7 +35,7 @@ from hvmgr.operations import creation, execution, merge, reconcile, snapshots, u
 from hvmgr.operations.session import Reporter, Session
 from hvmgr.operations.snapshots import Replacement, Wish
 from hvmgr.operations.usage import Usage
-from hvmgr.storage import durable, journal, locks, vm_home
+from hvmgr.storage import durable, index, journal, locks, vm_home
 from hvmgr.storage.vm_home import SnapshotFile, VmHome
 
 
@@ -111,7 +111,7 @@ class Host:
         path = Path(os.path.realpath(spec.home or self.root / spec.name))
         home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
         self._require_free(path)
-        with self._new_home(home) as session:
+        with self._shared_images(spec), self._new_home(home) as session:
             plan = creation.plan_create(session, spec)
             session.require_approval(plan)
             execution.run(session, plan)
@@ -119,8 +119,6 @@ class Host:
 
     def _homes(self) -> list[VmHome]:
         """Homes below the root, and those that the index knows elsewhere for this connection."""
-        from hvmgr.storage import index
-
         homes = {home.vm_id: home for home in vm_home.find_homes(self.root)}
         for entry in index.entries():
             if entry.uri == self.uri and entry.vm_id not in homes and not entry.home.is_relative_to(self.root):
@@ -153,6 +151,17 @@ class Host:
             self._complete(path)
         if path.is_dir() and not vm_home.holds_nothing(path):
             raise errors.Conflict(f"{path} exists already and is not empty", hint="choose another place with --home")
+
+    @contextlib.contextmanager
+    def _shared_images(self, spec: Specification) -> Iterator[None]:
+        """Nobody else on this host counts, adds or removes users of the images that a new VM shares."""
+        paths = [Path(os.path.realpath(disk.path)) for disk in spec.disks if disk.in_place and disk.path is not None]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(index.locked(paths, wait_s=self.wait_s))
+            for entry in index.entries():
+                if any(path.is_relative_to(entry.home) for path in paths):
+                    stack.enter_context(vm_home.open_home(entry.home).locked(wait_s=self.wait_s))
+            yield
 
     @contextlib.contextmanager
     def _new_home(self, home: VmHome) -> Iterator[Session]:

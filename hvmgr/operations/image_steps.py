@@ -86,14 +86,15 @@ def move(session: Session, step: plan.MoveImage) -> None:
 def merge_up(session: Session, step: plan.MergeUp) -> None:
     """The child holds the parent's data and stands on what was below it."""
     child, parent = Path(step.child), Path(step.parent)
+    if _has_to_wait(session, child, parent):
+        return
     if not parent.exists() or images.read(child, images.QCOW2).parent != parent:
         _settle(session, child)
         _stands_on(session, step)
         return
-    if _has_to_wait(session, child, parent):
-        return
     try:
-        _stream(session, step, child, parent)
+        with session.interrupts.let_through():
+            _stream(session, step, child, parent)
     except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
         _put_off(session, error, child, parent)
         return
@@ -130,14 +131,16 @@ def _stream(session: Session, step: plan.MergeUp, child: Path, parent: Path) -> 
 def merge_down(session: Session, step: plan.MergeDown) -> None:
     """The parent holds the child's data and has the child's name."""
     child, parent = Path(step.child), Path(step.parent)
+    if _has_to_wait(session, child, parent):
+        return
     if not parent.exists() or images.read(child, images.QCOW2).parent != parent:
         _settle(session, child)
         return
-    if _has_to_wait(session, child, parent):
-        return
     below = images.read(parent, images.QCOW2).parent
     try:
-        _commit(session, child, parent)
+        _require_same_size(child, parent)
+        with session.interrupts.let_through():
+            _commit(session, child, parent)
     except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
         _put_off(session, error, child, parent)
         return
@@ -163,6 +166,12 @@ def _commit(session: Session, child: Path, parent: Path) -> None:
     finally:
         for node in reversed(nodes):
             daemon.close(node)
+
+
+def _require_same_size(child: Path, parent: Path) -> None:
+    """A merge that was cut off may meet a disk that has been resized since it was planned."""
+    if images.read(child, images.QCOW2).size != images.read(parent, images.QCOW2).size:
+        raise errors.Conflict(f"{child.name} has been resized")
 
 
 def flatten(session: Session, step: plan.Flatten) -> None:
@@ -198,8 +207,9 @@ def remove(session: Session, step: plan.RemoveImage) -> None:
 
 
 def _unwritten(child: Path, offset: int, length: int) -> list[tuple[int, int]]:
-    """The parts of a range in which an image holds nothing itself, as (offset, length)."""
-    end, ranges, start = offset + length, list[tuple[int, int]](), offset
+    """The parts of a range, as far as the image reaches today, in which it holds nothing itself: (offset, length)."""
+    end = min(offset + length, images.read(child, images.QCOW2).size)
+    ranges, start = list[tuple[int, int]](), offset
     for extent in qemu_img.map(child, images.QCOW2):
         if extent.depth != 0 or not extent.present or extent.start >= end or extent.start + extent.length <= start:
             continue
@@ -232,11 +242,10 @@ def _settle(session: Session, path: Path) -> None:
 
 
 def _has_to_wait(session: Session, child: Path, parent: Path) -> bool:
-    wait = (
-        session.put_off is not None
-        or session.interrupts.wanted
-        or bool({str(child), str(parent)} & session.busy_images())
-    )
+    """Because of an earlier step, because the user wants to stop, or because the VM has one of them open."""
+    pair = {str(child), str(parent)}
+    stopping = session.put_off is not None or session.interrupts.wanted
+    wait = stopping or bool(pair & (session.waiting | session.busy_images()))
     if wait:
         _wait(session, child, parent)
     return wait

@@ -28,10 +28,6 @@ from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 
-class Declined(errors.Cancelled):
-    """The caller looked at the plan and did not want it; nothing was changed."""
-
-
 def _silent(_: object) -> None:
     """Nobody listens."""
 
@@ -143,7 +139,7 @@ class Session:
     def require_approval(self, plan: Plan) -> None:
         """Raises Declined when the caller does not want this plan; nothing was changed then."""
         if not self._reporter.approve(plan):
-            raise Declined(f"{plan.subject}: not done")
+            raise errors.Declined(f"{plan.subject}: not done")
 
     # -- the domain ----------------------------------------------------------------------------------------------
 
@@ -272,13 +268,17 @@ class Interrupts:
         self._wanted = False
 
     @contextlib.contextmanager
-    def held_back(self) -> Iterator[None]:
+    def held_back(self, *, back: bool = True) -> Iterator[None]:
         """Nothing stops what happens here."""
-        before, self._held_back = self._held_back, True
+        before, self._held_back = self._held_back, back
         try:
             yield
         finally:
             self._held_back = before
+
+    def let_through(self) -> contextlib.AbstractContextManager[None]:
+        """What happens here can be stopped, although what is around it cannot."""
+        return self.held_back(back=False)
 
     def close(self) -> None:
         """The signals mean again what they meant before."""

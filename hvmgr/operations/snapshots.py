@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from hvmgr import errors, settings
+from hvmgr import errors
 from hvmgr.host import saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import configuration, plan, tree
@@ -51,10 +51,10 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     facts = vm_home.require_facts(present)
     undo = home.undo()
     before = present_tree(session) if undo is None else whole_tree(session)
-    _require_depth(session, before)
     snapshot_id, change_id, moment = session.new_id(), session.new_id(), session.now()
     children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
     change = tree.plan_create(before, snapshot_id, children)
+    _warn_of_depth(session, change.after)
     saved = _state_to_save(session, state, wish.type, present)
     record = SnapshotRecord(
         id=snapshot_id,
@@ -226,7 +226,7 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
             frozen.require_unchanged(layout, Path(image.path))
     children = {slot: str(layout.image(slot, session.new_id())) for slot in node.disks}
     change = tree.plan_apply(before, snapshot_id, children, keep_undo=how.keep_undo)
-    _require_depth(session, change.after)
+    _warn_of_depth(session, change.after)
     change_id = session.new_id()
     after = target.copy()
     _become_present(session, after, present)
@@ -459,14 +459,6 @@ def _working(before: Tree) -> tuple[tuple[str, str], ...]:
     return tuple((path, before.chain(path)[0].format) for path in before.present.disks.values())
 
 
-def _require_depth(session: Session, before: Tree) -> None:
-    for slot, path in before.present.disks.items():
-        depth = len(before.chain(path)) + 1
-        if depth > settings.CHAIN_LIMIT:
-            raise errors.Conflict(
-                f"disk {slot} has a chain of {depth - 1} images, and libvirt fails at 200",
-                hint="delete snapshots that you no longer need: hvmgr snapshot delete",
-                slot=slot,
-            )
-        if depth > settings.CHAIN_WARNING:
-            session.say(f"disk {slot} has a chain of {depth} images; each makes the next start slower")
+def _warn_of_depth(session: Session, after: Tree) -> None:
+    if (depth := after.depth()) > tree.WARN_DEPTH:
+        session.say(f"the disks stand on chains of up to {depth} images; each one makes the next start slower")

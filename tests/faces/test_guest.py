@@ -176,15 +176,15 @@ def test_restored_memory_goes_on_where_its_disk_stands_and_notices_another_disk(
         machine.resume()
         after = screen.next_tick(BOOT_S)
         assert after.follows(frozen)
-        assert screen.next_tick(BOOT_S) == console.Tick(after.memory + 1, (after.memory,), ok=True)
+        for number in range(after.memory, after.memory + 4):  # far enough: a write under way is made again unseen
+            assert screen.next_tick(BOOT_S) == console.Tick(number + 1, (number,), ok=True)
 
     # The disk has gone on: memory and disk are now of different moments.
     with power_on([drive], *incoming) as machine, console.Console(machine.pty) as screen:
         machine.resume()
+        screen.next_tick(BOOT_S)  # may have been saved after it had read the disk
         assert not screen.next_tick(BOOT_S).ok
-        later = screen.next_tick(BOOT_S)
-        assert later.disk == later.memory - 1
-        assert not later.ok
+        assert not screen.next_tick(BOOT_S).ok
 
 
 DOMAIN = """
@@ -241,22 +241,37 @@ def test_guest_under_libvirt_is_saved_restored_and_shut_down(open_folder, counti
     assert counter_of(disk) == last > frozen
 
 
-def test_counter_of_a_blank_sector_is_zero():
-    assert guest.read_counter(bytes(512)) == 0
-
-
-def test_counter_is_read_from_its_sector():
-    assert guest.read_counter(b"HVMGR-COUNT 000123\n".ljust(512, b"\0")) == 123
+def sectors(*texts: bytes) -> bytes:
+    return b"".join(text.ljust(512, b"\0") for text in texts)
 
 
 @pytest.mark.parametrize(
-    "sector",
-    [b"", b"\1" * 512, b"HVMGR-COUNT 000123\n", b"HVMGR-COUNT 000123\n".ljust(512, b"x")],
+    ("data", "count"),
+    [
+        (bytes(1024), 0),
+        (sectors(b"HVMGR-COUNT 000124\n", b"HVMGR-COUNT 000123\n"), 124),
+        (sectors(b"HVMGR-COUNT 000124\n", b"HVMGR-COUNT 000125\n"), 125),
+        (sectors(b"", b"HVMGR-COUNT 000001\n"), 1),
+    ],
+    ids=["blank", "even", "odd", "first"],
+)
+def test_counter_is_the_newer_of_the_two_sectors(data, count):
+    assert guest.read_counter(data) == count
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\1" * 1024,
+        sectors(b"HVMGR-COUNT 000123\n"),
+        sectors(b"HVMGR-COUNT 000123\n", b"HVMGR-COUNT 000122\n".ljust(512, b"x")),
+    ],
     ids=["empty", "foreign", "short", "rest-not-zero"],
 )
-def test_sector_without_a_counter_is_refused(sector):
+def test_bytes_without_a_counter_are_refused(data):
     with pytest.raises(errors.Corrupt):
-        guest.read_counter(sector)
+        guest.read_counter(data)
 
 
 @pytest.mark.guest
