@@ -37,6 +37,8 @@ POLL_S = 0.05
 
 # One request of QEMU's block layer stays below 2 GiB.
 _ZEROES_MAX = 1 << 30
+# Words on one command line of qemu-io: far below the kernel's limit.
+_COMMANDS_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,9 +202,12 @@ class Daemon:
     def write_zeroes(self, node: Node, ranges: Sequence[tuple[int, int]]) -> None:
         """Make each (offset, length) read as zeros from this image itself, whatever its parents hold there."""
         commands = [f"write -z -u {start} {length}" for start, length in _pieces(ranges)]
-        if commands:
-            with self.exported(node, writable=True) as uri:
-                self._io(uri, node, [*commands, "flush"])
+        if not commands:
+            return
+        with self.exported(node, writable=True) as uri:
+            for first in range(0, len(commands), _COMMANDS_MAX):
+                self._io(uri, node, commands[first : first + _COMMANDS_MAX])
+            self._io(uri, node, ["flush"])
 
     def flush(self, node: Node) -> None:
         """Write out the image's caches and sync its file; raises when that fails, which ``close`` cannot."""
@@ -217,16 +222,6 @@ class Daemon:
             yield f"nbd+unix:///{export}?socket={self._socket}"
         finally:
             self._remove_export(export)
-
-    def _detach(self, node: Node) -> None:
-        options = {
-            "driver": node.fmt,
-            "node-name": node.name,
-            "read-only": not node.writable,
-            "backing": None,
-            "file": _file(node.path),
-        }
-        self._execute("blockdev-reopen", {"options": [options]}, node.path)
 
     def _add_export(self, node: Node, *, writable: bool) -> str:
         if not self._socket.exists():

@@ -115,7 +115,7 @@ class TestLife:
             raise error
         assert process.start_time(daemon.pid) is None
 
-    def test_dies_with_a_killed_parent(self):
+    def test_dies_with_a_killed_parent(self, tmp_path):
         script = textwrap.dedent("""
             import os, signal
             from hvmgr.host import storage_daemon
@@ -123,7 +123,9 @@ class TestLife:
                 print(daemon.pid, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
         """)
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=20, check=False)
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}  # nobody is left to remove its folder
+        command = [sys.executable, "-c", script]
+        ended = subprocess.run(command, env=environment, capture_output=True, timeout=20, check=False)
         assert (ended.returncode, ended.stderr) == (-signal.SIGKILL, b"")
         wait_until_gone(int(ended.stdout))
 
@@ -518,6 +520,13 @@ class TestWriteZeroes:
         expected[1000:1513] = bytes(513)
         expected[MIB + 1] = 0
         assert out.read_bytes() == expected
+
+    def test_more_ranges_than_one_command_line_takes(self, tmp_path, daemon, monkeypatch):
+        monkeypatch.setattr(storage_daemon, "_COMMANDS_MAX", 2)
+        (a,) = build(tmp_path, a="11111")
+        daemon.write_zeroes(daemon.open(a, "qcow2", writable=True), [(i * MIB, MIB) for i in (0, 1, 2, 4)])
+        daemon.close_all()
+        assert content(a) == "00010"
 
     def test_range_larger_than_one_request(self, daemon, tmp_path):
         path = tmp_path / "a.qcow2"
