@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 PROGRAM = "qemu-storage-daemon"
+_FOLDER_PREFIX = "hvmgr-"
 
 # Also the time that a slow disk gets to take a flush.
 COMMAND_S = 300.0
@@ -70,7 +72,7 @@ def started(*, on_progress: Callable[[Progress], None] | None = None) -> Iterato
             if words := program.stderr_text().strip():
                 raise errors.HostFailed(f"{PROGRAM} did not start: {words}") from error
             raise
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hvmgr-")))  # mode 0700
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX)))  # mode 0700
         daemon = Daemon(session, program, folder, on_progress)
         yield daemon
         daemon.close_all()
@@ -87,12 +89,18 @@ class Daemon:
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self._session = session
+        self._folder = folder
         self._socket = folder / "nbd"
         self._on_progress = on_progress
         self._numbers = itertools.count(1)
         self._nodes: dict[str, Node] = {}
         self.pid = program.pid
         self.start_time = program.start_time
+
+    @property
+    def note(self) -> str:
+        """What ``end_left_over`` needs to clean up behind us, should we be killed."""
+        return f"{self.pid} {self.start_time} {self._folder}"
 
     # -- images ---------------------------------------------------------------------------------------------------
 
@@ -314,6 +322,18 @@ class Daemon:
 
     def _name(self, kind: str) -> str:
         return f"{kind}{next(self._numbers)}"
+
+
+def end_left_over(note: str) -> None:
+    """The daemon of a process that was killed is gone, and so is its folder. A note that is no note is ignored."""
+    try:
+        pid, started, folder = note.split(maxsplit=2)
+        process.end_left_over(int(pid), int(started))
+    except ValueError:
+        return
+    place = Path(folder.strip())
+    if place.parent == Path(tempfile.gettempdir()) and place.name.startswith(_FOLDER_PREFIX):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _create_exclusively(path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from hvmgr import errors
-from hvmgr.host import process, storage_daemon
+from hvmgr.host import storage_daemon
 from hvmgr.host.domain import Domain, State
 from hvmgr.host.hypervisor import Connection
 from hvmgr.host.storage_daemon import Daemon, Node
@@ -173,18 +173,15 @@ class Session:
         """The storage daemon, started when it is first needed."""
         if self._daemon is None:
             self._daemon = self._stack.enter_context(storage_daemon.started(on_progress=self.progress))
-            self._daemon_note.write_text(f"{self._daemon.pid} {self._daemon.start_time}\n")
+            self._daemon_note.write_text(self._daemon.note)
             self._stack.callback(durable.remove, self._daemon_note)
         return self._daemon
 
     def end_left_over_daemon(self) -> None:
         """A storage daemon of a command that was killed is gone."""
-        try:
-            pid, started = self._daemon_note.read_text().split()
-        except (FileNotFoundError, ValueError):
-            return
-        process.end_left_over(int(pid), int(started))
-        durable.remove(self._daemon_note)
+        if self._daemon_note.exists():
+            storage_daemon.end_left_over(self._daemon_note.read_text())
+            durable.remove(self._daemon_note)
 
     def hold(self, path: str, fmt: str) -> None:
         """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it."""
