@@ -93,6 +93,11 @@ class Machine:
         (count,) = self.frozen(snapshot)
         return count
 
+    def count_of_base(self, snapshot, fmt):
+        """The count of a snapshot whose one image is a base of another format."""
+        (path,) = snapshot.disks.values()
+        return read_counter(Path(path), fmt)
+
     def held(self):
         """The count on the disks of the present, which are of one moment."""
         (count,) = {read_counter(Path(path)) for path in self.vm.now().disks.values()}
