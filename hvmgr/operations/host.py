@@ -82,7 +82,9 @@ class Host:
 
     @property
     def connection(self) -> Connection:
-        """libvirt, connected when it is first needed."""
+        """libvirt, connected when it is first needed, and again when its daemon was restarted."""
+        if self._connection is not None and not self._connection.is_alive():
+            self.close()
         if self._connection is None:
             self._connection = hypervisor.connect(self.uri, wait_s=self.wait_s)
         return self._connection
