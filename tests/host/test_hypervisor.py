@@ -22,7 +22,13 @@ def python(code, *arguments, **options):
     environment = os.environ | {"PYTHONPATH": str(PROJECT)}
     command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
@@ -108,7 +114,9 @@ def test_import_alone_does_not_load_libvirt():
 
 
 def test_process_with_a_connection_left_open_ends_silently(root):
-    process = python("import sys\nfrom hvmgr.host import hypervisor\nx = hypervisor.connect(sys.argv[1], wait_s=5)", uri(root))
+    process = python(
+        "import sys\nfrom hvmgr.host import hypervisor\nx = hypervisor.connect(sys.argv[1], wait_s=5)", uri(root)
+    )
     assert (process.communicate(timeout=20), process.returncode) == (("", ""), 0)
 
 
@@ -141,6 +149,16 @@ def test_guests_of_a_killed_process_are_attached_and_dead_ones_are_off(root, mak
     os.kill(int((root / "run/qemu/b.pid").read_text()), 9)
     second = python(OPEN_AND_LIST, uri(root), 20)
     assert second.communicate(timeout=30) == ("a=running b=off c=running\n", "")
+
+
+def test_guest_that_libvirt_cannot_attach_is_an_error(root, make_xml):
+    first = python(OPEN_AND_START, uri(root), make_xml("a"))
+    assert first.stdout.readline() == "up\n"
+    first.kill()
+    first.communicate(timeout=10)
+    (root / "run/qemu/a.xml").write_text("<damaged/>")
+    second = python(OPEN_AND_LIST, uri(root), 0.5)
+    assert "does not attach these running guests again: a" in second.communicate(timeout=30)[1]
 
 
 def test_private_root_is_refused(folder):
