@@ -1,5 +1,74 @@
-"""The Hyper-V way of working with virtual machines, on KVM."""
+"""The Hyper-V way of working with virtual machines, on KVM.
+
+    import hvmgr
+
+    with hvmgr.Host.open() as host:
+        for vm in host.vms():
+            print(vm.name, [snapshot.name for snapshot in vm.snapshots()])
+
+Every name in ``__all__`` is imported when it is first used, so that ``import hvmgr`` costs nothing.
+"""
+
+from __future__ import annotations
 
 from hvmgr.version import __version__
 
-__all__ = ["__version__"]
+TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know the name
+if TYPE_CHECKING:
+    from hvmgr import errors
+    from hvmgr.host.domain import State
+    from hvmgr.model.metadata import SavedState, SnapshotType
+    from hvmgr.model.plan import Plan
+    from hvmgr.model.progress import Progress
+    from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
+    from hvmgr.operations.host import VM, Host, Snapshot
+    from hvmgr.operations.session import Reporter
+    from hvmgr.operations.usage import Usage
+
+__all__ = [
+    "VM",
+    "DiskSpecification",
+    "Host",
+    "NetworkSpecification",
+    "Plan",
+    "Progress",
+    "Reporter",
+    "SavedState",
+    "Snapshot",
+    "SnapshotType",
+    "Specification",
+    "State",
+    "Usage",
+    "__version__",
+    "errors",
+]
+
+_HOMES = {
+    "VM": "hvmgr.operations.host",
+    "DiskSpecification": "hvmgr.model.specification",
+    "Host": "hvmgr.operations.host",
+    "NetworkSpecification": "hvmgr.model.specification",
+    "Plan": "hvmgr.model.plan",
+    "Progress": "hvmgr.model.progress",
+    "Reporter": "hvmgr.operations.session",
+    "SavedState": "hvmgr.model.metadata",
+    "Snapshot": "hvmgr.operations.host",
+    "SnapshotType": "hvmgr.model.metadata",
+    "Specification": "hvmgr.model.specification",
+    "State": "hvmgr.host.domain",
+    "Usage": "hvmgr.operations.usage",
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name == "errors":
+        return importlib.import_module("hvmgr.errors")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hvmgr' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

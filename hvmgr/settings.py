@@ -6,12 +6,9 @@ import os
 from pathlib import Path
 
 SYSTEM_ROOT = Path("/var/lib/hvmgr")
+SYSTEM_CACHE = Path("/var/cache/hvmgr")
 SYSTEM_URI = "qemu:///system"
 SESSION_URI = "qemu:///session"
-
-# Images in one chain: each costs start time (100 images 1.8 s, 180 images 6 s); libvirt itself fails at 200.
-CHAIN_WARNING = 30
-CHAIN_LIMIT = 190
 
 # How long a command waits for the lock of a home or of an embedded root, seconds.
 LOCK_WAIT_S = 10.0
@@ -44,9 +41,10 @@ def index_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Things that can be made again, such as the demo's guest."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hvmgr"
+    """Things that can be made again, such as the demo's guest; root's own home is closed to QEMU's user."""
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "hvmgr"
+    return SYSTEM_CACHE if is_root() else Path.home() / ".cache" / "hvmgr"
 
 
 def templates_folder() -> Path:

@@ -250,8 +250,8 @@ class Domain:
         with libvirt_door.translated(f"count libvirt's snapshots of {self.name}"):
             return int(self._handle().snapshotNum(0))
 
-    def checkpoint_count(self) -> int:
-        """How many of libvirt's checkpoints (dirty bitmaps) there is metadata of."""
+    def bitmap_count(self) -> int:
+        """How many of libvirt's own checkpoints (dirty bitmaps) there is metadata of."""
         with libvirt_door.translated(f"count libvirt's checkpoints of {self.name}"):
             return len(self._handle().listAllCheckpoints(0))
 

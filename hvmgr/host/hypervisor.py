@@ -176,6 +176,18 @@ class Connection:
             return Path("/var/lib/libvirt/swtpm") / uuid
         return _user_config() / "qemu" / "swtpm" / uuid
 
+    def active_networks(self) -> frozenset[str]:
+        """The names of libvirt's networks that are up; none where the connection has no network driver."""
+        libvirt = libvirt_door.library()
+        with libvirt_door.translated("list the networks"):
+            try:
+                found = self._handle.listAllNetworks(libvirt.VIR_CONNECT_LIST_NETWORKS_ACTIVE)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                    raise
+                return frozenset()
+        return frozenset(network.name() for network in found)
+
     # Its domains
 
     def domains(self) -> list[Domain]:

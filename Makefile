@@ -1,0 +1,49 @@
+# hvmgr: `make help` lists what there is. Every target that needs them brings the Debian packages and the virtual
+# environment first (.ci/setup), as root or through sudo; when nothing is missing that costs nothing.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= 2
+PYTEST  ?=
+
+SHELL := /bin/bash
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+.PHONY: help setup test lint format demo bench clean
+
+run := $(VENV)/bin/python -m
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## */\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@echo
+	@echo '  PYTHON=python3.12   the Python that makes $(VENV) (3.11 or later; after make clean)'
+	@echo '  WORKERS=2           test processes'
+	@echo '  PYTEST="-k merge"   what pytest gets besides'
+
+setup:  ## Debian packages and the virtual environment
+	@.ci/setup "$(VENV)" "$(PYTHON)"
+
+test: lint  ## the whole check: format, lint, types, tests
+	@$(run) pytest -rs -n $(WORKERS) --dist loadfile $(PYTEST)
+
+lint: setup  ## format, lint and types only
+	@$(run) ruff format --check . || { echo 'make format puts this right' >&2; exit 1; }
+	@$(run) ruff check .
+	@$(run) mypy
+
+format: setup  ## formats the code, mends what ruff can mend
+	@$(run) ruff format .
+	@$(run) ruff check --fix .
+
+demo: setup  ## a guided tour with a real guest, no libvirt daemon needed
+	@$(VENV)/bin/hvmgr demo
+
+bench: setup  ## measures the promises of speed against the usual tools
+	@if [[ -f bench/__main__.py ]]; then exec $(run) bench; fi; \
+	shopt -s nullglob; files=(bench/[!_]*.py); \
+	(( $${#files[@]} )) || { echo 'bench: nothing to measure yet'; exit 0; }; \
+	for file in "$${files[@]}"; do $(VENV)/bin/python "$$file" || exit; done
+
+clean:  ## removes the virtual environment, caches and build products; Debian packages stay
+	rm -rf -- $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf -- {} +

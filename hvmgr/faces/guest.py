@@ -1,0 +1,224 @@
+"""The counting guest of the demo and the tests: Debian's cloud kernel and a static busybox, packed by ourselves.
+
+Ten times a second it counts in memory and on each of its disks, reads the disks back past every cache and says on
+``ttyS0`` whether memory and disks still belong together; ``guest_init.sh`` shows the lines, ``console`` reads them.
+
+- Memory starts from what the first disk held, which the guest says at boot: after a cold boot ``boot disk=`` is the
+  counter that lies in the disk's bytes.
+- Each tick finds on the disk what the tick before wrote: ``memory == disk + 1``. A memory that comes back over a disk
+  of another moment, two ticks away or more, says MISMATCH in its first or second tick and from then on, until it
+  boots anew.
+- The disk is written after the tick is said. A snapshot whose disk holds D therefore goes on, when its memory is
+  restored, with tick D + 1, or with D + 2 when it was taken between the word and the write.
+- The power button (``vm stop``, ACPI) turns it off; a disk has to be longer than 1 MiB. It has a driver for virtio,
+  virtio-scsi, IDE and NVMe disks; Debian's cloud kernel has none for AHCI (``bus='sata'``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import lzma
+import platform
+import re
+import struct
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvmgr import errors, settings, units
+from hvmgr.host import process
+from hvmgr.storage import durable, locks
+
+# Boots in two seconds under TCG, where the kernel's own tests, code patching and mitigations take another one.
+# Serial output is left to the counter: nothing may break its lines.
+COMMAND_LINE = (
+    "console=ttyS0 quiet mitigations=off nokaslr noreplace-smp cryptomgr.notests lsm= audit=0"
+    " no_timer_check tsc=reliable nowatchdog"
+)
+MEMORY_SIZE = 96 * units.MIB  # 80 MiB is the least with which it boots
+
+COUNTER_OFFSET = 1 * units.MIB
+COUNTER_SIZE = 1024  # two sectors that are written by turns
+_SECTOR_SIZE = 512
+_COUNTER = re.compile(rb"HVMGR-COUNT (\d{6})\n\0*")
+
+KERNEL_PACKAGE = "linux-image-cloud-amd64"
+_INIT = Path(__file__).with_name("guest_init.sh")
+_BUSYBOX = Path("/bin/busybox")
+# What the init script loads as one; a module that the kernel has built in, or not at all, is left out.
+_MODULES = {
+    "virtio": ("virtio_pci", "virtio_blk"),
+    "sd": ("sd_mod", "virtio_scsi", "ata_piix", "ahci"),
+    "power": ("evdev", "button"),
+}
+_DOWNLOAD_S = 600.0
+_PROGRAM_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """What a domain boots directly; QEMU's user has to be able to read both files."""
+
+    kernel: Path
+    initrd: Path
+    command_line: str = COMMAND_LINE
+    memory_size: int = MEMORY_SIZE
+
+
+def build(folder: Path | None = None) -> Guest:
+    """The guest in ``folder`` (by default in the cache), made there if need be: 30 MB are then downloaded.
+
+    What was made once is kept under the kernel's version and the recipe, and used without asking apt again; a
+    folder of it is complete or not there. Raises Unsupported where apt cannot help, HostFailed when it does not.
+    """
+    folder = folder or settings.cache_folder() / "guest"
+    recipe = hashlib.sha256(repr(_MODULES).encode() + _INIT.read_bytes()).hexdigest()[:12]
+    if guest := _find(folder, recipe):
+        return guest
+    # QEMU runs as another user: each folder that we make on the way is open to it.
+    for level in reversed([folder, *folder.parents]):
+        durable.make_folder(level, mode=0o755)
+    with locks.held(folder / ".lock", wait_s=_DOWNLOAD_S, what="the guest"):
+        durable.sweep(folder)
+        if guest := _find(folder, recipe):
+            return guest
+        return _build(folder, recipe)
+
+
+def read_counter(data: bytes) -> int:
+    """The count in the ``COUNTER_SIZE`` bytes at ``COUNTER_OFFSET`` of a disk; 0 when they are blank.
+
+    Raises Corrupt for anything else.
+    """
+    if len(data) != COUNTER_SIZE:
+        raise errors.Corrupt(f"the guest's counter takes {COUNTER_SIZE} bytes, not {len(data)}")
+    return max(_sector_counter(data[:_SECTOR_SIZE]), _sector_counter(data[_SECTOR_SIZE:]))
+
+
+def _sector_counter(sector: bytes) -> int:
+    if sector == bytes(_SECTOR_SIZE):
+        return 0
+    match = _COUNTER.fullmatch(sector)
+    if match is None:
+        raise errors.Corrupt("the disk does not hold the guest's counter", sector=sector[:32].hex())
+    return int(match[1])
+
+
+def pack(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
+    """A cpio archive of names, modes and contents as the kernel unpacks it: "newc", all of root.
+
+    Source: Documentation/driver-api/early-userspace/buffer-format.rst of Linux.
+    """
+    console = 5 << 8 | 1  # the one device node that we need, before devtmpfs is there
+    archive = bytearray()
+    for name, mode, data in [*entries, ("TRAILER!!!", 0, b"")]:
+        encoded = name.encode() + b"\0"
+        device = console if mode & 0o170000 == 0o020000 else 0
+        fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, device >> 8, device & 0xFF, len(encoded), 0)
+        archive += b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
+        archive += bytes(-len(archive) % 4) + data
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
+
+
+def _find(folder: Path, recipe: str) -> Guest | None:
+    made = sorted(folder.glob(f"*-{recipe}"), key=lambda path: path.stat().st_mtime)
+    return Guest(made[-1] / "vmlinuz", made[-1] / "initrd") if made else None
+
+
+def _build(folder: Path, recipe: str) -> Guest:
+    package, version = _kernel_package()
+    with tempfile.TemporaryDirectory(prefix="hvmgr-") as place:
+        files = _unpacked(package, Path(place) / "kernel")
+        kernel = next(iter((files / "boot").glob("vmlinuz-*")), None)
+        if kernel is None:
+            raise errors.HostFailed(f"the package {package} holds no kernel")
+        initrd = pack(_contents(files, _busybox(Path(place) / "busybox")))
+        part = folder / f"{durable.TEMPORARY}{uuid.uuid4().hex}"
+        durable.make_folder(part, mode=0o755)
+        durable.copy_file(kernel, part / "vmlinuz", mode=0o644)
+        durable.write_file(part / "initrd", initrd, mode=0o644)
+    target = folder / f"{version}-{recipe}"
+    durable.rename(part, target)
+    return Guest(target / "vmlinuz", target / "initrd")
+
+
+def _kernel_package() -> tuple[str, str]:
+    """Name and version of the package that Debian's ever newest one depends on."""
+    if platform.machine() != "x86_64":
+        raise errors.Unsupported(f"the guest is made for x86_64, not for {platform.machine()}")
+    shown = process.run(
+        ["apt-cache", "show", "--no-all-versions", KERNEL_PACKAGE], timeout_s=_PROGRAM_S, ok_codes=(0, 100)
+    )
+    match = re.search(rb"^Depends:.*?(linux-image-[^\s,]+) \(= ([^)/]+)\)", shown.stdout, re.MULTILINE)
+    if match is None:
+        raise errors.HostFailed(
+            f"apt knows no package {KERNEL_PACKAGE}",
+            hint="run 'apt-get update'; the guest is made of Debian's packages",
+        )
+    return match[1].decode(), match[2].decode()
+
+
+def _unpacked(package: str, folder: Path) -> Path:
+    """The folder with the files of a Debian package, which is not installed for that."""
+    folder.mkdir()
+    # As root apt would download as a user of its own, who may not write here, and complain about it.
+    download = ["apt-get", "--quiet", "--option", "APT::Sandbox::User=root", "download", package]
+    try:
+        process.run(["env", f"--chdir={folder}", *download], timeout_s=_DOWNLOAD_S)
+    except errors.HostFailed as error:
+        raise errors.HostFailed(
+            f"cannot download {package}: {error}", hint="check the network and run 'apt-get update'"
+        ) from error
+    archive = next(folder.glob("*.deb"))
+    process.run(["dpkg-deb", "--extract", archive, folder / "files"], timeout_s=_PROGRAM_S)
+    return folder / "files"
+
+
+def _busybox(folder: Path) -> bytes:
+    """A static busybox: the installed one, or that of Debian's package."""
+    if _BUSYBOX.is_file() and is_static(data := _BUSYBOX.read_bytes()):
+        return data
+    return (_unpacked("busybox-static", folder) / "bin/busybox").read_bytes()
+
+
+def is_static(program: bytes) -> bool:
+    """Whether a 64-bit ELF program runs without a loader: it has no program header PT_INTERP (elf(5))."""
+    if not program.startswith(b"\x7fELF\x02"):
+        return False
+    (table,) = struct.unpack_from("<Q", program, 32)
+    size, count = struct.unpack_from("<HH", program, 54)
+    return all(struct.unpack_from("<I", program, table + size * number) != (3,) for number in range(count))
+
+
+def _contents(files: Path, busybox: bytes) -> Iterator[tuple[str, int, bytes]]:
+    """What the initramfs holds: names, modes, bytes; folders before what is in them."""
+    for folder in ("bin", "dev", "modules", "proc", "run", "sys"):
+        yield folder, 0o040755, b""
+    yield "dev/console", 0o020600, b""
+    yield "bin/busybox", 0o100755, busybox
+    yield "init", 0o100755, _INIT.read_bytes()
+    paths = {path.name.partition(".")[0].replace("-", "_"): path for path in files.rglob("*.ko*")}
+    packed: dict[str, bytes] = {}
+    for group, wanted in _MODULES.items():
+        order = list(_ordered(wanted, paths, packed))
+        yield f"modules/{group}", 0o100644, "".join(f"{name}\n" for name in order).encode()
+    for name, data in packed.items():
+        yield f"modules/{name}.ko", 0o100644, data
+
+
+def _ordered(wanted: Sequence[str], paths: dict[str, Path], packed: dict[str, bytes]) -> Iterator[str]:
+    """The modules and before each those that it depends on; adds them to ``packed``, skips what is there."""
+    for name in wanted:
+        if name in packed or name not in paths:
+            continue
+        raw = paths[name].read_bytes()
+        data = lzma.decompress(raw) if paths[name].suffix == ".xz" else raw
+        # The loader's own words: modinfo(8) reads the same. Dependencies first, and they are what they are once.
+        found = re.search(rb"\0depends=([^\0]*)\0", data)
+        needed = found[1].decode().replace("-", "_").split(",") if found else []
+        yield from _ordered(needed, paths, packed)
+        packed[name] = data
+        yield name

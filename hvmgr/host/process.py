@@ -1,0 +1,254 @@
+"""The one door to other programs: clean environment, no stdin, a time limit, always waited for.
+
+``run`` is for programs that end by themselves, ``spawned`` for those that serve us meanwhile. What goes wrong
+is raised with a command line that can be pasted into a shell and with the program's last words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from hvmgr import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+# How long a spawned program may take to end after SIGTERM before it is killed.
+TERMINATE_S = 5.0
+
+_SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
+
+# Debian's names; Fedora and RHEL carry most of them in a package of the program's own name.
+_PACKAGES = {
+    "nbdinfo": "libnbd-bin",
+    "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
+    "qemu-storage-daemon": "qemu-system-common",
+    "setpriv": "util-linux",
+    "swtpm": "swtpm",
+    "swtpm_setup": "swtpm-tools",
+    "virt-xml-validate": "libvirt-clients",
+    "wimlib-imagex": "wimtools",
+}
+
+# The kernel ends the program when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG). Should that have
+# happened before the prctl, no signal comes any more: the shell sees it by its parent and never starts the program.
+_GUARD = ("setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", '[ "$PPID" = "$1" ] || exit 125; shift; exec "$@"', "sh")
+
+
+@dataclass(frozen=True, slots=True)
+class Completed:
+    """What a program left behind: its output as bytes, its messages as text, its exit code."""
+
+    stdout: bytes
+    stderr: str
+    code: int
+
+
+class Spawned:
+    """A program that runs beside us until the ``spawned`` block ends."""
+
+    def __init__(self, process: subprocess.Popen[bytes], command: str, stderr: IO[bytes]) -> None:
+        self._process = process
+        self._stderr = stderr
+        self.command = command
+        self.pid = process.pid
+        self.start_time = start_time(process.pid)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code as soon as it is known; None when it still runs after ``timeout_s``."""
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def stderr_text(self) -> str:
+        """All that the program has written to its stderr so far."""
+        size = os.fstat(self._stderr.fileno()).st_size
+        return _text(os.pread(self._stderr.fileno(), size, 0))
+
+    def end(self) -> None:
+        """Terminate, wait, kill; returns when the program is gone."""
+        if self.poll() is None:
+            self._process.terminate()
+            if self.wait(TERMINATE_S) is None:
+                self._process.kill()
+        self._process.wait()
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    input: bytes = b"",
+    timeout_s: float,
+    ok_codes: Sequence[int] = (0,),
+) -> Completed:
+    """The output of a program that ended with one of ``ok_codes``.
+
+    Raises Unsupported when the program is not installed; HostFailed for another exit code, a signal, or when it
+    ran longer than ``timeout_s`` (it and its children are then killed).
+    """
+    command = shlex.join(os.fspath(word) for word in argv)
+    stdin = subprocess.PIPE if input else subprocess.DEVNULL
+    with _started(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        try:
+            stdout, stderr = process.communicate(input or None, timeout_s)
+        except subprocess.TimeoutExpired as error:
+            raise errors.HostFailed(
+                f"'{command}' did not end within {timeout_s:g} s and was stopped", command=command
+            ) from error
+        finally:
+            if process.returncode is None:  # not reaped: the number of its group is still its own
+                _kill_group(process)
+    completed = Completed(stdout, _text(stderr), process.returncode)
+    if completed.code not in ok_codes:
+        raise _failed(command, completed)
+    return completed
+
+
+@contextlib.contextmanager
+def spawned(
+    argv: Sequence[str | Path], *, stderr_to: IO[bytes] | None = None, pass_fds: Sequence[int] = ()
+) -> Iterator[Spawned]:
+    """A program that runs for the length of the block and never longer.
+
+    It is ended on every way out of the block, and by the kernel when we are killed. The kernel watches the
+    *thread* that entered the block, which therefore has to stay until the block ends. Ctrl-C of the
+    terminal does not reach it. ``stderr_to`` is an open file; without one its messages are kept aside.
+    """
+    _require(argv)
+    command = shlex.join(os.fspath(word) for word in argv)
+    with contextlib.ExitStack() as stack:
+        stderr = stderr_to or stack.enter_context(tempfile.TemporaryFile(prefix="hvmgr-"))
+        guarded = [*_GUARD, str(os.getpid()), *argv]
+        process = stack.enter_context(
+            _started(guarded, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, pass_fds=pass_fds)
+        )
+        program = Spawned(process, command, stderr)
+        stack.callback(program.end)
+        yield program
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot: with the pid it names one process for ever.
+
+    None when there is no such process. Source: proc_pid_stat(5), field 22.
+    """
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    # The second field, the name in parentheses, may hold blanks and parentheses itself.
+    return int(stat.rpartition(b")")[2].split()[19])
+
+
+def end_left_over(pid: int, started: int, *, timeout_s: float = TERMINATE_S) -> bool:
+    """Kill the process with this pid and ``start_time``, if it still is that one; whether there was one.
+
+    Raises HostFailed when it does not end, or is not ours to end.
+    """
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return False
+    try:
+        # From here on the descriptor cannot come to mean another process.
+        if start_time(pid) != started:
+            return False
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        poller = select.poll()
+        poller.register(descriptor, select.POLLIN)
+        if not poller.poll(timeout_s * 1000):
+            raise errors.HostFailed(f"process {pid} does not end", pid=pid)
+    except ProcessLookupError:
+        return False
+    except PermissionError as error:
+        raise errors.HostFailed(f"process {pid} belongs to another user", pid=pid) from error
+    finally:
+        os.close(descriptor)
+    return True
+
+
+@contextlib.contextmanager
+def _started(
+    argv: Sequence[str | Path],
+    *,
+    stdin: int,
+    stdout: int,
+    stderr: int | IO[bytes],
+    pass_fds: Sequence[int] = (),
+) -> Iterator[subprocess.Popen[bytes]]:
+    _require(argv)
+    try:
+        # A group of its own: Ctrl-C of the terminal reaches us alone, and we decide.
+        process = subprocess.Popen(
+            argv, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=_environment(), process_group=0
+        )
+    except OSError as error:
+        raise errors.HostFailed(f"cannot start '{argv[0]}': {error.strerror}") from error
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            raise
+
+
+def _require(argv: Sequence[str | Path]) -> None:
+    program = os.fspath(argv[0])
+    if shutil.which(program, path=_environment()["PATH"]) is None:
+        package = _PACKAGES.get(Path(program).name)
+        hint = f"install it, on Debian with: apt install {package}" if package else f"install '{program}'"
+        raise errors.Unsupported(f"the program '{program}' is not installed", hint=hint, program=program)
+
+
+def _environment() -> dict[str, str]:
+    folders = os.environ.get("PATH", "").split(os.pathsep)
+    folders += [folder for folder in _SYSTEM_FOLDERS if folder not in folders]
+    return {
+        "PATH": os.pathsep.join(folder for folder in folders if folder),
+        "LANG": "C.UTF-8",
+        "HOME": os.environ.get("HOME", "/"),
+    }
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _failed(command: str, completed: Completed) -> errors.HostFailed:
+    how = (
+        f"was ended by {_signal_name(-completed.code)}" if completed.code < 0 else f"failed with code {completed.code}"
+    )
+    # Some programs, qemu-io for one, say what went wrong on stdout.
+    text = completed.stderr if completed.stderr.strip() else _text(completed.stdout)
+    words = "; ".join(line.strip() for line in text.splitlines()[-5:] if line.strip())
+    message = f"'{command}' {how}" + (f": {words}" if words else "")
+    return errors.HostFailed(message, command=command, code=completed.code, words=words)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")

@@ -1,0 +1,79 @@
+"""QEMU's words into hvmgr's errors: qemu-img, qemu-io and QMP give nothing but texts, and mostly the same ones."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from hvmgr import errors
+
+_FULL = ("No space left on device", "quota exceeded")
+_DAMAGED = (
+    "mage is not in ",  # qcow2, vpc: another format, or none
+    "nvalid VPC image",
+    "orrupt",
+    "nvalid image",
+    "too large",  # tables that no image can have
+    "too small",
+    "ncorrect header",
+    "must be a power of",
+    "entry out of",
+)
+_IMPOSSIBLE = (
+    "File too large",  # EFBIG: no file of this file system can be that large
+    "too large for file format",
+    "not support",
+    "nsupported",
+    "nknown driver",
+    "not whitelisted",
+    "does not accept value",  # QMP, for a driver that was not built in
+)
+
+
+def translated(words: str, path: Path) -> errors.HvmgrError:
+    """The error that QEMU's words about the image at ``path`` mean."""
+    facts = {"path": str(path)}
+    # Names are data: an image called "corrupt" is none.
+    plain = re.sub(r"'[^']*'", "", words.replace(str(path), ""))
+    if any(sign in plain for sign in _FULL):
+        hint = "free space and run the command again"
+        return errors.NoSpace(f"no space left for '{path}': {words}", hint=hint, **facts)
+    if "Failed to get" in plain and "lock" in plain:
+        return _in_use(words, path)
+    if "No such file or directory" in plain:
+        return errors.NotFound(words, **facts)
+    if any(sign in plain for sign in _IMPOSSIBLE):
+        return errors.Unsupported(words, **facts)
+    if any(sign in plain for sign in _DAMAGED):
+        return errors.Corrupt(words, **facts)
+    return errors.HostFailed(words, **facts)
+
+
+def holders_of(path: Path) -> list[int]:
+    """The other processes that have a file open, as far as we may see.
+
+    QEMU's locks are open-file-description locks, for which the kernel names no owner.
+    """
+    try:
+        wanted = path.stat()
+    except OSError:
+        return []
+    found = set()
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or not ours to see
+            there = entry.stat()
+            if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+                found.add(int(entry.parts[2]))
+    return sorted(found - {os.getpid()})
+
+
+def _in_use(words: str, path: Path) -> errors.Conflict:
+    named = re.search(r"using the image \[(.*)\]\?", words)  # a parent perhaps; QMP does not say which
+    image = Path(named[1]) if named else path
+    subject = f"a parent of '{path}'" if "backing file" in words and not named else f"'{image}'"
+    holders = holders_of(image)
+    who = f"process {', '.join(map(str, holders))}" if holders else "another process"
+    hint = "a running VM or another command writes to it: let that end first"
+    return errors.Conflict(f"{subject} is in use by {who}", hint=hint, path=str(image), pids=holders)

@@ -1,0 +1,171 @@
+"""What qemu-img tells about an image: ``info``, ``map``, ``check`` and ``measure``; it changes nothing else.
+
+The format is always stated, never guessed. A differencing VHD must not get here: QEMU ignores its parent.
+Raises everywhere: NotFound, Corrupt for a file of another format, Conflict when another process writes to it,
+Unsupported for what a format cannot do.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hvmgr import errors
+from hvmgr.host import process, qemu_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+# Metadata only, yet a check reads all tables of an image from a slow disk.
+_INFO_S = 60.0
+_SCAN_S = 3600.0
+
+# qemu-img-check(1): 0 sound, 2 corrupt, 3 leaks only, 63 not supported by the format.
+_CHECK_CODES = (0, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """The header of one image; sizes are bytes.
+
+    ``backing_name`` is what the header says, ``backing_full`` what QEMU makes of it (a path, or a URI).
+    ``data_file`` names another file that holds the bytes; an image from strangers should have none.
+    """
+
+    path: Path
+    fmt: str
+    size: int
+    allocated: int
+    cluster_size: int | None
+    backing_name: str | None
+    backing_full: str | None
+    backing_fmt: str | None
+    data_file: str | None
+    is_corrupt: bool
+    is_dirty: bool
+    is_encrypted: bool
+    internal_snapshots: tuple[str, ...]
+    bitmaps: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A run of a disk. ``depth`` counts images from the top (0); ``present``: that image or one below says so.
+
+    ``offset`` is where the bytes lie in the file of that image; None when they lie nowhere (zeros) or are
+    compressed or encrypted there.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    offset: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """Counts of clusters; ``leaks`` only waste space, ``corruptions`` mean lost data."""
+
+    corruptions: int
+    leaks: int
+    check_errors: int
+    leaks_fixed: int
+    end_offset: int | None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether all data can be trusted; leaks do not matter."""
+        return not (self.corruptions or self.check_errors)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Bytes that a converted image will need, now and when it is full; ``bitmaps`` when those are copied too."""
+
+    required: int
+    fully_allocated: int
+    bitmaps: int
+
+
+def info(path: Path, fmt: str, *, force_share: bool = False) -> Info:
+    """The image's header; its parents are not opened. ``force_share``: also while a VM writes to it."""
+    answer = _run(path, "info", ["-f", fmt, *_share(force_share=force_share)], timeout_s=_INFO_S)
+    specific = answer.get("format-specific", {}).get("data", {})
+    return Info(
+        path=path,
+        fmt=answer["format"],
+        size=answer["virtual-size"],
+        allocated=answer.get("actual-size", 0),
+        cluster_size=answer.get("cluster-size"),
+        backing_name=answer.get("backing-filename"),
+        backing_full=answer.get("full-backing-filename"),
+        backing_fmt=answer.get("backing-filename-format"),
+        data_file=specific.get("data-file"),
+        is_corrupt=specific.get("corrupt", False),
+        is_dirty=answer.get("dirty-flag", False),
+        is_encrypted=answer.get("encrypted", False),
+        internal_snapshots=tuple(entry["name"] for entry in answer.get("snapshots", ())),
+        bitmaps=tuple(entry["name"] for entry in specific.get("bitmaps", ())),
+    )
+
+
+def map(path: Path, fmt: str, *, force_share: bool = False) -> list[Extent]:
+    """The extents of the whole disk through its chain, in order and without gaps."""
+    answer = _run(path, "map", ["-f", fmt, *_share(force_share=force_share)], timeout_s=_SCAN_S)
+    return [
+        Extent(
+            start=entry["start"],
+            length=entry["length"],
+            depth=entry["depth"],
+            present=entry.get("present", True),
+            zero=entry["zero"],
+            data=entry["data"],
+            offset=entry.get("offset"),
+        )
+        for entry in answer
+    ]
+
+
+def check(path: Path, fmt: str, *, repair_leaks: bool = False) -> CheckResult:
+    """The tables of the image compared with each other. Its parents have to be there, but are not checked.
+
+    ``repair_leaks`` gives lost clusters back; corruptions are never repaired here.
+    """
+    repair = ["-r", "leaks"] if repair_leaks else []
+    answer = _run(path, "check", ["-f", fmt, *repair], timeout_s=_SCAN_S, ok_codes=_CHECK_CODES)
+    return CheckResult(
+        corruptions=answer.get("corruptions", 0),
+        leaks=answer.get("leaks", 0),
+        check_errors=answer.get("check-errors", 0),
+        leaks_fixed=answer.get("leaks-fixed", 0),
+        end_offset=answer.get("image-end-offset"),
+    )
+
+
+def measure(path: Path, fmt: str, *, target: str, force_share: bool = False) -> Measure:
+    """The space that the disk, chain and all, takes as one image of format ``target`` (qcow2 or raw)."""
+    options = ["-f", fmt, "-O", target, *_share(force_share=force_share)]
+    answer = _run(path, "measure", options, timeout_s=_SCAN_S)
+    return Measure(answer["required"], answer["fully-allocated"], answer.get("bitmaps", 0))
+
+
+def _run(path: Path, verb: str, options: Sequence[str], *, timeout_s: float, ok_codes: Sequence[int] = (0,)) -> Any:
+    # Absolute: a name that starts with "-" or holds a ":" would mean something else.
+    argv: list[str | Path] = ["qemu-img", verb, "--output=json", *options, path.absolute()]
+    try:
+        completed = process.run(argv, timeout_s=timeout_s, ok_codes=ok_codes)
+    except errors.HostFailed as error:
+        words = error.facts.get("words")
+        if not words:
+            raise
+        raise qemu_errors.translated(str(words).removeprefix("qemu-img: "), path) from error
+    return json.loads(completed.stdout)
+
+
+def _share(*, force_share: bool) -> list[str]:
+    return ["-U"] if force_share else []

@@ -1,0 +1,129 @@
+"""The folders and files of one VM home (docs/format.md); pure paths, nothing is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CONFIGURATIONS = "Virtual Machines"
+SNAPSHOTS = "Snapshots"
+BASES = "Virtual Hard Disks"
+PRIVATE = ".hvmgr"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything of the VM with id ``vm_id`` lies below ``home``. File names are ids, never names."""
+
+    home: Path
+    vm_id: str
+
+    @property
+    def configuration(self) -> Path:
+        """The present configuration."""
+        return self.home / CONFIGURATIONS / f"{self.vm_id}.xml"
+
+    @property
+    def vm_folder(self) -> Path:
+        """NVRAM of the present and of the undo slot."""
+        return self.home / CONFIGURATIONS / self.vm_id
+
+    @property
+    def undo(self) -> Path:
+        """The configuration in the undo slot; absent when the slot is empty."""
+        return self.vm_folder / "undo.xml"
+
+    def nvram(self, name: str) -> Path:
+        """One NVRAM file of the present or the undo slot; each apply gets a new name."""
+        return self.vm_folder / f"nvram_{name}.fd"
+
+    def tpm_copy(self, change: str) -> Path:
+        """The TPM state of a present that was put away, by the change that had made it the present."""
+        return self.vm_folder / f"tpm_{change}"
+
+    @property
+    def snapshots(self) -> Path:
+        """All snapshots' configurations."""
+        return self.home / SNAPSHOTS
+
+    def snapshot(self, snapshot_id: str) -> Path:
+        """One snapshot's configuration."""
+        return self.snapshots / f"{snapshot_id}.xml"
+
+    def snapshot_folder(self, snapshot_id: str) -> Path:
+        """Memory, NVRAM and TPM state of one snapshot."""
+        return self.snapshots / snapshot_id
+
+    def memory(self, snapshot_id: str) -> Path:
+        """The saved state of one snapshot, a libvirt save file."""
+        return self.snapshot_folder(snapshot_id) / "memory.save"
+
+    def snapshot_nvram(self, snapshot_id: str) -> Path:
+        """The NVRAM as it was at one snapshot."""
+        return self.snapshot_folder(snapshot_id) / "nvram"
+
+    def snapshot_tpm(self, snapshot_id: str) -> Path:
+        """The TPM state as it was at one snapshot, a folder."""
+        return self.snapshot_folder(snapshot_id) / "tpm"
+
+    @property
+    def images(self) -> Path:
+        """The differencing images of all snapshots and of the present."""
+        return self.snapshots / self.vm_id
+
+    def image(self, slot: str, image_id: str) -> Path:
+        """One differencing image."""
+        return self.images / f"{slot}_{image_id}.qcow2"
+
+    @property
+    def bases(self) -> Path:
+        """Base images that belong to this home."""
+        return self.home / BASES
+
+    @property
+    def private(self) -> Path:
+        """hvmgr's own working files: lock, journal, records, trash."""
+        return self.home / PRIVATE
+
+    @property
+    def lock(self) -> Path:
+        """Held while a command works on this home."""
+        return self.private / "lock"
+
+    @property
+    def journal(self) -> Path:
+        """There while an operation is open."""
+        return self.private / "journal"
+
+    @property
+    def frozen(self) -> Path:
+        """One record per frozen image: its size and time when it was frozen."""
+        return self.private / "frozen"
+
+    @property
+    def trash(self) -> Path:
+        """Removed images wait here until the operation ends."""
+        return self.private / "trash"
+
+    @property
+    def put_away(self) -> Path:
+        """Memory of a running present while an apply replaces it."""
+        return self.private / "present.save"
+
+    def folders(self) -> tuple[Path, ...]:
+        """Every folder of a home, parents first."""
+        return (
+            self.home,
+            self.private,
+            self.frozen,
+            self.trash,
+            self.configuration.parent,
+            self.vm_folder,
+            self.snapshots,
+            self.images,
+            self.bases,
+        )
+
+    def owns(self, path: str) -> bool:
+        """Whether a file lies inside this home."""
+        return Path(path).is_relative_to(self.home)

@@ -1,0 +1,474 @@
+"""Plans: the named steps of an operation, as values that a journal can store and ``--dry-run`` can print.
+
+A plan has three parts. ``prepare`` makes new things only, so each of its steps can be undone. ``switch`` is the one act
+that makes the new state the VM's present; afterwards anybody can tell whether it happened. ``finish`` steps may be run
+again as often as needed. Before the switch a plan that was cut off is undone, after it the plan is completed. A plan
+without a switch changes no guest-visible content and is completed from the start.
+
+Steps hold strings, numbers and tuples of them, so that ``to_json`` and ``from_json`` are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, ClassVar
+
+from hvmgr.errors import Corrupt
+
+JOURNAL_FORMAT = 1
+
+
+def _name(path: str) -> str:
+    return PurePath(path).name
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One act of a plan."""
+
+    def describe(self) -> str:
+        """The act as a short sentence for people."""
+        raise NotImplementedError
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CreateImage(Step):
+    """A new qcow2 image; with a parent it is a differencing image, without one a blank base."""
+
+    path: str
+    size: int
+    parent: str | None
+    parent_format: str | None
+
+    def describe(self) -> str:
+        below = f" on {_name(self.parent)}" if self.parent else ""
+        return f"create image {_name(self.path)}{below}"
+
+
+@dataclass(frozen=True, slots=True)
+class FreezeImage(Step):
+    """An image becomes read-only, because a snapshot or a child needs it."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"freeze image {_name(self.path)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ThawImage(Step):
+    """An image outside the home gets back the mode that it had before it was frozen."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"give {self.path} its mode back"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeUp(Step):
+    """The data of ``parent`` goes into its only child ``child``, whose parent is then ``below``; restartable at any point.
+
+    ``hide`` is a range (offset, length) in bytes that the shorter ``parent`` hid from the child and that needs
+    explicit zeros first, or old data of ``below`` would come back. It may reach beyond the child's end: what is within
+    the child by its size when the step runs counts, and again each time the step is run again.
+    """
+
+    child: str
+    parent: str
+    below: str | None
+    below_format: str | None
+    hide: tuple[int, int] | None
+
+    def describe(self) -> str:
+        return f"merge image {_name(self.parent)} into its child {_name(self.child)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeDown(Step):
+    """The data of ``child`` goes into ``parent``, which then takes the child's name, so that nothing else changes.
+
+    It needs equal sizes: when the child was resized since the plan, this merge and those after it are given up until
+    the next plan. A part of it that was done before does no harm, because the child is the parent's only user.
+    """
+
+    child: str
+    parent: str
+
+    def describe(self) -> str:
+        return f"merge image {_name(self.child)} down into {_name(self.parent)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Flatten(Step):
+    """Everything below ``path`` goes into it; it then stands alone."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"make image {_name(self.path)} complete"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveImage(Step):
+    """A differencing image that this plan left without a user goes away."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"remove image {_name(self.path)}"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyImage(Step):
+    """A file's bytes under a new name; holes stay holes."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"copy {self.source} to {_name(self.target)}"
+
+
+@dataclass(frozen=True, slots=True)
+class MoveImage(Step):
+    """An image gets another name in the same home."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"move image {_name(self.source)} to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFrozen(Step):
+    """The size and time of frozen images are noted, so that a later change is seen."""
+
+    paths: tuple[str, ...]
+
+    def describe(self) -> str:
+        return "note the state of " + ", ".join(_name(path) for path in self.paths)
+
+
+# --- files beside the images ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MakeHome(Step):
+    """The folders of a new home."""
+
+    home: str
+    vm_id: str
+
+    def describe(self) -> str:
+        return f"make the home {self.home}"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFile(Step):
+    """A small state file (NVRAM, saved memory) under a new name."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"copy {_name(self.source)} to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyFolder(Step):
+    """A folder of state files (TPM) under a new name, complete or not at all."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"copy folder {self.source} to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceFolder(Step):
+    """A folder of state files becomes a copy of ``source``, whatever was there."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"put {self.source} back to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFolder(Step):
+    """A folder of hvmgr's own that nothing needs any more."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"remove {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class MakeSnapshotFolder(Step):
+    """The folder for the memory, NVRAM and TPM state of a new snapshot."""
+
+    snapshot_id: str
+
+    def describe(self) -> str:
+        return f"make the folder of snapshot {self.snapshot_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSnapshot(Step):
+    """The configuration of a snapshot: with it the snapshot is in the tree."""
+
+    snapshot_id: str
+    xml: str
+
+    def describe(self) -> str:
+        return f"write the configuration of snapshot {self.snapshot_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class ReplaceFile(Step):
+    """A text file with new content."""
+
+    path: str
+    text: str
+
+    def describe(self) -> str:
+        return f"write {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveFile(Step):
+    """A file of hvmgr's own that nothing needs any more."""
+
+    path: str
+
+    def describe(self) -> str:
+        return f"remove {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveSnapshot(Step):
+    """A snapshot's configuration and saved state go; its images are another step's matter."""
+
+    snapshot_id: str
+
+    def describe(self) -> str:
+        return f"remove the configuration and saved state of snapshot {self.snapshot_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveHome(Step):
+    """What hvmgr keeps in a home goes; folders that still hold something stay."""
+
+    def describe(self) -> str:
+        return "remove the home's configuration"
+
+
+# --- the domain -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Define(Step):
+    """libvirt's inactive configuration becomes ``xml``; as a switch this makes the new present."""
+
+    xml: str
+
+    def describe(self) -> str:
+        return "define the configuration in libvirt"
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchDisks(Step):
+    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved."""
+
+    children: tuple[tuple[str, str], ...]
+    memory: str | None
+
+    def describe(self) -> str:
+        what = "memory and disks" if self.memory else "disks"
+        return f"take {what} of the running VM ({', '.join(slot for slot, _ in self.children)})"
+
+
+@dataclass(frozen=True, slots=True)
+class WritePresent(Step):
+    """The home's configuration becomes what libvirt has."""
+
+    def describe(self) -> str:
+        return "write the configuration into the home"
+
+
+@dataclass(frozen=True, slots=True)
+class Suspend(Step):
+    """The guest is paused for what follows."""
+
+    def describe(self) -> str:
+        return "pause the guest"
+
+
+@dataclass(frozen=True, slots=True)
+class Resume(Step):
+    """The guest runs on."""
+
+    def describe(self) -> str:
+        return "let the guest run on"
+
+
+@dataclass(frozen=True, slots=True)
+class SavePresent(Step):
+    """The running VM is stopped; its memory goes to ``memory``, from which it can be put back."""
+
+    memory: str
+    paused: bool
+
+    def describe(self) -> str:
+        return "stop the VM, keeping its memory until the new state is in place"
+
+
+@dataclass(frozen=True, slots=True)
+class TakeManagedSave(Step):
+    """libvirt's managed save of the present moves to ``memory``, from which it can be put back."""
+
+    memory: str
+
+    def describe(self) -> str:
+        return "put the saved state of the VM away"
+
+
+@dataclass(frozen=True, slots=True)
+class PointManagedSave(Step):
+    """libvirt's managed save goes on in new images: pairs (slot, old path, new path)."""
+
+    disks: tuple[tuple[str, str, str], ...]
+
+    def describe(self) -> str:
+        return "point the saved state of the VM to its new images"
+
+
+@dataclass(frozen=True, slots=True)
+class DiscardPresent(Step):
+    """The running or saved VM is stopped as by pulling the plug; its memory is lost."""
+
+    def describe(self) -> str:
+        return "stop the VM, discarding its memory"
+
+
+@dataclass(frozen=True, slots=True)
+class StartFrom(Step):
+    """The VM goes on from saved memory with the disks of ``xml``."""
+
+    memory: str
+    xml: str
+    paused: bool
+
+    def describe(self) -> str:
+        return "let the VM go on from its saved state"
+
+
+@dataclass(frozen=True, slots=True)
+class RenameDomain(Step):
+    """libvirt's name for the VM changes."""
+
+    name: str
+
+    def describe(self) -> str:
+        return f"rename the VM to {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class UndefineDomain(Step):
+    """libvirt forgets the VM; files stay."""
+
+    def describe(self) -> str:
+        return "undefine the VM in libvirt"
+
+
+# --- the whole ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What an operation will do; ``subject`` says it to people, ``hold`` names images (path, format) to lock meanwhile."""
+
+    plan_id: str
+    vm_id: str
+    operation: str
+    subject: str
+    prepare: tuple[Step, ...] = ()
+    switch: Step | None = None
+    finish: tuple[Step, ...] = ()
+    hold: tuple[tuple[str, str], ...] = ()
+
+    STEPS: ClassVar[dict[str, type[Step]]]
+
+    def steps(self) -> tuple[Step, ...]:
+        """All steps in order."""
+        middle = () if self.switch is None else (self.switch,)
+        return (*self.prepare, *middle, *self.finish)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON document that ``from_json`` turns into an equal plan."""
+        return {
+            "format": JOURNAL_FORMAT,
+            "plan": self.plan_id,
+            "vm": self.vm_id,
+            "operation": self.operation,
+            "subject": self.subject,
+            "prepare": [_step_to_json(step) for step in self.prepare],
+            "switch": None if self.switch is None else _step_to_json(self.switch),
+            "finish": [_step_to_json(step) for step in self.finish],
+            "hold": [list(pair) for pair in self.hold],
+        }
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Plan:
+        """The plan of a journal; raises Corrupt for anything that ``to_json`` did not write."""
+        try:
+            if document["format"] != JOURNAL_FORMAT:
+                raise Corrupt(f"the journal has format {document['format']}, this hvmgr reads {JOURNAL_FORMAT}")
+            switch = document["switch"]
+            plan = cls(
+                plan_id=document["plan"],
+                vm_id=document["vm"],
+                operation=document["operation"],
+                subject=document["subject"],
+                prepare=tuple(_step_from_json(step) for step in document["prepare"]),
+                switch=None if switch is None else _step_from_json(switch),
+                finish=tuple(_step_from_json(step) for step in document["finish"]),
+                hold=tuple((path, fmt) for path, fmt in document["hold"]),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise Corrupt(f"the journal holds no readable plan ({error})") from error
+        if json.dumps(plan.to_json(), sort_keys=True) != json.dumps(document, sort_keys=True):
+            raise Corrupt("the journal holds more than this hvmgr understands")
+        return plan
+
+
+def dumps(plan: Plan) -> str:
+    """One line of JSON."""
+    return json.dumps(plan.to_json(), separators=(",", ":"))
+
+
+def _step_to_json(step: Step) -> dict[str, Any]:
+    return {"step": type(step).__name__, **dataclasses.asdict(step)}
+
+
+def _step_from_json(document: dict[str, Any]) -> Step:
+    fields = {key: _frozen(value) for key, value in document.items() if key != "step"}
+    return Plan.STEPS[document["step"]](**fields)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, list) else value
+
+
+Plan.STEPS = {cls.__name__: cls for cls in Step.__subclasses__()}

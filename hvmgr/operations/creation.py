@@ -1,0 +1,212 @@
+"""Making a new VM: from a specification and a template to a home and a defined domain."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvmgr import errors, units
+from hvmgr.host.hypervisor import Connection
+from hvmgr.model import plan, specification, template
+from hvmgr.model.configuration import Configuration
+from hvmgr.model.layout import Layout
+from hvmgr.model.metadata import DiskRecord, Metadata
+from hvmgr.model.plan import Plan, Step
+from hvmgr.model.specification import DiskSpecification, Specification
+from hvmgr.model.template import HostFacts, Template
+from hvmgr.operations import strangers
+from hvmgr.operations.session import Session
+from hvmgr.storage import images, index, templates, vm_home
+
+_QEMU_FORMATS = {"vhd": images.VPC}
+_SUFFIXES = {images.QCOW2: ".qcow2", images.VPC: ".vhd", images.RAW: ".img"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Placed:
+    """One disk of the new VM: its working image, and the step that makes it (None: it is used where it is)."""
+
+    path: Path
+    format: str
+    step: Step | None
+
+
+def plan_create(session: Session, spec: Specification) -> Plan:
+    """The home of a new VM with its base images, and its domain, off."""
+    specification.check(spec)
+    layout, connection = session.layout, session.connection
+    if (other := connection.find_domain_by_name(spec.name)) is not None:
+        raise errors.Conflict(f"libvirt has a VM '{spec.name}' already", hint="choose another name", id=other.uuid)
+    if connection.find_domain(layout.vm_id) is not None:
+        raise errors.Conflict(f"libvirt has a VM with the id {layout.vm_id} already")
+    _require_way(layout.home, session.owner)
+    kind = templates.load(spec.template)
+    facts = host_facts(connection, spec, kind)
+    for sentence in template.notes(kind, spec, facts):
+        session.say(sentence)
+    for path in (spec.kernel, spec.initrd, spec.cdrom):
+        _require_readable(path)
+    slots = template.slots(kind, spec)
+    placed = {slot: _place(session, slot, disk) for slot, disk in zip(slots, spec.disks, strict=True)}
+    _require_space(layout, placed)
+    built = template.build(
+        kind,
+        spec,
+        facts,
+        {slot: (disk.path, disk.format) for slot, disk in placed.items()},
+        uuid=layout.vm_id,
+        genid=session.new_id(),
+        macs=[_new_mac() for _ in template.networks(spec, facts)],
+        nvram=layout.nvram(session.new_id()),
+    )
+    change = session.new_id()
+    _set_facts(session, built, tuple(slots), change)
+    steps = [disk.step for disk in placed.values() if disk.step is not None]
+    return Plan(
+        plan_id=change,
+        vm_id=layout.vm_id,
+        operation="vm create",
+        subject=f"creation of {spec.name}",
+        prepare=(plan.MakeHome(home=str(layout.home), vm_id=layout.vm_id), *steps),
+        switch=plan.Define(xml=built.to_xml()),
+        finish=(plan.WritePresent(),),
+    )
+
+
+def host_facts(connection: Connection, spec: Specification, kind: Template) -> HostFacts:
+    """What this host offers a VM of this kind."""
+    host = connection.capabilities()
+    known = host.machines.get(host.arch, {})
+    machines = {family: known[family] for family in kind.machine if family in known}
+    kvm = host.has_kvm and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    accel = "kvm" if kvm and spec.accel != "tcg" else "qemu"
+    machine = next(iter(machines.values()), None)
+    offer = connection.machine_facts(arch=host.arch, accel=accel, machine=machine)
+    return HostFacts(
+        emulator=offer.emulator,
+        arch=host.arch,
+        machines=machines,
+        kvm=kvm,
+        uefi=offer.has_efi,
+        tpm=offer.has_tpm_emulator,
+        networks=connection.active_networks(),
+    )
+
+
+def _place(session: Session, slot: str, disk: DiskSpecification) -> _Placed:
+    layout = session.layout
+    if disk.path is None:
+        assert disk.size is not None
+        path = layout.bases / f"{slot}.qcow2"
+        step = plan.CreateImage(path=str(path), size=disk.size, parent=None, parent_format=None)
+        return _Placed(path, images.QCOW2, step)
+    source = Path(vm_home.canonical(str(disk.path)))
+    stated = None if disk.format is None else _QEMU_FORMATS.get(disk.format.value, disk.format.value)
+    fmt = stated or images.probe(source)
+    header = images.read(source, fmt)
+    if header.has_internal_snapshots:
+        raise errors.Unsupported(
+            f"{source} has internal snapshots, which would be lost to hvmgr",
+            hint=f"list them: qemu-img snapshot -l {source}; delete them with -d, or convert the image",
+        )
+    if disk.in_place:
+        return _in_place(session, slot, header)
+    if header.backing is not None:
+        raise errors.Unsupported(
+            f"{source} is a differencing image of {header.backing} and cannot be copied alone",
+            hint=f"use it where it is with --in-place, or convert it: qemu-img convert -O qcow2 {source} NEW.qcow2",
+        )
+    target = layout.bases / f"{slot}{_SUFFIXES[fmt]}"
+    return _Placed(target, fmt, plan.CopyImage(source=str(source), target=str(target)))
+
+
+def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
+    """An image that others stand on is never written: the new VM gets a differencing image on it."""
+    path = str(header.path)
+    for name, disks in _written_by_others(session):
+        if any(images.identity(Path(one)) == header.identity for one in disks if Path(one).exists()):
+            raise errors.Conflict(
+                f"{path} is the disk of the VM '{name}'",
+                hint="copy it (without --in-place), or use another image",
+                path=path,
+            )
+    users = strangers.of(session, [path]).get(path)
+    if not users:
+        return _Placed(header.path, header.format, None)
+    child = session.layout.image(slot, session.new_id())
+    session.say(f"{path} is the base of {', '.join(users)}: the new VM writes to a differencing image on it")
+    step = plan.CreateImage(path=str(child), size=header.size, parent=path, parent_format=header.format)
+    return _Placed(child, images.QCOW2, step)
+
+
+def _written_by_others(session: Session) -> Iterator[tuple[str, list[str]]]:
+    """Each VM on this host with the images that it writes."""
+    from hvmgr.model import configuration
+
+    for domain in session.connection.domains():
+        parsed = configuration.parse(domain.xml(live=False), source=domain.name)
+        yield domain.name, list(vm_home.disks_of(parsed).values())
+    for entry in index.entries():
+        try:
+            yield entry.name, list(vm_home.disks_of(vm_home.open_home(entry.home).present()).values())
+        except errors.HvmgrError:
+            continue  # a home that cannot be read writes nothing through hvmgr
+
+
+def _set_facts(session: Session, built: Configuration, slots: tuple[str, ...], change: str) -> None:
+    built.set_metadata(
+        Metadata(
+            home=session.layout.home,
+            uri=session.connection.uri,
+            created=session.now(),
+            disks=tuple(DiskRecord(slot=slot, id=session.new_id()) for slot in slots),
+            change=change,
+        )
+    )
+
+
+def _require_space(layout: Layout, placed: dict[str, _Placed]) -> None:
+    copies = [Path(disk.step.source) for disk in placed.values() if isinstance(disk.step, plan.CopyImage)]
+    needed = sum(path.stat().st_blocks * 512 for path in copies)
+    folder = next(one for one in (layout.home, *layout.home.parents) if one.is_dir())
+    facts = os.statvfs(folder)
+    free = facts.f_bavail * facts.f_frsize
+    if needed > free:
+        raise errors.NoSpace(
+            f"the copies need {units.format_size(needed)}, {folder} has {units.format_size(free)} free",
+            hint="free space there, or choose another place with --home",
+        )
+
+
+def _require_readable(path: Path | None) -> None:
+    if path is not None and not path.is_file():
+        raise errors.NotFound(f"there is no file {path}", hint="name an existing file")
+
+
+def _require_way(home: Path, owner: tuple[int, int] | None) -> None:
+    """QEMU's user has to be able to search every folder above the home."""
+    if owner is None or owner[0] == 0:
+        return
+    for folder in reversed(home.parents):
+        if not folder.is_dir():
+            return
+        facts = folder.stat()
+        needed = (
+            stat.S_IXUSR if facts.st_uid == owner[0] else stat.S_IXGRP if facts.st_gid == owner[1] else stat.S_IXOTH
+        )
+        if not facts.st_mode & needed:
+            raise errors.Conflict(
+                f"QEMU's user (uid {owner[0]}) may not pass through {folder}",
+                hint=f"let it: chmod o+x '{folder}', or choose another place with --home",
+                path=str(folder),
+            )
+
+
+def _new_mac() -> str:
+    """An address in the range that QEMU and KVM use."""
+    tail = secrets.token_bytes(3)
+    return "52:54:00:" + ":".join(f"{byte:02x}" for byte in tail)

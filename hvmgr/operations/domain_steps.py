@@ -1,0 +1,225 @@
+"""How the steps that concern libvirt's domain are done, undone, and, for switches, looked at afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host import saved_state
+from hvmgr.host.domain import State
+from hvmgr.model import configuration, plan
+from hvmgr.operations.session import Session
+from hvmgr.storage import durable, frozen, images, index, vm_home
+
+
+def define(session: Session, step: plan.Define) -> None:
+    """libvirt's inactive configuration is the new one."""
+    session.connection.define(step.xml)
+
+
+def is_defined(session: Session, step: plan.Define) -> bool:
+    """Whether libvirt has this plan's configuration."""
+    domain = session.find_domain()
+    if domain is None:
+        return False
+    have = configuration.parse(domain.xml(live=False), source="libvirt").metadata()
+    want = configuration.parse(step.xml, source="the journal").metadata()
+    return have is not None and want is not None and have.change == want.change
+
+
+def write_present(session: Session, _step: plan.WritePresent) -> None:
+    """The home says what libvirt says, and the index what the home says."""
+    xml = session.domain().xml(live=False)
+    durable.write_file(session.layout.configuration, xml.encode())
+    session.forget_uses()
+    note_in_index(session)
+
+
+def note_in_index(session: Session) -> None:
+    """The host-wide index knows this VM and the images outside its home that it needs."""
+    present = session.home.present()
+    tree = session.home.present_tree()
+    outside = tuple(path for path in tree.images if not session.layout.owns(path))
+    known = {entry.vm_id: entry for entry in index.entries()}.get(session.home.vm_id)
+    if known is not None:  # a snapshot may still need what the present does not
+        outside = tuple(dict.fromkeys((*outside, *known.outside)))
+    index.record(index.Entry(session.home.vm_id, present.name, session.home.path, session.connection.uri, outside))
+
+
+def switch_disks(session: Session, step: plan.SwitchDisks) -> None:
+    """The running VM writes to its new images."""
+    domain = session.domain()
+    children = {slot: Path(path) for slot, path in step.children}
+    live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
+    others = [disk.slot for disk in live.disks() if disk.slot not in children]
+    memory = None if step.memory is None else Path(step.memory)
+
+    def report(done: int, total: int) -> None:
+        from hvmgr.model.progress import Progress
+
+        session.progress(Progress(done, total, "save the memory"))
+
+    domain.switch_disks(children, others=others, memory=memory, progress=report)
+    if not is_switched(session, step):
+        raise errors.OutcomeUnknown("libvirt says that the disks were switched, QEMU does not write to the new ones")
+
+
+def is_switched(session: Session, step: plan.SwitchDisks) -> bool:
+    """Whether the VM went on in its new images. QEMU is asked, because libvirt's view may be late.
+
+    When the VM is gone, data in a new image proves it; without any, going back loses nothing.
+    """
+    children = {vm_home.canonical(path) for _, path in step.children}
+    domain = session.find_domain()
+    if domain is not None and domain.is_active():
+        return bool(children & {vm_home.canonical(str(path)) for path in domain.writable_files()})
+    if domain is not None:
+        inactive = configuration.parse(domain.xml(live=False), source="libvirt")
+        if children & set(vm_home.disks_of(inactive).values()):
+            return True
+    return any(_holds_data(path) for path in children)
+
+
+def _holds_data(path: str) -> bool:
+    from hvmgr.host import qemu_img
+
+    return Path(path).exists() and any(
+        extent.depth == 0 and extent.present for extent in qemu_img.map(Path(path), images.QCOW2)
+    )
+
+
+def suspend(session: Session, _step: plan.Suspend) -> None:
+    """The guest stands still."""
+    session.domain().suspend()
+
+
+def resume(session: Session, _step: plan.Suspend | plan.Resume) -> None:
+    """The guest runs."""
+    domain = session.domain()
+    if domain.state() is State.PAUSED:
+        domain.resume()
+
+
+def save_present(session: Session, step: plan.SavePresent) -> None:
+    """The VM is off, its memory in the file."""
+    from hvmgr.model.progress import Progress
+
+    session.domain().save(
+        Path(step.memory), progress=lambda done, total: session.progress(Progress(done, total, "save the present"))
+    )
+    durable.sync_file(Path(step.memory))
+
+
+def unsave_present(session: Session, step: plan.SavePresent) -> None:
+    """The VM runs on from where it was saved."""
+    memory, domain = Path(step.memory), session.domain()
+    if domain.is_active():  # the save itself did not come through
+        if not step.paused and domain.state() is State.PAUSED:
+            domain.resume()
+    elif saved_state.is_complete(memory):
+        session.connection.restore(memory, saved_state.read(memory).xml, running=not step.paused)
+    durable.remove(memory)
+
+
+def take_managed_save(session: Session, step: plan.TakeManagedSave) -> None:
+    """libvirt would start the VM cold; its saved memory is in the file."""
+    domain = session.domain()
+    durable.copy_file(managed_save_file(session), Path(step.memory), owner=session.owner)
+    domain.remove_managed_save()
+
+
+def untake_managed_save(session: Session, step: plan.TakeManagedSave) -> None:
+    """libvirt would start the VM from its saved memory again."""
+    memory, domain = Path(step.memory), session.domain()
+    if memory.exists() and not domain.is_active() and not domain.has_managed_save():
+        # libvirt looks for the file at each start; only its listing learns of it after its next restart.
+        durable.copy_file(memory, session.connection.managed_save_path(domain.name))
+    durable.remove(memory)
+
+
+def managed_save_file(session: Session) -> Path:
+    """libvirt's file with the managed save; Unsupported when this libvirt keeps it somewhere else."""
+    path = session.connection.managed_save_path(session.domain().name)
+    if not path.exists():
+        raise errors.Unsupported(
+            f"the VM's saved state is not at {path}", hint="start the VM, then run the command again"
+        )
+    return path
+
+
+def point_managed_save(session: Session, step: plan.PointManagedSave) -> None:
+    """The saved state goes on in the new images."""
+    _point(session, {slot: new for slot, _, new in step.disks})
+
+
+def unpoint_managed_save(session: Session, step: plan.PointManagedSave) -> None:
+    """The saved state goes on in the old images."""
+    _point(session, {slot: old for slot, old, _ in step.disks})
+
+
+def _point(session: Session, disks: dict[str, str]) -> None:
+    domain = session.domain()
+    if not domain.has_managed_save():
+        return
+    saved = configuration.parse(domain.managed_save_xml(), source="the managed save")
+    saved.strip_backing_chains()
+    for slot, path in disks.items():
+        fmt = images.probe(Path(path)) if not Path(path).is_relative_to(session.layout.images) else images.QCOW2
+        saved.set_disk_source(slot, Path(path), fmt)
+    domain.define_managed_save_xml(saved.to_xml())
+
+
+def discard_present(session: Session, _step: plan.DiscardPresent) -> None:
+    """The VM is off, without any saved memory."""
+    domain = session.domain()
+    domain.destroy()
+    domain.remove_managed_save()
+
+
+def start_from(session: Session, step: plan.StartFrom) -> None:
+    """The VM goes on from the saved memory."""
+    memory = Path(step.memory)
+    saved = saved_state.read(memory)
+    wanted = configuration.parse(step.xml, source="the plan")
+    if configuration.parse(saved.xml, source=str(memory)).name != wanted.name:
+        # The VM was renamed since: libvirt refuses another name in the call but takes it from the file.
+        renamed = session.layout.private / "renamed.save"
+        saved_state.rewritten(memory, renamed, step.xml)
+        try:
+            session.connection.restore(renamed, step.xml, running=not step.paused)
+        finally:
+            durable.remove(renamed)
+        return
+    session.connection.restore(memory, step.xml, running=not step.paused)
+
+
+def unstart(session: Session, step: plan.StartFrom) -> None:
+    """The VM that was started from the saved memory is gone."""
+    domain = session.domain()
+    if not domain.is_active():
+        return
+    wanted = set(vm_home.disks_of(configuration.parse(step.xml, source="the plan")).values())
+    live = configuration.parse(domain.xml(live=True), source="libvirt")
+    if wanted & set(vm_home.disks_of(live).values()):
+        domain.destroy()
+
+
+def rename(session: Session, step: plan.RenameDomain) -> None:
+    """libvirt has the new name."""
+    domain = session.domain()
+    if domain.name != step.name:
+        domain.rename(step.name)
+
+
+def undefine(session: Session, _step: plan.UndefineDomain) -> None:
+    """libvirt does not know the VM."""
+    domain = session.find_domain()
+    if domain is not None:
+        domain.undefine(keep_nvram=True, keep_tpm=False)
+
+
+def thaw_working(session: Session) -> None:
+    """Working images of the present are writable."""
+    for path in vm_home.disks_of(session.home.present()).values():
+        if not session.uses.is_frozen(path) and session.layout.owns(path):
+            frozen.thaw(session.layout, Path(path))

@@ -1,0 +1,266 @@
+"""Running a plan through the journal, and what the next command does about one that was cut off.
+
+| cut off                  | what the next command finds                | what it does                  |
+|--------------------------|--------------------------------------------|-------------------------------|
+| before the journal       | nothing                                    | nothing                       |
+| while preparing          | journal without ``switch``                 | undoes, last step first       |
+| at the switch            | journal with ``switch``; asks libvirt/QEMU | undoes or completes           |
+| while finishing          | the same, the switch happened              | does all finishing steps again|
+| at the end               | nothing, or an empty trash                 | nothing                       |
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from hvmgr import errors
+from hvmgr.host.domain import State
+from hvmgr.model import plan
+from hvmgr.model.plan import Plan, Step
+from hvmgr.operations import domain_steps, file_steps, image_steps
+from hvmgr.operations.session import Session
+from hvmgr.storage import durable, journal
+
+_Act = Callable[[Session, Any], None]
+
+DO: Mapping[type[Step], _Act] = {
+    plan.CreateImage: image_steps.create,
+    plan.FreezeImage: image_steps.freeze,
+    plan.ThawImage: image_steps.thaw,
+    plan.MergeUp: image_steps.merge_up,
+    plan.MergeDown: image_steps.merge_down,
+    plan.Flatten: image_steps.flatten,
+    plan.RemoveImage: image_steps.remove,
+    plan.CopyImage: image_steps.copy,
+    plan.MoveImage: image_steps.move,
+    plan.RecordFrozen: image_steps.record,
+    plan.MakeHome: file_steps.make_home,
+    plan.CopyFile: file_steps.copy_file,
+    plan.CopyFolder: file_steps.copy_folder,
+    plan.ReplaceFolder: file_steps.replace_folder,
+    plan.RemoveFolder: file_steps.remove_folder,
+    plan.MakeSnapshotFolder: file_steps.make_snapshot_folder,
+    plan.WriteSnapshot: file_steps.write_snapshot,
+    plan.RemoveSnapshot: file_steps.remove_snapshot,
+    plan.ReplaceFile: file_steps.replace_file,
+    plan.RemoveFile: file_steps.remove_file,
+    plan.RemoveHome: file_steps.remove_home,
+    plan.Define: domain_steps.define,
+    plan.WritePresent: domain_steps.write_present,
+    plan.SwitchDisks: domain_steps.switch_disks,
+    plan.Suspend: domain_steps.suspend,
+    plan.Resume: domain_steps.resume,
+    plan.SavePresent: domain_steps.save_present,
+    plan.TakeManagedSave: domain_steps.take_managed_save,
+    plan.PointManagedSave: domain_steps.point_managed_save,
+    plan.DiscardPresent: domain_steps.discard_present,
+    plan.StartFrom: domain_steps.start_from,
+    plan.RenameDomain: domain_steps.rename,
+    plan.UndefineDomain: domain_steps.undefine,
+}
+
+UNDO: Mapping[type[Step], _Act] = {
+    plan.CreateImage: image_steps.uncreate,
+    plan.FreezeImage: image_steps.unfreeze,
+    plan.CopyImage: image_steps.uncopy,
+    plan.MakeHome: file_steps.unmake_home,
+    plan.CopyFile: file_steps.uncopy_file,
+    plan.CopyFolder: file_steps.uncopy_folder,
+    plan.MakeSnapshotFolder: file_steps.unmake_snapshot_folder,
+    plan.Suspend: domain_steps.resume,
+    plan.SavePresent: domain_steps.unsave_present,
+    plan.TakeManagedSave: domain_steps.untake_managed_save,
+    plan.PointManagedSave: domain_steps.unpoint_managed_save,
+    plan.DiscardPresent: lambda _session, _step: None,  # memory that was thrown away on request does not come back
+    plan.StartFrom: domain_steps.unstart,
+}
+
+HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
+    plan.Define: domain_steps.is_defined,
+    plan.SwitchDisks: domain_steps.is_switched,
+}
+
+_STOPPING = (plan.SavePresent, plan.TakeManagedSave, plan.DiscardPresent)
+
+_JOB_WAIT_S = 60.0
+_GOES_ON = "the journal holds what is open; the next command on this VM goes on with it"
+
+
+def run(session: Session, one: Plan) -> None:
+    """Carry a plan out; an error leaves the state before it, or, once the switch happened, the state after it."""
+    journal.begin(session.layout.journal, one)
+    if one.switch is None:
+        _require_off(session, one)
+    else:
+        _prepare(session, one)
+        _switch(session, one)
+    _finish(session, one)
+
+
+def recover(session: Session) -> bool:
+    """Undo or complete what a dead command left open, and say so; whether there was something."""
+    session.end_left_over_daemon()
+    entry = journal.read(session.layout.journal)
+    if entry is None:
+        _empty_trash(session)
+        return False
+    one = entry.plan
+    session.recovering = True
+    with session.interrupts.held_back():
+        _wait_for_jobs(session)
+        if one.switch is None or (entry.switch_reached and _happened(session, one)):
+            _finish(session, one)
+            session.say(f"completed the interrupted {one.subject}")
+        else:
+            _undo(session, one.prepare)
+            _end_undone(session, one)
+            session.say(f"undid the interrupted {one.subject}")
+    session.recovering = False
+    return True
+
+
+def _prepare(session: Session, one: Plan) -> None:
+    done: list[Step] = []
+    try:
+        holds = _hold_when_off(session, one)
+        for step in one.prepare:
+            session.interrupts.check()
+            done.append(step)
+            DO[type(step)](session, step)
+            holds = holds or (type(step) in _STOPPING and _hold_when_off(session, one))
+        session.interrupts.check()
+        journal.reach_switch(session.layout.journal)
+    except BaseException as error:
+        _go_back(session, one, done, error)
+        raise
+
+
+def _hold_when_off(session: Session, one: Plan) -> bool:
+    """From the moment that the VM is off, QEMU's own locks on its working images are ours: nobody starts it."""
+    if not one.hold or session.state() not in (State.OFF, State.SAVED):
+        return False
+    for path, fmt in one.hold:
+        session.hold(path, fmt)
+    if session.state() not in (State.OFF, State.SAVED):
+        raise errors.Conflict("the VM was started in the meantime", hint="run the command again")
+    return True
+
+
+def _switch(session: Session, one: Plan) -> None:
+    assert one.switch is not None
+    try:
+        DO[type(one.switch)](session, one.switch)
+    except errors.OutcomeUnknown:
+        raise  # the journal stays open; the next command asks
+    except BaseException as error:
+        if not _ask_after(session, one, error):
+            _go_back(session, one, list(one.prepare), error)
+            raise
+        session.say(f"{error}, but the new state is in place")
+    session.release()
+
+
+def _ask_after(session: Session, one: Plan, error: BaseException) -> bool:
+    """Whether the switch happened although it failed; not being able to ask is an answer of its own."""
+    try:
+        return _happened(session, one)
+    except errors.HvmgrError as second:
+        raise errors.OutcomeUnknown(
+            f"{one.subject}: {error}; and nobody can say now whether it happened ({second})", hint=_GOES_ON
+        ) from error
+
+
+def _finish(session: Session, one: Plan) -> None:
+    try:
+        _do_finish(session, one)
+    except errors.HvmgrError as error:
+        error.hint = error.hint or _GOES_ON
+        raise
+    _say_what_waits(session, one)
+
+
+def _do_finish(session: Session, one: Plan) -> None:
+    with session.interrupts.held_back():
+        for step in one.finish:
+            DO[type(step)](session, step)
+        if any(isinstance(step, plan.RemoveHome) for step in one.finish):
+            file_steps.remove_private(session)
+        else:
+            _end(session)
+
+
+def _say_what_waits(session: Session, one: Plan) -> None:
+    error, session.put_off = session.put_off, None
+    if session.interrupts.wanted and session.waiting:
+        session.interrupts.clear()
+        error = errors.Cancelled("stopped")
+    if error is None:
+        return
+    raise type(error)(
+        f"{one.subject}: done, but images wait to be merged ({error})",
+        hint="nothing is lost; run 'hvmgr snapshot merge' on this VM later",
+        **error.facts,
+    ) from error
+
+
+def _go_back(session: Session, one: Plan, done: list[Step], error: BaseException) -> None:
+    with session.interrupts.held_back():
+        session.release()
+        try:
+            _undo(session, tuple(done))
+            _end_undone(session, one)
+        except errors.HvmgrError as second:
+            session.say(f"going back failed as well ({second}); the next command on this VM tries again")
+    if isinstance(error, errors.Cancelled):
+        session.interrupts.clear()
+
+
+def _undo(session: Session, steps: tuple[Step, ...]) -> None:
+    for step in reversed(steps):
+        UNDO[type(step)](session, step)
+
+
+def _end(session: Session) -> None:
+    journal.end(session.layout.journal)
+    _empty_trash(session)
+
+
+def _end_undone(session: Session, one: Plan) -> None:
+    """A home that was to be made leaves nothing behind."""
+    _end(session)
+    if any(isinstance(step, plan.MakeHome) for step in one.prepare):
+        file_steps.remove_private(session)
+
+
+def _require_off(session: Session, one: Plan) -> None:
+    """Images that the finishing steps touch are in nobody's hands when they begin."""
+    try:
+        _hold_when_off(session, one)
+    except errors.HvmgrError:
+        _end(session)
+        raise
+    finally:
+        session.release()
+
+
+def _empty_trash(session: Session) -> None:
+    if session.layout.trash.is_dir():
+        for file in session.layout.trash.iterdir():
+            durable.remove(file)
+
+
+def _happened(session: Session, one: Plan) -> bool:
+    assert one.switch is not None
+    return HAPPENED[type(one.switch)](session, one.switch)
+
+
+def _wait_for_jobs(session: Session) -> None:
+    """What a dead command asked libvirt or QEMU for may still be under way."""
+    domain = session.find_domain()
+    deadline = time.monotonic() + _JOB_WAIT_S
+    while domain is not None and domain.is_active() and domain.has_job():
+        if time.monotonic() > deadline:
+            raise errors.Busy(f"libvirt still works on {domain.name}", hint="wait until it is done, then run it again")
+        time.sleep(0.1)

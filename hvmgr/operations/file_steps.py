@@ -1,0 +1,130 @@
+"""How the steps that concern files beside the images are done and undone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from hvmgr.host import saved_state
+from hvmgr.model import configuration, plan
+from hvmgr.model.layout import CONFIGURATIONS
+from hvmgr.model.metadata import SavedState
+from hvmgr.operations.session import Session
+from hvmgr.storage import durable, index, vm_home
+
+
+def make_home(session: Session, _step: plan.MakeHome) -> None:
+    """All folders are there; the home itself and its private folder were made for the journal."""
+    for folder in session.layout.folders():
+        durable.make_folder(folder)
+
+
+def unmake_home(session: Session, _step: plan.MakeHome) -> None:
+    """Only the journal is left."""
+    for folder in reversed(session.layout.folders()):
+        if folder not in (session.layout.private, session.layout.home):
+            durable.remove_empty_folder(folder)
+
+
+def copy_file(session: Session, step: plan.CopyFile) -> None:
+    """The copy is complete and on disk."""
+    durable.copy_file(Path(step.source), Path(step.target), owner=session.owner)
+
+
+def uncopy_file(_session: Session, step: plan.CopyFile) -> None:
+    """The copy is not there."""
+    durable.remove(Path(step.target))
+
+
+def copy_folder(_session: Session, step: plan.CopyFolder) -> None:
+    """The copy is complete and on disk."""
+    durable.copy_folder(Path(step.source), Path(step.target))
+
+
+def uncopy_folder(_session: Session, step: plan.CopyFolder) -> None:
+    """The copy is not there."""
+    durable.remove_folder(Path(step.target))
+
+
+def replace_folder(_session: Session, step: plan.ReplaceFolder) -> None:
+    """The folder is a copy of the source."""
+    if Path(step.source).is_dir():
+        durable.copy_folder(Path(step.source), Path(step.target))
+
+
+def remove_folder(_session: Session, step: plan.RemoveFolder) -> None:
+    """The folder is not there."""
+    durable.remove_folder(Path(step.path))
+
+
+def make_snapshot_folder(session: Session, step: plan.MakeSnapshotFolder) -> None:
+    """The folder is there."""
+    durable.make_folder(session.layout.snapshot_folder(step.snapshot_id))
+
+
+def unmake_snapshot_folder(session: Session, step: plan.MakeSnapshotFolder) -> None:
+    """The folder is not there."""
+    durable.remove_folder(session.layout.snapshot_folder(step.snapshot_id))
+
+
+def write_snapshot(session: Session, step: plan.WriteSnapshot) -> None:
+    """The snapshot is in the tree, all that it consists of on disk."""
+    folder = session.layout.snapshot_folder(step.snapshot_id)
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.is_file():
+            durable.sync_file(file)
+    durable.write_file(session.layout.snapshot(step.snapshot_id), _with_true_state(session, step).encode())
+    session.forget_uses()
+
+
+def _with_true_state(session: Session, step: plan.WriteSnapshot) -> str:
+    """A snapshot whose memory did not come through is one without saved state."""
+    snapshot = configuration.parse(step.xml, source="the plan")
+    facts = vm_home.require_facts(snapshot)
+    assert facts.snapshot is not None
+    if facts.snapshot.state is SavedState.NONE or saved_state.is_complete(session.layout.memory(step.snapshot_id)):
+        return step.xml
+    session.say(f"the memory of snapshot '{facts.snapshot.name}' was not saved completely: it has its disks alone")
+    durable.remove(session.layout.memory(step.snapshot_id))
+    record = dataclasses.replace(facts.snapshot, state=SavedState.NONE)
+    snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
+    return snapshot.to_xml()
+
+
+def remove_snapshot(session: Session, step: plan.RemoveSnapshot) -> None:
+    """The snapshot is not in the tree, and its saved state is gone."""
+    durable.remove(session.layout.snapshot(step.snapshot_id))
+    durable.remove_folder(session.layout.snapshot_folder(step.snapshot_id))
+    session.forget_uses()
+
+
+def replace_file(session: Session, step: plan.ReplaceFile) -> None:
+    """The file has the new content."""
+    durable.write_file(Path(step.path), step.text.encode())
+    session.forget_uses()
+
+
+def remove_file(session: Session, step: plan.RemoveFile) -> None:
+    """The file is not there."""
+    durable.remove(Path(step.path))
+    session.forget_uses()
+
+
+def remove_home(session: Session, _step: plan.RemoveHome) -> None:
+    """Nothing of hvmgr's is left but the journal; folders that still hold something stay."""
+    layout = session.layout
+    index.forget(layout.vm_id)
+    durable.remove_folder(layout.vm_folder)
+    durable.remove_folder(layout.frozen)
+    durable.remove_empty_folder(layout.images)
+    durable.remove_empty_folder(layout.snapshots)
+    durable.remove_empty_folder(layout.bases)
+    durable.remove(layout.configuration)
+    durable.remove_empty_folder(layout.home / CONFIGURATIONS)
+
+
+def remove_private(session: Session) -> None:
+    """The journal and the lock are gone, and the home when nothing else is in it."""
+    durable.remove_folder(session.layout.trash)
+    durable.remove_folder(session.layout.private)
+    durable.remove_empty_folder(session.layout.home)

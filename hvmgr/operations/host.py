@@ -1,0 +1,409 @@
+"""The public API: a host, its VMs, their snapshots. The command line is built on it.
+
+    with hvmgr.Host.open("qemu:///system") as host:
+        vm = host.vm("web")
+        before = vm.create_snapshot("before the update")
+        ...
+        before.apply()
+
+Reading comes from the homes and needs neither libvirt nor a lock; what a dead command left open is completed or undone
+by the next call that touches the VM. Values are as of the call that gave them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from hvmgr import errors, settings
+from hvmgr.host import hypervisor
+from hvmgr.host.domain import State
+from hvmgr.host.hypervisor import Connection
+from hvmgr.model import names, tree
+from hvmgr.model.layout import Layout
+from hvmgr.model.metadata import SavedState, SnapshotType
+from hvmgr.model.plan import Plan
+from hvmgr.model.specification import Specification
+from hvmgr.model.tree import Tree
+from hvmgr.operations import creation, execution, merge, reconcile, snapshots, usage, vms
+from hvmgr.operations.session import Reporter, Session
+from hvmgr.operations.snapshots import Replacement, Wish
+from hvmgr.operations.usage import Usage
+from hvmgr.storage import durable, index, journal, locks, vm_home
+from hvmgr.storage.vm_home import SnapshotFile, VmHome
+
+
+class Host:
+    """One libvirt connection and one root of homes. Opened lazily: reading homes needs no libvirt."""
+
+    def __init__(
+        self, uri: str, root: Path, *, wait_s: float = settings.LOCK_WAIT_S, reporter: Reporter | None = None
+    ) -> None:
+        self.uri = uri
+        self.root = Path(os.path.realpath(root))
+        self.wait_s = wait_s
+        self.reporter = reporter or Reporter()
+        self._connection: Connection | None = None
+
+    @classmethod
+    def open(
+        cls,
+        uri: str | None = None,
+        *,
+        root: Path | str | None = None,
+        wait_s: float = settings.LOCK_WAIT_S,
+        reporter: Reporter | None = None,
+    ) -> Host:
+        """The host behind a libvirt URI; without one the environment's, the system's or the session's (design order).
+
+        ``root`` holds the homes; ``wait_s`` is how long a call waits for another command on the same VM, in seconds.
+        """
+        return cls(
+            uri or settings.default_uri(), Path(root or settings.default_root()), wait_s=wait_s, reporter=reporter
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of libvirt."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @property
+    def connection(self) -> Connection:
+        """libvirt, connected when it is first needed."""
+        if self._connection is None:
+            self._connection = hypervisor.connect(self.uri, wait_s=self.wait_s)
+        return self._connection
+
+    def vms(self) -> list[VM]:
+        """Every VM that has its home here, by name."""
+        self._complete_unfinished()
+        return sorted((VM(self, home) for home in self._homes()), key=lambda vm: vm.name)
+
+    def vm(self, name: str) -> VM:
+        """The VM with this name or id; NotFound offers near names."""
+        with contextlib.suppress(errors.NotFound):
+            home = vm_home.open_home(self.root / name)
+            if home.name == name:
+                return VM(self, home)
+        self._complete_unfinished()
+        known = {home.name: home for home in self._homes()}
+        by_id = {home.vm_id: home for home in known.values()}
+        home_found = known.get(name) or by_id.get(name)
+        if home_found is None:
+            raise names.not_found("VM", name, known, where=f"in {self.root}")
+        return VM(self, home_found)
+
+    def create_vm(self, spec: Specification) -> VM:
+        """A new VM, off, in its own home below the root (or where the specification says)."""
+        path = Path(os.path.realpath(spec.home or self.root / spec.name))
+        home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
+        self._require_free(path)
+        with self._shared_images(spec), self._new_home(home) as session:
+            plan = creation.plan_create(session, spec)
+            session.require_approval(plan)
+            execution.run(session, plan)
+        return VM(self, home)
+
+    def _homes(self) -> list[VmHome]:
+        """Homes below the root, and those that the index knows elsewhere for this connection."""
+        homes = {home.vm_id: home for home in vm_home.find_homes(self.root)}
+        for entry in index.entries():
+            if entry.uri == self.uri and entry.vm_id not in homes and not entry.home.is_relative_to(self.root):
+                with contextlib.suppress(errors.HvmgrError):
+                    homes[entry.vm_id] = vm_home.open_home(entry.home)
+        return list(homes.values())
+
+    def _complete_unfinished(self) -> None:
+        """What a killed ``vm create`` or ``vm delete`` left is undone or completed."""
+        if not self.root.is_dir():
+            return
+        for folder in self.root.iterdir():
+            if vm_home.is_unfinished(folder):
+                self._complete(folder)
+
+    def _complete(self, folder: Path) -> None:
+        layout = Layout(home=folder, vm_id="")
+        if locks.is_held(layout.lock):
+            return
+        entry = journal.read(layout.journal)
+        if entry is not None:
+            home = VmHome(Layout(home=folder, vm_id=entry.plan.vm_id))
+            with self.session(home) as session:
+                execution.recover(session)
+
+    def _require_free(self, path: Path) -> None:
+        if not path.is_dir():
+            return
+        if vm_home.is_unfinished(path):
+            self._complete(path)
+        if path.is_dir() and not vm_home.holds_nothing(path):
+            raise errors.Conflict(f"{path} exists already and is not empty", hint="choose another place with --home")
+
+    @contextlib.contextmanager
+    def _shared_images(self, spec: Specification) -> Iterator[None]:
+        """Nobody else on this host counts, adds or removes users of the images that a new VM shares."""
+        paths = [Path(os.path.realpath(disk.path)) for disk in spec.disks if disk.in_place and disk.path is not None]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(index.locked(paths, wait_s=self.wait_s))
+            for entry in index.entries():
+                if any(path.is_relative_to(entry.home) for path in paths):
+                    stack.enter_context(vm_home.open_home(entry.home).locked(wait_s=self.wait_s))
+            yield
+
+    @contextlib.contextmanager
+    def _new_home(self, home: VmHome) -> Iterator[Session]:
+        """The folders that the journal needs; they go again when the plan does not come through."""
+        layout = home.layout
+        with durable.explained(layout.home):
+            layout.home.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        durable.make_folder(layout.home)
+        durable.make_folder(layout.private)
+        try:
+            with self.session(home) as session:
+                yield session
+        finally:
+            if not layout.journal.exists() and not layout.configuration.exists():
+                durable.remove_folder(layout.private)
+                durable.remove_empty_folder(layout.home)
+
+    @contextlib.contextmanager
+    def session(self, home: VmHome) -> Iterator[Session]:
+        """Exclusive work on one home, with libvirt."""
+        with home.locked(wait_s=self.wait_s):
+            session = Session(home, self.connection, self.reporter, wait_s=self.wait_s)
+            try:
+                yield session
+            finally:
+                session.close()
+
+
+@dataclass(frozen=True, slots=True)
+class VM:
+    """One VM, by its home."""
+
+    host: Host
+    home: VmHome
+
+    @property
+    def id(self) -> str:
+        """The VM's id: libvirt's uuid."""
+        return self.home.vm_id
+
+    @property
+    def name(self) -> str:
+        """The VM's present name."""
+        return self.home.name
+
+    @property
+    def path(self) -> Path:
+        """The home's folder."""
+        return self.home.path
+
+    def state(self) -> State:
+        """What the VM does, by libvirt."""
+        domain = self.host.connection.find_domain(self.id)
+        return State.OFF if domain is None else domain.state()
+
+    def now(self) -> tree.Leaf:
+        """The present: the snapshot above it, and its working images by slot."""
+        self._complete()
+        return vm_home.to_leaf(self.home.present())
+
+    def snapshots(self) -> list[Snapshot]:
+        """All snapshots, oldest first."""
+        self._complete()
+        return [_snapshot(self, one) for one in self.home.snapshots()]
+
+    def snapshot(self, reference: str) -> Snapshot:
+        """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
+        known = self.snapshots()
+        by_name = [one for one in known if one.name == reference]
+        if len(by_name) > 1:
+            choices = ", ".join(one.id for one in by_name)
+            raise errors.UsageError(
+                f"{len(by_name)} snapshots are called '{reference}'", hint=f"name one by id: {choices}"
+            )
+        by_id = [one for one in known if one.id == reference]
+        by_prefix = [one for one in known if len(reference) >= 8 and one.id.startswith(reference)]
+        for found in (by_name, by_id, by_prefix):
+            if len(found) == 1:
+                return found[0]
+        if by_prefix:
+            raise errors.UsageError(
+                f"{len(by_prefix)} snapshots have ids that begin with {reference}", hint="give more of it"
+            )
+        raise names.not_found("snapshot", reference, [one.name for one in known], where=f"in {self.name}")
+
+    def tree(self) -> Tree:
+        """Both graphs as the home's files tell them: snapshots, images, present, undo slot."""
+        self._complete()
+        return self.home.tree()
+
+    def usage(self) -> Usage:
+        """What takes how much space."""
+        self._complete()
+        return usage.measure(self.home)
+
+    def can_undo(self) -> bool:
+        """Whether the undo slot holds something."""
+        return self.home.layout.undo.exists()
+
+    # -- what changes the VM -------------------------------------------------------------------------------------
+
+    def create_snapshot(
+        self, name: str | None = None, *, notes: str = "", type: SnapshotType = SnapshotType.STANDARD
+    ) -> Snapshot:
+        """A new snapshot of the present; running VMs keep running and their memory is saved, unless disk-only."""
+        with self._work() as session:
+            plan = snapshots.plan_create(session, Wish(name=name, notes=notes, type=type))
+            self._run(session, plan)
+        return self.snapshot(snapshots.snapshot_of(plan))
+
+    def undo(self, *, discard_state: bool = False) -> None:
+        """Present and undo slot change places."""
+        with self._work() as session:
+            self._run(session, snapshots.plan_undo(session, Replacement(discard_state=discard_state)))
+
+    def revert(self, *, without_state: bool = False, keep_undo: bool = True, discard_state: bool = False) -> Snapshot:
+        """Back to the snapshot above the present."""
+        parent = self.now().parent
+        if parent is None:
+            raise errors.NotFound(f"the present of {self.name} has no snapshot above it")
+        snapshot = self.snapshot(parent)
+        snapshot.apply(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
+        return snapshot
+
+    def merge(self) -> bool:
+        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were."""
+        with self._work() as session:
+            plan = merge.plan_merge(session)
+            if plan.finish:
+                self._run(session, plan)
+        return bool(plan.finish)
+
+    def start(self) -> bool:
+        """The VM runs; whether that is a change."""
+        with self._work() as session:
+            return vms.start(session)
+
+    def stop(self, *, force: bool = False, timeout_s: float = 60.0) -> bool:
+        """The VM is off; whether that is a change. ``force`` is like pulling the plug."""
+        with self._work() as session:
+            return vms.stop(session, force=force, timeout_s=timeout_s)
+
+    def rename(self, name: str) -> None:
+        """The VM has another name; its home keeps its folder."""
+        with self._work() as session:
+            self._run(session, vms.plan_rename(session, name))
+
+    def delete(self, *, with_disks: bool = False) -> list[str]:
+        """The VM is gone; the paths of the complete images that stay (none with ``with_disks``)."""
+        with self._work() as session:
+            plan = vms.plan_delete(session, with_disks=with_disks)
+            self._run(session, plan)
+        return vms.kept_by(plan)
+
+    @contextlib.contextmanager
+    def _work(self) -> Iterator[Session]:
+        with self.host.session(self.home) as session:
+            reconcile.bring_together(session)
+            yield session
+
+    def _run(self, session: Session, plan: Plan) -> None:
+        session.require_approval(plan)
+        execution.run(session, plan)
+
+    def _complete(self) -> None:
+        """A reader never waits; but what a dead command left open is not a state to show."""
+        if journal.is_open(self.home.layout.journal) and not locks.is_held(self.home.layout.lock):
+            with self._work():
+                pass
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One snapshot as it was when it was asked for; ``disks`` maps slots to frozen images."""
+
+    vm: VM = dataclasses.field(repr=False)
+    id: str
+    name: str
+    notes: str
+    created: datetime
+    parent: str | None
+    type: SnapshotType
+    state: SavedState
+    disks: Mapping[str, str]
+
+    @property
+    def has_state(self) -> bool:
+        """Whether applying it brings the VM back running or paused."""
+        return self.state is not SavedState.NONE
+
+    def apply(
+        self,
+        *,
+        snapshot_first: bool = False,
+        without_state: bool = False,
+        keep_undo: bool = True,
+        discard_state: bool = False,
+    ) -> Snapshot | None:
+        """The VM becomes what it was here; with ``snapshot_first`` the snapshot of the old present is returned."""
+        how = Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
+        first = None
+        with self.vm._work() as session:  # noqa: SLF001 - one module, one idea
+            snapshots.plan_apply(session, self.id, how)  # refuses before anything is done
+            if snapshot_first:
+                plan = snapshots.plan_create(session, Wish())
+                self.vm._run(session, plan)  # noqa: SLF001
+                first = snapshots.snapshot_of(plan)
+                session.forget_uses()
+            self.vm._run(session, snapshots.plan_apply(session, self.id, how))  # noqa: SLF001
+        return None if first is None else self.vm.snapshot(first)
+
+    def delete(self, *, subtree: bool = False, state_only: bool = False) -> list[str]:
+        """The snapshot is gone (with ``subtree`` all below it too); the ids of what was deleted."""
+        with self.vm._work() as session:  # noqa: SLF001
+            if state_only:
+                self.vm._run(session, merge.plan_delete_state(session, self.id))  # noqa: SLF001
+                return []
+            gone = self.vm.home.tree().subtree(self.id) if subtree else [self.id]
+            self.vm._run(session, merge.plan_delete(session, gone))  # noqa: SLF001
+        return gone
+
+    def rename(self, name: str) -> None:
+        """The snapshot has another name."""
+        with self.vm._work() as session:  # noqa: SLF001
+            snapshots.describe(session, self.id, name=name)
+
+    def set_notes(self, notes: str) -> None:
+        """The snapshot has other notes."""
+        with self.vm._work() as session:  # noqa: SLF001
+            snapshots.describe(session, self.id, notes=notes)
+
+
+def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
+    record = one.record
+    return Snapshot(
+        vm=vm,
+        id=record.id,
+        name=record.name,
+        notes=record.notes,
+        created=record.created,
+        parent=record.parent,
+        type=record.type,
+        state=record.state,
+        disks=dict(one.disks),
+    )

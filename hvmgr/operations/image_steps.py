@@ -1,0 +1,263 @@
+"""How the image steps of a plan are done and undone. Every one can see that it is done already."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host import qemu_img
+from hvmgr.host.storage_daemon import Node
+from hvmgr.model import plan
+from hvmgr.operations.session import Session
+from hvmgr.storage import durable, frozen, images
+
+
+def create(session: Session, step: plan.CreateImage) -> None:
+    """The image is on disk, and this host's QEMU may write it."""
+    path = Path(step.path)
+    backing = None
+    if step.parent is not None:
+        assert step.parent_format is not None
+        backing = (name_of_parent(session, path, step.parent), step.parent_format)
+    session.daemon.create_qcow2(path, size=step.size, backing=backing)
+    durable.set_owner(path, session.owner)
+    durable.sync_file(path)
+    durable.sync_folder(path.parent)
+
+
+def name_of_parent(session: Session, child: Path, parent: str) -> str:
+    """What a header says: relative within the home, absolute to the outside, never something like a protocol."""
+    if not session.layout.owns(parent):
+        return parent
+    name = os.path.relpath(parent, child.parent)
+    return f"./{name}" if ":" in name.split("/", 1)[0] else name
+
+
+def uncreate(_session: Session, step: plan.CreateImage) -> None:
+    """The image is not there."""
+    durable.remove(Path(step.path))
+
+
+def freeze(session: Session, step: plan.FreezeImage) -> None:
+    """The image is read-only."""
+    frozen.freeze(session.layout, Path(step.path))
+
+
+def unfreeze(session: Session, step: plan.FreezeImage) -> None:
+    """The image is writable again."""
+    frozen.thaw(session.layout, Path(step.path))
+
+
+def thaw(session: Session, step: plan.ThawImage) -> None:
+    """The image has its own mode again."""
+    frozen.thaw(session.layout, Path(step.path))
+
+
+def record(session: Session, step: plan.RecordFrozen) -> None:
+    """A later change of these frozen images will be seen."""
+    for path in step.paths:
+        frozen.record(session.layout, Path(path))
+
+
+def copy(session: Session, step: plan.CopyImage) -> None:
+    """The copy is complete and on disk."""
+    durable.copy_file(Path(step.source), Path(step.target), owner=session.owner)
+
+
+def uncopy(_session: Session, step: plan.CopyImage) -> None:
+    """The copy is not there."""
+    durable.remove(Path(step.target))
+
+
+def move(session: Session, step: plan.MoveImage) -> None:
+    """The image has its new name; its header keeps naming the same parent."""
+    source, target = Path(step.source), Path(step.target)
+    if not source.exists():
+        return
+    header = images.read(source, images.QCOW2)
+    if header.backing is not None and source.parent != target.parent:
+        raise errors.Conflict(f"{source} still has a parent and cannot leave its folder")
+    durable.rename(source, target)
+    frozen.forget(session.layout, source)
+    session.forget_uses()
+
+
+def merge_up(session: Session, step: plan.MergeUp) -> None:
+    """The child holds the parent's data and stands on what was below it."""
+    child, parent = Path(step.child), Path(step.parent)
+    if _has_to_wait(session, child, parent):
+        return
+    if not parent.exists() or images.read(child, images.QCOW2).parent != parent:
+        _settle(session, child)
+        _stands_on(session, step)
+        return
+    try:
+        with session.interrupts.let_through():
+            _stream(session, step, child, parent)
+    except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
+        _put_off(session, error, child, parent)
+        return
+    durable.sync_file(child)
+    _stands_on(session, step)
+    _settle(session, child)
+
+
+def _stands_on(session: Session, step: plan.MergeUp) -> None:
+    session.uses.moved(step.child, parent=step.parent, below=step.below)
+
+
+def _stream(session: Session, step: plan.MergeUp, child: Path, parent: Path) -> None:
+    _make_writable(session, child, parent)
+    zeros = _unwritten(child, *step.hide) if step.hide is not None else []
+    daemon, nodes = session.daemon, list[Node]()
+    try:
+        below = None
+        if step.below is not None:
+            assert step.below_format is not None
+            below = daemon.open(Path(step.below), step.below_format, writable=False)
+            nodes.append(below)
+        nodes.append(daemon.open(parent, images.QCOW2, writable=True, backing=below, detached_backing=below is None))
+        nodes.append(daemon.open(child, images.QCOW2, writable=True, backing=nodes[-1]))
+        if zeros:
+            daemon.write_zeroes(nodes[-1], zeros)
+        name = None if step.below is None else name_of_parent(session, child, step.below)
+        daemon.stream(nodes[-1], base=below, backing_file=name)
+    finally:
+        for node in reversed(nodes):
+            daemon.close(node)
+
+
+def merge_down(session: Session, step: plan.MergeDown) -> None:
+    """The parent holds the child's data and has the child's name."""
+    child, parent = Path(step.child), Path(step.parent)
+    if _has_to_wait(session, child, parent):
+        return
+    if not parent.exists() or images.read(child, images.QCOW2).parent != parent:
+        _settle(session, child)
+        return
+    below = images.read(parent, images.QCOW2).parent
+    try:
+        _require_same_size(child, parent)
+        with session.interrupts.let_through():
+            _commit(session, child, parent)
+    except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
+        _put_off(session, error, child, parent)
+        return
+    if below is not None:
+        session.uses.moved(step.parent, parent=str(below), below=None)
+    session.uses.moved(step.child, parent=step.parent, below=None if below is None else str(below))
+    _settle(session, child)
+
+
+def _commit(session: Session, child: Path, parent: Path) -> None:
+    _make_writable(session, child, parent)
+    daemon, nodes = session.daemon, list[Node]()
+    try:
+        nodes.append(daemon.open(parent, images.QCOW2, writable=True))
+        nodes.append(daemon.open(child, images.QCOW2, writable=True, backing=nodes[0]))
+        daemon.commit(nodes[1], nodes[0])
+        durable.sync_file(parent)
+        if session.is_active():
+            raise errors.Conflict("the VM was started in the meantime")
+        frozen.forget(session.layout, parent)
+        # From here on the merge is done; both locks are still ours.
+        durable.rename(parent, child)
+    finally:
+        for node in reversed(nodes):
+            daemon.close(node)
+
+
+def _require_same_size(child: Path, parent: Path) -> None:
+    """A merge that was cut off may meet a disk that has been resized since it was planned."""
+    if images.read(child, images.QCOW2).size != images.read(parent, images.QCOW2).size:
+        raise errors.Conflict(f"{child.name} has been resized")
+
+
+def flatten(session: Session, step: plan.Flatten) -> None:
+    """The image has no parent."""
+    path = Path(step.path)
+    if images.read(path, images.QCOW2).backing is None:
+        return
+    _make_writable(session, path)
+    node = session.daemon.open(path, images.QCOW2, writable=True)
+    try:
+        session.daemon.stream(node, base=None, backing_file=None)
+    finally:
+        session.daemon.close(node)
+    durable.sync_file(path)
+    session.forget_uses()
+
+
+def remove(session: Session, step: plan.RemoveImage) -> None:
+    """The image is in the trash, unless something needs it after all."""
+    path = Path(step.path)
+    if not path.exists():
+        return
+    if step.path in session.waiting or session.uses.is_used(step.path):
+        return
+    _make_writable(session, path)
+    node = session.daemon.open(path, images.RAW, writable=True)  # QEMU's lock; a damaged header does not matter
+    try:
+        durable.rename(path, session.layout.trash / path.name)
+    finally:
+        session.daemon.close(node)
+    frozen.forget(session.layout, path)
+    session.uses.removed(step.path)
+
+
+def _unwritten(child: Path, offset: int, length: int) -> list[tuple[int, int]]:
+    """The parts of a range, as far as the image reaches today, in which it holds nothing itself: (offset, length)."""
+    end = min(offset + length, images.read(child, images.QCOW2).size)
+    ranges, start = list[tuple[int, int]](), offset
+    for extent in qemu_img.map(child, images.QCOW2):
+        if extent.depth != 0 or not extent.present or extent.start >= end or extent.start + extent.length <= start:
+            continue
+        if extent.start > start:
+            ranges.append((start, extent.start - start))
+        start = extent.start + extent.length
+    if start < end:
+        ranges.append((start, end - start))
+    return ranges
+
+
+def _make_writable(session: Session, *paths: Path) -> None:
+    for path in paths:
+        durable.set_mode(path, frozen.WORKING_MODE)
+        if session.recovering:
+            qemu_img.check(path, images.QCOW2, repair_leaks=True)
+
+
+def _settle(session: Session, path: Path) -> None:
+    """Mode and record are what the image's users need."""
+    if not path.exists():
+        return
+    durable.set_owner(path, session.owner)
+    if session.uses.is_frozen(str(path)):
+        frozen.freeze(session.layout, path)
+        frozen.record(session.layout, path)
+    else:
+        durable.set_mode(path, frozen.WORKING_MODE)
+        frozen.forget(session.layout, path)
+
+
+def _has_to_wait(session: Session, child: Path, parent: Path) -> bool:
+    """Because of an earlier step, because the user wants to stop, or because the VM has one of them open."""
+    pair = {str(child), str(parent)}
+    stopping = session.put_off is not None or session.interrupts.wanted
+    wait = stopping or bool(pair & (session.waiting | session.busy_images()))
+    if wait:
+        _wait(session, child, parent)
+    return wait
+
+
+def _put_off(session: Session, error: errors.HvmgrError, child: Path, parent: Path) -> None:
+    """What cannot be merged now is left whole, and waits."""
+    session.put_off = error
+    _wait(session, child, parent)
+
+
+def _wait(session: Session, child: Path, parent: Path) -> None:
+    session.waiting.update((str(child), str(parent)))
+    _settle(session, child)
+    _settle(session, parent)

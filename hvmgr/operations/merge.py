@@ -1,0 +1,124 @@
+"""Deleting snapshots, and merging the images that this leaves unnamed. Guest-visible content never changes here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvmgr import errors, units
+from hvmgr.model import plan, tree
+from hvmgr.model.metadata import SavedState
+from hvmgr.model.plan import Plan, Step
+from hvmgr.model.tree import Change, Tree
+from hvmgr.operations import snapshots
+from hvmgr.operations.session import Session
+from hvmgr.storage import frozen, vm_home
+
+
+def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
+    """The snapshots go; their images go or are merged as far as nothing else needs them."""
+    home, layout = session.home, session.layout
+    before = snapshots.whole_tree(session)
+    records = {one.record.id: one.record for one in home.snapshots()}
+    change = tree.plan_delete(before, snapshot_ids, busy=session.busy_images())
+    _require_parents(session, before, change)
+    _require_space(before, change)
+    change_id = session.new_id()
+    present = home.present()
+    facts = vm_home.require_facts(present)
+    finish: list[Step] = [*snapshots.empty_undo_files(session, home.undo())]
+    finish += [
+        _new_parent(session, node.snapshot_id, node.parent)
+        for node in change.after.nodes.values()
+        if node.parent != before.nodes[node.snapshot_id].parent
+    ]
+    if change.after.present.parent != before.present.parent:
+        present.set_metadata(dataclasses.replace(facts, parent=change.after.present.parent))
+        finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
+    finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
+    finish += change.finish
+    names = ", ".join(f"'{records[one].name}'" for one in snapshot_ids[:3])
+    more = f" and {len(snapshot_ids) - 3} more" if len(snapshot_ids) > 3 else ""
+    return Plan(
+        plan_id=change_id,
+        vm_id=layout.vm_id,
+        operation="snapshot delete",
+        subject=f"deletion of snapshot {names}{more} of {present.name}",
+        finish=tuple(finish),
+    )
+
+
+def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
+    """Only the saved memory of a snapshot goes; applied afterwards, the VM is off."""
+    snapshot = session.home.snapshot(snapshot_id)
+    facts = vm_home.require_facts(snapshot)
+    assert facts.snapshot is not None
+    if facts.snapshot.state is SavedState.NONE:
+        raise errors.Conflict(f"snapshot '{facts.snapshot.name}' has no saved state")
+    record = dataclasses.replace(facts.snapshot, state=SavedState.NONE)
+    snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
+    return Plan(
+        plan_id=session.new_id(),
+        vm_id=session.home.vm_id,
+        operation="snapshot delete",
+        subject=f"deletion of the saved state of snapshot '{record.name}'",
+        finish=(
+            plan.ReplaceFile(path=str(session.layout.snapshot(snapshot_id)), text=snapshot.to_xml()),
+            plan.RemoveFile(path=str(session.layout.memory(snapshot_id))),
+        ),
+    )
+
+
+def plan_merge(session: Session) -> Plan:
+    """Unnamed images that were left waiting are merged."""
+    before = snapshots.whole_tree(session)
+    change = tree.plan_merge(before, busy=session.busy_images())
+    _require_parents(session, before, change)
+    _require_space(before, change)
+    return Plan(
+        plan_id=session.new_id(),
+        vm_id=session.home.vm_id,
+        operation="snapshot merge",
+        subject=f"merge of unnamed images of {session.home.name}",
+        finish=change.finish,
+    )
+
+
+def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.ReplaceFile:
+    snapshot = session.home.snapshot(snapshot_id)
+    facts = vm_home.require_facts(snapshot)
+    assert facts.snapshot is not None
+    record = dataclasses.replace(facts.snapshot, parent=parent)
+    snapshot.set_metadata(dataclasses.replace(facts, parent=parent, snapshot=record))
+    return plan.ReplaceFile(path=str(session.layout.snapshot(snapshot_id)), text=snapshot.to_xml())
+
+
+def _require_parents(session: Session, before: Tree, change: Change) -> None:
+    """What is to be merged is what was frozen, with all that it stands on."""
+    for step in change.finish:
+        if isinstance(step, plan.MergeUp | plan.MergeDown):
+            for image in before.chain(step.parent):
+                frozen.require_unchanged(session.layout, Path(image.path))
+
+
+def _require_space(before: Tree, change: Change) -> None:
+    """A merge writes at most what the side that goes away holds, before that side's file is removed."""
+    for step in change.finish:
+        if not isinstance(step, plan.MergeUp | plan.MergeDown):
+            continue
+        source = step.parent if isinstance(step, plan.MergeUp) else step.child
+        if source not in before.images:
+            continue
+        needed = before.images[source].data
+        facts = os.statvfs(Path(step.child).parent)
+        free = facts.f_bavail * facts.f_frsize
+        if needed > free:
+            raise errors.NoSpace(
+                f"merging {Path(source).name} needs up to {units.format_size(needed)}, "
+                f"there are {units.format_size(free)} free in {Path(step.child).parent}",
+                hint="free space there, or give --state-only to remove saved memory first",
+                needed=needed,
+                free=free,
+            )

@@ -1,0 +1,144 @@
+"""Home and libvirt brought together, as the first thing of every operation.
+
+The home is the truth for the tree, libvirt for the VM. What others did to the VM in between is taken over where that
+provably loses nothing; anything else is a Conflict that names the file.
+
+| libvirt shows for a slot                    | what it means                                                    |
+|---------------------------------------------|------------------------------------------------------------------|
+| the known working image                     | nothing happened                                                 |
+| a known frozen image, unchanged             | somebody went back by hand: a fresh child is put on it           |
+| a known frozen image, changed               | the snapshots on it are damaged: Corrupt                         |
+| an unknown overlay on the working image     | it is the working image now, the old one is frozen below it      |
+| something unrelated                         | a new disk; the old one is detached, and kept                    |
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host.domain import Domain
+from hvmgr.model import configuration, plan
+from hvmgr.model.configuration import Configuration
+from hvmgr.model.metadata import DiskRecord, Metadata
+from hvmgr.model.plan import Plan, Step
+from hvmgr.operations import domain_steps, execution
+from hvmgr.operations.session import Session
+from hvmgr.storage import frozen, images, vm_home
+
+
+def bring_together(session: Session) -> None:
+    """Nothing is left open, libvirt knows the VM, and the home says what libvirt says."""
+    execution.recover(session)
+    domain = session.find_domain() or _define_again(session)
+    text = domain.xml(live=False)
+    if text.encode() == session.layout.configuration.read_bytes():
+        return
+    present = session.home.present()
+    edited = configuration.parse(text, source=f"libvirt's XML of {domain.name}")
+    if edited.metadata() == present.metadata() and vm_home.disks_of(edited) == vm_home.disks_of(present):
+        domain_steps.write_present(session, plan.WritePresent())
+        if not configuration.same(text, present.to_xml()):
+            session.say("took over a change that was made to the VM outside hvmgr")
+        return
+    _take_over(session, domain, present, edited)
+
+
+def _define_again(session: Session) -> Domain:
+    """libvirt has forgotten the VM: its home has not."""
+    present = session.home.present()
+    facts = vm_home.require_facts(present)
+    if facts.uri != session.connection.uri:
+        raise errors.Conflict(
+            f"{present.name} belongs to the connection {facts.uri}, not to {session.connection.uri}",
+            hint=f"run the command with -c '{facts.uri}'",
+        )
+    domain = session.connection.define(present.to_xml())
+    session.say(f"libvirt did not know {present.name}; it was defined again from its home")
+    return domain
+
+
+def _take_over(session: Session, domain: Domain, present: Configuration, edited: Configuration) -> None:
+    """Disks were changed, or hvmgr's own facts are gone from libvirt's XML."""
+    known = vm_home.disks_of(present)
+    steps: list[Step] = []
+    finish: list[Step] = []
+    for slot, path in vm_home.disks_of(edited).items():
+        if path in known.values():
+            continue
+        if session.uses.is_frozen(path):
+            steps.append(_fresh_child(session, domain, edited, slot, path))
+            continue
+        below = [image for image in _chain(session, edited, slot) if image in known.values()]
+        if below:
+            finish += [plan.FreezeImage(path=below[0]), plan.RecordFrozen(paths=(below[0],))]
+            session.say(f"disk {slot} has a new image {path}, made outside hvmgr; it is taken over")
+        else:
+            session.say(f"disk {slot} is {path} now")
+    gone = set(known.values()) - _still_there(session, edited)
+    for path in sorted(gone):
+        session.say(f"{path} is no longer used by the VM; it is kept as a detached disk")
+    facts = dataclasses.replace(
+        edited.metadata() or vm_home.require_facts(present),
+        parent=vm_home.require_facts(present).parent,
+        change=(change := session.new_id()),
+        disks=_records(session, vm_home.require_facts(present), known, vm_home.disks_of(edited)),
+    )
+    edited.set_metadata(facts)
+    execution.run(
+        session,
+        Plan(
+            plan_id=change,
+            vm_id=session.home.vm_id,
+            operation="take over",
+            subject=f"take-over of a change made to {present.name} outside hvmgr",
+            prepare=tuple(steps),
+            switch=plan.Define(xml=edited.to_xml()),
+            finish=(*finish, plan.WritePresent()),
+        ),
+    )
+
+
+def _fresh_child(session: Session, domain: Domain, edited: Configuration, slot: str, path: str) -> plan.CreateImage:
+    frozen.require_unchanged(session.layout, Path(path))
+    if domain.is_active():
+        raise errors.Conflict(
+            f"{domain.name} runs on {path}, which its snapshots need unchanged",
+            hint=f"stop it at once: virsh destroy {domain.name}",
+            path=path,
+        )
+    disk = edited.find_disk(slot)
+    fmt = (disk.format if disk is not None else None) or images.RAW
+    child = session.layout.image(slot, session.new_id())
+    edited.set_disk_source(slot, child, images.QCOW2)
+    session.say(f"disk {slot} was pointed to the frozen image {path}; it goes on in a fresh child of it")
+    return plan.CreateImage(path=str(child), size=images.read(Path(path), fmt).size, parent=path, parent_format=fmt)
+
+
+def _chain(session: Session, edited: Configuration, slot: str) -> list[str]:
+    disk = edited.find_disk(slot)
+    if disk is None or disk.source is None:
+        return []
+    path = vm_home.canonical(disk.source)
+    return [one for one in session.home.load_images({path: disk.format or images.RAW}) if one != path]
+
+
+def _still_there(session: Session, edited: Configuration) -> set[str]:
+    formats = {
+        vm_home.canonical(disk.source): disk.format or images.RAW
+        for disk in edited.disks()
+        if disk.takes_part and disk.source is not None
+    }
+    return set(session.home.load_images(formats)) | set(formats)
+
+
+def _records(session: Session, facts: Metadata, known: dict[str, str], disks: dict[str, str]) -> tuple[DiskRecord, ...]:
+    """Disks keep their ids: a disk that only moved to another slot, or goes on in the same slot, is the same disk."""
+    by_path = {known[record.slot]: record for record in facts.disks if record.slot in known}
+    by_slot = {record.slot: record for record in facts.disks}
+    records = []
+    for slot, path in disks.items():
+        old = by_path.get(path) or by_slot.get(slot)
+        records.append(DiskRecord(slot=slot, id=old.id if old is not None else session.new_id()))
+    return tuple(records)

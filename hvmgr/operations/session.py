@@ -1,0 +1,284 @@
+"""One command's work on one VM: its home, its domain, the storage daemon, and whom to tell.
+
+Whoever has a session holds the lock of the home. Everything that the session starts ends with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+from hvmgr import errors
+from hvmgr.host import storage_daemon
+from hvmgr.host.domain import Domain, State
+from hvmgr.host.hypervisor import Connection
+from hvmgr.host.storage_daemon import Daemon, Node
+from hvmgr.model.layout import Layout
+from hvmgr.model.plan import Plan
+from hvmgr.model.progress import Progress
+from hvmgr.model.tree import Tree
+from hvmgr.storage import durable, vm_home
+from hvmgr.storage.vm_home import VmHome
+
+
+def _silent(_: object) -> None:
+    """Nobody listens."""
+
+
+def _agree(_: Plan) -> bool:
+    """Every plan is fine."""
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Reporter:
+    """Whom an operation tells what people want to know: sentences, how far long work is, and what it is about to do."""
+
+    notice: Callable[[str], None] = _silent
+    progress: Callable[[Progress], None] = _silent
+    approve: Callable[[Plan], bool] = _agree
+
+
+@dataclass(slots=True)
+class Uses:
+    """Who needs which image, kept true while steps run; the last check before a file goes."""
+
+    children: dict[str, set[str]]
+    named: set[str]
+    frozen: set[str]
+
+    @classmethod
+    def of(cls, tree: Tree) -> Uses:
+        """The uses that a home's files tell."""
+        named = set(tree.named())
+        held = {path for node in tree.nodes.values() for path in node.disks.values()}
+        return cls({path: set(below) for path, below in tree.children().items()}, named, held)
+
+    def is_used(self, path: str) -> bool:
+        """Whether anything still needs the image."""
+        return path in self.named or bool(self.children.get(path))
+
+    def is_frozen(self, path: str) -> bool:
+        """Whether a snapshot or a child needs it unchanged."""
+        return path in self.frozen or bool(self.children.get(path))
+
+    def moved(self, child: str, *, parent: str, below: str | None) -> None:
+        """``child`` no longer stands on ``parent`` but on ``below``."""
+        self.children.get(parent, set()).discard(child)
+        if below is not None:
+            self.children.setdefault(below, set()).add(child)
+
+    def removed(self, path: str) -> None:
+        """The image is gone."""
+        for below in self.children.values():
+            below.discard(path)
+
+
+class Session:
+    """What the steps of a plan work with."""
+
+    def __init__(self, home: VmHome, connection: Connection, reporter: Reporter, *, wait_s: float) -> None:
+        self.home = home
+        self.connection = connection
+        self.wait_s = wait_s
+        self.recovering = False
+        self.waiting: set[str] = set()  # images whose merge has to wait: nothing may remove them
+        self.put_off: errors.HvmgrError | None = None  # why a merge was put off, said when all else is done
+        self._reporter = reporter
+        self._stack = contextlib.ExitStack()
+        self._daemon: Daemon | None = None
+        self._held: list[Node] = []
+        self._uses: Uses | None = None
+        self._interrupts = Interrupts()
+        self._owner: tuple[int, int] | None = None
+        self._knows_owner = False
+
+    @property
+    def layout(self) -> Layout:
+        """The home's folders and files."""
+        return self.home.layout
+
+    @property
+    def owner(self) -> tuple[int, int] | None:
+        """Whom images have to belong to, so that this host's QEMU may use them."""
+        if not self._knows_owner:
+            self._owner, self._knows_owner = self.connection.capabilities().qemu_owner, True
+        return self._owner
+
+    @property
+    def interrupts(self) -> Interrupts:
+        """Ctrl-C, held back while it would leave something half-done."""
+        return self._interrupts
+
+    @staticmethod
+    def new_id() -> str:
+        """An id that nothing else has."""
+        return str(uuid.uuid4())
+
+    @staticmethod
+    def now() -> datetime:
+        """This moment, UTC."""
+        return datetime.now(UTC)
+
+    def say(self, sentence: str) -> None:
+        """Tell people something that they would want to know."""
+        self._reporter.notice(sentence)
+
+    def progress(self, progress: Progress) -> None:
+        """Tell how far long work is; the place where Ctrl-C stops it."""
+        self._reporter.progress(progress)
+        self._interrupts.check()
+
+    def require_approval(self, plan: Plan) -> None:
+        """Raises Declined when the caller does not want this plan; nothing was changed then."""
+        if not self._reporter.approve(plan):
+            raise errors.Declined(f"{plan.subject}: not done")
+
+    # -- the domain ----------------------------------------------------------------------------------------------
+
+    def find_domain(self) -> Domain | None:
+        """libvirt's domain of this VM."""
+        return self.connection.find_domain(self.home.vm_id)
+
+    def domain(self) -> Domain:
+        """libvirt's domain of this VM; NotFound when libvirt does not know it."""
+        domain = self.find_domain()
+        if domain is None:
+            raise errors.NotFound(
+                f"libvirt ({self.connection.uri}) does not know the VM in {self.home.path}",
+                hint="name the VM's own connection with -c",
+            )
+        return domain
+
+    def is_active(self) -> bool:
+        """Whether a QEMU runs this VM."""
+        domain = self.find_domain()
+        return domain is not None and domain.is_active()
+
+    def state(self) -> State:
+        """What the VM does at present."""
+        return self.domain().state()
+
+    # -- images --------------------------------------------------------------------------------------------------
+
+    @property
+    def daemon(self) -> Daemon:
+        """The storage daemon, started when it is first needed."""
+        if self._daemon is None:
+            self._daemon = self._stack.enter_context(storage_daemon.started(on_progress=self.progress))
+            self._daemon_note.write_text(self._daemon.note)
+            self._stack.callback(durable.remove, self._daemon_note)
+        return self._daemon
+
+    def end_left_over_daemon(self) -> None:
+        """A storage daemon of a command that was killed is gone."""
+        if self._daemon_note.exists():
+            storage_daemon.end_left_over(self._daemon_note.read_text())
+            durable.remove(self._daemon_note)
+
+    def hold(self, path: str, fmt: str) -> None:
+        """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it."""
+        self._held.append(self.daemon.open(Path(path), fmt, writable=True))
+
+    def release(self) -> None:
+        """Let go of all held images."""
+        for node in reversed(self._held):
+            self.daemon.close(node)
+        self._held.clear()
+
+    @property
+    def uses(self) -> Uses:
+        """Who needs which image, as the files say now."""
+        if self._uses is None:
+            self._uses = Uses.of(self.home.tree())
+        return self._uses
+
+    def forget_uses(self) -> None:
+        """The files have changed."""
+        self._uses = None
+
+    def busy_images(self) -> set[str]:
+        """The images that the running VM has open: its working images and everything below them."""
+        domain = self.find_domain()
+        if domain is None or not domain.is_active():
+            return set()
+        return open_images(self.home, domain)
+
+    def close(self) -> None:
+        """End everything that the session started."""
+        self._held.clear()
+        self._stack.close()
+        self._interrupts.close()
+
+    @property
+    def _daemon_note(self) -> Path:
+        return self.layout.private / "daemon"
+
+
+def open_images(home: VmHome, domain: Domain) -> set[str]:
+    """The images that a running domain has open, by libvirt's view and by QEMU's own."""
+    from hvmgr.model import configuration
+
+    live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
+    formats = {
+        vm_home.canonical(disk.source): disk.format or "raw"
+        for disk in live.disks()
+        if disk.source is not None and disk.type in {"file", "block"}
+    }
+    working = {str(path): "qcow2" for path in domain.writable_files() if home.layout.owns(str(path))}
+    return set(home.load_images({**working, **formats}))
+
+
+class Interrupts:
+    """SIGINT and SIGTERM as a wish: ``check`` raises it where stopping leaves nothing half-done."""
+
+    def __init__(self) -> None:
+        self._wanted = False
+        self._old: dict[int, object] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, self._note)
+        self._held_back = False
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._wanted = True
+
+    def check(self) -> None:
+        """Raises Cancelled when the user wants to stop and may."""
+        if self._wanted and not self._held_back:
+            raise errors.Cancelled("stopped; nothing was changed")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the user wants to stop."""
+        return self._wanted
+
+    def clear(self) -> None:
+        """The wish was followed."""
+        self._wanted = False
+
+    @contextlib.contextmanager
+    def held_back(self, *, back: bool = True) -> Iterator[None]:
+        """Nothing stops what happens here."""
+        before, self._held_back = self._held_back, back
+        try:
+            yield
+        finally:
+            self._held_back = before
+
+    def let_through(self) -> contextlib.AbstractContextManager[None]:
+        """What happens here can be stopped, although what is around it cannot."""
+        return self.held_back(back=False)
+
+    def close(self) -> None:
+        """The signals mean again what they meant before."""
+        for number, old in self._old.items():
+            signal.signal(number, old)  # type: ignore[arg-type]
+        self._old.clear()

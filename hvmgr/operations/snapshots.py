@@ -1,0 +1,464 @@
+"""Snapshots of one VM: create, apply, undo, revert, rename. Each plans with the model, then runs the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host import saved_state
+from hvmgr.host.domain import State
+from hvmgr.model import configuration, plan, tree
+from hvmgr.model.configuration import Configuration
+from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord, SnapshotType
+from hvmgr.model.plan import Plan, Step
+from hvmgr.model.tree import Tree
+from hvmgr.operations import strangers
+from hvmgr.operations.session import Session
+from hvmgr.storage import durable, frozen, images, vm_home
+
+NAME_LENGTH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What ``create`` is asked for."""
+
+    name: str | None = None
+    notes: str = ""
+    type: SnapshotType = SnapshotType.STANDARD
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """How an apply treats the present."""
+
+    without_state: bool = False
+    keep_undo: bool = True
+    discard_state: bool = False
+
+
+# --- create ---------------------------------------------------------------------------------------------------------
+
+
+def plan_create(session: Session, wish: Wish) -> Plan:
+    """The present becomes a snapshot, and goes on in new images."""
+    name = require_name(wish.name) if wish.name is not None else None
+    home, layout, state = session.home, session.layout, session.state()
+    present = home.present()
+    facts = vm_home.require_facts(present)
+    undo = home.undo()
+    before = present_tree(session) if undo is None else whole_tree(session)
+    snapshot_id, change_id, moment = session.new_id(), session.new_id(), session.now()
+    children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
+    change = tree.plan_create(before, snapshot_id, children)
+    _warn_of_depth(session, change.after)
+    saved = _state_to_save(session, state, wish.type, present)
+    record = SnapshotRecord(
+        id=snapshot_id,
+        name=name or default_name(present.name, moment),
+        created=moment,
+        type=wish.type,
+        state=saved,
+        parent=facts.parent,
+        notes=wish.notes,
+    )
+    snapshot = present.copy()
+    keep_nvram = _keeps_nvram(present)
+    if keep_nvram:
+        snapshot.set_nvram(layout.snapshot_nvram(snapshot_id))
+    snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
+    after = present.copy()
+    _point_disks(after, children)
+    after.set_metadata(dataclasses.replace(facts, parent=snapshot_id, change=change_id))
+
+    creates = [step for step in change.prepare if isinstance(step, plan.CreateImage)]
+    freezes = [step for step in change.prepare if isinstance(step, plan.FreezeImage)]
+    prepare: list[Step] = [*creates, plan.MakeSnapshotFolder(snapshot_id=snapshot_id)]
+    finish: list[Step] = []
+    active = state in (State.RUNNING, State.PAUSED)
+    has_tpm = present.has_tpm and not (active and saved is not SavedState.NONE)  # else it is in the memory stream
+    if state is State.RUNNING and (keep_nvram or has_tpm):
+        prepare.append(plan.Suspend())
+        finish.append(plan.Resume())
+    prepare += _copies_of_firmware(session, present, snapshot_id, nvram=keep_nvram, tpm=has_tpm)
+    memory = str(layout.memory(snapshot_id))
+    switch: Step
+    if active:
+        switch = plan.SwitchDisks(children=tuple(children.items()), memory=None if saved is SavedState.NONE else memory)
+        finish += [plan.Define(xml=after.to_xml()), *freezes]
+    else:
+        prepare += freezes
+        if state is State.SAVED:
+            prepare += _steps_for_managed_save(session, before, children, None if saved is SavedState.NONE else memory)
+        switch = plan.Define(xml=after.to_xml())
+    finish += [
+        plan.WriteSnapshot(snapshot_id=snapshot_id, xml=snapshot.to_xml()),
+        plan.WritePresent(),
+        *empty_undo_files(session, undo),
+        *change.finish,
+        plan.RecordFrozen(paths=tuple(step.path for step in freezes)),
+    ]
+    return Plan(
+        plan_id=change_id,
+        vm_id=home.vm_id,
+        operation="snapshot create",
+        subject=f"creation of snapshot '{record.name}' of {present.name}",
+        prepare=tuple(prepare),
+        switch=switch,
+        finish=tuple(finish),
+        hold=() if active else _working(before),
+    )
+
+
+def snapshot_of(one: Plan) -> str:
+    """The id of the snapshot that a ``plan_create`` makes."""
+    return next(step.snapshot_id for step in one.finish if isinstance(step, plan.WriteSnapshot))
+
+
+def require_name(name: str) -> str:
+    """The name, when it may be a snapshot's; UsageError says why not."""
+    if not name.strip():
+        raise errors.UsageError("a snapshot's name cannot be empty", hint="give it 1 to 100 characters")
+    if len(name) > NAME_LENGTH:
+        raise errors.UsageError(
+            f"a snapshot's name has at most {NAME_LENGTH} characters, this one has {len(name)}",
+            hint="put the rest into --notes",
+        )
+    if not name.isprintable():
+        raise errors.UsageError("a snapshot's name cannot hold control characters", hint="use printable characters")
+    return name
+
+
+def default_name(vm: str, moment: datetime) -> str:
+    """``web (2026-11-21 14.03.05)``, in local time."""
+    name = f"{vm} ({moment.astimezone():%Y-%m-%d %H.%M.%S})"
+    return name if len(name) <= NAME_LENGTH else name[-NAME_LENGTH:]
+
+
+def _state_to_save(session: Session, state: State, wanted: SnapshotType, present: Configuration) -> SavedState:
+    if state in (State.SLEEPING, State.CRASHED):
+        raise errors.Conflict(f"{present.name} is {state}", hint="wake it up or stop it, then run the command again")
+    if state is State.OFF:
+        return SavedState.NONE
+    if state is State.SAVED:
+        if wanted is SnapshotType.DISK_ONLY:
+            return SavedState.NONE
+        was_running = saved_state.read(session.connection.managed_save_path(present.name)).was_running
+        return SavedState.RUNNING if was_running else SavedState.PAUSED
+    _require_same_disks(session, present)
+    if wanted is SnapshotType.DISK_ONLY:
+        return SavedState.NONE
+    _require_memory(session, present)
+    return SavedState.RUNNING if state is State.RUNNING else SavedState.PAUSED
+
+
+def _require_same_disks(session: Session, present: Configuration) -> None:
+    """A disk that was plugged in or out only until the VM stops has no place in a snapshot."""
+    domain = session.domain()
+    live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
+    running, stored = vm_home.disks_of(live), vm_home.disks_of(present)
+    for slot in sorted(running.keys() ^ stored.keys()):
+        where = "only until the VM stops" if slot in running else "only after the next start"
+        raise errors.Conflict(
+            f"disk {slot} is attached {where}",
+            hint="make it the same in both: virsh attach-disk or detach-disk --config",
+        )
+    writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
+    for slot, path in stored.items():
+        if running[slot] != path or path not in writing:
+            raise errors.Conflict(
+                f"disk {slot}: QEMU does not write to {path}",
+                hint="stop the VM and start it again, then run the command again",
+                path=path,
+            )
+    if domain.has_job():
+        raise errors.Busy(f"libvirt or QEMU works on {domain.name}", hint="wait until that is done, then run it again")
+
+
+def _require_memory(session: Session, present: Configuration) -> None:
+    hint = "take the disks alone with --type disk-only, or stop the VM first"
+    for disk in present.disks():
+        if disk.device in ("disk", "lun") and not disk.readonly and not disk.takes_part:
+            raise errors.Conflict(
+                f"disk {disk.slot} is writable and takes no part in snapshots, so that saved memory would not fit it",
+                hint=hint,
+            )
+    if reasons := session.domain().blocked_reasons():
+        raise errors.Unsupported(f"QEMU cannot save the memory of {present.name}: {'; '.join(reasons)}", hint=hint)
+
+
+def _steps_for_managed_save(session: Session, before: Tree, children: dict[str, str], memory: str | None) -> list[Step]:
+    steps: list[Step] = []
+    if memory is not None:
+        steps.append(plan.CopyFile(source=str(session.connection.managed_save_path(session.home.name)), target=memory))
+    disks = tuple((slot, path, children[slot]) for slot, path in before.present.disks.items())
+    return [*steps, plan.PointManagedSave(disks=disks)]
+
+
+def _copies_of_firmware(
+    session: Session, present: Configuration, snapshot_id: str, *, nvram: bool, tpm: bool
+) -> list[Step]:
+    steps: list[Step] = []
+    if nvram:
+        assert present.nvram is not None
+        steps.append(plan.CopyFile(source=str(present.nvram), target=str(session.layout.snapshot_nvram(snapshot_id))))
+    folder = session.connection.tpm_folder(session.home.vm_id)
+    if tpm and folder.is_dir():
+        steps.append(plan.CopyFolder(source=str(folder), target=str(session.layout.snapshot_tpm(snapshot_id))))
+    return steps
+
+
+# --- apply, revert, undo --------------------------------------------------------------------------------------------
+
+
+def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
+    """The VM becomes what it was at a snapshot; its name and id stay, its present goes into the undo slot."""
+    home, layout = session.home, session.layout
+    present, target = home.present(), home.snapshot(snapshot_id)
+    facts, record = vm_home.require_facts(present), _record(target)
+    before = whole_tree(session)
+    node = tree.require_node(before, snapshot_id)
+    for path in node.disks.values():
+        for image in before.chain(path):
+            frozen.require_unchanged(layout, Path(image.path))
+    children = {slot: str(layout.image(slot, session.new_id())) for slot in node.disks}
+    change = tree.plan_apply(before, snapshot_id, children, keep_undo=how.keep_undo)
+    _warn_of_depth(session, change.after)
+    change_id = session.new_id()
+    after = target.copy()
+    _become_present(session, after, present)
+    _point_disks(after, children)
+    prepare: list[Step] = list(change.prepare)
+    if target.nvram is not None:
+        nvram = layout.nvram(session.new_id())
+        after.set_nvram(nvram)
+        if target.nvram.exists():
+            prepare.append(plan.CopyFile(source=str(target.nvram), target=str(nvram)))
+    target_facts = vm_home.require_facts(target)
+    after.set_metadata(
+        Metadata(
+            home=home.path,
+            uri=facts.uri,
+            created=facts.created,
+            parent=snapshot_id,
+            disks=target_facts.disks,
+            change=change_id,
+        )
+    )
+    prepare += _put_present_away(session, present, facts, how)
+    uses_memory = record.state is not SavedState.NONE and not how.without_state
+    if uses_memory:
+        prepare.append(_start_from(session, record, after, children))
+    tpm = layout.snapshot_tpm(snapshot_id)
+    finish: list[Step] = []
+    if tpm.is_dir() and not uses_memory:
+        target_folder = session.connection.tpm_folder(home.vm_id)
+        finish.append(plan.ReplaceFolder(source=str(tpm), target=str(target_folder)))
+    return Plan(
+        plan_id=change_id,
+        vm_id=home.vm_id,
+        operation="snapshot apply",
+        subject=f"return of {present.name} to snapshot '{record.name}'",
+        prepare=tuple(prepare),
+        switch=plan.Define(xml=after.to_xml()),
+        finish=(
+            *finish,
+            *_fill_undo(session, present, keep=how.keep_undo),
+            plan.WritePresent(),
+            *change.finish,
+            plan.RemoveFile(path=str(layout.put_away)),
+        ),
+        hold=_working(before),
+    )
+
+
+def plan_undo(session: Session, how: Replacement) -> Plan:
+    """Present and undo slot change places."""
+    home = session.home
+    present, undo = home.present(), home.undo()
+    before = whole_tree(session)
+    tree.plan_undo(before)
+    assert undo is not None
+    facts = vm_home.require_facts(present)
+    undo_facts = vm_home.require_facts(undo)
+    for path in vm_home.disks_of(undo).values():
+        for image in before.chain(path)[1:]:
+            frozen.require_unchanged(session.layout, Path(image.path))
+    change_id = session.new_id()
+    after = undo.copy()
+    _become_present(session, after, present)
+    after.set_metadata(dataclasses.replace(undo_facts, change=change_id))
+    finish: list[Step] = []
+    tpm = session.layout.tpm_copy(undo_facts.change or "")
+    if tpm.is_dir():
+        target = session.connection.tpm_folder(home.vm_id)
+        finish += [plan.ReplaceFolder(source=str(tpm), target=str(target)), plan.RemoveFolder(path=str(tpm))]
+    return Plan(
+        plan_id=change_id,
+        vm_id=home.vm_id,
+        operation="snapshot undo",
+        subject=f"undo of the last apply of {present.name}",
+        prepare=tuple(_put_present_away(session, present, facts, how)),
+        switch=plan.Define(xml=after.to_xml()),
+        finish=(
+            *finish,
+            plan.ReplaceFile(path=str(session.layout.undo), text=present.to_xml()),
+            plan.WritePresent(),
+            plan.RemoveFile(path=str(session.layout.put_away)),
+        ),
+        hold=_working(before),
+    )
+
+
+def _become_present(session: Session, after: Configuration, present: Configuration) -> None:
+    """What an old configuration takes over from the present: name and id; a new generation id; media that are gone."""
+    after.set_name(present.name)
+    after.set_uuid(present.uuid)
+    if after.genid is not None:
+        after.set_genid(session.new_id())
+    after.strip_backing_chains()
+    _eject_missing(session, after)
+
+
+def _eject_missing(session: Session, after: Configuration) -> None:
+    for disk in after.disks():
+        is_local = disk.is_removable and disk.source is not None and disk.type in {"file", "block"}
+        if is_local and disk.source is not None and not Path(disk.source).exists():
+            after.eject(disk.slot)
+            session.say(f"{disk.source} is gone: {disk.slot} is empty now")
+
+
+def _put_present_away(session: Session, present: Configuration, facts: Metadata, how: Replacement) -> list[Step]:
+    """The present is off afterwards; what it had in memory can be put back until the new state is in place."""
+    state, memory = session.state(), str(session.layout.put_away)
+    steps: list[Step] = []
+    if state is State.CRASHED or (how.discard_state and state is not State.OFF):
+        steps.append(plan.DiscardPresent())
+    elif state is State.SLEEPING:
+        raise errors.Conflict(f"{present.name} sleeps", hint="wake it up, or give --discard-state")
+    elif state in (State.RUNNING, State.PAUSED):
+        if reasons := session.domain().blocked_reasons():
+            raise errors.Conflict(
+                f"{present.name} runs and its memory cannot be saved: {'; '.join(reasons)}",
+                hint="stop it first, or give --discard-state to lose what it has in memory",
+            )
+        steps.append(plan.SavePresent(memory=memory, paused=state is State.PAUSED))
+    elif state is State.SAVED:
+        steps.append(plan.TakeManagedSave(memory=memory))
+    folder = session.connection.tpm_folder(session.home.vm_id)
+    if present.has_tpm and folder.is_dir() and facts.change is not None:
+        steps.append(plan.CopyFolder(source=str(folder), target=str(session.layout.tpm_copy(facts.change))))
+    return steps
+
+
+def _start_from(
+    session: Session, record: SnapshotRecord, after: Configuration, children: dict[str, str]
+) -> plan.StartFrom:
+    memory = session.layout.memory(record.id)
+    try:
+        saved = saved_state.read(memory)
+    except errors.HvmgrError as error:
+        raise errors.Corrupt(
+            f"the saved state of snapshot '{record.name}' cannot be used: {error}",
+            hint="apply it with --without-state: its disks are whole",
+        ) from error
+    if not saved.complete:
+        raise errors.Corrupt(
+            f"the saved state of snapshot '{record.name}' is not complete",
+            hint="apply it with --without-state: its disks are whole",
+        )
+    live = configuration.parse(saved.xml, source=str(memory))
+    live.strip_backing_chains()
+    live.set_name(after.name)
+    _point_disks(live, children)
+    if after.nvram is not None:
+        live.set_nvram(after.nvram)
+    _eject_missing(session, live)
+    return plan.StartFrom(memory=str(memory), xml=live.to_xml(), paused=record.state is SavedState.PAUSED)
+
+
+def _fill_undo(session: Session, present: Configuration, *, keep: bool) -> list[Step]:
+    """The undo slot holds this present, or nothing; what it held before leaves no file behind."""
+    old = session.home.undo()
+    if not keep:
+        return [*empty_undo_files(session, old), *_firmware_files(session, present)]
+    steps = [] if old is None else _firmware_files(session, old)
+    return [*steps, plan.ReplaceFile(path=str(session.layout.undo), text=present.to_xml())]
+
+
+def empty_undo_files(session: Session, undo: Configuration | None) -> list[Step]:
+    """The files of the undo slot go; its images are the planner's matter."""
+    if undo is None:
+        return []
+    return [plan.RemoveFile(path=str(session.layout.undo)), *_firmware_files(session, undo)]
+
+
+def _firmware_files(session: Session, gone: Configuration) -> list[Step]:
+    """NVRAM and TPM state that belonged to a present which is dropped for good."""
+    steps: list[Step] = []
+    facts = vm_home.require_facts(gone)
+    if gone.nvram is not None and gone.nvram.parent == session.layout.vm_folder:
+        steps.append(plan.RemoveFile(path=str(gone.nvram)))
+    if gone.has_tpm and facts.change is not None:
+        steps.append(plan.RemoveFolder(path=str(session.layout.tpm_copy(facts.change))))
+    return steps
+
+
+# --- rename, notes --------------------------------------------------------------------------------------------------
+
+
+def describe(session: Session, snapshot_id: str, *, name: str | None = None, notes: str | None = None) -> None:
+    """A snapshot has another name or other notes; the only things of it that can be changed."""
+    snapshot = session.home.snapshot(snapshot_id)
+    facts, record = vm_home.require_facts(snapshot), _record(snapshot)
+    if name is not None:
+        record = dataclasses.replace(record, name=require_name(name))
+    if notes is not None:
+        record = dataclasses.replace(record, notes=notes)
+    snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
+    durable.write_file(session.layout.snapshot(snapshot_id), snapshot.to_xml().encode())
+
+
+# --- shared ---------------------------------------------------------------------------------------------------------
+
+
+def whole_tree(session: Session) -> Tree:
+    """Both graphs with every user on this host."""
+    alone = session.home.tree()
+    ours = [image.path for image in alone.images.values() if image.keeper is not tree.Keeper.OUTSIDE]
+    return dataclasses.replace(alone, strangers=strangers.of(session, ours))
+
+
+def present_tree(session: Session) -> Tree:
+    """The present's chains alone, whatever the size of the tree."""
+    return session.home.present_tree()
+
+
+def _record(snapshot: Configuration) -> SnapshotRecord:
+    record = vm_home.require_facts(snapshot).snapshot
+    if record is None:
+        raise errors.Corrupt(f"{snapshot.source} is no snapshot", path=snapshot.source)
+    return record
+
+
+def _point_disks(target: Configuration, children: dict[str, str]) -> None:
+    target.strip_backing_chains()
+    for slot, path in children.items():
+        target.set_disk_source(slot, Path(path), images.QCOW2)
+
+
+def _keeps_nvram(present: Configuration) -> bool:
+    """An NVRAM that no start has made yet has nothing to keep."""
+    return present.nvram is not None and present.nvram.exists()
+
+
+def _working(before: Tree) -> tuple[tuple[str, str], ...]:
+    return tuple((path, before.chain(path)[0].format) for path in before.present.disks.values())
+
+
+def _warn_of_depth(session: Session, after: Tree) -> None:
+    if (depth := after.depth()) > tree.WARN_DEPTH:
+        session.say(f"the disks stand on chains of up to {depth} images; each one makes the next start slower")

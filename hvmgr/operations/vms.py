@@ -1,0 +1,162 @@
+"""A VM as a whole: start, stop, rename, delete."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host.domain import State
+from hvmgr.model import plan, specification, tree
+from hvmgr.model.plan import Plan, Step
+from hvmgr.model.tree import Image, Keeper, Tree
+from hvmgr.operations import snapshots
+from hvmgr.operations.session import Session
+
+_POLL_S = 0.2
+
+
+def start(session: Session) -> bool:
+    """The VM runs; whether that is a change."""
+    domain = session.domain()
+    state = domain.state()
+    if state is State.RUNNING:
+        return False
+    before = session.home.present_tree()
+    for path in before.present.disks.values():
+        before.chain(path)  # names a missing image before QEMU does
+    if state is State.PAUSED:
+        domain.resume()
+    else:
+        domain.start()
+    return True
+
+
+def stop(session: Session, *, force: bool, timeout_s: float) -> bool:
+    """The VM is off; by its own shutdown, or with ``force`` at once. Whether that is a change."""
+    domain = session.domain()
+    if not domain.is_active():
+        return False
+    if force:
+        domain.destroy()
+        return True
+    if domain.state() is State.PAUSED:
+        raise errors.Conflict(f"{domain.name} is paused and cannot shut down", hint="start it again, or use --force")
+    domain.shutdown()
+    deadline = time.monotonic() + timeout_s
+    while domain.is_active():
+        session.interrupts.check()
+        if time.monotonic() > deadline:
+            raise errors.Conflict(
+                f"{domain.name} did not shut down within {timeout_s:.0f} seconds",
+                hint="wait longer with --timeout, or use --force, which is like pulling the plug",
+            )
+        time.sleep(_POLL_S)
+    return True
+
+
+def plan_rename(session: Session, name: str) -> Plan:
+    """libvirt and home know the VM by another name; its folder keeps its own."""
+    specification.require_name(name)
+    present, state = session.home.present(), session.state()
+    if name == present.name:
+        raise errors.Conflict(f"the VM is called '{name}' already")
+    if session.connection.find_domain_by_name(name) is not None:
+        raise errors.Conflict(f"libvirt has a VM '{name}' already", hint="choose another name")
+    if state is not State.OFF:
+        raise errors.Conflict(
+            f"{present.name} is {state}; libvirt renames only a VM that is off", hint=f"hvmgr vm stop {present.name}"
+        )
+    return Plan(
+        plan_id=session.new_id(),
+        vm_id=session.home.vm_id,
+        operation="vm rename",
+        subject=f"renaming of {present.name} to {name}",
+        finish=(plan.RenameDomain(name=name), plan.WritePresent()),
+    )
+
+
+def plan_delete(session: Session, *, with_disks: bool) -> Plan:
+    """libvirt and hvmgr forget the VM; its present stays as one complete image per disk, unless asked otherwise."""
+    home = session.home
+    present, state = home.present(), session.state()
+    if state not in (State.OFF, State.SAVED):
+        raise errors.Conflict(f"{present.name} is {state}", hint=f"stop it first: hvmgr vm stop {present.name}")
+    before = snapshots.whole_tree(session)
+    _require_no_strangers(before)
+    nodes = list(before.nodes)
+    finish: list[Step] = [
+        *snapshots.empty_undo_files(session, home.undo()),
+        *(plan.RemoveSnapshot(snapshot_id=one) for one in nodes),
+    ]
+    if with_disks:
+        finish.append(plan.UndefineDomain())
+        finish += [plan.RemoveFile(path=image.path) for image in _children_first(before) if _is_ours(image)]
+    else:
+        change = tree.plan_delete(before, nodes)
+        finish += change.finish
+        moves = _complete_images(session, change.after)
+        finish += [step for step in moves if isinstance(step, plan.Flatten)]
+        finish.append(plan.UndefineDomain())
+        finish += [step for step in moves if isinstance(step, plan.MoveImage)]
+    finish += [
+        plan.ThawImage(path=image.path)
+        for image in before.images.values()
+        if image.keeper is Keeper.OUTSIDE and not before.strangers.get(image.path)
+    ]
+    return Plan(
+        plan_id=session.new_id(),
+        vm_id=home.vm_id,
+        operation="vm delete",
+        subject=f"deletion of {present.name}",
+        finish=(*finish, plan.RemoveHome()),
+        hold=tuple((path, before.chain(path)[0].format) for path in before.present.disks.values()),
+    )
+
+
+def kept_by(one: Plan) -> list[str]:
+    """The complete images that a ``plan_delete`` leaves."""
+    return [step.target for step in one.finish if isinstance(step, plan.MoveImage)]
+
+
+def _complete_images(session: Session, after: Tree) -> list[Step]:
+    steps: list[Step] = []
+    taken: set[str] = set()
+    for slot, path in after.present.disks.items():
+        image = after.chain(path)[0]
+        if image.keeper is not Keeper.IMAGES:
+            continue  # the disk's own base, never frozen: complete where it is
+        if image.parent is not None:
+            steps.append(plan.Flatten(path=path))
+        target = _free_name(session, f"{session.home.name}-{slot}", taken)
+        taken.add(target)
+        steps.append(plan.MoveImage(source=path, target=target))
+    return steps
+
+
+def _free_name(session: Session, stem: str, taken: set[str]) -> str:
+    folder, number = session.layout.bases, 1
+    target = folder / f"{stem}.qcow2"
+    while target.exists() or str(target) in taken:
+        number += 1
+        target = folder / f"{stem}-{number}.qcow2"
+    return str(target)
+
+
+def _require_no_strangers(before: Tree) -> None:
+    for path, names in before.strangers.items():
+        if names:
+            raise errors.Conflict(
+                f"{Path(path).name} is needed by {', '.join(names)}",
+                hint="delete those VMs first, or give them a copy of the image",
+                path=path,
+                users=list(names),
+            )
+
+
+def _is_ours(image: Image) -> bool:
+    return image.keeper is not Keeper.OUTSIDE
+
+
+def _children_first(before: Tree) -> list[Image]:
+    return sorted(before.images.values(), key=lambda image: -len(before.chain(image.path)))

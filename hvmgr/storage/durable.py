@@ -1,0 +1,250 @@
+"""The one place that makes changes on disk last: written, synced, renamed, and the folder synced.
+
+After each function returns, a loss of power no longer takes the change back. A process that dies inside one of them
+leaves the old file or the new one, and at most a temporary file that ``sweep`` knows by its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from hvmgr import errors
+
+TEMPORARY = ".hvmgr-part-"
+_COPY_PIECE = 16 << 20
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns what the file system answers into hvmgr's errors, naming ``path``."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise errors.NotFound(f"there is no {error.filename or path}") from error
+    except FileExistsError as error:
+        raise errors.Conflict(f"{error.filename or path} exists already") from error
+    except PermissionError as error:
+        raise errors.HostFailed(
+            f"no permission for {error.filename or path}", hint="run as root, or give your user access to it"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise errors.NoSpace(
+                f"no space left for {path}", hint="free space there and run the command again"
+            ) from error
+        if error.errno == errno.EROFS:
+            raise errors.HostFailed(f"{path} is on a read-only file system", hint="mount it writable") from error
+        raise errors.HostFailed(f"{path}: {error.strerror}") from error
+
+
+def sync_folder(folder: Path) -> None:
+    """The folder's entries are on disk; file systems that cannot sync a folder say EINVAL, which is fine."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """The file's bytes are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+    """The file holds exactly ``data``: always the old content or the new one."""
+    with explained(path), _replacing(path, mode, owner) as descriptor:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+
+def append(path: Path, data: bytes) -> None:
+    """``data`` stands at the end of the existing file; a death in the middle leaves a torn last line."""
+    with explained(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+        try:
+            os.write(descriptor, data)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def copy_file(source: Path, target: Path, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
+    """``target`` holds the bytes of ``source``, holes as holes; shared blocks where the file system can."""
+    with explained(target), source.open("rb") as reader, _replacing(target, mode, owner) as descriptor:
+        size = os.fstat(reader.fileno()).st_size
+        if not size:  # a block device has no length in its inode
+            size = os.lseek(reader.fileno(), 0, os.SEEK_END)
+        os.ftruncate(descriptor, size)
+        for start, end in _data_ranges(reader.fileno(), size):
+            _copy_range(reader.fileno(), descriptor, start, end)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """``target`` becomes a complete copy of the folder ``source``, with owners and modes."""
+    with explained(target):
+        part = target.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+        shutil.copytree(source, part, symlinks=True, copy_function=_copy_with_owner)
+        for folder, _, names in os.walk(part):
+            for name in names:
+                sync_file(Path(folder) / name)
+            sync_folder(Path(folder))
+        _take_owner(source, part)
+        if target.exists():
+            remove_folder(target)
+        os.rename(part, target)
+        sync_folder(target.parent)
+
+
+def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None = None) -> None:
+    """The folder exists; an existing one keeps its mode."""
+    with explained(path):
+        if path.is_dir():
+            return
+        path.mkdir()
+        path.chmod(mode)
+        if owner is not None:
+            os.chown(path, *owner)
+        sync_folder(path.parent)
+
+
+def rename(source: Path, target: Path) -> None:
+    """``source`` has the name ``target``, replacing what was there."""
+    with explained(source):
+        os.rename(source, target)
+        sync_folder(target.parent)
+        if source.parent != target.parent:
+            sync_folder(source.parent)
+
+
+def remove(path: Path) -> None:
+    """The file is not there; it need not have been."""
+    with explained(path):
+        try:
+            path.unlink()
+        except FileNotFoundError:
+            return
+        sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """The folder and all in it are not there; it need not have been."""
+    with explained(path):
+        if not path.is_dir():
+            return
+        shutil.rmtree(path)
+        sync_folder(path.parent)
+
+
+def remove_empty_folder(path: Path) -> None:
+    """The folder is gone if nothing was in it."""
+    try:
+        path.rmdir()
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.ENOTDIR):
+            raise
+        return
+    sync_folder(path.parent)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """The file has the mode, lastingly; a device keeps its own."""
+    with explained(path):
+        if path.is_file() and path.stat().st_mode & 0o7777 != mode:
+            path.chmod(mode)
+            sync_file(path)
+
+
+def set_owner(path: Path, owner: tuple[int, int] | None) -> None:
+    """The file belongs to ``owner`` (uid, gid), where this process may give it away."""
+    with explained(path):
+        if owner is not None and os.geteuid() == 0:
+            os.chown(path, *owner)
+
+
+def sweep(folder: Path) -> None:
+    """Temporary files that a dead process left in ``folder`` are gone."""
+    if not folder.is_dir():
+        return
+    for entry in list(folder.iterdir()):
+        if entry.name.startswith(TEMPORARY):
+            if entry.is_dir() and not entry.is_symlink():
+                remove_folder(entry)
+            else:
+                remove(entry)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path, mode: int, owner: tuple[int, int] | None) -> Iterator[int]:
+    part = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        try:
+            yield descriptor
+            os.fchmod(descriptor, mode)
+            if owner is not None and os.geteuid() == 0:
+                os.fchown(descriptor, *owner)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(descriptor, end, os.SEEK_DATA)
+            end = os.lseek(descriptor, start, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return
+            if error.errno != errno.EINVAL:
+                raise
+            start, end = end, size  # no hole information here
+        yield start, min(end, size)
+
+
+def _copy_range(reader: int, writer: int, start: int, end: int) -> None:
+    offset = start
+    while offset < end:
+        try:
+            count = os.copy_file_range(reader, writer, min(end - offset, _COPY_PIECE), offset, offset)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            piece = os.pread(reader, min(end - offset, _COPY_PIECE), offset)
+            count = os.pwrite(writer, piece, offset)
+        if count == 0:
+            raise errors.Conflict("the file became shorter while it was copied")
+        offset += count
+
+
+def _copy_with_owner(source: str, target: str) -> str:
+    shutil.copy2(source, target, follow_symlinks=False)
+    _take_owner(Path(source), Path(target))
+    return target
+
+
+def _take_owner(source: Path, target: Path) -> None:
+    if os.geteuid() == 0:
+        facts = source.lstat()
+        os.chown(target, facts.st_uid, facts.st_gid, follow_symlinks=False)

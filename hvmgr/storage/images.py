@@ -1,0 +1,213 @@
+"""What an image file says of itself: format, size, parent. Read from the header alone, in microseconds.
+
+qcow2: docs/interop/qcow2.txt of QEMU. VHD: "Virtual Hard Disk Image Format Specification" 1.0. The formats are told by
+their magic numbers where nobody states them, and never guessed for a file that was stated to have another one.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvmgr import errors
+
+QCOW2 = "qcow2"
+RAW = "raw"
+VPC = "vpc"
+
+_QCOW2_MAGIC = b"QFI\xfb"
+_QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to snapshots_offset
+_QCOW2_V3 = struct.Struct(">QQQII")  # incompatible, compatible, autoclear, refcount_order, header_length
+_INCOMPATIBLE_CORRUPT = 1 << 1
+_INCOMPATIBLE_DATA_FILE = 1 << 2
+_EXTENSION_END = 0
+_EXTENSION_BACKING_FORMAT = 0xE2792ACA
+_HEADER_READ = 64 << 10
+
+_VHD_COOKIE = b"conectix"
+_VHD_FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
+_VHD_DYNAMIC, _VHD_DIFFERENCING, _VHD_FIXED = 3, 4, 2
+# QEMU takes the footer's size only from these creators, and from any with the largest geometry; else it takes CHS.
+_VHD_EXACT_CREATORS = (b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
+_VHD_LARGEST = 65535 * 16 * 255
+
+_FOREIGN_MAGICS = ((b"vhdxfile", "VHDX"), (b"KDMV", "VMDK"), (b"<<< ", "VDI"), (b"LUKS", "LUKS"), (b"QED\0", "QED"))
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the guest would see of one image: ``size`` in bytes; ``backing`` as it is written in the file."""
+
+    path: Path
+    format: str
+    size: int
+    backing: str | None
+    backing_format: str | None
+    data: int
+    identity: tuple[int, int]
+    has_internal_snapshots: bool = False
+
+    @property
+    def parent(self) -> Path | None:
+        """The parent's absolute path, symbolic links resolved."""
+        if self.backing is None:
+            return None
+        return Path(os.path.realpath(self.path.parent / self.backing))
+
+
+def identity(path: Path) -> tuple[int, int]:
+    """Device and inode: what an image is, whatever its path."""
+    facts = path.stat()
+    if stat.S_ISBLK(facts.st_mode):
+        return (-1, facts.st_rdev)
+    return (facts.st_dev, facts.st_ino)
+
+
+def probe(path: Path) -> str:
+    """The format by the file's magic numbers; raises Unsupported for one that hvmgr cannot run on."""
+    head, size = _head(path)
+    if head.startswith(_QCOW2_MAGIC):
+        return QCOW2
+    for magic, name in _FOREIGN_MAGICS:
+        if head.startswith(magic):
+            raise errors.Unsupported(
+                f"{path} is a {name} image", hint=f"convert it: qemu-img convert -O qcow2 {path} NEW.qcow2"
+            )
+    if head.startswith(_VHD_COOKIE) or _vhd_footer_at_end(path, size) is not None:
+        return VPC
+    return RAW
+
+
+def read(path: Path, fmt: str) -> Header:
+    """The header of an image of the stated format; raises NotFound, Corrupt or Unsupported."""
+    if fmt == QCOW2:
+        return _read_qcow2(path)
+    if fmt == VPC:
+        return _read_vhd(path)
+    if fmt == RAW:
+        head, size = _head(path)
+        return _plain(path, RAW, size - size % 512 if len(head) < 512 else size)
+    raise errors.Unsupported(
+        f"{path} has the format {fmt}", hint=f"convert it: qemu-img convert -f {fmt} -O qcow2 {path} NEW.qcow2"
+    )
+
+
+def _plain(path: Path, fmt: str, size: int) -> Header:
+    return Header(path, fmt, size, None, None, _allocated(path), identity(path))
+
+
+def _read_qcow2(path: Path) -> Header:
+    head, _ = _head(path)
+    if len(head) < _QCOW2_HEADER.size or not head.startswith(_QCOW2_MAGIC):
+        raise errors.Corrupt(f"{path} is no qcow2 image", hint="see what it is with: qemu-img info", path=str(path))
+    fields = _QCOW2_HEADER.unpack_from(head)
+    version, backing_offset, backing_length, size, encryption = fields[1], fields[2], fields[3], fields[5], fields[6]
+    snapshots = fields[11]
+    if version not in (2, 3):
+        raise errors.Unsupported(f"{path} is qcow2 version {version}; 2 and 3 are known")
+    incompatible, header_length = 0, 72
+    if version == 3:
+        incompatible, _, _, _, header_length = _QCOW2_V3.unpack_from(head, 72)
+    if encryption:
+        raise errors.Unsupported(f"{path} is encrypted", hint="decrypt it first: qemu-img convert")
+    if incompatible & _INCOMPATIBLE_DATA_FILE:
+        raise errors.Unsupported(f"{path} keeps its data in another file", hint="convert it: qemu-img convert")
+    if incompatible & _INCOMPATIBLE_CORRUPT:
+        raise errors.Corrupt(f"{path} is marked corrupt by QEMU", hint=f"repair it: qemu-img check -r all {path}")
+    backing = backing_format = None
+    if backing_offset:
+        if backing_offset + backing_length > len(head):
+            raise errors.Corrupt(f"{path} names its parent outside its header", path=str(path))
+        backing = head[backing_offset : backing_offset + backing_length].decode(errors="surrogateescape")
+        backing_format = _backing_format(head, header_length, backing_offset)
+        backing = _as_path(path, backing)
+    return Header(path, QCOW2, size, backing, backing_format, _allocated(path), identity(path), bool(snapshots))
+
+
+def _as_path(path: Path, backing: str) -> str:
+    """QEMU reads ``name:`` as a protocol; only files can be parents here."""
+    if backing.startswith("file:"):
+        return backing.removeprefix("file:")
+    if ":" in backing.split("/", 1)[0]:
+        raise errors.Unsupported(f"the parent of {path} is no file: {backing}")
+    return backing
+
+
+def _backing_format(head: bytes, start: int, end: int) -> str | None:
+    while start + 8 <= end:
+        kind, length = struct.unpack_from(">II", head, start)
+        if kind == _EXTENSION_END:
+            return None
+        if kind == _EXTENSION_BACKING_FORMAT:
+            return head[start + 8 : start + 8 + length].decode(errors="replace")
+        start += 8 + (length + 7) // 8 * 8
+    return None
+
+
+def _read_vhd(path: Path) -> Header:
+    head, size = _head(path)
+    at_end = _vhd_footer_at_end(path, size)
+    footer = head[:512] if head.startswith(_VHD_COOKIE) else at_end
+    if footer is None:
+        raise errors.Corrupt(f"{path} is no VHD: it has no footer", path=str(path))
+    if _vhd_checksum(footer) != struct.unpack_from(">I", footer, 64)[0]:
+        raise errors.Corrupt(f"{path} has a footer with a wrong checksum", path=str(path))
+    fields = _VHD_FOOTER.unpack(footer)
+    creator, current = fields[5], fields[9]
+    cylinders, heads, sectors, kind = fields[10], fields[11], fields[12], fields[13]
+    if kind == _VHD_DIFFERENCING:
+        raise errors.Unsupported(
+            f"{path} is a differencing VHD; QEMU would read zeros in place of its parent's data",
+            hint="merge it into its parent first, on Windows or with a tool that knows differencing VHDs",
+            path=str(path),
+        )
+    if kind not in (_VHD_FIXED, _VHD_DYNAMIC):
+        raise errors.Unsupported(f"{path} is a VHD of the unknown type {kind}")
+    geometry = cylinders * heads * sectors
+    seen = current if creator in _VHD_EXACT_CREATORS or geometry == _VHD_LARGEST else geometry * 512
+    if seen != current:
+        raise errors.Unsupported(
+            f"{path} was made by '{creator.decode(errors='replace').strip()}': QEMU would cut it from {current} to {seen} bytes",
+            hint=f"convert it: qemu-img convert --image-opts driver=vpc,force_size_calc=current_size,"
+            f"file.driver=file,file.filename={path} -O qcow2 NEW.qcow2",
+            path=str(path),
+        )
+    if kind == _VHD_FIXED and size < current + 512:
+        raise errors.Corrupt(f"{path} is cut off: a disk of {current} bytes in a file of {size}", path=str(path))
+    return _plain(path, VPC, current)
+
+
+def _vhd_footer_at_end(path: Path, size: int) -> bytes | None:
+    if size < 512:
+        return None
+    with path.open("rb") as file:
+        file.seek(size - 512)
+        footer = file.read(512)
+    return footer if footer.startswith(_VHD_COOKIE) else None
+
+
+def _vhd_checksum(footer: bytes) -> int:
+    return ~(sum(footer) - sum(footer[64:68])) & 0xFFFFFFFF
+
+
+def _head(path: Path) -> tuple[bytes, int]:
+    try:
+        with path.open("rb", buffering=0) as file:
+            head = file.read(_HEADER_READ)
+            size = file.seek(0, os.SEEK_END)
+    except FileNotFoundError as error:
+        raise errors.NotFound(
+            f"the image {path} is missing", hint="put the file back where it was", path=str(path)
+        ) from error
+    except IsADirectoryError as error:
+        raise errors.UsageError(f"{path} is a folder, not an image") from error
+    except OSError as error:
+        raise errors.HostFailed(f"{path} cannot be read: {error.strerror}", path=str(path)) from error
+    return head, size
+
+
+def _allocated(path: Path) -> int:
+    return path.stat().st_blocks * 512

@@ -1,0 +1,105 @@
+"""The host-wide index: which homes exist, and which images outside their home they use.
+
+It does not depend on the connection or on ``--root``, so that a base which two VMs share is counted even when the VMs
+live in different places. One small file per VM; a home that has gone is skipped, never trusted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvmgr import errors, settings
+from hvmgr.storage import durable, images, locks
+
+_FOLDER_MODE = 0o700
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One VM: its name and home, the connection that it belongs to, and the images outside its home that it needs."""
+
+    vm_id: str
+    name: str
+    home: Path
+    uri: str
+    outside: tuple[str, ...]
+
+
+def entries() -> list[Entry]:
+    """Every VM that hvmgr knows on this host and whose home is still there."""
+    folder = settings.index_folder() / "homes"
+    found = []
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        try:
+            facts = json.loads(file.read_bytes())
+            entry = Entry(
+                vm_id=file.stem,
+                name=str(facts["name"]),
+                home=Path(facts["home"]),
+                uri=str(facts["uri"]),
+                outside=tuple(facts["outside"]),
+            )
+        except (ValueError, KeyError, TypeError, OSError):
+            continue  # the homes are the truth; a damaged note is written again by the next operation
+        if entry.home.is_dir():
+            found.append(entry)
+    return found
+
+
+def record(entry: Entry) -> None:
+    """The index says exactly this of the VM."""
+    file = _make_folder("homes") / f"{entry.vm_id}.json"
+    facts = {"name": entry.name, "home": str(entry.home), "uri": entry.uri, "outside": sorted(entry.outside)}
+    data = json.dumps(facts).encode()
+    if not file.exists() or file.read_bytes() != data:
+        durable.write_file(file, data)
+
+
+def forget(vm_id: str) -> None:
+    """The index knows nothing of the VM."""
+    file = settings.index_folder() / "homes" / f"{vm_id}.json"
+    if file.exists():
+        durable.remove(file)
+
+
+def users(paths: Iterable[Path], *, besides: str) -> dict[Path, tuple[str, ...]]:
+    """The names of other VMs that need each of these images; images without such users are left out."""
+    wanted = {images.identity(path): path for path in paths if path.exists()}
+    found: dict[Path, list[str]] = {}
+    for entry in entries():
+        if entry.vm_id == besides:
+            continue
+        for text in entry.outside:
+            path = Path(text)
+            mine = wanted.get(images.identity(path)) if path.exists() else None
+            if mine is not None:
+                found.setdefault(mine, []).append(entry.name)
+    return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
+
+
+@contextlib.contextmanager
+def locked(paths: Iterable[Path], *, wait_s: float) -> Iterator[None]:
+    """No other hvmgr command on this host adds a user to one of these images or writes it."""
+    folder = _make_folder("locks")
+    by_identity = {images.identity(path): path for path in paths if path.exists()}
+    with contextlib.ExitStack() as stack:
+        for (device, inode), path in sorted(by_identity.items()):  # one order for all: no deadlock
+            lock = folder / f"{device}-{inode}"
+            stack.enter_context(locks.held(lock, wait_s=wait_s, what=f"the image {path}"))
+            stack.callback(durable.remove, lock)
+        yield
+
+
+def _make_folder(name: str) -> Path:
+    folder = settings.index_folder() / name
+    try:
+        for one in (folder.parent.parent, folder.parent, folder):
+            durable.make_folder(one, mode=_FOLDER_MODE if one != folder.parent.parent else 0o711)
+    except errors.NotFound:
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        return _make_folder(name)
+    return folder

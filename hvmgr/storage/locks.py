@@ -1,0 +1,75 @@
+"""Locks between hvmgr's processes: one per home, one per image that more than one VM could use.
+
+A lock dies with its process (flock), and nobody inherits it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.storage import durable
+
+_POLL_S = 0.05
+
+
+@contextlib.contextmanager
+def held(path: Path, *, wait_s: float, what: str) -> Iterator[None]:
+    """Exclusive for this process; raises Busy when another one still has it after ``wait_s`` seconds."""
+    deadline = time.monotonic() + wait_s
+    while True:
+        with durable.explained(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            _take(descriptor, deadline, what)
+            if _is_same(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"{os.getpid()}\n".encode())
+                yield
+                return
+        finally:
+            os.close(descriptor)
+
+
+def is_held(path: Path) -> bool:
+    """Whether some process has the lock now."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _take(descriptor: int, deadline: float, what: str) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
+                raise errors.Busy(
+                    f"another command works on {what}" + (f" (process {holder})" if holder else ""),
+                    hint="run it again later, or wait longer with --wait SECONDS",
+                ) from None
+            time.sleep(_POLL_S)
+        else:
+            return
+
+
+def _is_same(descriptor: int, path: Path) -> bool:
+    """The file at ``path`` may have been removed and made anew while we waited."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,59 @@
+"""The files around the package agree with it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import hvmgr
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_version_is_the_newest_of_the_changelog() -> None:
+    newest = re.search(
+        r"^## (\S+) - (unreleased|\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert newest is not None
+    assert newest[1] == hvmgr.__version__
+
+
+@pytest.mark.parametrize("script", [".ci/setup", ".ci/run"])
+def test_script_is_executable_bash(script: str) -> None:
+    assert (ROOT / script).stat().st_mode & 0o111 == 0o111
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_help_names_every_target() -> None:
+    makefile = (ROOT / "Makefile").read_text("utf-8")
+    targets = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    assert targets is not None
+    told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"^  make (\w+)", told, re.MULTILINE) == targets[1].split()
+
+
+def test_source_archive_holds_what_the_tests_need() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    for name in ["hvmgr", "templates", "tests", ".ci", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"]:
+        assert f"/{name}" in included
+        assert (ROOT / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("complete", "outcome"),
+    [
+        pytest.param("0", pytest.skip.Exception, id="skipped-at-a-desk"),
+        pytest.param("1", pytest.fail.Exception, id="failed-in-ci"),
+    ],
+)
+def test_missing_program_is_never_silent(complete, outcome, monkeypatch, require_program):
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("HVMGR_REQUIRE_ALL", complete)
+    assert require_program("sh").name == "sh"
+    with pytest.raises(outcome, match="no-such-program"):
+        require_program("no-such-program")
