@@ -313,7 +313,7 @@ def test_serial_path_is_a_terminal_while_it_runs(domain):
 
 
 def test_libvirts_own_snapshots_are_counted(connection, domain):
-    assert (domain.snapshot_count(), domain.checkpoint_count()) == (0, 0)
+    assert (domain.snapshot_count(), domain.bitmap_count()) == (0, 0)
     snapshot = domain._handle().snapshotCreateXML("<domainsnapshot><name>own</name></domainsnapshot>", 0)
     assert domain.snapshot_count() == 1
     del snapshot
