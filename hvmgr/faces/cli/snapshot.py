@@ -149,7 +149,7 @@ def rename(request: Request, vm: str, snap: str, name: str) -> None:
         one = host.vm(vm)
         old = one.snapshot(snap)
         if changed := name != old.name:
-            old.rename(name)
+            old.rename(name=name)
         made = one.snapshot(old.id)
         request.done(
             f"renamed snapshot '{old.name}' of {one.name} to '{made.name}'",

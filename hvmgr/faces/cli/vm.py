@@ -280,7 +280,7 @@ def rename(request: Request, vm: str, name: str) -> None:
         one = host.vm(vm)
         old = one.name
         if changed := name != old:
-            one.rename(name)
+            one.rename(name=name)
         _say_change(request, one, f"was called {old} before" if changed else "is its name already", changed=changed)
 
 
