@@ -39,11 +39,12 @@ def roots(capability_cache):
     try:
         yield make
     finally:
-        for root in made:
+        for root in list(made):
             learnt = root / "cache" / "qemu" / "capabilities"
             if learnt.is_dir():
                 shutil.copytree(learnt, capability_cache, dirs_exist_ok=True)
             end_guests(root)
+            made.remove(root)
             shutil.rmtree(root, ignore_errors=True)
 
 
@@ -118,38 +119,53 @@ def start_libvirtd(root):
 
 
 def end_guests(root):
-    """Kills the QEMUs of an embedded root that no process holds any more, by their pid files."""
-    for path in (root / "run" / "qemu").glob("*.pid"):
-        if path.name == "driver.pid":  # opening and closing it would drop this process's own lock
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            pid = int(path.read_text())
-            os.kill(pid, signal.SIGKILL)
-            wait_for_end(pid)
+    """Kills the QEMUs of a root that no process holds any more."""
+    for pid in guest_pids(root):
+        with contextlib.suppress(OSError):
+            if is_guest(pid, root):
+                os.kill(pid, signal.SIGKILL)
+                wait_for_end(pid)
+
+
+def is_guest(pid, root):
+    """Whether a process is a QEMU of this root: pid files may be stale and their numbers used again."""
+    if not Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system"):
+        return False
+    if os.fspath(root) in Path(f"/proc/{pid}/cmdline").read_text():
+        return True
+    return Path(f"/proc/{pid}/root/var/lib/libvirt").samefile(root / "lib")  # a private libvirtd's
 
 
 def reap_guests(roots):
     """Collects ended QEMUs at once, for ever.
 
-    libvirt waits until a killed QEMU is gone. As a daemon it is a child of init, and the init of a container may
-    take two seconds to collect it: so this process takes init's place for its descendants (PR_SET_CHILD_SUBREAPER).
+    libvirt waits until a QEMU that it ended is gone. As a daemon it is a child of init, and the init of a container
+    may take two seconds to collect it: so this process takes init's place (PR_SET_CHILD_SUBREAPER). Stopping a guest
+    and probing for capabilities are five times as fast with it.
     """
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    pids = set()
+    seen = set()
     while True:
         for root in list(roots):
-            for path in [*(root / "run/qemu").glob("*.pid"), *(root / "lib/qemu").glob("qmp-*/qmp.pid")]:
-                if path.name != "driver.pid":
-                    with contextlib.suppress(OSError, ValueError):
-                        pids.add(int(path.read_text()))
-        for pid in list(pids):
-            try:
-                ended, _ = os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:  # never ours, or collected
-                pids.discard(pid)
-            else:
-                pids -= {ended}
+            seen.update(guest_pids(root))
+        for pid in list(seen):
+            if not is_alive(pid):
+                seen.discard(pid)
+                with contextlib.suppress(OSError):
+                    if Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system"):
+                        os.waitpid(pid, os.WNOHANG)
         time.sleep(0.02)
+
+
+def guest_pids(root):
+    """Processes that libvirt's pid files name: guests, and QEMUs that are asked for their capabilities."""
+    pids = []
+    with contextlib.suppress(OSError):  # folders come and go
+        for path in [*(root / "run/qemu").glob("*.pid"), *(root / "lib/qemu").glob("qmp-*/qmp.pid")]:
+            if path.name != "driver.pid":  # opening and closing it would drop this process's own lock
+                with contextlib.suppress(OSError, ValueError):
+                    pids.append(int(path.read_text()))
+    return pids
 
 
 def is_alive(pid):

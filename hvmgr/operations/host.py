@@ -32,7 +32,8 @@ from hvmgr.model.plan import Plan
 from hvmgr.model.specification import Specification
 from hvmgr.model.tree import Tree
 from hvmgr.operations import creation, execution, merge, reconcile, snapshots, usage, vms
-from hvmgr.operations.session import Reporter, Session
+from hvmgr.operations.reporter import Reporter
+from hvmgr.operations.session import Session
 from hvmgr.operations.snapshots import Replacement, Wish
 from hvmgr.operations.usage import Usage
 from hvmgr.storage import durable, index, journal, locks, vm_home
@@ -310,11 +311,10 @@ class VM:
             self._run(session, vms.plan_rename(session, name))
 
     def delete(self, *, with_disks: bool = False) -> list[str]:
-        """The VM is gone; the paths of the complete images that stay (none with ``with_disks``)."""
+        """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
         with self._work() as session:
-            plan = vms.plan_delete(session, with_disks=with_disks)
-            self._run(session, plan)
-        return vms.kept_by(plan)
+            self._run(session, vms.plan_delete(session, with_disks=with_disks))
+        return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
 
     @contextlib.contextmanager
     def _work(self) -> Iterator[Session]:
