@@ -32,7 +32,8 @@ from hvmgr.model.plan import Plan
 from hvmgr.model.specification import Specification
 from hvmgr.model.tree import Tree
 from hvmgr.operations import creation, execution, merge, reconcile, snapshots, usage, vms
-from hvmgr.operations.session import Reporter, Session
+from hvmgr.operations.reporter import Reporter
+from hvmgr.operations.session import Session
 from hvmgr.operations.snapshots import Replacement, Wish
 from hvmgr.operations.usage import Usage
 from hvmgr.storage import durable, index, journal, locks, vm_home

@@ -9,7 +9,7 @@ import contextlib
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,26 +24,9 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Tree
+from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
-
-
-def _silent(_: object) -> None:
-    """Nobody listens."""
-
-
-def _agree(_: Plan) -> bool:
-    """Every plan is fine."""
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class Reporter:
-    """Whom an operation tells what people want to know: sentences, how far long work is, and what it is about to do."""
-
-    notice: Callable[[str], None] = _silent
-    progress: Callable[[Progress], None] = _silent
-    approve: Callable[[Plan], bool] = _agree
 
 
 @dataclass(slots=True)
