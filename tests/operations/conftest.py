@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import time
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from lxml import etree
 
 import hvmgr
 from hvmgr.faces import console, guest
-from hvmgr.host import hypervisor, saved_state
+from hvmgr.host import saved_state
 from hvmgr.model import configuration
 from hvmgr.model.specification import Acceleration, DiskSpecification, Firmware, Specification
 from hvmgr.operations import execution

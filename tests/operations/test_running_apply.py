@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-
 from hvmgr.model.metadata import SavedState, SnapshotType
 
 pytestmark = pytest.mark.guest
@@ -154,5 +153,3 @@ def test_state_only_deletion_leaves_a_snapshot_of_the_disks(machine):
     machine.vm.snapshot("one").apply(discard_state=True)
     assert machine.boot() == (machine.count_of(snapshot),)
     machine.check()
-
-
