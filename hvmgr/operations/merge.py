@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hvmgr import errors, units
+from hvmgr.host.domain import State
 from hvmgr.model import plan, tree
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan, Step
@@ -27,7 +28,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     change_id = session.new_id()
     present = home.present()
     facts = vm_home.require_facts(present)
-    finish: list[Step] = [*snapshots.empty_undo_files(session, home.undo())]
+    finish: list[Step] = [*_free_managed_save(session, before), *snapshots.empty_undo_files(session, home.undo())]
     finish += [
         _new_parent(session, node.snapshot_id, node.parent)
         for node in change.after.nodes.values()
@@ -80,8 +81,15 @@ def plan_merge(session: Session) -> Plan:
         vm_id=session.home.vm_id,
         operation="snapshot merge",
         subject=f"merge of unnamed images of {session.home.name}",
-        finish=change.finish,
+        finish=(*_free_managed_save(session, before), *change.finish) if change.finish else (),
     )
+
+
+def _free_managed_save(session: Session, before: Tree) -> list[Step]:
+    """A managed save names every image of its chains; without these names the chains may change below it."""
+    if session.state() is not State.SAVED:
+        return []
+    return [plan.PointManagedSave(disks=tuple((slot, path, path) for slot, path in before.present.disks.items()))]
 
 
 def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.ReplaceFile:

@@ -92,6 +92,16 @@ class Machine:
         (count,) = self.frozen(snapshot)
         return count
 
+    def count_of_base(self, snapshot, fmt):
+        """The count of a snapshot whose one image is a base of another format."""
+        (path,) = snapshot.disks.values()
+        return read_counter(Path(path), fmt)
+
+    def held(self):
+        """The count on the disks of the present, which are of one moment."""
+        (count,) = {read_counter(Path(path)) for path in self.vm.now().disks.values()}
+        return count
+
     def state(self):
         return str(self.vm.state())
 
@@ -306,3 +316,35 @@ def two_disks():
 @pytest.fixture
 def kinds():
     return Kind
+
+
+class Killed(BaseException):
+    """The command died: nothing of it goes back or finishes."""
+
+
+@pytest.fixture
+def kill_at(at_step, monkeypatch):
+    """``kill_at(PlanStep)``: the command dies before (or ``after=True``) the next step of this kind.
+
+    As in a real death nothing is undone and the locks on the images go; the journal stays.
+    """
+
+    def set_up(step_class, *, after=False):
+        def die():
+            raise Killed
+
+        monkeypatch.setattr(execution, "_go_back", lambda *_: None)
+        at_step(step_class, **{"after" if after else "before": die})
+
+    return set_up
+
+
+def cut_off(call, *arguments, **wishes):
+    with pytest.raises(Killed):
+        call(*arguments, **wishes)
+
+
+@pytest.fixture
+def run_and_die():
+    """``run_and_die(call, …)``: a call that is cut off as ``kill_at`` said."""
+    return cut_off
