@@ -160,22 +160,32 @@ class Libvirtd:
         self.process = start_libvirtd(self.root)
 
 
-@pytest.fixture
-def libvirtd(new_embed_root):
-    """A libvirtd that only this test uses, on fresh folders; its guests are gone afterwards."""
+@pytest.fixture(scope="session")
+def new_libvirtd(new_embed_root):
+    """Starts libvirt daemons on fresh folders; whoever asks for one stops it."""
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         pytest.skip("needs root and libvirtd")
-    root = new_embed_root()
-    for name in ("run", "lib", "log"):
-        (root / name).mkdir(mode=0o711)
-    (root / "etc" / "libvirtd.conf").write_text(
-        f'auth_unix_rw = "none"\nauth_unix_ro = "none"\nlog_outputs = "3:file:{root}/libvirtd.log"\n'
-    )
-    daemon = Libvirtd(root, start_libvirtd(root))
+
+    def make():
+        root = new_embed_root()
+        for name in ("run", "lib", "log"):
+            (root / name).mkdir(mode=0o711)
+        (root / "etc" / "libvirtd.conf").write_text(
+            f'auth_unix_rw = "none"\nauth_unix_ro = "none"\nlog_outputs = "3:file:{root}/libvirtd.log"\n'
+        )
+        return Libvirtd(root, start_libvirtd(root))
+
+    return make
+
+
+@pytest.fixture
+def libvirtd(new_libvirtd):
+    """A libvirtd that only this test uses, on fresh folders; its guests are gone afterwards."""
+    daemon = new_libvirtd()
     yield daemon
     if daemon.process.poll() is None:
         daemon.stop()
-    end_guests(root)
+    end_guests(daemon.root)
 
 
 def start_libvirtd(root):
