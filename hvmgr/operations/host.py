@@ -100,7 +100,7 @@ class Host:
         """The VM with this name or id; NotFound offers near names."""
         with contextlib.suppress(errors.NotFound, OSError):
             home = vm_home.open_home(self.root / name)
-            if home.name == name:
+            if home.name == name and not journal.is_open(home.layout.journal):
                 return VM(self, home)
         self._complete_unfinished()
         known = dict(self._named())
@@ -137,18 +137,30 @@ class Host:
     def _homes(self) -> list[VmHome]:
         """Homes below the root, and those that the index knows elsewhere for this connection."""
         homes = {home.vm_id: home for home in vm_home.find_homes(self.root)}
-        for entry in index.entries():
-            if entry.uri == self.uri and entry.vm_id not in homes and not entry.home.is_relative_to(self.root):
-                with contextlib.suppress(errors.HvmgrError):
-                    homes[entry.vm_id] = vm_home.open_home(entry.home)
+        for folder in self._folders_elsewhere():
+            with contextlib.suppress(errors.HvmgrError):
+                home = vm_home.open_home(folder)
+                homes.setdefault(home.vm_id, home)
         return list(homes.values())
 
+    def _folders(self) -> list[Path]:
+        """Every folder that may be a home of this connection."""
+        below = [folder for folder in self.root.iterdir() if folder.is_dir()] if self.root.is_dir() else []
+        return [*below, *self._folders_elsewhere()]
+
+    def _folders_elsewhere(self) -> list[Path]:
+        from hvmgr.storage import index
+
+        return [
+            entry.home
+            for entry in index.entries()
+            if entry.uri == self.uri and not entry.home.is_relative_to(self.root)
+        ]
+
     def _complete_unfinished(self) -> None:
-        """What a killed ``vm create`` or ``vm delete`` left is undone or completed."""
-        if not self.root.is_dir():
-            return
-        for folder in self.root.iterdir():
-            if vm_home.is_unfinished(folder):
+        """What a killed ``vm create`` or ``vm delete`` left is undone or completed, before anybody is shown it."""
+        for folder in self._folders():
+            if journal.is_open(Layout(home=folder, vm_id="").journal):
                 self._complete(folder)
 
     def _complete(self, folder: Path) -> None:
@@ -158,7 +170,7 @@ class Host:
         if locks.is_held(layout.lock):
             return
         entry = journal.read(layout.journal)
-        if entry is not None:
+        if entry is not None and entry.plan.makes_or_removes_home:
             home = VmHome(Layout(home=folder, vm_id=entry.plan.vm_id))
             with self.session(home) as session:
                 execution.recover(session)
@@ -166,8 +178,7 @@ class Host:
     def _require_free(self, path: Path) -> None:
         if not path.is_dir():
             return
-        if vm_home.is_unfinished(path):
-            self._complete(path)
+        self._complete(path)
         if path.is_dir() and not vm_home.holds_nothing(path):
             raise errors.Conflict(f"{path} exists already and is not empty", hint="choose another place with --home")
 

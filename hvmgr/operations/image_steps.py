@@ -193,10 +193,10 @@ def flatten(session: Session, step: plan.Flatten) -> None:
 def remove(session: Session, step: plan.RemoveImage) -> None:
     """The image is in the trash, unless something needs it after all."""
     path = Path(step.path)
-    if step.path in session.waiting or session.uses.is_used(step.path):
-        return
     if not path.exists():
         frozen.forget(session.layout, path)  # the last part of this step, when it was cut off before
+        return
+    if step.path in session.waiting or session.uses.is_used(step.path):
         return
     _make_writable(session, path)
     node = session.daemon.open(path, images.RAW, writable=True)  # QEMU's lock; a damaged header does not matter

@@ -115,7 +115,7 @@ def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None 
     with explained(path):
         if path.is_dir():
             return
-        path.mkdir()
+        path.mkdir(mode=mode)  # a death before the next line leaves it with fewer rights, never with more
         path.chmod(mode)
         if owner is not None:
             os.chown(path, *owner)

@@ -179,18 +179,17 @@ def find_homes(root: Path) -> list[VmHome]:
     return homes
 
 
-def is_unfinished(path: Path) -> bool:
-    """Whether a folder is what a killed ``vm create`` leaves: a home with a journal and no configuration."""
-    return (path / PRIVATE / "journal").is_file() and not any((path / CONFIGURATIONS).glob("*.xml"))
-
-
 def holds_nothing(path: Path) -> bool:
-    """Whether a folder is empty but for the empty folders of a home."""
+    """Whether a folder is empty but for the empty folders of a home, and for what dies with a command before its plan."""
     known = {PRIVATE, CONFIGURATIONS, SNAPSHOTS, BASES}
     return all(
-        entry.name in known and not any(one.is_file() and one.name != "lock" for one in entry.rglob("*"))
+        entry.name in known and not any(one.is_file() and not _is_nothing(one) for one in entry.rglob("*"))
         for entry in path.iterdir()
     )
+
+
+def _is_nothing(file: Path) -> bool:
+    return file.parent.name == PRIVATE and (file.name == "lock" or file.name.startswith(durable.TEMPORARY))
 
 
 def require_facts(present: Configuration) -> Metadata:
