@@ -17,7 +17,7 @@ from hvmgr.host import qemu_img
 from hvmgr.model import configuration
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.tree import Keeper
-from hvmgr.storage import durable, images, vm_home
+from hvmgr.storage import durable, vm_home
 
 MIB = 1 << 20
 PIECE = 64 << 10
