@@ -9,8 +9,9 @@ from hvmgr import errors
 from hvmgr.host import qemu_img
 from hvmgr.host.storage_daemon import Node
 from hvmgr.model import plan
+from hvmgr.operations import strangers
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, frozen, images
+from hvmgr.storage import durable, frozen, images, index
 
 
 def create(session: Session, step: plan.CreateImage) -> None:
@@ -46,12 +47,23 @@ def freeze(session: Session, step: plan.FreezeImage) -> None:
 
 def unfreeze(session: Session, step: plan.FreezeImage) -> None:
     """The image is writable again."""
-    frozen.thaw(session.layout, Path(step.path))
+    _thaw(session, Path(step.path))
 
 
 def thaw(session: Session, step: plan.ThawImage) -> None:
-    """The image has its own mode again."""
-    frozen.thaw(session.layout, Path(step.path))
+    """The image has its own mode again, unless another VM needs it as it is."""
+    _thaw(session, Path(step.path))
+
+
+def _thaw(session: Session, path: Path) -> None:
+    if session.layout.owns(str(path)):
+        frozen.thaw(session.layout, path)
+        return
+    with index.locked([path], wait_s=session.wait_s):
+        if strangers.of(session, [str(path)]):
+            frozen.forget(session.layout, path)
+        else:
+            frozen.thaw(session.layout, path)
 
 
 def record(session: Session, step: plan.RecordFrozen) -> None:

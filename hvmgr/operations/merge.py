@@ -15,7 +15,7 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
 from hvmgr.operations import snapshots
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, vm_home
+from hvmgr.storage import frozen, images, vm_home
 
 
 def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
@@ -102,18 +102,27 @@ def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.
 
 
 def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change]) -> Change:
-    """A plan that leaves alone what a running VM has open, and frozen images that somebody has changed."""
+    """A plan that leaves alone what a running VM has open, and what a merge would make worse."""
     closed = session.busy_images()
     while True:
         change = planned(closed)
         merges = [step for step in change.finish if isinstance(step, plan.MergeUp | plan.MergeDown)]
         touched = {path for step in merges for path in (step.parent, step.child)} - closed
-        changed = {path for path in touched if frozen.is_changed(session.layout, Path(path))}
-        if not changed:
+        reasons = {path: _reason_against_merging(session, Path(path)) for path in sorted(touched)}
+        unfit = {path: reason for path, reason in reasons.items() if reason is not None}
+        if not unfit:
             return change
-        closed |= changed
-        for path in sorted(changed):
-            session.say(f"{path} was changed after it was frozen: it is not merged")
+        closed |= unfit.keys()
+        for path, reason in unfit.items():
+            session.say(f"{path} {reason}: it is not merged")
+
+
+def _reason_against_merging(session: Session, path: Path) -> str | None:
+    if frozen.is_changed(session.layout, path):
+        return "was changed after it was frozen"
+    if path.exists() and images.read(path, images.QCOW2).has_internal_snapshots:
+        return "holds snapshots of its own, made outside hvmgr, which would be lost"
+    return None
 
 
 def _require_space(before: Tree, change: Change) -> None:

@@ -101,11 +101,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         finish += [step for step in moves if isinstance(step, plan.Flatten)]
         finish.append(plan.UndefineDomain())
         finish += [step for step in moves if isinstance(step, plan.MoveImage)]
-    finish += [
-        plan.ThawImage(path=image.path)
-        for image in before.images.values()
-        if image.keeper is Keeper.OUTSIDE and not before.strangers.get(image.path)
-    ]
+    finish += [plan.ThawImage(path=image.path) for image in before.images.values() if image.keeper is Keeper.OUTSIDE]
     return Plan(
         plan_id=session.new_id(),
         vm_id=home.vm_id,
