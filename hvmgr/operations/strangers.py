@@ -14,16 +14,19 @@ from hvmgr.storage import images, index, vm_home
 
 def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """For each of these images the names of other VMs that need it, by hvmgr's index and by libvirt."""
-    mine = [Path(path) for path in paths if Path(path).exists()]
+    mine = [Path(path) for path in paths]
     found = {str(path): list(names) for path, names in index.users(mine, besides=session.home.vm_id).items()}
-    by_identity = {images.identity(path): str(path) for path in mine}
-    for domain in session.connection.domains():
-        if domain.uuid == session.home.vm_id:
-            continue
-        for path in _images_of(session, domain):
-            ours = by_identity.get(images.identity(Path(path)))
-            if ours is not None:
-                found.setdefault(ours, []).append(domain.name)
+    theirs = [
+        (domain.name, path)
+        for domain in session.connection.domains()
+        if domain.uuid != session.home.vm_id
+        for path in _images_of(session, domain)
+    ]
+    by_identity = {images.identity(path): str(path) for path in mine if path.exists()} if theirs else {}
+    for name, path in theirs:
+        ours = by_identity.get(images.identity(Path(path)))
+        if ours is not None:
+            found.setdefault(ours, []).append(name)
     return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
 
 

@@ -68,11 +68,12 @@ def forget(vm_id: str) -> None:
 
 def users(paths: Iterable[Path], *, besides: str) -> dict[Path, tuple[str, ...]]:
     """The names of other VMs that need each of these images; images without such users are left out."""
+    others = [entry for entry in entries() if entry.vm_id != besides and entry.outside]
+    if not others:
+        return {}
     wanted = {images.identity(path): path for path in paths if path.exists()}
     found: dict[Path, list[str]] = {}
-    for entry in entries():
-        if entry.vm_id == besides:
-            continue
+    for entry in others:
         for text in entry.outside:
             path = Path(text)
             mine = wanted.get(images.identity(path)) if path.exists() else None
