@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass

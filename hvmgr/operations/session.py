@@ -124,6 +124,10 @@ class Session:
         if not self._reporter.approve(plan):
             raise errors.Declined(f"{plan.subject}: not done")
 
+    def require_consent(self, operation: str, subject: str) -> None:
+        """The same for an act of one step, which needs no journal."""
+        self.require_approval(Plan(self.new_id(), self.home.vm_id, operation, subject))
+
     # -- the domain ----------------------------------------------------------------------------------------------
 
     def find_domain(self) -> Domain | None:

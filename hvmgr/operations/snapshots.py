@@ -414,11 +414,13 @@ def describe(session: Session, snapshot_id: str, *, name: str | None = None, not
     """A snapshot has another name or other notes; the only things of it that can be changed."""
     snapshot = session.home.snapshot(snapshot_id)
     facts, record = vm_home.require_facts(snapshot), _record(snapshot)
+    subject = f"new {'notes' if name is None else 'name'} of snapshot '{record.name}' of {session.home.name}"
     if name is not None:
         record = dataclasses.replace(record, name=require_name(name))
     if notes is not None:
         record = dataclasses.replace(record, notes=notes)
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
+    session.require_consent("snapshot rename" if notes is None else "snapshot notes", subject)
     durable.write_file(session.layout.snapshot(snapshot_id), snapshot.to_xml().encode())
 
 

@@ -47,14 +47,15 @@ def _invoke(arguments: list[str]) -> int:
     import click
 
     from hvmgr.faces.cli import words
+    from hvmgr.faces.cli.request import Request
     from hvmgr.faces.cli.root import command
 
     if "_HVMGR_COMPLETE" in os.environ:
-        command.main(arguments, prog_name="hvmgr")
+        command.main(arguments, prog_name="hvmgr", obj=Request())
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the locale cannot say
     try:
-        with command.make_context("hvmgr", arguments) as context:
+        with command.make_context("hvmgr", arguments, obj=Request()) as context:
             command.invoke(context)
     except click.exceptions.Exit as end:
         return end.exit_code

@@ -17,7 +17,6 @@ from click.core import ParameterSource
 
 from hvmgr import errors, settings
 from hvmgr.faces.cli import words
-from hvmgr.faces.cli.request import Request
 
 EXIT_CODES = {
     0: "done",
@@ -55,7 +54,7 @@ class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic since click
 def _store(context: click.Context, param: click.Parameter, value: Any) -> None:
     """Keep what was said on the command line; what is not said there must not undo what was said before."""
     if param.name is not None and context.get_parameter_source(param.name) is ParameterSource.COMMANDLINE:
-        setattr(context.ensure_object(Request), param.name, value)
+        setattr(context.obj, param.name, value)
 
 
 def global_options() -> list[click.Parameter]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,16 +67,29 @@ class Request:
         else:
             render.say(sentence)
 
-    def show_plan(self, plan: Plan | None) -> None:
-        """What would be done: sentences, or with ``--json`` the plan itself (null: nothing)."""
+    def show_plan(self, plan: Plan | None, *, first: Plan | None = None) -> None:
+        """What would be done: sentences, or with ``--json`` the plan itself (null: nothing).
+
+        ``first`` is what comes before it in a command that does two things.
+        """
         if self.json:
-            json_out.show({"plan": None if plan is None else plan.to_json()})
-        elif plan is None:
+            documents = {"first": first, "plan": plan} if first is not None else {"plan": plan}
+            json_out.show({key: None if one is None else one.to_json() for key, one in documents.items()})
+            return
+        for one in (first, plan):
+            if one is not None:
+                render.say(f"{one.subject}:" if one.steps() else one.subject)
+                for number, step in enumerate(one.steps(), 1):
+                    render.say(f"{number:>3}. {step.describe()}")
+        if plan is None:
             render.say("nothing to do")
-        else:
-            render.say(f"{plan.subject}:")
-            for number, step in enumerate(plan.steps(), 1):
-                render.say(f"{number:>3}. {step.describe()}")
+
+    def planned(self, act: Callable[[], object]) -> Plan | None:
+        """The plan of an act, in a dry run."""
+        self.declined = None
+        with contextlib.suppress(errors.Declined):
+            act()
+        return self.declined
 
     # -- asking --------------------------------------------------------------------------------------------------
 
