@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Self
 from hvmgr import errors, settings
 from hvmgr.model import names, tree
 from hvmgr.model.layout import Layout
-from hvmgr.model.metadata import SavedState, SnapshotType
+from hvmgr.model.metadata import SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.tree import Tree
 from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, index, journal, locks, vm_home
-from hvmgr.storage.vm_home import SnapshotFile, VmHome
+from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
@@ -259,7 +259,7 @@ class VM:
     def snapshots(self) -> list[Snapshot]:
         """All snapshots, oldest first."""
         self._complete()
-        return [_snapshot(self, one) for one in self.home.snapshots()]
+        return [_snapshot(self, record) for record in self.home.records()]
 
     def snapshot(self, reference: str) -> Snapshot:
         """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
@@ -308,7 +308,7 @@ class VM:
         with self._work() as session:
             plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=type))
             self._run(session, plan)
-        return self.snapshot(snapshots.snapshot_of(plan))
+        return _snapshot(self, self.home.record(snapshots.snapshot_of(plan)))
 
     def undo(self, *, discard_state: bool = False) -> None:
         """Present and undo slot change places."""
@@ -388,7 +388,7 @@ class VM:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One snapshot as it was when it was asked for; ``disks`` maps slots to frozen images."""
+    """One snapshot as it was when it was asked for."""
 
     vm: VM = dataclasses.field(repr=False)
     id: str
@@ -398,7 +398,11 @@ class Snapshot:
     parent: str | None
     type: SnapshotType
     state: SavedState
-    disks: Mapping[str, str]
+
+    @property
+    def disks(self) -> Mapping[str, str]:
+        """The frozen images by slot, read from the home now."""
+        return vm_home.disks_of(self.vm.home.snapshot(self.id))
 
     @property
     def has_state(self) -> bool:
@@ -455,8 +459,7 @@ class Snapshot:
             snapshots.describe(session, self.id, notes=notes)
 
 
-def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
-    record = one.record
+def _snapshot(vm: VM, record: SnapshotRecord) -> Snapshot:
     return Snapshot(
         vm=vm,
         id=record.id,
@@ -466,5 +469,4 @@ def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
         parent=record.parent,
         type=record.type,
         state=record.state,
-        disks=dict(one.disks),
     )

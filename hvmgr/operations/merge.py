@@ -22,7 +22,6 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     """The snapshots go; their images go or are merged as far as nothing else needs them."""
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
-    records = {one.record.id: one.record for one in home.snapshots()}
     change = _merging_whole_images(session, lambda busy: tree.plan_delete(before, snapshot_ids, busy=busy))
     _require_space(before, change)
     change_id = session.new_id()
@@ -39,7 +38,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
     finish += change.finish
-    names = ", ".join(f"'{records[one].name}'" for one in snapshot_ids[:3])
+    names = ", ".join(f"'{home.record(one).name}'" for one in snapshot_ids[:3])
     more = f" and {len(snapshot_ids) - 3} more" if len(snapshot_ids) > 3 else ""
     return Plan(
         plan_id=change_id,

@@ -180,8 +180,9 @@ def sweep(folder: Path) -> None:
     """Temporary files that a dead process left in ``folder`` are gone."""
     if not folder.is_dir():
         return
-    for entry in list(folder.iterdir()):
-        if entry.name.startswith(TEMPORARY):
+    for name in os.listdir(folder):
+        if name.startswith(TEMPORARY):
+            entry = folder / name
             if entry.is_dir() and not entry.is_symlink():
                 remove_folder(entry)
             else:
