@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,8 @@ Document = dict[str, Any]
 
 def show(document: Mapping[str, Any]) -> None:
     """The one document of this command. ASCII only, so that no locale stands in its way."""
+    import json
+
     sys.stdout.write(json.dumps({"schema": SCHEMA, **document}, indent=2, default=str) + "\n")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import click
@@ -31,6 +30,8 @@ def translate(error: click.ClickException) -> errors.UsageError:
 
 def near(word: str, known: Iterable[str]) -> str | None:
     """A hint with the words that were perhaps meant."""
+    import difflib
+
     by_core = {one.strip("-"): one for one in known}
     found = [by_core[core] for core in difflib.get_close_matches(word.strip("-"), list(by_core), n=2, cutoff=0.6)]
     return "did you mean " + " or ".join(f"'{one}'" for one in found) + "?" if found else None
