@@ -347,13 +347,12 @@ class VM:
             self._run(session, vms.plan_rename(session, name))
 
     def delete(self, *, with_disks: bool = False) -> list[str]:
-        """The VM is gone; the paths of the complete images that stay (none with ``with_disks``)."""
+        """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
         from hvmgr.operations import vms
 
         with self._work() as session:
-            plan = vms.plan_delete(session, with_disks=with_disks)
-            self._run(session, plan)
-        return vms.kept_by(plan)
+            self._run(session, vms.plan_delete(session, with_disks=with_disks))
+        return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
 
     @contextlib.contextmanager
     def _work(self) -> Iterator[Session]:

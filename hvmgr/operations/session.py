@@ -219,7 +219,7 @@ def open_images(home: VmHome, domain: Domain) -> set[str]:
         for disk in live.disks()
         if disk.source is not None and disk.type in {"file", "block"}
     }
-    working = {str(path): "qcow2" for path in domain.writable_files() if home.layout.owns(str(path))}
+    working = {str(path): "qcow2" for path in domain.writable_files() if path.parent == home.layout.images}
     return set(home.load_images({**working, **formats}))
 
 

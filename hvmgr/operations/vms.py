@@ -116,11 +116,6 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
     )
 
 
-def kept_by(one: Plan) -> list[str]:
-    """The complete images that a ``plan_delete`` leaves."""
-    return [step.target for step in one.finish if isinstance(step, plan.MoveImage)]
-
-
 def _complete_images(session: Session, after: Tree) -> list[Step]:
     steps: list[Step] = []
     taken: set[str] = set()
