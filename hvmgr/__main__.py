@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -22,7 +23,8 @@ def main() -> None:
     if "libvirt" in sys.modules:
         sys.exit(code)
     # Nothing waits for Python's own end: it would take another tenth of the time of a command that only reads homes.
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
     os._exit(code)
 
 
