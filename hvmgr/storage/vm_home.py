@@ -78,10 +78,12 @@ class VmHome:
     def snapshots(self) -> list[SnapshotFile]:
         """All snapshots, oldest first."""
         found = []
-        for entry in os.scandir(self.layout.snapshots):
-            if entry.name.endswith(".xml") and not entry.name.startswith(durable.TEMPORARY):
+        with os.scandir(self.layout.snapshots) as entries:
+            paths = [entry.path for entry in entries if entry.name.endswith(".xml")]
+        for path in map(Path, paths):
+            if not path.name.startswith(durable.TEMPORARY):
                 try:
-                    found.append(_read_snapshot(Path(entry.path)))
+                    found.append(_read_snapshot(path))
                 except errors.NotFound:
                     continue  # removed while we read
         return sorted(found, key=lambda one: (one.record.created, one.record.id))

@@ -14,7 +14,10 @@ def translate(error: click.ClickException) -> errors.UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "hvmgr"
     hint = f"see: {path} --help"
-    if isinstance(error, click.NoSuchOption):
+    if context is not None and isinstance(error, click.exceptions.NoArgsIsHelpError):
+        known = context.command.list_commands(context) if isinstance(context.command, click.Group) else []
+        found = errors.UsageError(f"{path} needs a command", hint=f"one of: {', '.join(known)}")
+    elif isinstance(error, click.NoSuchOption):
         name = error.option_name
         found = errors.UsageError(f"{path} has no option '{name}'", hint=near(name, _options(context)) or hint)
     elif isinstance(error, click.MissingParameter):

@@ -34,7 +34,9 @@ def test_json_of_list_has_exactly_the_documented_shape(hvmgr, branched, root):
 
 
 def test_tree_and_list_give_the_same_json(hvmgr, branched):
-    assert hvmgr.ok("--json", "snapshot", "tree", branched).json == hvmgr.ok("snapshot", "list", branched, "--json").json
+    assert (
+        hvmgr.ok("--json", "snapshot", "tree", branched).json == hvmgr.ok("snapshot", "list", branched, "--json").json
+    )
 
 
 def test_show_gives_the_same_json_with_one_snapshot(hvmgr, branched):
@@ -63,7 +65,9 @@ def test_tree_says_which_images_wait_without_a_name(hvmgr, branched):
     hvmgr.ok("snapshot", "create", branched, "six")
     hvmgr.ok("snapshot", "delete", branched, "four")
     told = hvmgr.ok("snapshot", "tree", branched).out
-    assert re.search(r"^unnamed image vda_\S+\.qcow2 \(\S+ KiB\): kept for the 2 images that stand on it$", told, re.M)
+    assert re.search(
+        r"^unnamed image vda_\S+\.qcow2 \(\S+ KiB\): kept for the 2 images that stand on it$", told, re.MULTILINE
+    )
 
 
 def test_show_gives_the_chain_with_each_images_size(hvmgr, branched):
@@ -116,7 +120,9 @@ def test_undo_changes_places(hvmgr, branched):
 def test_rename_and_notes(hvmgr, branched):
     assert hvmgr.ok("snapshot", "rename", branched, "two", "zwei", "--json").json["snapshot"]["name"] == "zwei"
     assert hvmgr.ok("snapshot", "rename", branched, "zwei", "zwei", "--json").json["changed"] is False
-    assert hvmgr.ok("snapshot", "notes", branched, "one", "two\nlines", "--json").json["snapshot"]["notes"] == "two\nlines"
+    assert (
+        hvmgr.ok("snapshot", "notes", branched, "one", "two\nlines", "--json").json["snapshot"]["notes"] == "two\nlines"
+    )
     assert hvmgr.ok("snapshot", "notes", branched, "one", "two\nlines", "--json").json["changed"] is False
     assert hvmgr.ok("snapshot", "notes", branched, "one").out == "two\nlines\n"
 
