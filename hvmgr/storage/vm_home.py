@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ _SETTLED_NS = 3_000_000_000
 
 # The name of a differencing image that hvmgr made: slot, image id. Others put files beside them (virsh does).
 _OURS = re.compile(r"[^/]+_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.qcow2")
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +104,11 @@ class VmHome:
         return _read_record(str(self.layout.snapshot(snapshot_id)))
 
     def _each_snapshot(self, read: Callable[[str], T]) -> Iterator[T]:
-        for entry in os.scandir(self.layout.snapshots):
-            if entry.name.endswith(".xml") and not entry.name.startswith(durable.TEMPORARY):
-                with contextlib.suppress(errors.NotFound):  # removed while we read
-                    yield read(entry.path)
+        with os.scandir(self.layout.snapshots) as entries:
+            paths = [entry.path for entry in entries if entry.name.endswith(".xml") and _is_id(entry.name[:-4])]
+        for path in paths:
+            with contextlib.suppress(errors.NotFound):  # removed while we read
+                yield read(path)
 
     @contextlib.contextmanager
     def locked(self, *, wait_s: float) -> Iterator[None]:
@@ -329,7 +330,4 @@ def _files(folder: Path) -> Iterable[str]:
 
 
 def _is_id(text: str) -> bool:
-    try:
-        return str(uuid.UUID(text)) == text
-    except ValueError:
-        return False
+    return _ID.fullmatch(text) is not None
