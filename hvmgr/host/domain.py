@@ -237,6 +237,22 @@ class Domain:
         attached = {_lowest_node(device) for device in self.monitor("query-blockstats")}
         return _writable(self.monitor("query-named-block-nodes", flat=True), attached)
 
+    def close_unused(self, path: Path) -> None:
+        """Makes QEMU close a file that no disk of its guest uses: libvirt died between opening and switching to it.
+
+        The names of its nodes would be in the way of the next switch.
+        """
+        used = {_lowest_node(device) for device in self.monitor("query-blockstats")}
+        nodes = self.monitor("query-named-block-nodes", flat=True)
+        names = {node["node-name"] for node in nodes}
+        for node in nodes:
+            name = node["node-name"]
+            if node["drv"] == "file" and name not in used and _path(node["file"]) == path:
+                for one in (name.replace("-storage", "-format"), name):
+                    if one in names:
+                        self.monitor("blockdev-del", node_name=one)
+                        names.discard(one)
+
     def blocked_reasons(self) -> list[str]:
         """Why QEMU could not save its memory now, in QEMU's words; empty when nothing is in the way."""
         return [str(reason) for reason in self.monitor("query-migrate").get("blocked-reasons", [])]
@@ -265,7 +281,7 @@ class Domain:
     def monitor(self, command: str, *, files: Iterable[int] = (), **arguments: object) -> Any:
         """What the running QEMU's monitor returns; libvirt marks the domain tainted by it, nothing more.
 
-        Never to change the block graph: libvirt would keep its old view of it.
+        Never to change the block graph that libvirt knows: it would keep its old view of it.
         """
         request: dict[str, object] = {"execute": command}
         if arguments:

@@ -259,7 +259,7 @@ class Connection:
         folder = self._root / "run" / "qemu"
         known = {domain.name for domain in self.domains() if domain.is_active()}
         names = [path.stem for path in folder.glob("*.xml") if path.stem not in known]
-        return [name for name in names if _is_process(folder / f"{name}.pid")]
+        return [name for name in names if _is_guest(folder / f"{name}.pid", self._root)]
 
     def _find(self, method: str, key: str) -> Domain | None:
         libvirt = libvirt_door.library()
@@ -382,12 +382,13 @@ def _await_job_lock(handle: Any, deadline: float) -> None:
             return
 
 
-def _is_process(pid_file: Path) -> bool:
+def _is_guest(pid_file: Path, root: Path) -> bool:
+    # The number in an old pid file may belong to anybody by now; a guest's command line names its root's sockets.
     try:
-        os.kill(int(pid_file.read_text(encoding="ascii")), 0)
+        pid = int(pid_file.read_text(encoding="ascii"))
+        return os.fsencode(root) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ValueError):
         return False
-    return True
 
 
 def _user_config() -> Path:

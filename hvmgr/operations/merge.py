@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hvmgr import errors, units
@@ -15,16 +15,14 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
 from hvmgr.operations import snapshots
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, vm_home
+from hvmgr.storage import frozen, images, vm_home
 
 
 def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     """The snapshots go; their images go or are merged as far as nothing else needs them."""
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
-    records = {one.record.id: one.record for one in home.snapshots()}
-    change = tree.plan_delete(before, snapshot_ids, busy=session.busy_images())
-    _require_parents(session, before, change)
+    change = _merging_whole_images(session, lambda busy: tree.plan_delete(before, snapshot_ids, busy=busy))
     _require_space(before, change)
     change_id = session.new_id()
     present = home.present()
@@ -40,7 +38,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
     finish += change.finish
-    names = ", ".join(f"'{records[one].name}'" for one in snapshot_ids[:3])
+    names = ", ".join(f"'{home.record(one).name}'" for one in snapshot_ids[:3])
     more = f" and {len(snapshot_ids) - 3} more" if len(snapshot_ids) > 3 else ""
     return Plan(
         plan_id=change_id,
@@ -75,8 +73,7 @@ def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
 def plan_merge(session: Session) -> Plan:
     """Unnamed images that were left waiting are merged."""
     before = snapshots.whole_tree(session)
-    change = tree.plan_merge(before, busy=session.busy_images())
-    _require_parents(session, before, change)
+    change = _merging_whole_images(session, lambda busy: tree.plan_merge(before, busy=busy))
     _require_space(before, change)
     return Plan(
         plan_id=session.new_id(),
@@ -103,12 +100,28 @@ def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.
     return plan.ReplaceFile(path=str(session.layout.snapshot(snapshot_id)), text=snapshot.to_xml())
 
 
-def _require_parents(session: Session, before: Tree, change: Change) -> None:
-    """What is to be merged is what was frozen, with all that it stands on."""
-    for step in change.finish:
-        if isinstance(step, plan.MergeUp | plan.MergeDown):
-            for image in before.chain(step.parent):
-                frozen.require_unchanged(session.layout, Path(image.path))
+def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change]) -> Change:
+    """A plan that leaves alone what a running VM has open, and what a merge would make worse."""
+    closed = session.busy_images()
+    while True:
+        change = planned(closed)
+        merges = [step for step in change.finish if isinstance(step, plan.MergeUp | plan.MergeDown)]
+        touched = {path for step in merges for path in (step.parent, step.child)} - closed
+        reasons = {path: _reason_against_merging(session, Path(path)) for path in sorted(touched)}
+        unfit = {path: reason for path, reason in reasons.items() if reason is not None}
+        if not unfit:
+            return change
+        closed |= unfit.keys()
+        for path, reason in unfit.items():
+            session.say(f"{path} {reason}: it is not merged")
+
+
+def _reason_against_merging(session: Session, path: Path) -> str | None:
+    if frozen.is_changed(session.layout, path):
+        return "was changed after it was frozen"
+    if path.exists() and images.read(path, images.QCOW2).has_internal_snapshots:
+        return "holds snapshots of its own, made outside hvmgr, which would be lost"
+    return None
 
 
 def _require_space(before: Tree, change: Change) -> None:

