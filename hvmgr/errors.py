@@ -11,6 +11,7 @@
     ├── HostFailed        8    libvirt, QEMU or a program said no; its words are in the message
     ├── OutcomeUnknown    9    contact was lost; the journal holds what is open
     └── Cancelled       130    stopped by the user; nothing half-done is left
+        └── Declined    130    the caller looked at the plan and did not want it
 
 The number is the exit code of the command line. A defect in hvmgr is none of these: it passes
 through as the Python exception that it is and ends with code 1.
@@ -95,3 +96,7 @@ class Cancelled(HvmgrError):
     """The user stopped it; nothing half-done is left."""
 
     exit_code = 130
+
+
+class Declined(Cancelled):
+    """The caller looked at the plan and did not want it; nothing was changed."""

@@ -16,7 +16,23 @@ from hvmgr import settings
 ROOT = Path(__file__).resolve().parent.parent
 
 # The promise to importers: a name that is added or taken away is a line of CHANGELOG.md.
-PUBLIC = ["__version__"]
+PUBLIC = [
+    "DiskSpecification",
+    "Host",
+    "NetworkSpecification",
+    "Plan",
+    "Progress",
+    "Reporter",
+    "SavedState",
+    "Snapshot",
+    "SnapshotType",
+    "Specification",
+    "State",
+    "Usage",
+    "VM",
+    "__version__",
+    "errors",
+]
 
 
 @pytest.fixture(scope="module")

@@ -162,7 +162,7 @@ class Connection:
 
     def managed_save_path(self, name: str) -> Path:
         """Where libvirt keeps the managed save of a domain of this name."""
-        return self._folder("save", session="qemu/save") / f"{name}.save"
+        return self._managed_saves / f"{name}.save"
 
     def nvram_folder(self) -> Path:
         """Where libvirt keeps NVRAM files whose XML names no other place."""
@@ -251,7 +251,7 @@ class Connection:
         folder = self._root / "run" / "qemu"
         known = {domain.name for domain in self.domains() if domain.is_active()}
         names = [path.stem for path in folder.glob("*.xml") if path.stem not in known]
-        return [name for name in names if _is_process(folder / f"{name}.pid")]
+        return [name for name in names if _is_guest(folder / f"{name}.pid", self._root)]
 
     def _find(self, method: str, key: str) -> Domain | None:
         libvirt = libvirt_door.library()
@@ -264,7 +264,11 @@ class Connection:
                 raise
 
     def _domain(self, handle: Any) -> Domain:
-        return Domain(self._handle, handle.UUIDString(), handle.name())
+        return Domain(self._handle, handle.UUIDString(), handle.name(), saves=self._managed_saves)
+
+    @property
+    def _managed_saves(self) -> Path:
+        return self._folder("save", session="qemu/save")
 
     def _folder(self, name: str, *, session: str) -> Path:
         if self._root is not None:
@@ -370,12 +374,13 @@ def _await_job_lock(handle: Any, deadline: float) -> None:
             return
 
 
-def _is_process(pid_file: Path) -> bool:
+def _is_guest(pid_file: Path, root: Path) -> bool:
+    # The number in an old pid file may belong to anybody by now; a guest's command line names its root's sockets.
     try:
-        os.kill(int(pid_file.read_text(encoding="ascii")), 0)
+        pid = int(pid_file.read_text(encoding="ascii"))
+        return os.fsencode(root) in Path(f"/proc/{pid}/cmdline").read_bytes()
     except (OSError, ValueError):
         return False
-    return True
 
 
 def _user_config() -> Path:

@@ -76,6 +76,14 @@ def read(path: Path) -> SavedState:
         return _read(descriptor, path)
 
 
+def is_complete(path: Path) -> bool:
+    """Whether there is a save file whose writing came to its end."""
+    try:
+        return read(path).complete
+    except (errors.NotFound, errors.Corrupt):
+        return False
+
+
 def head(
     xml: str,
     *,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 PROGRAM = "qemu-storage-daemon"
+_FOLDER_PREFIX = "hvmgr-"
 
 # Also the time that a slow disk gets to take a flush.
 COMMAND_S = 300.0
@@ -37,6 +39,8 @@ POLL_S = 0.05
 
 # One request of QEMU's block layer stays below 2 GiB.
 _ZEROES_MAX = 1 << 30
+# Words on one command line of qemu-io: far below the kernel's limit.
+_COMMANDS_MAX = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,7 @@ def started(*, on_progress: Callable[[Progress], None] | None = None) -> Iterato
             if words := program.stderr_text().strip():
                 raise errors.HostFailed(f"{PROGRAM} did not start: {words}") from error
             raise
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hvmgr-")))  # mode 0700
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_FOLDER_PREFIX)))  # mode 0700
         daemon = Daemon(session, program, folder, on_progress)
         yield daemon
         daemon.close_all()
@@ -85,12 +89,18 @@ class Daemon:
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
         self._session = session
+        self._folder = folder
         self._socket = folder / "nbd"
         self._on_progress = on_progress
         self._numbers = itertools.count(1)
         self._nodes: dict[str, Node] = {}
         self.pid = program.pid
         self.start_time = program.start_time
+
+    @property
+    def note(self) -> str:
+        """What ``end_left_over`` needs to clean up behind us, should we be killed."""
+        return f"{self.pid} {self.start_time} {self._folder}"
 
     # -- images ---------------------------------------------------------------------------------------------------
 
@@ -178,24 +188,21 @@ class Daemon:
             self._io(uri, node, ["flush"])
 
     def commit(self, top: Node, base: Node) -> None:
-        """Write what ``top`` and all below it down to ``base`` hold into ``base``, which then equals ``top``, size too.
+        """Write what ``top`` and all below it down to ``base`` hold into ``base``, which then equals ``top``.
 
         Both have to be open for writing: QEMU makes ``base`` as read-only as ``top`` at the end, and would drop the
-        lock. The file of ``top`` stays as it is, so a commit that was killed is simply run again; afterwards nothing
-        is left to do with the two but to close them, ``top`` first. Raises Unsupported for a VHD of another size.
+        lock. ``top`` stays as it is, so a commit that was killed is simply run again. Unsupported when the sizes
+        differ: QEMU resizes ``base`` first, and killed at that moment ``top`` would show old data from below it.
         """
         assert top.writable and base.writable, "a commit needs both images open for writing"  # noqa: PT018
-        if base.fmt == "vpc" and base.size != top.size:
+        if base.size != top.size:
             raise errors.Unsupported(
-                f"'{base.path}' is a VHD of another size than '{top.path}' and cannot be resized",
+                f"'{base.path}' has another size than '{top.path}'",
                 hint="merge in the other direction",
                 path=str(base.path),
             )
         arguments = {"device": top.name, "base-node": base.name, "auto-finalize": True, "auto-dismiss": False}
         self._run_job("block-commit", arguments, what=f"commit {top.path.name}", path=base.path)
-        if base.size > top.size:
-            self._detach(top)  # QEMU resizes no image that is somebody's parent
-            self._execute("block_resize", {"node-name": base.name, "size": top.size}, base.path)
         self.flush(base)
 
     # -- bytes ----------------------------------------------------------------------------------------------------
@@ -203,9 +210,12 @@ class Daemon:
     def write_zeroes(self, node: Node, ranges: Sequence[tuple[int, int]]) -> None:
         """Make each (offset, length) read as zeros from this image itself, whatever its parents hold there."""
         commands = [f"write -z -u {start} {length}" for start, length in _pieces(ranges)]
-        if commands:
-            with self.exported(node, writable=True) as uri:
-                self._io(uri, node, [*commands, "flush"])
+        if not commands:
+            return
+        with self.exported(node, writable=True) as uri:
+            for first in range(0, len(commands), _COMMANDS_MAX):
+                self._io(uri, node, commands[first : first + _COMMANDS_MAX])
+            self._io(uri, node, ["flush"])
 
     def flush(self, node: Node) -> None:
         """Write out the image's caches and sync its file; raises when that fails, which ``close`` cannot."""
@@ -220,16 +230,6 @@ class Daemon:
             yield f"nbd+unix:///{export}?socket={self._socket}"
         finally:
             self._remove_export(export)
-
-    def _detach(self, node: Node) -> None:
-        options = {
-            "driver": node.fmt,
-            "node-name": node.name,
-            "read-only": not node.writable,
-            "backing": None,
-            "file": _file(node.path),
-        }
-        self._execute("blockdev-reopen", {"options": [options]}, node.path)
 
     def _add_export(self, node: Node, *, writable: bool) -> str:
         if not self._socket.exists():
@@ -322,6 +322,18 @@ class Daemon:
 
     def _name(self, kind: str) -> str:
         return f"{kind}{next(self._numbers)}"
+
+
+def end_left_over(note: str) -> None:
+    """The daemon of a process that was killed is gone, and so is its folder. A note that is no note is ignored."""
+    try:
+        pid, started, folder = note.split(maxsplit=2)
+        process.end_left_over(int(pid), int(started))
+    except ValueError:
+        return
+    place = Path(folder.strip())
+    if place.parent == Path(tempfile.gettempdir()) and place.name.startswith(_FOLDER_PREFIX):
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def _create_exclusively(path: Path) -> None:

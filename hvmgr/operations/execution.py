@@ -5,6 +5,7 @@
 | before the journal       | nothing                                    | nothing                       |
 | while preparing          | journal without ``switch``                 | undoes, last step first       |
 | at the switch            | journal with ``switch``; asks libvirt/QEMU | undoes or completes           |
+| after the VM went on     | it has written to the new images           | defines them, then completes  |
 | while finishing          | the same, the switch happened              | does all finishing steps again|
 | at the end               | nothing, or an empty trash                 | nothing                       |
 """
@@ -85,6 +86,7 @@ HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
 _STOPPING = (plan.SavePresent, plan.TakeManagedSave, plan.DiscardPresent)
 
 _JOB_WAIT_S = 60.0
+_GOES_ON = "the journal holds what is open; the next command on this VM goes on with it"
 
 
 def run(session: Session, one: Plan) -> None:
@@ -109,7 +111,7 @@ def recover(session: Session) -> bool:
     session.recovering = True
     with session.interrupts.held_back():
         _wait_for_jobs(session)
-        if one.switch is None or (entry.switch_reached and _happened(session, one)):
+        if one.switch is None or (entry.switch_reached and _happened(session, one)) or _catch_up(session, one):
             _finish(session, one)
             session.say(f"completed the interrupted {one.subject}")
         else:
@@ -154,14 +156,33 @@ def _switch(session: Session, one: Plan) -> None:
     except errors.OutcomeUnknown:
         raise  # the journal stays open; the next command asks
     except BaseException as error:
-        if not _happened(session, one):
+        if not _ask_after(session, one, error):
             _go_back(session, one, list(one.prepare), error)
             raise
         session.say(f"{error}, but the new state is in place")
     session.release()
 
 
+def _ask_after(session: Session, one: Plan, error: BaseException) -> bool:
+    """Whether the switch happened although it failed; not being able to ask is an answer of its own."""
+    try:
+        return _happened(session, one)
+    except errors.HvmgrError as second:
+        raise errors.OutcomeUnknown(
+            f"{one.subject}: {error}; and nobody can say now whether it happened ({second})", hint=_GOES_ON
+        ) from error
+
+
 def _finish(session: Session, one: Plan) -> None:
+    try:
+        _do_finish(session, one)
+    except errors.HvmgrError as error:
+        error.hint = error.hint or _GOES_ON
+        raise
+    _say_what_waits(session, one)
+
+
+def _do_finish(session: Session, one: Plan) -> None:
     with session.interrupts.held_back():
         for step in one.finish:
             DO[type(step)](session, step)
@@ -169,7 +190,6 @@ def _finish(session: Session, one: Plan) -> None:
             file_steps.remove_private(session)
         else:
             _end(session)
-    _say_what_waits(session, one)
 
 
 def _say_what_waits(session: Session, one: Plan) -> None:
@@ -235,6 +255,18 @@ def _empty_trash(session: Session) -> None:
 def _happened(session: Session, one: Plan) -> bool:
     assert one.switch is not None
     return HAPPENED[type(one.switch)](session, one.switch)
+
+
+def _catch_up(session: Session, one: Plan) -> bool:
+    """Define the new state after all when the VM went on in it before the dead command could; whether it did.
+
+    What the guest has written since is in the new images: undoing would lose it.
+    """
+    made = {step.path for step in one.prepare if isinstance(step, plan.CreateImage) and step.parent is not None}
+    if not isinstance(one.switch, plan.Define) or not domain_steps.has_gone_on(session, made):
+        return False
+    DO[plan.Define](session, one.switch)
+    return True
 
 
 def _wait_for_jobs(session: Session) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
-from hvmgr.model import plan
+from hvmgr.host import saved_state
+from hvmgr.model import configuration, plan
 from hvmgr.model.layout import CONFIGURATIONS
+from hvmgr.model.metadata import SavedState
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, index
+from hvmgr.storage import durable, index, vm_home
 
 
 def make_home(session: Session, _step: plan.MakeHome) -> None:
@@ -65,9 +68,27 @@ def unmake_snapshot_folder(session: Session, step: plan.MakeSnapshotFolder) -> N
 
 
 def write_snapshot(session: Session, step: plan.WriteSnapshot) -> None:
-    """The snapshot is in the tree."""
-    durable.write_file(session.layout.snapshot(step.snapshot_id), step.xml.encode())
+    """The snapshot is in the tree, all that it consists of on disk."""
+    folder = session.layout.snapshot_folder(step.snapshot_id)
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.is_file():
+            durable.sync_file(file)
+    durable.write_file(session.layout.snapshot(step.snapshot_id), _with_true_state(session, step).encode())
     session.forget_uses()
+
+
+def _with_true_state(session: Session, step: plan.WriteSnapshot) -> str:
+    """A snapshot whose memory did not come through is one without saved state."""
+    snapshot = configuration.parse(step.xml, source="the plan")
+    facts = vm_home.require_facts(snapshot)
+    assert facts.snapshot is not None
+    if facts.snapshot.state is SavedState.NONE or saved_state.is_complete(session.layout.memory(step.snapshot_id)):
+        return step.xml
+    session.say(f"the memory of snapshot '{facts.snapshot.name}' was not saved completely: it has its disks alone")
+    durable.remove(session.layout.memory(step.snapshot_id))
+    record = dataclasses.replace(facts.snapshot, state=SavedState.NONE)
+    snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
+    return snapshot.to_xml()
 
 
 def remove_snapshot(session: Session, step: plan.RemoveSnapshot) -> None:
@@ -104,6 +125,12 @@ def remove_home(session: Session, _step: plan.RemoveHome) -> None:
 
 def remove_private(session: Session) -> None:
     """The journal and the lock are gone, and the home when nothing else is in it."""
-    durable.remove_folder(session.layout.trash)
-    durable.remove_folder(session.layout.private)
-    durable.remove_empty_folder(session.layout.home)
+    layout = session.layout
+    for entry in layout.private.iterdir():
+        if entry.is_dir():
+            durable.remove_folder(entry)
+        elif entry not in (layout.journal, layout.lock):
+            durable.remove(entry)
+    durable.remove(layout.journal)  # as long as something else is there, so is the journal that removes it
+    durable.remove_folder(layout.private)
+    durable.remove_empty_folder(layout.home)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hvmgr import errors, units
+from hvmgr.host.domain import State
 from hvmgr.model import plan, tree
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan, Step
@@ -22,13 +23,12 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
     records = {one.record.id: one.record for one in home.snapshots()}
-    change = tree.plan_delete(before, snapshot_ids, busy=session.busy_images())
-    _require_parents(session, before, change)
+    change = _merging_whole_images(session, lambda busy: tree.plan_delete(before, snapshot_ids, busy=busy))
     _require_space(before, change)
     change_id = session.new_id()
     present = home.present()
     facts = vm_home.require_facts(present)
-    finish: list[Step] = [*snapshots.empty_undo_files(session, home.undo())]
+    finish: list[Step] = [*_free_managed_save(session, before), *snapshots.empty_undo_files(session, home.undo())]
     finish += [
         _new_parent(session, node.snapshot_id, node.parent)
         for node in change.after.nodes.values()
@@ -74,16 +74,22 @@ def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
 def plan_merge(session: Session) -> Plan:
     """Unnamed images that were left waiting are merged."""
     before = snapshots.whole_tree(session)
-    change = tree.plan_merge(before, busy=session.busy_images())
-    _require_parents(session, before, change)
+    change = _merging_whole_images(session, lambda busy: tree.plan_merge(before, busy=busy))
     _require_space(before, change)
     return Plan(
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,
         operation="snapshot merge",
         subject=f"merge of unnamed images of {session.home.name}",
-        finish=change.finish,
+        finish=(*_free_managed_save(session, before), *change.finish) if change.finish else (),
     )
+
+
+def _free_managed_save(session: Session, before: Tree) -> list[Step]:
+    """A managed save names every image of its chains; without these names the chains may change below it."""
+    if session.state() is not State.SAVED:
+        return []
+    return [plan.PointManagedSave(disks=tuple((slot, path, path) for slot, path in before.present.disks.items()))]
 
 
 def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.ReplaceFile:
@@ -95,12 +101,19 @@ def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.
     return plan.ReplaceFile(path=str(session.layout.snapshot(snapshot_id)), text=snapshot.to_xml())
 
 
-def _require_parents(session: Session, before: Tree, change: Change) -> None:
-    """What is to be merged is what was frozen, with all that it stands on."""
-    for step in change.finish:
-        if isinstance(step, plan.MergeUp | plan.MergeDown):
-            for image in before.chain(step.parent):
-                frozen.require_unchanged(session.layout, Path(image.path))
+def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change]) -> Change:
+    """A plan that leaves alone what a running VM has open, and frozen images that somebody has changed."""
+    closed = session.busy_images()
+    while True:
+        change = planned(closed)
+        merges = [step for step in change.finish if isinstance(step, plan.MergeUp | plan.MergeDown)]
+        touched = {path for step in merges for path in (step.parent, step.child)} - closed
+        changed = {path for path in touched if frozen.is_changed(session.layout, Path(path))}
+        if not changed:
+            return change
+        closed |= changed
+        for path in sorted(changed):
+            session.say(f"{path} was changed after it was frozen: it is not merged")
 
 
 def _require_space(before: Tree, change: Change) -> None:

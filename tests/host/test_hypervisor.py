@@ -151,6 +151,16 @@ def test_guests_of_a_killed_process_are_attached_and_dead_ones_are_off(root, mak
     assert second.communicate(timeout=30) == ("a=running b=off c=running\n", "")
 
 
+def test_guest_that_libvirt_cannot_attach_is_an_error(root, make_xml):
+    first = python(OPEN_AND_START, uri(root), make_xml("a"))
+    assert first.stdout.readline() == "up\n"
+    first.kill()
+    first.communicate(timeout=10)
+    (root / "run/qemu/a.xml").write_text("<damaged/>")
+    second = python(OPEN_AND_LIST, uri(root), 0.5)
+    assert "does not attach these running guests again: a" in second.communicate(timeout=30)[1]
+
+
 def test_private_root_is_refused(folder):
     folder.chmod(0o700)
     with pytest.raises(UsageError, match="cannot enter"):

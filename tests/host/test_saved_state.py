@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
 import stat
 import subprocess
 import sys
-import tempfile
-import textwrap
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -274,82 +269,48 @@ def test_missing_file(tmp_path):
             act(tmp_path / "none")
 
 
-# In a process of its own: the embedded driver holds its root until the process ends.
-REAL = """
-import sys, threading, time
-from pathlib import Path
-import libvirt
-from hvmgr.host import saved_state
+class TestRealFile:
+    """A managed save, which libvirt restores by the XML in the file itself."""
 
-root = Path(sys.argv[1])
-libvirt.registerErrorHandler(lambda *_: None, None)
-libvirt.virEventRegisterDefaultImpl()
-def loop():
-    while True:
-        libvirt.virEventRunDefaultImpl()
-threading.Thread(target=loop, daemon=True).start()
-connection = libvirt.open(f"qemu:///embed?root={root}")
-domain = connection.createXML('''<domain type="qemu"><name>v</name><memory unit="MiB">32</memory>
-  <os><type arch="x86_64">hvm</type></os><title>first</title></domain>''', 0)
-path = root / "v.save"
-domain.save(str(path))
+    @pytest.fixture
+    def saved(self, connection, make_xml):
+        domain = connection.define(make_xml("saved").replace("<memory", "<title>first</title><memory", 1))
+        domain.start()
+        domain.managed_save()
+        return domain, connection.managed_save_path("saved")
 
-def stream():
-    return path.read_bytes()[saved_state.read(path).data_offset:]
-
-def restore(title):
-    connection.restoreFlags(str(path), None, libvirt.VIR_DOMAIN_SAVE_PAUSED)
-    domain = connection.lookupByName("v")
-    try:
-        assert f"<title>{title}</title>" in domain.XMLDesc(), domain.XMLDesc()
-    finally:
+    def restored_title(self, domain):
+        domain.start(paused=True)
+        title = domain.xml(live=True).partition("<title>")[2].partition("</title>")[0]
         domain.destroy()
+        return title
 
-state = saved_state.read(path)
-assert state.complete and state.was_running and state.compression == saved_state.Compression.RAW
-assert state.cookie and "<cookie" in state.cookie
-before = stream()
-assert before.startswith(b"QEVM")
-assert "<title>first</title>" in state.xml
-assert connection.saveImageGetXMLDesc(str(path), 0).strip()
+    def test_is_read(self, saved):
+        _, path = saved
+        state = saved_state.read(path)
+        assert (state.complete, state.was_running, state.compression) == (True, True, Compression.RAW)
+        assert "<title>first</title>" in state.xml
+        assert state.cookie.startswith("<cookie")
+        assert stream_of(path).startswith(b"QEVM")
 
-saved_state.replace_xml(path, state.xml.replace("first", "second"))          # moves the cookie
-assert saved_state.read(path).cookie == state.cookie and stream() == before
-restore("second")
+    @pytest.mark.parametrize("title", ["a", "first", "a longer title"], ids=["shorter", "same", "longer"])
+    def test_restores_with_a_replaced_configuration(self, saved, title):
+        domain, path = saved
+        before, stream = saved_state.read(path), stream_of(path)
+        saved_state.replace_xml(path, before.xml.replace("first", title))
+        assert saved_state.read(path).cookie == before.cookie
+        assert stream_of(path) == stream
+        assert f"<title>{title}</title>" in domain.managed_save_xml()
+        assert self.restored_title(domain) == title
 
-saved_state.replace_xml(path, state.xml.replace("first", "a"))               # shorter: the cookie stays behind padding
-assert saved_state.read(path).cookie == state.cookie and stream() == before
-restore("a")
-
-larger = root / "w.save"
-saved_state.rewritten(path, larger, state.xml.replace("first", "x" * 100_000))
-path = larger
-assert saved_state.read(path).cookie == state.cookie and stream() == before
-restore("x" * 100_000)
-print("restored")
-"""
-
-
-def test_real_file_restores_after_each_rewriting(request):
-    pytest.importorskip("libvirt", reason="libvirt-python is not installed")
-    if shutil.which("qemu-system-x86_64") is None or os.geteuid() != 0:
-        pytest.skip("needs root and qemu-system-x86_64")
-    cache = request.config.cache.mkdir("libvirt-capabilities")
-    root = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    try:
-        root.chmod(0o711)
-        (root / "etc").mkdir()
-        (root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
-        shutil.copytree(cache, root / "cache" / "qemu" / "capabilities")
-        script = root / "real.py"
-        script.write_text(textwrap.dedent(REAL))
-        done = subprocess.run([sys.executable, script, root], capture_output=True, text=True, timeout=100, check=False)
-        assert (done.stdout, done.stderr) == ("restored\n", "")
-        shutil.copytree(root / "cache" / "qemu" / "capabilities", cache, dirs_exist_ok=True)
-    finally:
-        for pid_file in (root / "run" / "qemu").glob("*.pid"):  # a guest left by a failure
-            pid = pid_file.read_text().strip()
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                if os.fsencode(root) in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    os.kill(int(pid), signal.SIGKILL)
-        shutil.rmtree(root)
+    def test_restores_as_a_larger_copy(self, saved, tmp_path):
+        domain, path = saved
+        before, stream = saved_state.read(path), stream_of(path)
+        title = "x" * 200_000
+        with pytest.raises(errors.Conflict):
+            saved_state.replace_xml(path, before.xml.replace("first", title))
+        saved_state.rewritten(path, tmp_path / "copy", before.xml.replace("first", title))
+        shutil.copyfile(tmp_path / "copy", path)
+        assert saved_state.read(path).cookie == before.cookie
+        assert stream_of(path) == stream
+        assert self.restored_title(domain) == title

@@ -285,6 +285,8 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     }
     seen["present"] = [forest.present.parent and labels[forest.present.parent]]
     seen["state"] = vm.state()
+    save = host.connection.managed_save_path(vm.name)
+    seen["managed save"] = _managed_save(save, labels) if save.exists() else None
     seen["memory"] = get_memory(host) if vm.state() in ("running", "paused") else None
     seen["images"] = {
         _label(labels, path): [
@@ -307,8 +309,6 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     seen["snapshot xml"] = {
         _renamed(one.name, {}): _renamed(vm.home.layout.snapshot(one.id).read_text(), labels) for one in vm.snapshots()
     }
-    save = host.connection.managed_save_path(vm.name)
-    seen["managed save"] = _managed_save(save, labels) if save.exists() else None
     return seen
 
 
