@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-CHANGES = [
-    "create-off",
-    "create-undo-full",
-    "create-two-disks",
-    "apply-off",
-    "apply-undo-full",
-    "apply-no-undo",
-    "apply-snapshot-first",
-    "apply-other-disks",
-    "undo",
-    "rename",
-]
-WHOLES = [
-    "vm-create",
-    "vm-create-copy",
-    "vm-create-in-place",
-    "vm-delete",
-    "vm-delete-with-disks",
-    "vm-delete-saved",
-    "vm-delete-in-place",
-]
+CHANGES = (
+    "create-off create-undo-full create-two-disks apply-off apply-undo-full apply-no-undo apply-snapshot-first "
+    "apply-other-disks undo rename"
+).split()
+WHOLES = (
+    "vm-create vm-create-copy vm-create-in-place vm-delete vm-delete-with-disks vm-delete-saved vm-delete-in-place"
+).split()
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 
