@@ -99,6 +99,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         finish += [step for step in moves if isinstance(step, plan.Flatten)]
         finish.append(plan.UndefineDomain())
         finish += [step for step in moves if isinstance(step, plan.MoveImage)]
+        finish += _free_what_stays(change.after, {step.path for step in moves if isinstance(step, plan.Flatten)})
     finish += [plan.ThawImage(path=image.path) for image in before.images.values() if image.keeper is Keeper.OUTSIDE]
     return Plan(
         plan_id=session.new_id(),
@@ -123,6 +124,16 @@ def _complete_images(session: Session, after: Tree) -> list[Step]:
         taken.add(target)
         steps.append(plan.MoveImage(source=path, target=target))
     return steps
+
+
+def _free_what_stays(after: Tree, flattened: set[str]) -> list[Step]:
+    """A base that no image stands on any more is a file like any other."""
+    needed = {image.parent for image in after.images.values() if image.path not in flattened}
+    return [
+        plan.ThawImage(path=image.path)
+        for image in after.images.values()
+        if image.keeper is Keeper.BASES and image.path not in needed
+    ]
 
 
 def _free_name(session: Session, stem: str, taken: set[str]) -> str:
