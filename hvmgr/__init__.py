@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.host import VM, Host, Snapshot
-    from hvmgr.operations.session import Reporter
+    from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
 
 __all__ = [
@@ -50,7 +50,7 @@ _HOMES = {
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
-    "Reporter": "hvmgr.operations.session",
+    "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
     "Snapshot": "hvmgr.operations.host",
     "SnapshotType": "hvmgr.model.metadata",

@@ -5,17 +5,9 @@ And the embedded libvirt driver, one root per test process.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import itertools
 import os
 import shutil
-import signal
-import subprocess
-import tempfile
-import threading
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +15,7 @@ import pytest
 
 from hvmgr.faces import guest
 from hvmgr.host import hypervisor
+from tests import private_libvirt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -95,26 +88,8 @@ def capability_cache(request):
 @pytest.fixture(scope="session")
 def new_embed_root(capability_cache):
     """Makes fresh roots for the embedded driver, for other processes; their guests and files go at the end."""
-    roots = []
-    threading.Thread(target=reap_guests, args=(roots,), daemon=True).start()
-
-    def make():
-        root = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-        root.chmod(0o711)
-        (root / "etc").mkdir()
-        (root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
-        shutil.copytree(capability_cache, root / "cache" / "qemu" / "capabilities")
-        roots.append(root)
-        return root
-
-    yield make
-    for root in list(roots):
-        learnt = root / "cache" / "qemu" / "capabilities"
-        if learnt.is_dir():
-            shutil.copytree(learnt, capability_cache, dirs_exist_ok=True)
-        end_guests(root)
-        roots.remove(root)
-        shutil.rmtree(root, ignore_errors=True)
+    with private_libvirt.roots(capability_cache) as make:
+        yield make
 
 
 @pytest.fixture(scope="session")
@@ -131,75 +106,19 @@ def connection(embed_root):
         remove_domains(connection)
 
 
-@dataclass
-class Libvirtd:
-    """A private libvirt daemon: reached from anywhere by ``uri``, or as qemu:///system below ``enter``.
-
-    Its /run/libvirt, /etc/libvirt and /var/{lib,cache,log}/libvirt are run, etc, lib, cache and log in ``root``, by a
-    mount namespace of its own. What has to see these paths under their usual names (managed save, TPM and NVRAM
-    folders) is run with ``enter`` in front of its command.
-    """
-
-    root: Path
-    process: subprocess.Popen
-
-    @property
-    def uri(self):
-        return f"qemu+unix:///system?socket={self.root}/run/libvirt-sock"
-
-    @property
-    def enter(self):
-        return ["nsenter", f"--target={self.process.pid}", "--mount", f"--wd={Path.cwd()}"]
-
-    def stop(self, *, signal_=signal.SIGTERM):
-        """Ends the daemon; its guests run on."""
-        self.process.send_signal(signal_)
-        self.process.wait(timeout=20)
-
-    def start(self):
-        """Starts the daemon again after ``stop``."""
-        self.process = start_libvirtd(self.root)
+@pytest.fixture(scope="session")
+def new_libvirtd(new_embed_root):
+    """Gives a context with a libvirtd on fresh folders."""
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    return lambda: private_libvirt.daemon(new_embed_root())
 
 
 @pytest.fixture
-def libvirtd(new_embed_root):
+def libvirtd(new_libvirtd):
     """A libvirtd that only this test uses, on fresh folders; its guests are gone afterwards."""
-    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
-        pytest.skip("needs root and libvirtd")
-    root = new_embed_root()
-    for name in ("run", "lib", "log"):
-        (root / name).mkdir(mode=0o711)
-    (root / "etc" / "libvirtd.conf").write_text(
-        f'auth_unix_rw = "none"\nauth_unix_ro = "none"\nlog_outputs = "3:file:{root}/libvirtd.log"\n'
-    )
-    daemon = Libvirtd(root, start_libvirtd(root))
-    yield daemon
-    if daemon.process.poll() is None:
-        daemon.stop()
-    end_guests(root)
-
-
-def start_libvirtd(root):
-    """A running libvirtd whose folders are those of ``root``."""
-    places = {"run": "/run", "etc": "/etc", "lib": "/var/lib", "cache": "/var/cache", "log": "/var/log"}
-    for place in places.values():
-        Path(place, "libvirt").mkdir(exist_ok=True)
-    binds = "".join(f"mount --bind {root}/{name} {place}/libvirt; " for name, place in places.items())
-    daemon = f"exec libvirtd --config /etc/libvirt/libvirtd.conf --pid-file {root}/libvirtd.pid"
-    socket = root / "run" / "libvirt-sock"
-    socket.unlink(missing_ok=True)
-    process = subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", binds + daemon],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 20
-    while not socket.exists():
-        assert process.poll() is None, "libvirtd ended at once"
-        assert time.monotonic() < deadline, "libvirtd opens no socket"
-        time.sleep(0.02)
-    return process
+    with new_libvirtd() as daemon:
+        yield daemon
 
 
 def remove_domains(connection):
@@ -208,69 +127,3 @@ def remove_domains(connection):
         domain.destroy()
         if connection.find_domain(domain.uuid) is not None:
             domain.undefine(keep_nvram=False, keep_tpm=False)
-
-
-def end_guests(root):
-    """Kills the QEMUs of a root that no process holds any more."""
-    for pid in guest_pids(root):
-        with contextlib.suppress(OSError):
-            if is_guest(pid, root):
-                os.kill(pid, signal.SIGKILL)
-                wait_for_end(pid)
-
-
-def is_guest(pid, root):
-    """Whether a process is a QEMU of this root: pid files may be stale and their numbers used again."""
-    if not Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system"):
-        return False
-    if os.fspath(root) in Path(f"/proc/{pid}/cmdline").read_text():
-        return True
-    return Path(f"/proc/{pid}/root/var/lib/libvirt").samefile(root / "lib")  # a private libvirtd's
-
-
-def reap_guests(roots):
-    """Collects ended QEMUs at once, for ever.
-
-    libvirt waits until a QEMU that it ended is gone. As a daemon it is a child of init, and the init of a container
-    may take two seconds to collect it: so this process takes init's place (PR_SET_CHILD_SUBREAPER). Stopping a guest
-    and probing for capabilities are five times as fast with it.
-    """
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    seen = set()
-    while True:
-        for root in list(roots):
-            seen.update(guest_pids(root))
-        for pid in list(seen):
-            if not is_alive(pid):
-                seen.discard(pid)
-                with contextlib.suppress(OSError):
-                    if Path(f"/proc/{pid}/comm").read_text().startswith("qemu-system"):
-                        os.waitpid(pid, os.WNOHANG)
-        time.sleep(0.02)
-
-
-def guest_pids(root):
-    """Processes that libvirt's pid files name: guests, and QEMUs that are asked for their capabilities."""
-    pids = []
-    with contextlib.suppress(OSError):  # folders come and go
-        for path in [*(root / "run/qemu").glob("*.pid"), *(root / "lib/qemu").glob("qmp-*/qmp.pid")]:
-            if path.name != "driver.pid":  # opening and closing it would drop this process's own lock
-                with contextlib.suppress(OSError, ValueError):
-                    pids.append(int(path.read_text()))
-    return pids
-
-
-def is_alive(pid):
-    """Whether a process still runs; one that nobody has collected yet (a zombie) does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
-
-
-def wait_for_end(pid, timeout_s=10):
-    """Waits until a process that is not our child is gone."""
-    deadline = time.monotonic() + timeout_s
-    while is_alive(pid) and time.monotonic() < deadline:
-        time.sleep(0.02)

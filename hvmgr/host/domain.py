@@ -45,10 +45,11 @@ class State(StrEnum):
 class Domain:
     """A domain of a connection, addressed by its uuid."""
 
-    __slots__ = ("_connection", "name", "uuid")
+    __slots__ = ("_connection", "_saves", "name", "uuid")
 
-    def __init__(self, connection: Any, uuid: str, name: str) -> None:
+    def __init__(self, connection: Any, uuid: str, name: str, *, saves: Path) -> None:
         self._connection = connection
+        self._saves = saves  # libvirt's folder of managed saves
         self.uuid = uuid
         self.name = name
 
@@ -64,7 +65,7 @@ class Domain:
             handle = self._handle()
             number = handle.state()[0]
             if number == libvirt.VIR_DOMAIN_SHUTOFF:
-                return State.SAVED if handle.hasManagedSaveImage() else State.OFF
+                return State.SAVED if self._has_managed_save(handle) else State.OFF
         states = {
             libvirt.VIR_DOMAIN_PAUSED: State.PAUSED,
             libvirt.VIR_DOMAIN_PMSUSPENDED: State.SLEEPING,
@@ -85,7 +86,7 @@ class Domain:
     def has_managed_save(self) -> bool:
         """Whether the next start would resume from libvirt's managed save."""
         with libvirt_door.translated(f"ask for the managed save of {self.name}"):
-            return bool(self._handle().hasManagedSaveImage())
+            return self._has_managed_save(self._handle())
 
     def xml(self, *, live: bool) -> str:
         """The domain XML with its secrets: as the next start takes it, or (``live``) as QEMU runs it now.
@@ -187,6 +188,8 @@ class Domain:
             handle = self._handle()
             if handle.hasManagedSaveImage():
                 handle.managedSaveRemove(0)
+            else:
+                self._managed_save_file(handle).unlink(missing_ok=True)
 
     def managed_save_xml(self) -> str:
         """The XML that the managed save would resume with, secrets included."""
@@ -273,6 +276,13 @@ class Domain:
 
     def _handle(self) -> Any:
         return self._connection.lookupByUUIDString(self.uuid)
+
+    def _has_managed_save(self, handle: Any) -> bool:
+        """A start looks for the file alone; what libvirt says is as old as its own last save, removal or restart."""
+        return bool(handle.hasManagedSaveImage()) or self._managed_save_file(handle).exists()
+
+    def _managed_save_file(self, handle: Any) -> Path:
+        return self._saves / f"{handle.name()}.save"
 
     def _run_job(self, call: Callable[[Any], object], progress: Progress | None) -> None:
         """Runs a long call in a thread, so that its progress is seen and an interrupt can cancel it."""

@@ -415,6 +415,11 @@ class Plan:
         middle = () if self.switch is None else (self.switch,)
         return (*self.prepare, *middle, *self.finish)
 
+    @property
+    def makes_or_removes_home(self) -> bool:
+        """Whether there is no VM before it, or none after it."""
+        return any(isinstance(step, MakeHome | RemoveHome) for step in self.steps())
+
     def to_json(self) -> dict[str, Any]:
         """A JSON document that ``from_json`` turns into an equal plan."""
         return {

@@ -20,9 +20,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import PurePath
+from typing import TYPE_CHECKING
 
 from hvmgr.errors import Conflict, Corrupt, NotFound
-from hvmgr.model.plan import CreateImage, FreezeImage, MergeDown, MergeUp, RemoveImage, Step
+
+if TYPE_CHECKING:
+    from hvmgr.model.plan import Step  # the planners import the steps that they make: who only reads does without
 
 WARN_DEPTH = 30  # images in a chain; each costs start time: 100 images 1.8 s, 180 images 6 s
 MAX_DEPTH = 190  # libvirt fails at 200
@@ -200,7 +203,7 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
     """
     for snapshot_id in snapshot_ids:
         require_node(tree, snapshot_id)
-    gone = [snapshot_id for snapshot_id in tree.nodes if snapshot_id in set(snapshot_ids)]
+    gone = set(snapshot_ids)
     emptied = _empty_undo(tree, busy=busy)
     nodes = {
         node.snapshot_id: dataclasses.replace(node, parent=heir(tree, node.parent, gone))
@@ -209,7 +212,9 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
     }
     present = dataclasses.replace(tree.present, parent=heir(tree, tree.present.parent, gone))
     after = dataclasses.replace(emptied.after, nodes=nodes, present=present)
-    freed = [path for snapshot_id in gone for path in tree.nodes[snapshot_id].disks.values()]
+    freed = [
+        path for snapshot_id in tree.nodes if snapshot_id in gone for path in tree.nodes[snapshot_id].disks.values()
+    ]
     removed = remove_userless(after, freed, busy=busy)
     merged = plan_merge(removed.after, busy=busy)
     return Change(after=merged.after, finish=(*emptied.finish, *removed.finish, *merged.finish))
@@ -220,6 +225,8 @@ def plan_merge(tree: Tree, *, busy: Collection[str] = ()) -> Change:
 
     Of several in a row the one nearest to the disk is merged first, so that no block is copied twice.
     """
+    from hvmgr.model.plan import MergeUp, RemoveImage
+
     steps: list[Step] = []
     while pairs := list(_mergeable(tree, busy)):
         parents = {parent.path for parent, _ in pairs}
@@ -259,6 +266,8 @@ def remove_userless(tree: Tree, freed: Iterable[str], *, busy: Collection[str] =
 
     An image that a running VM has open although nothing names it stays: somebody's edit is not the whole truth yet.
     """
+    from hvmgr.model.plan import RemoveImage
+
     images = dict(tree.images)
     names = tree.named()
     child_count: dict[str, int] = {path: len(paths) for path, paths in tree.children().items()}
@@ -304,6 +313,8 @@ def _require_fitting(tree: Tree, disks: Mapping[str, str], children: Mapping[str
 def _children_of(
     tree: Tree, disks: Mapping[str, str], children: Mapping[str, str]
 ) -> tuple[tuple[Step, ...], tuple[Step, ...], dict[str, Image]]:
+    from hvmgr.model.plan import CreateImage, FreezeImage
+
     images = dict(tree.images)
     created: list[Step] = []
     freeze: list[Step] = []
@@ -369,6 +380,8 @@ def _can_merge_down(parent: Image, child: Image) -> bool:
 
 
 def _merge(tree: Tree, parent: Image, child: Image) -> tuple[Step, Tree]:
+    from hvmgr.model.plan import MergeDown, MergeUp
+
     down = _can_merge_down(parent, child) and (not _can_merge_up(parent) or child.data < parent.data)
     images = dict(tree.images)
     del images[parent.path]

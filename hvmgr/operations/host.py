@@ -19,24 +19,26 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from hvmgr import errors, settings
-from hvmgr.host import hypervisor
-from hvmgr.host.domain import State
-from hvmgr.host.hypervisor import Connection
 from hvmgr.model import names, tree
 from hvmgr.model.layout import Layout
-from hvmgr.model.metadata import SavedState, SnapshotType
-from hvmgr.model.plan import Plan
-from hvmgr.model.specification import Specification
+from hvmgr.model.metadata import SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.tree import Tree
-from hvmgr.operations import creation, execution, merge, reconcile, snapshots, usage, vms
-from hvmgr.operations.session import Reporter, Session
-from hvmgr.operations.snapshots import Replacement, Wish
-from hvmgr.operations.usage import Usage
+from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, index, journal, locks, vm_home
-from hvmgr.storage.vm_home import SnapshotFile, VmHome
+from hvmgr.storage.vm_home import VmHome
+
+if TYPE_CHECKING:
+    from hvmgr.host.domain import State
+    from hvmgr.host.hypervisor import Connection
+    from hvmgr.model.plan import Plan
+    from hvmgr.model.specification import Specification
+    from hvmgr.operations.session import Session
+    from hvmgr.operations.usage import Usage
+
+# What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
 
 
 class Host:
@@ -83,23 +85,25 @@ class Host:
     @property
     def connection(self) -> Connection:
         """libvirt, connected when it is first needed."""
+        from hvmgr.host import hypervisor
+
         if self._connection is None:
             self._connection = hypervisor.connect(self.uri, wait_s=self.wait_s)
         return self._connection
 
     def vms(self) -> list[VM]:
-        """Every VM that has its home here, by name."""
+        """Every VM that has its home here, by name; a home that cannot be read is told to the reporter and left out."""
         self._complete_unfinished()
-        return sorted((VM(self, home) for home in self._homes()), key=lambda vm: vm.name)
+        return [VM(self, home) for _, home in sorted(self._named(), key=lambda one: one[0])]
 
     def vm(self, name: str) -> VM:
         """The VM with this name or id; NotFound offers near names."""
-        with contextlib.suppress(errors.NotFound):
+        with contextlib.suppress(errors.NotFound, OSError):
             home = vm_home.open_home(self.root / name)
-            if home.name == name:
+            if home.name == name and not journal.is_open(home.layout.journal):
                 return VM(self, home)
         self._complete_unfinished()
-        known = {home.name: home for home in self._homes()}
+        known = dict(self._named())
         by_id = {home.vm_id: home for home in known.values()}
         home_found = known.get(name) or by_id.get(name)
         if home_found is None:
@@ -108,6 +112,9 @@ class Host:
 
     def create_vm(self, spec: Specification) -> VM:
         """A new VM, off, in its own home below the root (or where the specification says)."""
+        from hvmgr.operations import creation, execution
+        from hvmgr.operations.session import Session
+
         path = Path(os.path.realpath(spec.home or self.root / spec.name))
         home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
         self._require_free(path)
@@ -117,29 +124,53 @@ class Host:
             execution.run(session, plan)
         return VM(self, home)
 
+    def _named(self) -> list[tuple[str, VmHome]]:
+        """The homes, each with the name of its VM."""
+        found = []
+        for home in self._homes():
+            try:
+                found.append((home.name, home))
+            except errors.HvmgrError as error:
+                self.reporter.notice(f"left out: {error}")
+        return found
+
     def _homes(self) -> list[VmHome]:
         """Homes below the root, and those that the index knows elsewhere for this connection."""
         homes = {home.vm_id: home for home in vm_home.find_homes(self.root)}
-        for entry in index.entries():
-            if entry.uri == self.uri and entry.vm_id not in homes and not entry.home.is_relative_to(self.root):
-                with contextlib.suppress(errors.HvmgrError):
-                    homes[entry.vm_id] = vm_home.open_home(entry.home)
+        for folder in self._folders_elsewhere():
+            with contextlib.suppress(errors.HvmgrError):
+                home = vm_home.open_home(folder)
+                homes.setdefault(home.vm_id, home)
         return list(homes.values())
 
+    def _folders(self) -> list[Path]:
+        """Every folder that may be a home of this connection."""
+        below = [folder for folder in self.root.iterdir() if folder.is_dir()] if self.root.is_dir() else []
+        return [*below, *self._folders_elsewhere()]
+
+    def _folders_elsewhere(self) -> list[Path]:
+        from hvmgr.storage import index
+
+        return [
+            entry.home
+            for entry in index.entries()
+            if entry.uri == self.uri and not entry.home.is_relative_to(self.root)
+        ]
+
     def _complete_unfinished(self) -> None:
-        """What a killed ``vm create`` or ``vm delete`` left is undone or completed."""
-        if not self.root.is_dir():
-            return
-        for folder in self.root.iterdir():
-            if vm_home.is_unfinished(folder):
+        """What a killed ``vm create`` or ``vm delete`` left is undone or completed, before anybody is shown it."""
+        for folder in self._folders():
+            if journal.is_open(Layout(home=folder, vm_id="").journal):
                 self._complete(folder)
 
     def _complete(self, folder: Path) -> None:
+        from hvmgr.operations import execution
+
         layout = Layout(home=folder, vm_id="")
         if locks.is_held(layout.lock):
             return
         entry = journal.read(layout.journal)
-        if entry is not None:
+        if entry is not None and entry.plan.makes_or_removes_home:
             home = VmHome(Layout(home=folder, vm_id=entry.plan.vm_id))
             with self.session(home) as session:
                 execution.recover(session)
@@ -147,8 +178,7 @@ class Host:
     def _require_free(self, path: Path) -> None:
         if not path.is_dir():
             return
-        if vm_home.is_unfinished(path):
-            self._complete(path)
+        self._complete(path)
         if path.is_dir() and not vm_home.holds_nothing(path):
             raise errors.Conflict(f"{path} exists already and is not empty", hint="choose another place with --home")
 
@@ -182,6 +212,8 @@ class Host:
     @contextlib.contextmanager
     def session(self, home: VmHome) -> Iterator[Session]:
         """Exclusive work on one home, with libvirt."""
+        from hvmgr.operations.session import Session
+
         with home.locked(wait_s=self.wait_s):
             session = Session(home, self.connection, self.reporter, wait_s=self.wait_s)
             try:
@@ -214,6 +246,8 @@ class VM:
 
     def state(self) -> State:
         """What the VM does, by libvirt."""
+        from hvmgr.host.domain import State
+
         domain = self.host.connection.find_domain(self.id)
         return State.OFF if domain is None else domain.state()
 
@@ -225,7 +259,7 @@ class VM:
     def snapshots(self) -> list[Snapshot]:
         """All snapshots, oldest first."""
         self._complete()
-        return [_snapshot(self, one) for one in self.home.snapshots()]
+        return [_snapshot(self, record) for record in self.home.records()]
 
     def snapshot(self, reference: str) -> Snapshot:
         """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
@@ -254,6 +288,8 @@ class VM:
 
     def usage(self) -> Usage:
         """What takes how much space."""
+        from hvmgr.operations import usage
+
         self._complete()
         return usage.measure(self.home)
 
@@ -267,15 +303,19 @@ class VM:
         self, name: str | None = None, *, notes: str = "", type: SnapshotType = SnapshotType.STANDARD
     ) -> Snapshot:
         """A new snapshot of the present; running VMs keep running and their memory is saved, unless disk-only."""
+        from hvmgr.operations import snapshots
+
         with self._work() as session:
-            plan = snapshots.plan_create(session, Wish(name=name, notes=notes, type=type))
+            plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=type))
             self._run(session, plan)
-        return self.snapshot(snapshots.snapshot_of(plan))
+        return _snapshot(self, self.home.record(snapshots.snapshot_of(plan)))
 
     def undo(self, *, discard_state: bool = False) -> None:
         """Present and undo slot change places."""
+        from hvmgr.operations import snapshots
+
         with self._work() as session:
-            self._run(session, snapshots.plan_undo(session, Replacement(discard_state=discard_state)))
+            self._run(session, snapshots.plan_undo(session, snapshots.Replacement(discard_state=discard_state)))
 
     def revert(self, *, without_state: bool = False, keep_undo: bool = True, discard_state: bool = False) -> Snapshot:
         """Back to the snapshot above the present."""
@@ -288,6 +328,8 @@ class VM:
 
     def merge(self) -> bool:
         """Images that wait to be merged are merged, as far as nothing running has them open; whether any were."""
+        from hvmgr.operations import merge
+
         with self._work() as session:
             plan = merge.plan_merge(session)
             if plan.finish:
@@ -296,32 +338,44 @@ class VM:
 
     def start(self) -> bool:
         """The VM runs; whether that is a change."""
+        from hvmgr.operations import vms
+
         with self._work() as session:
             return vms.start(session)
 
     def stop(self, *, force: bool = False, timeout_s: float = 60.0) -> bool:
         """The VM is off; whether that is a change. ``force`` is like pulling the plug."""
+        from hvmgr.operations import vms
+
         with self._work() as session:
             return vms.stop(session, force=force, timeout_s=timeout_s)
 
     def rename(self, name: str) -> None:
         """The VM has another name; its home keeps its folder."""
+        from hvmgr.operations import vms
+
         with self._work() as session:
             self._run(session, vms.plan_rename(session, name))
 
     def delete(self, *, with_disks: bool = False) -> list[str]:
         """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
+        from hvmgr.operations import vms
+
         with self._work() as session:
             self._run(session, vms.plan_delete(session, with_disks=with_disks))
         return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
 
     @contextlib.contextmanager
     def _work(self) -> Iterator[Session]:
+        from hvmgr.operations import reconcile
+
         with self.host.session(self.home) as session:
             reconcile.bring_together(session)
             yield session
 
     def _run(self, session: Session, plan: Plan) -> None:
+        from hvmgr.operations import execution
+
         session.require_approval(plan)
         execution.run(session, plan)
 
@@ -334,7 +388,7 @@ class VM:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One snapshot as it was when it was asked for; ``disks`` maps slots to frozen images."""
+    """One snapshot as it was when it was asked for."""
 
     vm: VM = dataclasses.field(repr=False)
     id: str
@@ -344,7 +398,11 @@ class Snapshot:
     parent: str | None
     type: SnapshotType
     state: SavedState
-    disks: Mapping[str, str]
+
+    @property
+    def disks(self) -> Mapping[str, str]:
+        """The frozen images by slot, read from the home now."""
+        return vm_home.disks_of(self.vm.home.snapshot(self.id))
 
     @property
     def has_state(self) -> bool:
@@ -360,12 +418,14 @@ class Snapshot:
         discard_state: bool = False,
     ) -> Snapshot | None:
         """The VM becomes what it was here; with ``snapshot_first`` the snapshot of the old present is returned."""
-        how = Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
+        from hvmgr.operations import snapshots
+
+        how = snapshots.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         first = None
         with self.vm._work() as session:  # noqa: SLF001 - one module, one idea
             snapshots.plan_apply(session, self.id, how)  # refuses before anything is done
             if snapshot_first:
-                plan = snapshots.plan_create(session, Wish())
+                plan = snapshots.plan_create(session, snapshots.Wish())
                 self.vm._run(session, plan)  # noqa: SLF001
                 first = snapshots.snapshot_of(plan)
                 session.forget_uses()
@@ -374,6 +434,8 @@ class Snapshot:
 
     def delete(self, *, subtree: bool = False, state_only: bool = False) -> list[str]:
         """The snapshot is gone (with ``subtree`` all below it too); the ids of what was deleted."""
+        from hvmgr.operations import merge
+
         with self.vm._work() as session:  # noqa: SLF001
             if state_only:
                 self.vm._run(session, merge.plan_delete_state(session, self.id))  # noqa: SLF001
@@ -384,17 +446,20 @@ class Snapshot:
 
     def rename(self, name: str) -> None:
         """The snapshot has another name."""
+        from hvmgr.operations import snapshots
+
         with self.vm._work() as session:  # noqa: SLF001
             snapshots.describe(session, self.id, name=name)
 
     def set_notes(self, notes: str) -> None:
         """The snapshot has other notes."""
+        from hvmgr.operations import snapshots
+
         with self.vm._work() as session:  # noqa: SLF001
             snapshots.describe(session, self.id, notes=notes)
 
 
-def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
-    record = one.record
+def _snapshot(vm: VM, record: SnapshotRecord) -> Snapshot:
     return Snapshot(
         vm=vm,
         id=record.id,
@@ -404,5 +469,4 @@ def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
         parent=record.parent,
         type=record.type,
         state=record.state,
-        disks=dict(one.disks),
     )

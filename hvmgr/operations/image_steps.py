@@ -86,6 +86,7 @@ def move(session: Session, step: plan.MoveImage) -> None:
     """The image has its new name; its header keeps naming the same parent."""
     source, target = Path(step.source), Path(step.target)
     if not source.exists():
+        frozen.forget(session.layout, source)  # the last part of this step, when it was cut off before
         return
     header = images.read(source, images.QCOW2)
     if header.backing is not None and source.parent != target.parent:
@@ -205,6 +206,7 @@ def remove(session: Session, step: plan.RemoveImage) -> None:
     """The image is in the trash, unless something needs it after all."""
     path = Path(step.path)
     if not path.exists():
+        frozen.forget(session.layout, path)  # the last part of this step, when it was cut off before
         return
     if step.path in session.waiting or session.uses.is_used(step.path):
         return

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hvmgr import errors, units
+from hvmgr.host.domain import State
 from hvmgr.model import plan, tree
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan, Step
@@ -21,13 +22,12 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     """The snapshots go; their images go or are merged as far as nothing else needs them."""
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
-    records = {one.record.id: one.record for one in home.snapshots()}
     change = _merging_whole_images(session, lambda busy: tree.plan_delete(before, snapshot_ids, busy=busy))
     _require_space(before, change)
     change_id = session.new_id()
     present = home.present()
     facts = vm_home.require_facts(present)
-    finish: list[Step] = [*snapshots.empty_undo_files(session, home.undo())]
+    finish: list[Step] = [*_free_managed_save(session, before), *snapshots.empty_undo_files(session, home.undo())]
     finish += [
         _new_parent(session, node.snapshot_id, node.parent)
         for node in change.after.nodes.values()
@@ -38,7 +38,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
     finish += change.finish
-    names = ", ".join(f"'{records[one].name}'" for one in snapshot_ids[:3])
+    names = ", ".join(f"'{home.record(one).name}'" for one in snapshot_ids[:3])
     more = f" and {len(snapshot_ids) - 3} more" if len(snapshot_ids) > 3 else ""
     return Plan(
         plan_id=change_id,
@@ -80,8 +80,15 @@ def plan_merge(session: Session) -> Plan:
         vm_id=session.home.vm_id,
         operation="snapshot merge",
         subject=f"merge of unnamed images of {session.home.name}",
-        finish=change.finish,
+        finish=(*_free_managed_save(session, before), *change.finish) if change.finish else (),
     )
+
+
+def _free_managed_save(session: Session, before: Tree) -> list[Step]:
+    """A managed save names every image of its chains; without these names the chains may change below it."""
+    if session.state() is not State.SAVED:
+        return []
+    return [plan.PointManagedSave(disks=tuple((slot, path, path) for slot, path in before.present.disks.items()))]
 
 
 def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.ReplaceFile:

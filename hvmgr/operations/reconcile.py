@@ -31,6 +31,8 @@ from hvmgr.storage import frozen, images, vm_home
 def bring_together(session: Session) -> None:
     """Nothing is left open, libvirt knows the VM, and the home says what libvirt says."""
     execution.recover(session)
+    if not session.layout.configuration.exists():
+        raise errors.NotFound(f"there is no VM in {session.home.path} any more")
     domain = session.find_domain() or _define_again(session)
     text = domain.xml(live=False)
     if text.encode() == session.layout.configuration.read_bytes():

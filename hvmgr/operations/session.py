@@ -9,7 +9,7 @@ import contextlib
 import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,26 +24,9 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Tree
+from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
-
-
-def _silent(_: object) -> None:
-    """Nobody listens."""
-
-
-def _agree(_: Plan) -> bool:
-    """Every plan is fine."""
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class Reporter:
-    """Whom an operation tells what people want to know: sentences, how far long work is, and what it is about to do."""
-
-    notice: Callable[[str], None] = _silent
-    progress: Callable[[Progress], None] = _silent
-    approve: Callable[[Plan], bool] = _agree
 
 
 @dataclass(slots=True)
@@ -141,6 +124,10 @@ class Session:
         if not self._reporter.approve(plan):
             raise errors.Declined(f"{plan.subject}: not done")
 
+    def require_consent(self, operation: str, subject: str) -> None:
+        """The same for an act of one step, which needs no journal."""
+        self.require_approval(Plan(self.new_id(), self.home.vm_id, operation, subject))
+
     # -- the domain ----------------------------------------------------------------------------------------------
 
     def find_domain(self) -> Domain | None:
@@ -184,8 +171,11 @@ class Session:
             durable.remove(self._daemon_note)
 
     def hold(self, path: str, fmt: str) -> None:
-        """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it."""
-        self._held.append(self.daemon.open(Path(path), fmt, writable=True))
+        """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it.
+
+        Its parents stay closed: they are frozen, and opening a chain of 64 takes 30 ms.
+        """
+        self._held.append(self.daemon.open(Path(path), fmt, writable=True, detached_backing=True))
 
     def release(self) -> None:
         """Let go of all held images."""

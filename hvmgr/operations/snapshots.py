@@ -362,6 +362,7 @@ def _put_present_away(session: Session, present: Configuration, facts: Metadata,
                 f"{present.name} runs and its memory cannot be saved: {'; '.join(reasons)}",
                 hint="stop it first, or give --discard-state to lose what it has in memory",
             )
+        _require_true_view(session)
         steps.append(plan.SavePresent(memory=memory, paused=state is State.PAUSED))
     elif state is State.SAVED:
         steps.append(plan.TakeManagedSave(memory=memory))
@@ -369,6 +370,20 @@ def _put_present_away(session: Session, present: Configuration, facts: Metadata,
     if present.has_tpm and folder.is_dir() and facts.change is not None:
         steps.append(plan.CopyFolder(source=str(folder), target=str(session.layout.tpm_copy(facts.change))))
     return steps
+
+
+def _require_true_view(session: Session) -> None:
+    """Saved memory can only be put back when libvirt knows the images that belong to it."""
+    domain = session.domain()
+    live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
+    writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
+    for slot, path in vm_home.disks_of(live).items():
+        if path not in writing:
+            raise errors.Conflict(
+                f"disk {slot}: QEMU does not write to {path}, as libvirt believes, so that its memory cannot be kept",
+                hint="stop it first, or give --discard-state to lose what it has in memory",
+                path=path,
+            )
 
 
 def _start_from(
@@ -431,11 +446,13 @@ def describe(session: Session, snapshot_id: str, *, name: str | None = None, not
     """A snapshot has another name or other notes; the only things of it that can be changed."""
     snapshot = session.home.snapshot(snapshot_id)
     facts, record = vm_home.require_facts(snapshot), _record(snapshot)
+    subject = f"new {'notes' if name is None else 'name'} of snapshot '{record.name}' of {session.home.name}"
     if name is not None:
         record = dataclasses.replace(record, name=require_name(name))
     if notes is not None:
         record = dataclasses.replace(record, notes=notes)
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
+    session.require_consent("snapshot rename" if notes is None else "snapshot notes", subject)
     durable.write_file(session.layout.snapshot(snapshot_id), snapshot.to_xml().encode())
 
 

@@ -17,14 +17,15 @@ Identity = tuple[int, int]  # device and inode
 
 def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """For each of these images the names of other VMs that need it, by hvmgr's index and by libvirt."""
+    others = [domain for domain in session.connection.domains() if domain.uuid != session.home.vm_id]
+    if not others and all(entry.vm_id == session.home.vm_id for entry in index.entries()):
+        return {}  # a large tree is not looked at for nobody
     mine = _by_identity(paths)
     found: dict[str, list[str]] = {}
     for entry in _candidates(session, mine):
         for one in mine.keys() & _needed_by(entry, mine):
             found.setdefault(mine[one], []).append(entry.name)
-    for domain in session.connection.domains():
-        if domain.uuid == session.home.vm_id:
-            continue
+    for domain in others:
         for path in _images_of(session, domain):
             ours = mine.get(images.identity(Path(path)))
             if ours is not None:

@@ -25,6 +25,7 @@ def start(session: Session) -> bool:
     before = session.home.present_tree()
     for path in before.present.disks.values():
         before.chain(path)  # names a missing image before QEMU does
+    session.require_consent("vm start", f"start of {domain.name}")
     if state is State.PAUSED:
         domain.resume()
     else:
@@ -37,6 +38,7 @@ def stop(session: Session, *, force: bool, timeout_s: float) -> bool:
     domain = session.domain()
     if not domain.is_active():
         return False
+    session.require_consent("vm stop", f"{'forced ' if force else ''}stop of {domain.name}")
     if force:
         domain.destroy()
         return True

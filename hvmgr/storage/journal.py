@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvmgr import errors
-from hvmgr.model import plan as plans
-from hvmgr.model.plan import Plan
 from hvmgr.storage import durable
+
+if TYPE_CHECKING:
+    from hvmgr.model.plan import Plan  # readers of homes ask whether a journal is open, and do without
 
 _SWITCH = b"switch\n"
 
@@ -41,6 +43,8 @@ def read(path: Path) -> Entry | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
+    from hvmgr.model.plan import Plan
+
     first, _, rest = data.partition(b"\n")
     try:
         document = json.loads(first)
@@ -51,6 +55,8 @@ def read(path: Path) -> Entry | None:
 
 def begin(path: Path, plan: Plan) -> None:
     """The intention is on disk."""
+    from hvmgr.model import plan as plans
+
     durable.write_file(path, plans.dumps(plan).encode() + b"\n")
 
 

@@ -1,1 +1,130 @@
-"""The command line."""
+"""The command line. ``run`` is its only door: arguments in, exit code out; everything else is imported when needed.
+
+What failed goes to stderr as two lines (what, then what to do), or with ``--json`` to stdout as one document. This is the
+one place that turns errors into exit codes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from hvmgr import errors
+from hvmgr.errors import HvmgrError
+
+DEFECT = 1
+
+
+def run(argv: Sequence[str]) -> int:
+    """Carry out one command line and return its exit code; never raises but for SystemExit of a shell's completion."""
+    arguments = list(argv)
+    try:
+        try:
+            code = _invoke(arguments)
+        except (HvmgrError, OSError, KeyboardInterrupt, EOFError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            code = _fail(_foreseen(error), arguments)
+        except Exception as error:  # noqa: BLE001 - the outermost edge: a defect is one sentence, not a wall of text
+            code = _fail_by_defect(error, arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()  # whoever read us has seen enough; what was asked for is done
+        return 0
+    except OSError as error:
+        _forget_stdout()
+        return _fail(errors.HostFailed(f"cannot write the output: {error.strerror}"), [])
+    return code
+
+
+def exit_code(kind: type[HvmgrError]) -> int:
+    """The exit code for a class of errors."""
+    return kind.exit_code
+
+
+def _invoke(arguments: list[str]) -> int:
+    import click
+
+    from hvmgr.faces.cli import words
+    from hvmgr.faces.cli.request import Request
+    from hvmgr.faces.cli.root import command
+
+    if "_HVMGR_COMPLETE" in os.environ:
+        command.main(arguments, prog_name="hvmgr", obj=Request())
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the locale cannot say
+    try:
+        with command.make_context("hvmgr", arguments, obj=Request()) as context:
+            command.invoke(context)
+    except click.exceptions.Exit as end:
+        return end.exit_code
+    except click.Abort as error:
+        raise errors.Cancelled("stopped") from error
+    except click.ClickException as error:
+        raise words.translate(error) from error
+    return 0
+
+
+def _foreseen(error: BaseException) -> HvmgrError:
+    if isinstance(error, HvmgrError):
+        return error
+    if isinstance(error, OSError):  # the system's own no, met where nobody expected it
+        where = f"{error.filename}: " if error.filename else ""
+        found = errors.HostFailed(f"{where}{error.strerror or error}")
+        found.__cause__ = error
+        return found
+    return errors.Cancelled("stopped")
+
+
+def _fail(error: HvmgrError, arguments: list[str]) -> int:
+    from hvmgr.faces.cli import json_out, render
+
+    if _wants(arguments, "--json"):
+        json_out.show_error(error.code, error.message, error.hint, error.facts)
+    else:
+        render.complain(error.message, error.hint)
+    if error.__cause__ is not None and isinstance(error.__cause__, OSError) and _is_verbose(arguments):
+        _trace(error.__cause__)
+    return exit_code(type(error))
+
+
+def _fail_by_defect(error: Exception, arguments: list[str]) -> int:
+    from hvmgr.faces.cli import json_out, render
+
+    verbose = _is_verbose(arguments)
+    if verbose:
+        _trace(error)
+    message = f"a defect in hvmgr: {type(error).__name__}: {error}"
+    hint = "report it, please, with all of the above" if verbose else "run it again with -v and report what that prints"
+    if _wants(arguments, "--json"):
+        json_out.show_error("Defect", message, hint, {})
+    else:
+        render.complain(message, hint)
+    return DEFECT
+
+
+def _trace(error: BaseException) -> None:
+    import traceback
+
+    traceback.print_exception(error, file=sys.stderr)
+
+
+def _is_verbose(arguments: list[str]) -> bool:
+    return _wants(arguments, "-v") or _wants(arguments, "--verbose")
+
+
+def _wants(arguments: list[str], option: str) -> bool:
+    """Whether an option is there, also when the rest could not be understood."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    return option in arguments[:end]
+
+
+def _forget_stdout() -> None:
+    """Nothing more can be written: not by us, and not by Python when it ends."""
+    try:
+        descriptor = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(descriptor, sys.stdout.fileno())
+        os.close(descriptor)
+    except (OSError, ValueError):
+        pass  # a stdout that is no file needs no forgetting

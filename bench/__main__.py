@@ -1,0 +1,29 @@
+"""``python -m bench [NAME]…``: measures everything, or only what is named, and prints one table."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from bench import harness, snapshots
+
+SUITES = {"snapshots": snapshots.measure}
+
+
+def main(names: list[str]) -> None:
+    """The table on stdout, what is being done on stderr."""
+    if unknown := set(names) - set(SUITES):
+        raise SystemExit(f"bench: no {', '.join(sorted(unknown))}; there is {', '.join(SUITES)}")
+    start = time.monotonic()
+    results = [result for name in names or SUITES for result in SUITES[name](_say)]
+    judged = [result.is_met for result in results if result.is_met is not None]
+    print(harness.table(results))
+    print(f"\n{sum(judged)} of {len(judged)} aims met, {time.monotonic() - start:.0f} s")
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,99 @@
+"""The JSON documents of the command line (docs/commands.md): one per command, on stdout, with ``"schema": 1``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hvmgr import units
+from hvmgr.faces.cli import render
+
+if TYPE_CHECKING:
+    from hvmgr.model.tree import Image, Tree
+    from hvmgr.operations.host import VM, Snapshot
+    from hvmgr.operations.usage import Usage
+
+SCHEMA = 1
+
+Document = dict[str, Any]
+
+
+def show(document: Mapping[str, Any]) -> None:
+    """The one document of this command."""
+    render.put(_text(document))
+
+
+def show_error(code: str, message: str, hint: str | None, facts: Mapping[str, object]) -> None:
+    """The document of a failure."""
+    sys.stdout.write(_text({"error": {"code": code, "message": message, "hint": hint, "facts": dict(facts)}}))
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    """ASCII only, so that no locale stands in its way."""
+    import json
+
+    return json.dumps({"schema": SCHEMA, **document}, indent=2, default=str) + "\n"
+
+
+def vm(one: VM, state: str | None) -> Document:
+    """A VM; ``state`` is null when libvirt cannot be asked."""
+    return {"id": one.id, "name": one.name, "state": state, "home": str(one.path)}
+
+
+def snapshot(one: Snapshot) -> Document:
+    """A snapshot."""
+    return {
+        "id": one.id,
+        "name": one.name,
+        "notes": one.notes,
+        "created": units.to_rfc3339(one.created),
+        "parent": one.parent,
+        "type": one.type.value,
+        "has_state": one.has_state,
+        "disks": dict(one.disks),
+    }
+
+
+def snapshots(of: VM, state: str | None, shown: list[Snapshot]) -> Document:
+    """What ``snapshot list``, ``tree`` and ``show`` say."""
+    now = of.now()
+    return {
+        "vm": vm(of, state),
+        "now": {"parent": now.parent, "disks": dict(now.disks)},
+        "snapshots": [snapshot(one) for one in shown],
+    }
+
+
+def image(one: Image) -> Document:
+    """An image: ``size`` is what the guest sees, ``data`` what the file takes; both in bytes."""
+    return {
+        "path": one.path,
+        "parent": one.parent,
+        "format": one.format,
+        "size": one.size,
+        "data": one.data,
+        "keeper": one.keeper.value,
+    }
+
+
+def space(of: VM, usage: Usage, tree: Tree) -> Document:
+    """What one VM takes; bytes on disk."""
+    return {
+        "id": of.id,
+        "name": of.name,
+        "home": str(of.path),
+        "total": usage.total,
+        "reclaimable": usage.reclaimable,
+        "now": usage.now,
+        "undo": usage.undo,
+        "unnamed": usage.unnamed,
+        "pending": usage.pending,
+        "outside": usage.outside,
+        "orphans": [{"path": path, "size": size} for path, size in usage.orphans],
+        "snapshots": [
+            {"id": one.snapshot_id, "name": one.name, "images": one.images, "memory": one.memory}
+            for one in usage.snapshots
+        ],
+        "images": [image(one) for one in tree.images.values()],
+    }

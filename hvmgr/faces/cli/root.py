@@ -1,0 +1,43 @@
+"""The command ``hvmgr`` itself: what commands there are, and in which module each one lives."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import click
+
+from hvmgr.faces.cli.groups import Group
+
+_HERE = "hvmgr.faces.cli"
+
+# Name -> module and one line of help: the same line that the command's own help begins with (a test compares them).
+COMMANDS = {
+    "vm": (f"{_HERE}.vm:command", "Make, list, start, stop, rename and delete VMs."),
+    "snapshot": (f"{_HERE}.snapshot:command", "Take, show, apply, undo, merge and delete snapshots."),
+    "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
+    "config": (f"{_HERE}.config:command", "Show the settings and where they come from."),
+    "completion": (f"{_HERE}.completion:command", "Print the completion script of a shell."),
+    "demo": (f"{_HERE}.demo:command", "Show snapshot trees at work, with a real guest."),
+    "version": (f"{_HERE}.version:command", "Print the version."),
+}
+
+
+def _is_there(place: str) -> bool:
+    return importlib.util.find_spec(place.partition(":")[0]) is not None
+
+
+@click.group(
+    "hvmgr",
+    cls=Group,
+    lazy={name: entry for name, entry in COMMANDS.items() if name != "demo" or _is_there(entry[0])},
+    invoke_without_command=True,
+)
+@click.pass_context
+def command(context: click.Context) -> None:
+    """VM homes and snapshot trees, as Hyper-V has them, on KVM.
+
+    Everything of a VM lies in one folder, its home. Snapshots form a tree in which any one can be applied or deleted at
+    any time.
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())

@@ -1,0 +1,1 @@
+"""The tests, and what the measurements in bench share with them."""
