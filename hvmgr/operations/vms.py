@@ -129,12 +129,12 @@ def _complete_images(session: Session, after: Tree) -> list[Step]:
 
 
 def _free_what_stays(after: Tree, flattened: set[str]) -> list[Step]:
-    """A base that no image stands on any more is a file like any other."""
+    """Bases and detached disks that no image stands on any more are files like any other."""
     needed = {image.parent for image in after.images.values() if image.path not in flattened}
     return [
         plan.ThawImage(path=image.path)
         for image in after.images.values()
-        if image.keeper is Keeper.BASES and image.path not in needed
+        if image.keeper is not Keeper.OUTSIDE and image.path not in needed
     ]
 
 
