@@ -109,7 +109,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         operation="vm delete",
         subject=f"deletion of {present.name}",
         finish=(*finish, plan.RemoveHome()),
-        hold=tuple((path, before.chain(path)[0].format) for path in before.present.disks.values()),
+        hold=snapshots.working(before),
     )
 
 
@@ -163,4 +163,14 @@ def _is_ours(image: Image) -> bool:
 
 
 def _children_first(before: Tree) -> list[Image]:
-    return sorted(before.images.values(), key=lambda image: -len(before.chain(image.path)))
+    return sorted(before.images.values(), key=lambda image: -_depth(before, image))
+
+
+def _depth(before: Tree, image: Image) -> int:
+    """How many images of a chain are left, damaged or not."""
+    seen: set[str] = set()
+    below: Image | None = image
+    while below is not None and below.path not in seen:
+        seen.add(below.path)
+        below = None if below.parent is None else before.images.get(below.parent)
+    return len(seen)
