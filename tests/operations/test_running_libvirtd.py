@@ -52,7 +52,7 @@ def opens_child(libvirtd, machine):
     def look():
         for link in folder.iterdir():
             try:
-                target = os.readlink(link)  # noqa: PTH115 - deleted files too
+                target = os.readlink(link)
             except OSError:
                 continue
             if target.startswith(str(machine.layout.images)) and target not in known:

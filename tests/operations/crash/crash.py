@@ -42,8 +42,8 @@ import libvirt
 import qemu.qmp  # noqa: F401 - imported before the forks
 
 import hvmgr
-from hvmgr.host import qmp, saved_state  # noqa: F401
-from hvmgr.model import configuration  # noqa: F401
+from hvmgr.host import qmp, saved_state
+from hvmgr.model import configuration
 from hvmgr.model.tree import Tree
 from hvmgr.operations import creation, usage  # noqa: F401
 from hvmgr.storage import durable, frozen, index, vm_home
@@ -60,10 +60,20 @@ _PART = re.compile(re.escape(durable.TEMPORARY) + "[0-9a-f]+")
 # What reaches the disk, and what libvirt is asked to change.
 _OS_ACTS = ("fsync", "rename", "replace", "unlink", "remove", "rmdir", "mkdir", "chmod", "fchmod", "chown", "fchown")
 _CONNECTION_ACTS = ("defineXMLFlags", "restoreFlags")
-_DOMAIN_ACTS = (
-    "snapshotCreateXML saveFlags managedSave managedSaveRemove managedSaveDefineXML rename undefineFlags destroy "
-    "suspend resume createWithFlags abortJob"
-).split()
+_DOMAIN_ACTS = [
+    "snapshotCreateXML",
+    "saveFlags",
+    "managedSave",
+    "managedSaveRemove",
+    "managedSaveDefineXML",
+    "rename",
+    "undefineFlags",
+    "destroy",
+    "suspend",
+    "resume",
+    "createWithFlags",
+    "abortJob",
+]
 
 
 @dataclass(frozen=True)
