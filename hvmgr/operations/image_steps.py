@@ -195,8 +195,8 @@ def _require_same_size(child: Path, parent: Path) -> None:
 def flatten(session: Session, step: plan.Flatten) -> None:
     """The image has no parent."""
     path = Path(step.path)
-    if images.read(path, images.QCOW2).backing is None:
-        return
+    if not path.exists() or images.read(path, images.QCOW2).backing is None:
+        return  # done before, and perhaps moved away since
     _make_writable(session, path)
     node = session.daemon.open(path, images.QCOW2, writable=True)
     try:
