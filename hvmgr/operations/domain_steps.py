@@ -257,6 +257,12 @@ def rename(session: Session, step: plan.RenameDomain) -> None:
         domain.rename(step.name)
 
 
+def is_renamed(session: Session, step: plan.RenameDomain) -> bool:
+    """Whether libvirt has the new name."""
+    domain = session.find_domain()
+    return domain is not None and domain.name == step.name
+
+
 def undefine(session: Session, _step: plan.UndefineDomain) -> None:
     """libvirt does not know the VM."""
     domain = session.find_domain()

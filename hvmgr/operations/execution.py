@@ -81,6 +81,7 @@ UNDO: Mapping[type[Step], _Act] = {
 HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
     plan.Define: domain_steps.is_defined,
     plan.SwitchDisks: domain_steps.is_switched,
+    plan.RenameDomain: domain_steps.is_renamed,
 }
 
 _STOPPING = (plan.SavePresent, plan.TakeManagedSave, plan.DiscardPresent)

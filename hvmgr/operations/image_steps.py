@@ -254,9 +254,17 @@ def _settle(session: Session, path: Path) -> None:
     durable.set_owner(path, session.owner)
     if session.uses.is_frozen(str(path)):
         frozen.freeze(session.layout, path)
-        frozen.record(session.layout, path)
+        _record_or_forget(session, path)
     else:
         durable.set_mode(path, frozen.WORKING_MODE)
+        frozen.forget(session.layout, path)
+
+
+def _record_or_forget(session: Session, path: Path) -> None:
+    """On a full disk no record is right as well: it means unknown, while an old one would mean damaged."""
+    try:
+        frozen.record(session.layout, path)
+    except errors.NoSpace:
         frozen.forget(session.layout, path)
 
 
@@ -273,6 +281,9 @@ def _has_to_wait(session: Session, child: Path, parent: Path) -> bool:
 def _put_off(session: Session, error: errors.HvmgrError, child: Path, parent: Path) -> None:
     """What cannot be merged now is left whole, and waits."""
     session.put_off = error
+    for path in (child, parent):
+        with contextlib.suppress(errors.HvmgrError):  # clusters that the broken job leaked cost space, nothing else
+            qemu_img.check(path, images.QCOW2, repair_leaks=True)
     _wait(session, child, parent)
 
 

@@ -74,7 +74,8 @@ def plan_rename(session: Session, name: str) -> Plan:
         vm_id=session.home.vm_id,
         operation="vm rename",
         subject=f"renaming of {present.name} to {name}",
-        finish=(plan.RenameDomain(name=name), plan.WritePresent()),
+        switch=plan.RenameDomain(name=name),
+        finish=(plan.WritePresent(),),
     )
 
 
