@@ -114,7 +114,7 @@ def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None 
     with explained(path):
         if path.is_dir():
             return
-        path.mkdir()
+        path.mkdir(mode=mode)  # a death before the next line leaves it with fewer rights, never with more
         path.chmod(mode)
         if owner is not None:
             os.chown(path, *owner)
@@ -179,8 +179,9 @@ def sweep(folder: Path) -> None:
     """Temporary files that a dead process left in ``folder`` are gone."""
     if not folder.is_dir():
         return
-    for entry in list(folder.iterdir()):
-        if entry.name.startswith(TEMPORARY):
+    for name in os.listdir(folder):
+        if name.startswith(TEMPORARY):
+            entry = folder / name
             if entry.is_dir() and not entry.is_symlink():
                 remove_folder(entry)
             else:
