@@ -59,7 +59,9 @@ def opened(*, keep: bool = False) -> Iterator[Stage]:
     try:
         stage.folder.chmod(0o711)  # QEMU's user passes through
         _furnish(stage)
-        with _in_environment(stage.environment()):
+        # Of an ordinary user libvirt would keep a thing or two in the session's runtime folder.
+        own = {} if settings.is_root() else {"XDG_RUNTIME_DIR": str(stage.folder)}
+        with _in_environment({**own, **stage.environment()}):
             yield stage
     finally:
         with _undisturbed():

@@ -72,9 +72,11 @@ class Witness:
         known = vm.tree().images
         return {slot: self._read(Path(path), known[path].format) for slot, path in disks.items()}
 
-    def remember(self, vm: VM, snapshot: Snapshot) -> None:
-        """What the snapshot's disks hold now is what they have to hold for ever."""
-        self._known[snapshot.id] = self.read(vm, snapshot.disks)
+    def remember(self, vm: VM, snapshot: Snapshot, *, expected: Mapping[str, Content] | None) -> None:
+        """What the snapshot's disks hold now is what they have to hold for ever, and what was ``expected`` if known."""
+        found = self._known[snapshot.id] = self.read(vm, snapshot.disks)
+        if expected is not None and found != expected:
+            raise ProofFailed(f"the disks of the snapshot '{snapshot.name}' are not what the VM's were before")
 
     def counters(self, snapshot: Snapshot) -> str:
         """The counters on the disks of a snapshot, for people."""
@@ -139,11 +141,9 @@ class Witness:
             held=gapless and first.memory - 1 <= self._counter(snapshot) <= tick.memory,
         )
 
-    def prove_memory(self, screen: Console, snapshot: Snapshot, before: Tick | None) -> None:
-        """The guest goes on from a snapshot's memory, over its disks; ``before`` is a tick of the present it left."""
+    def prove_memory(self, screen: Console, snapshot: Snapshot) -> None:
+        """The guest goes on from a snapshot's memory, over its disks; ``screen`` has its words from the first one on."""
         tick = screen.next_tick(TICK_S)
-        while before is not None and tick.memory == before.memory + 1:
-            before, tick = tick, screen.next_tick(TICK_S)
         counter = self._counter(snapshot)
         following = screen.next_tick(TICK_S)
         self.prove(
