@@ -45,10 +45,11 @@ class State(StrEnum):
 class Domain:
     """A domain of a connection, addressed by its uuid."""
 
-    __slots__ = ("_connection", "name", "uuid")
+    __slots__ = ("_connection", "_saves", "name", "uuid")
 
-    def __init__(self, connection: Any, uuid: str, name: str) -> None:
+    def __init__(self, connection: Any, uuid: str, name: str, *, saves: Path) -> None:
         self._connection = connection
+        self._saves = saves  # libvirt's folder of managed saves
         self.uuid = uuid
         self.name = name
 
@@ -64,7 +65,7 @@ class Domain:
             handle = self._handle()
             number = handle.state()[0]
             if number == libvirt.VIR_DOMAIN_SHUTOFF:
-                return State.SAVED if handle.hasManagedSaveImage() else State.OFF
+                return State.SAVED if self._has_managed_save(handle) else State.OFF
         states = {
             libvirt.VIR_DOMAIN_PAUSED: State.PAUSED,
             libvirt.VIR_DOMAIN_PMSUSPENDED: State.SLEEPING,
@@ -85,7 +86,7 @@ class Domain:
     def has_managed_save(self) -> bool:
         """Whether the next start would resume from libvirt's managed save."""
         with libvirt_door.translated(f"ask for the managed save of {self.name}"):
-            return bool(self._handle().hasManagedSaveImage())
+            return self._has_managed_save(self._handle())
 
     def xml(self, *, live: bool) -> str:
         """The domain XML with its secrets: as the next start takes it, or (``live``) as QEMU runs it now.
@@ -187,6 +188,8 @@ class Domain:
             handle = self._handle()
             if handle.hasManagedSaveImage():
                 handle.managedSaveRemove(0)
+            else:
+                self._managed_save_file(handle).unlink(missing_ok=True)
 
     def managed_save_xml(self) -> str:
         """The XML that the managed save would resume with, secrets included."""
@@ -225,10 +228,30 @@ class Domain:
             self._run_job(lambda handle: handle.snapshotCreateXML(xml, flags), progress)
 
     def writable_files(self) -> set[Path]:
-        """Files that its QEMU has open for writing, asked from QEMU itself; empty when it is off."""
+        """Files that its guest's disks write to, asked from QEMU itself; empty when it is off.
+
+        A file that QEMU has open for a switch that never came is none of them.
+        """
         if not self.is_active():
             return set()
-        return _writable(self.monitor("query-named-block-nodes", flat=True))
+        attached = {_lowest_node(device) for device in self.monitor("query-blockstats")}
+        return _writable(self.monitor("query-named-block-nodes", flat=True), attached)
+
+    def close_unused(self, path: Path) -> None:
+        """Makes QEMU close a file that no disk of its guest uses: libvirt died between opening and switching to it.
+
+        The names of its nodes would be in the way of the next switch.
+        """
+        used = {_lowest_node(device) for device in self.monitor("query-blockstats")}
+        nodes = self.monitor("query-named-block-nodes", flat=True)
+        names = {node["node-name"] for node in nodes}
+        for node in nodes:
+            name = node["node-name"]
+            if node["drv"] == "file" and name not in used and _path(node["file"]) == path:
+                for one in (name.replace("-storage", "-format"), name):
+                    if one in names:
+                        self.monitor("blockdev-del", node_name=one)
+                        names.discard(one)
 
     def blocked_reasons(self) -> list[str]:
         """Why QEMU could not save its memory now, in QEMU's words; empty when nothing is in the way."""
@@ -258,7 +281,7 @@ class Domain:
     def monitor(self, command: str, *, files: Iterable[int] = (), **arguments: object) -> Any:
         """What the running QEMU's monitor returns; libvirt marks the domain tainted by it, nothing more.
 
-        Never to change the block graph: libvirt would keep its old view of it.
+        Never to change the block graph that libvirt knows: it would keep its old view of it.
         """
         request: dict[str, object] = {"execute": command}
         if arguments:
@@ -273,6 +296,13 @@ class Domain:
 
     def _handle(self) -> Any:
         return self._connection.lookupByUUIDString(self.uuid)
+
+    def _has_managed_save(self, handle: Any) -> bool:
+        """A start looks for the file alone; what libvirt says is as old as its own last save, removal or restart."""
+        return bool(handle.hasManagedSaveImage()) or self._managed_save_file(handle).exists()
+
+    def _managed_save_file(self, handle: Any) -> Path:
+        return self._saves / f"{handle.name()}.save"
 
     def _run_job(self, call: Callable[[Any], object], progress: Progress | None) -> None:
         """Runs a long call in a thread, so that its progress is seen and an interrupt can cancel it."""
@@ -339,15 +369,22 @@ def _snapshot_xml(children: Mapping[str, Path], others: Iterable[str], memory: P
     return etree.tostring(root, encoding="unicode")
 
 
-def _writable(nodes: list[dict[str, Any]]) -> set[Path]:
-    """Files behind the nodes that may write.
+def _lowest_node(device: dict[str, Any]) -> str | None:
+    """The file node below a guest's disk, through its format and any filter; None for an empty drive."""
+    while "parent" in device:
+        device = device["parent"]
+    return device.get("node-name")
+
+
+def _writable(nodes: list[dict[str, Any]], attached: set[str | None]) -> set[Path]:
+    """Files behind those of the ``attached`` nodes that may write.
 
     Each file has a node of its own, ``libvirt-N-storage``, and mostly a format node ``libvirt-N-format`` on it. The
     former is opened with auto-read-only and then says nothing about writing: the latter decides where there is one.
     Names of format nodes are no use: QEMU cuts them off (a "json:…" of the whole chain) after 4 KiB.
     """
     read_only = {node["node-name"]: node["ro"] for node in nodes}
-    files = [node for node in nodes if node["drv"] in {"file", "host_device"}]
+    files = [node for node in nodes if node["drv"] in {"file", "host_device"} and node["node-name"] in attached]
     deciding = {node["node-name"]: node["node-name"].replace("-storage", "-format") for node in files}
     return {
         _path(node["file"])

@@ -133,6 +133,14 @@ class Connection:
             with contextlib.suppress(libvirt_door.library().libvirtError):
                 handle.close()
 
+    def is_alive(self) -> bool:
+        """Whether it still has its daemon, which may have been restarted; the embedded driver needs none."""
+        if self.driver is Driver.EMBED:
+            return self._opened is not None
+        with contextlib.suppress(libvirt_door.library().libvirtError):
+            return self._opened is not None and bool(self._opened.isAlive())
+        return False
+
     # What the host is
 
     def capabilities(self) -> Capabilities:
@@ -162,7 +170,7 @@ class Connection:
 
     def managed_save_path(self, name: str) -> Path:
         """Where libvirt keeps the managed save of a domain of this name."""
-        return self._folder("save", session="qemu/save") / f"{name}.save"
+        return self._managed_saves / f"{name}.save"
 
     def nvram_folder(self) -> Path:
         """Where libvirt keeps NVRAM files whose XML names no other place."""
@@ -264,7 +272,11 @@ class Connection:
                 raise
 
     def _domain(self, handle: Any) -> Domain:
-        return Domain(self._handle, handle.UUIDString(), handle.name())
+        return Domain(self._handle, handle.UUIDString(), handle.name(), saves=self._managed_saves)
+
+    @property
+    def _managed_saves(self) -> Path:
+        return self._folder("save", session="qemu/save")
 
     def _folder(self, name: str, *, session: str) -> Path:
         if self._root is not None:

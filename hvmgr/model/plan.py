@@ -63,12 +63,12 @@ class FreezeImage(Step):
 
 @dataclass(frozen=True, slots=True)
 class ThawImage(Step):
-    """An image outside the home gets back the mode that it had before it was frozen."""
+    """An image can be written again; one outside the home as before it was frozen, when no other VM needs it."""
 
     path: str
 
     def describe(self) -> str:
-        return f"give {self.path} its mode back"
+        return f"give {self.path} its mode back, unless another VM needs it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,6 +414,11 @@ class Plan:
         """All steps in order."""
         middle = () if self.switch is None else (self.switch,)
         return (*self.prepare, *middle, *self.finish)
+
+    @property
+    def makes_or_removes_home(self) -> bool:
+        """Whether there is no VM before it, or none after it."""
+        return any(isinstance(step, MakeHome | RemoveHome) for step in self.steps())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document that ``from_json`` turns into an equal plan."""

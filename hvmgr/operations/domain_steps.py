@@ -80,12 +80,31 @@ def is_switched(session: Session, step: plan.SwitchDisks) -> bool:
     return any(_holds_data(path) for path in children)
 
 
+def has_gone_on(session: Session, images_made: set[str]) -> bool:
+    """Whether a VM goes on, or went on, in differencing images whose configuration libvirt was not given yet.
+
+    Its memory, restored by a command that then died or from a managed save, started it there.
+    """
+    domain = session.find_domain()
+    if domain is not None and domain.is_active():
+        writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
+        return domain.state() is State.RUNNING and bool(images_made & writing)
+    return any(_holds_data(path) for path in images_made)
+
+
 def _holds_data(path: str) -> bool:
     from hvmgr.host import qemu_img
 
-    return Path(path).exists() and any(
+    return _is_complete(Path(path)) and any(
         extent.depth == 0 and extent.present for extent in qemu_img.map(Path(path), images.QCOW2)
     )
+
+
+def _is_complete(child: Path) -> bool:
+    """Whether QEMU came to the end of making a differencing image: the parent's name is what it writes last."""
+    if not child.exists() or images.probe(child) != images.QCOW2:
+        return False
+    return images.read(child, images.QCOW2).backing is not None
 
 
 def suspend(session: Session, _step: plan.Suspend) -> None:
@@ -116,7 +135,7 @@ def unsave_present(session: Session, step: plan.SavePresent) -> None:
     if domain.is_active():  # the save itself did not come through
         if not step.paused and domain.state() is State.PAUSED:
             domain.resume()
-    elif saved_state.is_complete(memory):
+    elif saved_state.is_complete(memory) and not _is_outdated(session, memory):
         session.connection.restore(memory, saved_state.read(memory).xml, running=not step.paused)
     durable.remove(memory)
 
@@ -131,10 +150,27 @@ def take_managed_save(session: Session, step: plan.TakeManagedSave) -> None:
 def untake_managed_save(session: Session, step: plan.TakeManagedSave) -> None:
     """libvirt would start the VM from its saved memory again."""
     memory, domain = Path(step.memory), session.domain()
-    if memory.exists() and not domain.is_active() and not domain.has_managed_save():
+    gone = memory.exists() and not domain.is_active() and not domain.has_managed_save()
+    if gone and not _is_outdated(session, memory):
         # libvirt looks for the file at each start; only its listing learns of it after its next restart.
         durable.copy_file(memory, session.connection.managed_save_path(domain.name))
     durable.remove(memory)
+
+
+def _is_outdated(session: Session, memory: Path) -> bool:
+    """Whether somebody started the VM and stopped it again since its memory was saved.
+
+    Only after a command's death: a living one holds QEMU's locks on the images until the memory is back. QEMU writes
+    nothing to an image once its memory is complete.
+    """
+    if not session.recovering:
+        return False
+    saved = memory.stat().st_mtime_ns
+    disks = vm_home.disks_of(session.home.present()).values()
+    newer = any(Path(path).stat().st_mtime_ns > saved for path in disks)
+    if newer:
+        session.say("the VM has run since its memory was put away: its disks are newer and stay, the memory goes")
+    return newer
 
 
 def managed_save_file(session: Session) -> Path:
@@ -178,6 +214,16 @@ def discard_present(session: Session, _step: plan.DiscardPresent) -> None:
 
 def start_from(session: Session, step: plan.StartFrom) -> None:
     """The VM goes on from the saved memory."""
+    try:
+        _restore(session, step)
+    except errors.OutcomeUnknown:
+        raise
+    except errors.HvmgrError as error:
+        error.hint = error.hint or "apply it with --without-state: its disks are whole"
+        raise
+
+
+def _restore(session: Session, step: plan.StartFrom) -> None:
     memory = Path(step.memory)
     saved = saved_state.read(memory)
     wanted = configuration.parse(step.xml, source="the plan")

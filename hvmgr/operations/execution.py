@@ -5,6 +5,7 @@
 | before the journal       | nothing                                    | nothing                       |
 | while preparing          | journal without ``switch``                 | undoes, last step first       |
 | at the switch            | journal with ``switch``; asks libvirt/QEMU | undoes or completes           |
+| after the VM went on     | it has written to the new images           | defines them, then completes  |
 | while finishing          | the same, the switch happened              | does all finishing steps again|
 | at the end               | nothing, or an empty trash                 | nothing                       |
 """
@@ -110,7 +111,7 @@ def recover(session: Session) -> bool:
     session.recovering = True
     with session.interrupts.held_back():
         _wait_for_jobs(session)
-        if one.switch is None or (entry.switch_reached and _happened(session, one)):
+        if one.switch is None or (entry.switch_reached and _happened(session, one)) or _catch_up(session, one):
             _finish(session, one)
             session.say(f"completed the interrupted {one.subject}")
         else:
@@ -254,6 +255,18 @@ def _empty_trash(session: Session) -> None:
 def _happened(session: Session, one: Plan) -> bool:
     assert one.switch is not None
     return HAPPENED[type(one.switch)](session, one.switch)
+
+
+def _catch_up(session: Session, one: Plan) -> bool:
+    """Define the new state after all when the VM went on in it before the dead command could; whether it did.
+
+    What the guest has written since is in the new images: undoing would lose it.
+    """
+    made = {step.path for step in one.prepare if isinstance(step, plan.CreateImage) and step.parent is not None}
+    if not isinstance(one.switch, plan.Define) or not domain_steps.has_gone_on(session, made):
+        return False
+    DO[plan.Define](session, one.switch)
+    return True
 
 
 def _wait_for_jobs(session: Session) -> None:

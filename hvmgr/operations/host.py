@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Self
 from hvmgr import errors, settings
 from hvmgr.model import names, tree
 from hvmgr.model.layout import Layout
-from hvmgr.model.metadata import SavedState, SnapshotType
+from hvmgr.model.metadata import SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.tree import Tree
 from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, index, journal, locks, vm_home
-from hvmgr.storage.vm_home import SnapshotFile, VmHome
+from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
@@ -84,9 +84,11 @@ class Host:
 
     @property
     def connection(self) -> Connection:
-        """libvirt, connected when it is first needed."""
+        """libvirt, connected when it is first needed, and again when its daemon was restarted."""
         from hvmgr.host import hypervisor
 
+        if self._connection is not None and not self._connection.is_alive():
+            self.close()
         if self._connection is None:
             self._connection = hypervisor.connect(self.uri, wait_s=self.wait_s)
         return self._connection
@@ -100,7 +102,7 @@ class Host:
         """The VM with this name or id; NotFound offers near names."""
         with contextlib.suppress(errors.NotFound, OSError):
             home = vm_home.open_home(self.root / name)
-            if home.name == name:
+            if home.name == name and not journal.is_open(home.layout.journal):
                 return VM(self, home)
         self._complete_unfinished()
         known = dict(self._named())
@@ -137,19 +139,36 @@ class Host:
     def _homes(self) -> list[VmHome]:
         """Homes below the root, and those that the index knows elsewhere for this connection."""
         homes = {home.vm_id: home for home in vm_home.find_homes(self.root)}
-        for entry in index.entries():
-            if entry.uri == self.uri and entry.vm_id not in homes and not entry.home.is_relative_to(self.root):
-                with contextlib.suppress(errors.HvmgrError):
-                    homes[entry.vm_id] = vm_home.open_home(entry.home)
+        for folder in self._folders_elsewhere():
+            with contextlib.suppress(errors.HvmgrError):
+                home = vm_home.open_home(folder)
+                homes.setdefault(home.vm_id, home)
         return list(homes.values())
 
+    def _folders(self) -> list[Path]:
+        """Every folder that may be a home of this connection."""
+        below = [folder for folder in self.root.iterdir() if folder.is_dir()] if self.root.is_dir() else []
+        return [*below, *self._folders_elsewhere()]
+
+    def _folders_elsewhere(self) -> list[Path]:
+        from hvmgr.storage import index
+
+        return [
+            entry.home
+            for entry in index.entries()
+            if entry.uri == self.uri and not entry.home.is_relative_to(self.root)
+        ]
+
     def _complete_unfinished(self) -> None:
-        """What a killed ``vm create`` or ``vm delete`` left is undone or completed."""
-        if not self.root.is_dir():
-            return
-        for folder in self.root.iterdir():
-            if vm_home.is_unfinished(folder):
+        """What a killed ``vm create`` or ``vm delete`` left is undone or completed, before anybody is shown it."""
+        for folder in self._folders():
+            if journal.is_open(Layout(home=folder, vm_id="").journal):
                 self._complete(folder)
+            elif vm_home.is_abandoned(folder):
+                with contextlib.suppress(
+                    errors.HvmgrError
+                ):  # in use after all, or not ours to remove: no harm either way
+                    vm_home.remove_remains(folder)
 
     def _complete(self, folder: Path) -> None:
         from hvmgr.operations import execution
@@ -158,7 +177,7 @@ class Host:
         if locks.is_held(layout.lock):
             return
         entry = journal.read(layout.journal)
-        if entry is not None:
+        if entry is not None and entry.plan.makes_or_removes_home:
             home = VmHome(Layout(home=folder, vm_id=entry.plan.vm_id))
             with self.session(home) as session:
                 execution.recover(session)
@@ -166,8 +185,7 @@ class Host:
     def _require_free(self, path: Path) -> None:
         if not path.is_dir():
             return
-        if vm_home.is_unfinished(path):
-            self._complete(path)
+        self._complete(path)
         if path.is_dir() and not vm_home.holds_nothing(path):
             raise errors.Conflict(f"{path} exists already and is not empty", hint="choose another place with --home")
 
@@ -248,7 +266,7 @@ class VM:
     def snapshots(self) -> list[Snapshot]:
         """All snapshots, oldest first."""
         self._complete()
-        return [_snapshot(self, one) for one in self.home.snapshots()]
+        return [_snapshot(self, record) for record in self.home.records()]
 
     def snapshot(self, reference: str) -> Snapshot:
         """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
@@ -297,7 +315,7 @@ class VM:
         with self._work() as session:
             plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=type))
             self._run(session, plan)
-        return self.snapshot(snapshots.snapshot_of(plan))
+        return _snapshot(self, self.home.record(snapshots.snapshot_of(plan)))
 
     def undo(self, *, discard_state: bool = False) -> None:
         """Present and undo slot change places."""
@@ -377,7 +395,7 @@ class VM:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One snapshot as it was when it was asked for; ``disks`` maps slots to frozen images."""
+    """One snapshot as it was when it was asked for."""
 
     vm: VM = dataclasses.field(repr=False)
     id: str
@@ -387,7 +405,11 @@ class Snapshot:
     parent: str | None
     type: SnapshotType
     state: SavedState
-    disks: Mapping[str, str]
+
+    @property
+    def disks(self) -> Mapping[str, str]:
+        """The frozen images by slot, read from the home now."""
+        return vm_home.disks_of(self.vm.home.snapshot(self.id))
 
     @property
     def has_state(self) -> bool:
@@ -444,8 +466,7 @@ class Snapshot:
             snapshots.describe(session, self.id, notes=notes)
 
 
-def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
-    record = one.record
+def _snapshot(vm: VM, record: SnapshotRecord) -> Snapshot:
     return Snapshot(
         vm=vm,
         id=record.id,
@@ -455,5 +476,4 @@ def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
         parent=record.parent,
         type=record.type,
         state=record.state,
-        disks=dict(one.disks),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from hvmgr import errors
 from hvmgr.host import qemu_img
 from hvmgr.host.storage_daemon import Node
 from hvmgr.model import plan
+from hvmgr.operations import strangers
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, frozen, images
+from hvmgr.storage import durable, frozen, images, index
 
 
 def create(session: Session, step: plan.CreateImage) -> None:
@@ -34,8 +36,12 @@ def name_of_parent(session: Session, child: Path, parent: str) -> str:
     return f"./{name}" if ":" in name.split("/", 1)[0] else name
 
 
-def uncreate(_session: Session, step: plan.CreateImage) -> None:
+def uncreate(session: Session, step: plan.CreateImage) -> None:
     """The image is not there."""
+    domain = session.find_domain() if session.recovering else None
+    if domain is not None and domain.is_active():
+        with contextlib.suppress(errors.HostFailed):  # a later switch then says in libvirt's words what is in its way
+            domain.close_unused(Path(step.path))
     durable.remove(Path(step.path))
 
 
@@ -46,12 +52,23 @@ def freeze(session: Session, step: plan.FreezeImage) -> None:
 
 def unfreeze(session: Session, step: plan.FreezeImage) -> None:
     """The image is writable again."""
-    frozen.thaw(session.layout, Path(step.path))
+    _thaw(session, Path(step.path))
 
 
 def thaw(session: Session, step: plan.ThawImage) -> None:
-    """The image has its own mode again."""
-    frozen.thaw(session.layout, Path(step.path))
+    """The image has its own mode again, unless another VM needs it as it is."""
+    _thaw(session, Path(step.path))
+
+
+def _thaw(session: Session, path: Path) -> None:
+    if session.layout.owns(str(path)):
+        frozen.thaw(session.layout, path)
+        return
+    with index.locked([path], wait_s=session.wait_s):
+        if strangers.of(session, [str(path)]):
+            frozen.forget(session.layout, path)
+        else:
+            frozen.thaw(session.layout, path)
 
 
 def record(session: Session, step: plan.RecordFrozen) -> None:
@@ -178,8 +195,8 @@ def _require_same_size(child: Path, parent: Path) -> None:
 def flatten(session: Session, step: plan.Flatten) -> None:
     """The image has no parent."""
     path = Path(step.path)
-    if images.read(path, images.QCOW2).backing is None:
-        return
+    if not path.exists() or images.read(path, images.QCOW2).backing is None:
+        return  # done before, and perhaps moved away since
     _make_writable(session, path)
     node = session.daemon.open(path, images.QCOW2, writable=True)
     try:
@@ -193,10 +210,10 @@ def flatten(session: Session, step: plan.Flatten) -> None:
 def remove(session: Session, step: plan.RemoveImage) -> None:
     """The image is in the trash, unless something needs it after all."""
     path = Path(step.path)
-    if step.path in session.waiting or session.uses.is_used(step.path):
-        return
     if not path.exists():
         frozen.forget(session.layout, path)  # the last part of this step, when it was cut off before
+        return
+    if step.path in session.waiting or session.uses.is_used(step.path):
         return
     _make_writable(session, path)
     node = session.daemon.open(path, images.RAW, writable=True)  # QEMU's lock; a damaged header does not matter

@@ -52,6 +52,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     undo = home.undo()
     before = present_tree(session) if undo is None else whole_tree(session)
     snapshot_id, change_id, moment = session.new_id(), session.new_id(), session.now()
+    _require_own_disks(session, present)
     children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
     change = tree.plan_create(before, snapshot_id, children)
     _warn_of_depth(session, change.after)
@@ -67,7 +68,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     )
     snapshot = present.copy()
     keep_nvram = _keeps_nvram(present)
-    if keep_nvram:
+    if present.nvram is not None:  # also when no start has made it yet: that is what comes back then
         snapshot.set_nvram(layout.snapshot_nvram(snapshot_id))
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
     after = present.copy()
@@ -109,7 +110,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
         prepare=tuple(prepare),
         switch=switch,
         finish=tuple(finish),
-        hold=() if active else _working(before),
+        hold=() if active else working(before),
     )
 
 
@@ -153,6 +154,22 @@ def _state_to_save(session: Session, state: State, wanted: SnapshotType, present
         return SavedState.NONE
     _require_memory(session, present)
     return SavedState.RUNNING if state is State.RUNNING else SavedState.PAUSED
+
+
+def _require_own_disks(session: Session, present: Configuration) -> None:
+    """A disk that is frozen under a VM that writes it loses that VM's data."""
+    for disk in present.disks():
+        if disk.takes_part and disk.shareable:
+            raise errors.Unsupported(
+                f"disk {disk.slot} is shareable: other VMs may write it while a snapshot needs it unchanged",
+                hint="leave it out of snapshots: snapshot='no' on the <disk>",
+            )
+    for path, name in strangers.writers(session, vm_home.disks_of(present).values()).items():
+        raise errors.Conflict(
+            f"{path} is written by the VM '{name}' as well",
+            hint="give each VM a disk of its own, or leave it out of snapshots: snapshot='no' on the <disk>",
+            path=path,
+        )
 
 
 def _require_same_disks(session: Session, present: Configuration) -> None:
@@ -252,11 +269,10 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
     uses_memory = record.state is not SavedState.NONE and not how.without_state
     if uses_memory:
         prepare.append(_start_from(session, record, after, children))
-    tpm = layout.snapshot_tpm(snapshot_id)
     finish: list[Step] = []
-    if tpm.is_dir() and not uses_memory:
-        target_folder = session.connection.tpm_folder(home.vm_id)
-        finish.append(plan.ReplaceFolder(source=str(tpm), target=str(target_folder)))
+    if target.has_tpm and not uses_memory:
+        was_off = record.state is SavedState.NONE  # else the TPM's state lies in the saved memory alone
+        finish += _tpm_becomes(session, layout.snapshot_tpm(snapshot_id), may_be_blank=was_off)
     return Plan(
         plan_id=change_id,
         vm_id=home.vm_id,
@@ -271,7 +287,7 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
             *change.finish,
             plan.RemoveFile(path=str(layout.put_away)),
         ),
-        hold=_working(before),
+        hold=working(before),
     )
 
 
@@ -292,10 +308,9 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
     _become_present(session, after, present)
     after.set_metadata(dataclasses.replace(undo_facts, change=change_id))
     finish: list[Step] = []
-    tpm = session.layout.tpm_copy(undo_facts.change or "")
-    if tpm.is_dir():
-        target = session.connection.tpm_folder(home.vm_id)
-        finish += [plan.ReplaceFolder(source=str(tpm), target=str(target)), plan.RemoveFolder(path=str(tpm))]
+    if undo.has_tpm and undo_facts.change is not None:
+        tpm = session.layout.tpm_copy(undo_facts.change)
+        finish = [*_tpm_becomes(session, tpm, may_be_blank=True), plan.RemoveFolder(path=str(tpm))]
     return Plan(
         plan_id=change_id,
         vm_id=home.vm_id,
@@ -309,8 +324,16 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
             plan.WritePresent(),
             plan.RemoveFile(path=str(session.layout.put_away)),
         ),
-        hold=_working(before),
+        hold=working(before),
     )
+
+
+def _tpm_becomes(session: Session, copy: Path, *, may_be_blank: bool) -> list[Step]:
+    """The TPM's state is what was copied; without a copy there was none yet, and the next start makes a new one."""
+    folder = session.connection.tpm_folder(session.home.vm_id)
+    if copy.is_dir():
+        return [plan.ReplaceFolder(source=str(copy), target=str(folder))]
+    return [plan.RemoveFolder(path=str(folder))] if may_be_blank else []
 
 
 def _become_present(session: Session, after: Configuration, present: Configuration) -> None:
@@ -345,6 +368,7 @@ def _put_present_away(session: Session, present: Configuration, facts: Metadata,
                 f"{present.name} runs and its memory cannot be saved: {'; '.join(reasons)}",
                 hint="stop it first, or give --discard-state to lose what it has in memory",
             )
+        _require_true_view(session)
         steps.append(plan.SavePresent(memory=memory, paused=state is State.PAUSED))
     elif state is State.SAVED:
         steps.append(plan.TakeManagedSave(memory=memory))
@@ -352,6 +376,20 @@ def _put_present_away(session: Session, present: Configuration, facts: Metadata,
     if present.has_tpm and folder.is_dir() and facts.change is not None:
         steps.append(plan.CopyFolder(source=str(folder), target=str(session.layout.tpm_copy(facts.change))))
     return steps
+
+
+def _require_true_view(session: Session) -> None:
+    """Saved memory can only be put back when libvirt knows the images that belong to it."""
+    domain = session.domain()
+    live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
+    writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
+    for slot, path in vm_home.disks_of(live).items():
+        if path not in writing:
+            raise errors.Conflict(
+                f"disk {slot}: QEMU does not write to {path}, as libvirt believes, so that its memory cannot be kept",
+                hint="stop it first, or give --discard-state to lose what it has in memory",
+                path=path,
+            )
 
 
 def _start_from(
@@ -457,8 +495,9 @@ def _keeps_nvram(present: Configuration) -> bool:
     return present.nvram is not None and present.nvram.exists()
 
 
-def _working(before: Tree) -> tuple[tuple[str, str], ...]:
-    return tuple((path, before.chain(path)[0].format) for path in before.present.disks.values())
+def working(before: Tree) -> tuple[tuple[str, str], ...]:
+    """What is held while the present is put away; one that is missing cannot be held, and going back is the way out."""
+    return tuple((path, before.images[path].format) for path in before.present.disks.values() if path in before.images)
 
 
 def _warn_of_depth(session: Session, after: Tree) -> None:

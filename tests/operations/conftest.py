@@ -92,6 +92,16 @@ class Machine:
         (count,) = self.frozen(snapshot)
         return count
 
+    def count_of_base(self, snapshot, fmt):
+        """The count of a snapshot whose one image is a base of another format."""
+        (path,) = snapshot.disks.values()
+        return read_counter(Path(path), fmt)
+
+    def held(self):
+        """The count on the disks of the present, which are of one moment."""
+        (count,) = {read_counter(Path(path)) for path in self.vm.now().disks.values()}
+        return count
+
     def state(self):
         return str(self.vm.state())
 
@@ -138,6 +148,7 @@ class Kind:
     template: str = "generation2"
     firmware: Firmware | None = Firmware.BIOS
     disks: int = 1
+    memory: int | None = None
 
 
 @dataclass
@@ -162,7 +173,7 @@ class Factory:
             name=f"hv{next(_numbers)}",
             template=kind.template,
             firmware=kind.firmware,
-            memory=self.guest.memory_size,
+            memory=kind.memory or self.guest.memory_size,
             vcpus=1,
             accel=Acceleration.TCG,
             disks=disks,
@@ -205,7 +216,8 @@ class Factory:
             shutil.copy(path, game / f"disk{number}.qcow2")
         if present.nvram is not None:
             shutil.copy(present.nvram, game / "nvram")
-        machine.host.connection.restore(game / "memory.save", machine.domain.xml(live=False), running=True)
+        memory = game / "memory.save"
+        machine.host.connection.restore(memory, saved_state.read(memory).xml, running=True)
         self.games[kind] = game
 
     def _go_on(self, machine, game):
@@ -306,3 +318,35 @@ def two_disks():
 @pytest.fixture
 def kinds():
     return Kind
+
+
+class Killed(BaseException):
+    """The command died: nothing of it goes back or finishes."""
+
+
+@pytest.fixture
+def kill_at(at_step, monkeypatch):
+    """``kill_at(PlanStep)``: the command dies before (or ``after=True``) the next step of this kind.
+
+    As in a real death nothing is undone and the locks on the images go; the journal stays.
+    """
+
+    def set_up(step_class, *, after=False):
+        def die():
+            raise Killed
+
+        monkeypatch.setattr(execution, "_go_back", lambda *_: None)
+        at_step(step_class, **{"after" if after else "before": die})
+
+    return set_up
+
+
+def cut_off(call, *arguments, **wishes):
+    with pytest.raises(Killed):
+        call(*arguments, **wishes)
+
+
+@pytest.fixture
+def run_and_die():
+    """``run_and_die(call, …)``: a call that is cut off as ``kill_at`` said."""
+    return cut_off

@@ -1,0 +1,236 @@
+"""The states and operations that ``crash.py`` kills: one VM, ``web``, in every shape in which images have users."""
+
+from __future__ import annotations
+
+import subprocess
+
+import crash
+from crash import Shape, set_memory, specification, write_off, write_running
+from lxml import etree
+
+import hvmgr
+
+
+def off(host, *sizes):
+    """A VM with one byte pattern on each disk."""
+    vm = host.create_vm(specification(*sizes))
+    without_screen(host)
+    write_off(host, 0x10)
+    for number, slot in enumerate(sorted(vm.now().disks)[1:], 1):
+        write_off(host, 0x10 + number, slot=slot)
+    return vm
+
+
+def without_screen(host):
+    """The VM starts sooner, and asks the machine for no port."""
+    root = etree.fromstring(host.connection.find_domain_by_name(NAME).xml(live=False))
+    devices = root.find("devices")
+    for device in [*devices.findall("graphics"), *devices.findall("video"), *devices.findall("channel")]:
+        devices.remove(device)
+    host.connection.define(etree.tostring(root, encoding="unicode"))
+    host.vm(NAME).stop(force=True)
+
+
+def take(host, name, pattern, offset="64k"):
+    """A snapshot, and another pattern in the present afterwards."""
+    host.vm(NAME).create_snapshot(name)
+    write_off(host, pattern, offset)
+
+
+NAME = crash.NAME
+
+
+def line(host, *, disks=1):
+    """Three snapshots in a row and the present, each with bytes of its own."""
+    off(host, *[crash.DISK] * disks)
+    for number, name in enumerate(("one", "two", "three"), 2):
+        take(host, name, 0x10 * number, f"{64 * number}k")
+
+
+def forked_tree(host):
+    """one < two < three, and one < left < (now): the undo slot is full."""
+    line(host)
+    host.vm(NAME).snapshot("one").apply()
+    write_off(host, 0x66, "128k")
+    take(host, "left", 0x77, "192k")
+
+
+def with_undo(host):
+    """two snapshots; the present was put away by an apply."""
+    off(host)
+    take(host, "one", 0x20)
+    take(host, "two", 0x30, "128k")
+    host.vm(NAME).snapshot("one").apply()
+    write_off(host, 0x40, "192k")
+
+
+def with_memory(host):
+    """A snapshot with memory (0xA1) between two without, and an own present; the undo slot is full."""
+    off(host)
+    take(host, "one", 0x20)
+    running(host)
+    vm(host).create_snapshot("memory")
+    write_running(host, 0x30, "192k")
+    vm(host).stop(force=True)
+    take(host, "two", 0x40, "256k")
+    snapshot(host, "one").apply()
+    write_off(host, 0x44, "320k")
+
+
+def other_disks(host):
+    """A snapshot of two disks, a present of one and a larger one."""
+    off(host, crash.DISK, crash.DISK)
+    take(host, "both", 0x20)
+    domain = host.connection.find_domain_by_name(NAME)
+    root = etree.fromstring(domain.xml(live=False))
+    (gone,) = [disk for disk in root.findall("devices/disk") if disk.find("target").get("dev") == "hdb"]
+    gone.getparent().remove(gone)
+    host.connection.define(etree.tostring(root, encoding="unicode"))
+    take(host, "single", 0x30, "128k")
+
+
+def pending(host):
+    """An unnamed image that waits: its snapshot was deleted while the VM ran."""
+    line(host)
+    vm(host).start()
+    snapshot(host, "two").delete()
+    snapshot(host, "three").delete()
+    vm(host).stop(force=True)
+
+
+def running(host):
+    """The VM runs, with bytes of its own on the disk and in memory."""
+    vm(host).start()
+    write_running(host, 0x50, "384k")
+    set_memory(host, 0xA1)
+
+
+def running_late(host):
+    """As ``running``, with other bytes."""
+    vm(host).start()
+    write_running(host, 0x60, "448k")
+    set_memory(host, 0xB2)
+
+
+def paused(host):
+    running(host)
+    host.connection.find_domain_by_name(NAME).suspend()
+
+
+def saved(host):
+    running_late(host)
+    host.connection.find_domain_by_name(NAME).managed_save()
+
+
+def source_image(host):
+    """A golden image beside the homes."""
+    path = host.root.parent / "outside" / "gold.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(crash.DISK)], check=True, timeout=20)
+    subprocess.run(["qemu-io", "-c", "write -P 0x99 0 64k", str(path)], check=True, timeout=20, capture_output=True)
+    path.chmod(0o600)
+
+
+def create(host, **disk):
+    if disk:
+        disk["path"] = host.root.parent / "outside" / "gold.qcow2"
+    chosen = (hvmgr.DiskSpecification(**disk),) if disk else (hvmgr.DiskSpecification(size=crash.DISK),)
+    host.create_vm(specification(disks=chosen))
+
+
+def in_place(host):
+    """A VM on an image outside its home, with a snapshot."""
+    source_image(host)
+    create(host, in_place=True)
+    without_screen(host)
+    take(host, "one", 0x20)
+
+
+def vm(host):
+    return host.vm(NAME)
+
+
+def snapshot(host, name):
+    return host.vm(NAME).snapshot(name)
+
+
+def apply(name, **how):
+    return lambda host: snapshot(host, name).apply(**how)
+
+
+def delete(name, **how):
+    return lambda host: snapshot(host, name).delete(**how)
+
+
+def new(host, **how):
+    return vm(host).create_snapshot("new", **how)
+
+
+def unplug(host):
+    """What was asked to be thrown away does not come back."""
+    host.connection.find_domain_by_name(NAME).destroy()
+
+
+def two_disks(host):
+    off(host, crash.DISK, crash.DISK)
+
+
+CHANGES = {
+    "create-off": Shape(off, lambda host: new(host, notes="noted")),
+    "create-undo-full": Shape(with_undo, new),
+    "create-two-disks": Shape(two_disks, new),
+    "apply-off": Shape(line, apply("one")),
+    "apply-undo-full": Shape(with_undo, apply("two")),
+    "apply-no-undo": Shape(with_undo, apply("two", keep_undo=False)),
+    "apply-snapshot-first": Shape(
+        line, apply("one", snapshot_first=True), middle=lambda host: vm(host).create_snapshot()
+    ),
+    "apply-other-disks": Shape(other_disks, apply("both")),
+    "undo": Shape(with_undo, lambda host: vm(host).undo()),
+    "rename": Shape(line, lambda host: vm(host).rename("other")),
+}
+
+WHOLES = {
+    "vm-create": Shape(lambda host: None, create, again=True),
+    "vm-create-copy": Shape(source_image, lambda host: create(host, in_place=False), again=True),
+    "vm-create-in-place": Shape(source_image, lambda host: create(host, in_place=True), again=True),
+    "vm-delete": Shape(forked_tree, lambda host: vm(host).delete()),
+    "vm-delete-with-disks": Shape(forked_tree, lambda host: vm(host).delete(with_disks=True)),
+    "vm-delete-saved": Shape(line, lambda host: vm(host).delete(), live=saved),
+    "vm-delete-in-place": Shape(in_place, lambda host: vm(host).delete()),
+}
+
+MERGES = {
+    "delete-leaf": Shape(forked_tree, delete("three")),
+    "delete-middle": Shape(line, delete("two")),
+    "delete-two-children": Shape(forked_tree, delete("one")),
+    "delete-root": Shape(line, delete("one")),
+    "delete-above-now": Shape(line, delete("three")),
+    "delete-subtree": Shape(forked_tree, delete("two", subtree=True)),
+    "delete-everything": Shape(forked_tree, delete("one", subtree=True)),
+    "delete-two-disks": Shape(lambda host: line(host, disks=2), delete("two")),
+    "delete-in-place": Shape(in_place, delete("one")),
+    "delete-state": Shape(with_memory, delete("memory", state_only=True)),
+    "merge-pending": Shape(pending, lambda host: vm(host).merge()),
+}
+
+RUNNING = {
+    "running-create": Shape(with_undo, new, live=running),
+    "running-create-disk-only": Shape(with_undo, lambda host: new(host, type="disk-only"), live=running),
+    "running-create-two-disks": Shape(two_disks, new, live=running),
+    "paused-create": Shape(off, new, live=paused),
+    "saved-create": Shape(with_undo, new, live=saved),
+    "saved-create-disk-only": Shape(off, lambda host: new(host, type="disk-only"), live=saved),
+    "apply-memory": Shape(with_memory, apply("memory")),
+    "apply-memory-without": Shape(with_memory, apply("memory", without_state=True)),
+    "running-apply": Shape(with_memory, apply("two"), live=running_late),
+    "running-apply-memory": Shape(with_memory, apply("memory"), live=running_late),
+    "running-apply-discard": Shape(with_memory, apply("memory", discard_state=True), live=running_late, middle=unplug),
+    "paused-apply-memory": Shape(with_memory, apply("memory"), live=paused),
+    "saved-apply": Shape(with_memory, apply("two"), live=saved),
+    "saved-apply-memory": Shape(with_memory, apply("memory"), live=saved),
+    "running-undo": Shape(with_memory, lambda host: vm(host).undo(), live=running_late),
+    "running-delete": Shape(line, delete("two"), live=running),
+    "running-delete-other-branch": Shape(forked_tree, delete("two"), live=running),
+}
+
+SHAPES = CHANGES | WHOLES | MERGES | RUNNING

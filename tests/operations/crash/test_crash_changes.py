@@ -1,0 +1,39 @@
+"""Creating, applying, undoing, renaming; whole VMs made and removed: killed before every act."""
+
+from __future__ import annotations
+
+import pytest
+
+CHANGES = [
+    "create-off",
+    "create-undo-full",
+    "create-two-disks",
+    "apply-off",
+    "apply-undo-full",
+    "apply-no-undo",
+    "apply-snapshot-first",
+    "apply-other-disks",
+    "undo",
+    "rename",
+]
+WHOLES = [
+    "vm-create",
+    "vm-create-copy",
+    "vm-create-in-place",
+    "vm-delete",
+    "vm-delete-with-disks",
+    "vm-delete-saved",
+    "vm-delete-in-place",
+]
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("shape", CHANGES)
+def test_killed_change_is_undone_or_completed(crash_run, shape):
+    crash_run(shape)
+
+
+@pytest.mark.parametrize("shape", WHOLES)
+def test_killed_creation_or_deletion_of_a_vm_is_undone_or_completed(crash_run, shape, every):
+    crash_run(shape, every(3))

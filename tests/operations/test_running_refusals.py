@@ -1,0 +1,161 @@
+"""What a running VM cannot have in a snapshot, and what it can have instead; firmware and buses other than virtio."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from hvmgr import errors
+from hvmgr.model import configuration, plan
+from hvmgr.model.metadata import SavedState, SnapshotType
+from hvmgr.model.specification import DiskSpecification, ImageFormat
+
+pytestmark = pytest.mark.guest
+
+DISK = 2 << 20
+
+
+def test_memory_over_a_dynamic_vhd(make_machine, tmp_path):
+    vhd = tmp_path / "base.vhd"
+    command = ["qemu-img", "create", "-q", "-f", "vpc", "-o", "subformat=dynamic,force_size=on", str(vhd), str(DISK)]
+    subprocess.run(command, check=True, timeout=20)
+    machine = make_machine(disks=(DiskSpecification(path=vhd, format=ImageFormat.VHD),))
+    with pytest.raises(errors.Unsupported, match="vpc") as failure:
+        machine.vm.create_snapshot("memory")
+    assert "--type disk-only" in failure.value.hint
+    assert machine.vm.snapshots() == []
+    machine.tick()
+    machine.check()
+
+    snapshot = machine.vm.create_snapshot("disks", type=SnapshotType.DISK_ONLY)
+    machine.check()
+    count = machine.count_of_base(snapshot, "vpc")
+    late = machine.run_for(5)
+    with pytest.raises(errors.Conflict, match="memory cannot be saved") as failure:
+        snapshot.apply()
+    assert "--discard-state" in failure.value.hint
+    assert machine.tick().memory > late.memory
+    machine.check()
+
+    snapshot.apply(discard_state=True)
+    assert machine.boot() == (count,)
+    machine.check()
+    snapshot.delete()  # a qcow2 child never goes into a VHD, and the VHD stays its base
+    assert machine.tick().memory > count
+    machine.check()
+
+
+def test_disk_that_was_plugged_in_until_the_vm_stops(make_machine, kinds, tmp_path):
+    machine = make_machine(kinds(template="generation1", firmware=None))
+    first = machine.vm.create_snapshot("IDE")
+    extra = machine.layout.home / "extra.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(extra), "1M"], check=True, timeout=20)
+    plug = (
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{extra}'/>"
+        "<target dev='vdz' bus='virtio'/></disk>"
+    )
+    machine.domain._handle().attachDeviceFlags(plug, 1)
+    for kind in (SnapshotType.STANDARD, SnapshotType.DISK_ONLY):
+        with pytest.raises(errors.Conflict, match="vdz is attached only until the VM stops") as failure:
+            machine.vm.create_snapshot("two", type=kind)
+        assert "--config" in failure.value.hint
+    machine.tick()
+    first.apply(discard_state=True)
+    assert machine.tick().memory > machine.count_of(first)
+    machine.check()
+
+
+def test_writable_disk_that_is_left_out_forbids_memory(make_machine, two_disks):
+    machine = make_machine(two_disks, running=False)
+    present = configuration.parse(machine.domain.xml(live=False), source="libvirt")
+    disk = present.root.findall("devices/disk[@device='disk']")[1]
+    disk.set("snapshot", "no")
+    machine.host.connection.define(present.to_xml())
+    machine.boot()
+    with pytest.raises(errors.Conflict, match="vdb is writable and takes no part") as failure:
+        machine.vm.create_snapshot("memory")
+    assert "--type disk-only" in failure.value.hint
+    snapshot = machine.vm.create_snapshot("disks", type=SnapshotType.DISK_ONLY)
+    assert set(snapshot.disks) == {"vda"}
+    machine.tick()
+    machine.check()
+
+
+def test_qemu_that_writes_elsewhere_than_libvirt_believes(machine):
+    """As after a libvirt that died between QEMU's switch and its own note of it."""
+    snapshot = machine.vm.create_snapshot("one")
+    (path,) = machine.vm.now().disks.values()
+    side = machine.layout.home / "side.qcow2"
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", path, "-F", "qcow2", "-u", str(side), str(DISK)]
+    subprocess.run(command, check=True, timeout=20)
+    top = next(
+        node["node-name"]
+        for node in machine.domain.monitor("query-named-block-nodes", flat=True)
+        if node["drv"] == "qcow2" and not node["ro"]
+    )
+    side.chmod(0o666)
+    overlay = {"driver": "qcow2", "file": {"driver": "file", "filename": str(side)}, "backing": None}
+    machine.domain.monitor("blockdev-add", node_name="side", **overlay)
+    machine.domain.monitor("blockdev-snapshot", node=top, overlay="side")
+    for call in (lambda: machine.vm.create_snapshot("two"), snapshot.apply):
+        with pytest.raises(errors.Conflict, match="QEMU does not write to"):
+            call()
+    machine.tick()
+    snapshot.apply(discard_state=True)
+    assert machine.tick().memory > machine.count_of(snapshot)
+    machine.check()
+
+
+def test_start_by_somebody_in_the_middle_of_an_apply_is_refused(machine, at_step):
+    refusals = []
+
+    def start():
+        with pytest.raises(errors.HvmgrError) as failure:
+            machine.domain.start()
+        refusals.append(str(failure.value))
+
+    snapshot = machine.vm.create_snapshot("one")
+    at_step(plan.StartFrom, before=start)
+    snapshot.apply()
+    assert "lock" in refusals[0]
+    assert machine.tick().memory > machine.count_of(snapshot)
+    machine.check()
+
+
+def test_nvram_belongs_to_the_instant_of_a_snapshot(make_machine, kinds, require, monkeypatch):
+    require(Path("/usr/share/OVMF/OVMF_CODE_4M.fd").exists(), "the package ovmf is missing")
+    machine = make_machine(kinds(firmware=None, memory=256 << 20), disks=(DiskSpecification(size=DISK),))
+    pauses = []
+    for name in ("suspend", "resume"):
+        real = getattr(type(machine.domain), name)
+
+        def noted(domain, real=real):
+            pauses.append(time.monotonic())
+            real(domain)
+
+        monkeypatch.setattr(type(machine.domain), name, noted)
+    disks = machine.vm.create_snapshot("disks", type=SnapshotType.DISK_ONLY)
+    begin, end = pauses
+    assert end - begin < 2
+    memory = machine.vm.create_snapshot("memory")
+    assert memory.state is SavedState.RUNNING
+    assert machine.state() == "running"
+    machine.check()
+
+    was = machine.vm.home.present().nvram
+    content = was.read_bytes()
+    assert machine.layout.snapshot_nvram(memory.id).read_bytes() == content
+    machine.domain.destroy()
+    was.write_bytes(b"\xff" * len(content))
+    memory.apply()
+    assert machine.tick().memory > machine.count_of(memory)
+    now = machine.vm.home.present().nvram
+    assert now != was
+    assert now.read_bytes() == content
+    machine.check()
+    disks.apply(discard_state=True, keep_undo=False)
+    assert machine.vm.home.present().nvram.read_bytes() == content
+    machine.check()
