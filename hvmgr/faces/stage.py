@@ -55,7 +55,7 @@ class Stage:
 def opened(*, keep: bool = False) -> Iterator[Stage]:
     """A stage that is gone at the end; with ``keep`` the folder stays, without any guest running."""
     # Short, whatever TMPDIR says: sockets below it have to fit into 108 bytes.
-    stage = Stage(Path(tempfile.mkdtemp(prefix="hvd", dir="/tmp")))
+    stage = Stage(Path(tempfile.mkdtemp(prefix="hvdemo-", dir="/tmp")))
     try:
         stage.folder.chmod(0o711)  # QEMU's user passes through
         _furnish(stage)
