@@ -47,7 +47,7 @@ disks:
 
 
 def run(tell: Tell, *, keep: bool = False) -> list[str]:
-    """The sentences that were proved; raises ProofFailed at the first that is not true.
+    """The sentences that were proved; raises AssertionError at the first that is not true.
 
     Nothing is left behind; with ``keep`` the demo's folder is, and the last lines say how to go on with it.
     """
