@@ -106,18 +106,12 @@ def connection(embed_root):
         remove_domains(connection)
 
 
-@pytest.fixture(scope="session")
-def new_libvirtd(new_embed_root):
-    """Gives a context with a libvirtd on fresh folders."""
+@pytest.fixture
+def libvirtd(new_embed_root):
+    """A libvirtd that only this test uses, on fresh folders; its guests are gone afterwards."""
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         pytest.skip("needs root and libvirtd")
-    return lambda: private_libvirt.daemon(new_embed_root())
-
-
-@pytest.fixture
-def libvirtd(new_libvirtd):
-    """A libvirtd that only this test uses, on fresh folders; its guests are gone afterwards."""
-    with new_libvirtd() as daemon:
+    with private_libvirt.daemon(new_embed_root()) as daemon:
         yield daemon
 
 

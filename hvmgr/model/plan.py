@@ -63,7 +63,7 @@ class FreezeImage(Step):
 
 @dataclass(frozen=True, slots=True)
 class ThawImage(Step):
-    """An image outside the home gets back the mode that it had before it was frozen, when no other VM needs it."""
+    """An image can be written again; one outside the home as before it was frozen, when no other VM needs it."""
 
     path: str
 

@@ -17,6 +17,7 @@ from hvmgr.model.metadata import DiskRecord, Metadata
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.template import HostFacts, Template
+from hvmgr.model.tree import Leaf, Tree
 from hvmgr.operations import strangers
 from hvmgr.operations.session import Session
 from hvmgr.storage import images, templates, vm_home
@@ -132,6 +133,7 @@ def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
             hint="copy it (without --in-place), or use another image",
             path=path,
         )
+    _require_whole(session, header)
     users = strangers.of(session, [path]).get(path)
     if not users:
         return _Placed(header.path, header.format, None)
@@ -139,6 +141,13 @@ def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
     session.say(f"{path} is the base of {', '.join(users)}: the new VM writes to a differencing image on it")
     step = plan.CreateImage(path=str(child), size=header.size, parent=path, parent_format=header.format)
     return _Placed(child, images.QCOW2, step)
+
+
+def _require_whole(session: Session, header: images.Header) -> None:
+    """Every image below is there, and one that VMs can stand on; found later, it would keep the VM from any command."""
+    path = str(header.path)
+    found = session.home.load_images({path: header.format})
+    Tree(images=found, nodes={}, present=Leaf(parent=None, disks={})).chain(path)
 
 
 def _set_facts(session: Session, built: Configuration, slots: tuple[str, ...], change: str) -> None:

@@ -95,9 +95,16 @@ def has_gone_on(session: Session, images_made: set[str]) -> bool:
 def _holds_data(path: str) -> bool:
     from hvmgr.host import qemu_img
 
-    return Path(path).exists() and any(
+    return _is_complete(Path(path)) and any(
         extent.depth == 0 and extent.present for extent in qemu_img.map(Path(path), images.QCOW2)
     )
+
+
+def _is_complete(child: Path) -> bool:
+    """Whether QEMU came to the end of making a differencing image: the parent's name is what it writes last."""
+    if not child.exists() or images.probe(child) != images.QCOW2:
+        return False
+    return images.read(child, images.QCOW2).backing is not None
 
 
 def suspend(session: Session, _step: plan.Suspend) -> None:

@@ -125,6 +125,12 @@ def remove_home(session: Session, _step: plan.RemoveHome) -> None:
 
 def remove_private(session: Session) -> None:
     """The journal and the lock are gone, and the home when nothing else is in it."""
-    durable.remove_folder(session.layout.trash)
-    durable.remove_folder(session.layout.private)
-    durable.remove_empty_folder(session.layout.home)
+    layout = session.layout
+    for entry in layout.private.iterdir():
+        if entry.is_dir():
+            durable.remove_folder(entry)
+        elif entry not in (layout.journal, layout.lock):
+            durable.remove(entry)
+    durable.remove(layout.journal)  # as long as something else is there, so is the journal that removes it
+    durable.remove_folder(layout.private)
+    durable.remove_empty_folder(layout.home)

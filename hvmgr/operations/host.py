@@ -84,9 +84,11 @@ class Host:
 
     @property
     def connection(self) -> Connection:
-        """libvirt, connected when it is first needed."""
+        """libvirt, connected when it is first needed, and again when its daemon was restarted."""
         from hvmgr.host import hypervisor
 
+        if self._connection is not None and not self._connection.is_alive():
+            self.close()
         if self._connection is None:
             self._connection = hypervisor.connect(self.uri, wait_s=self.wait_s)
         return self._connection
@@ -162,6 +164,11 @@ class Host:
         for folder in self._folders():
             if journal.is_open(Layout(home=folder, vm_id="").journal):
                 self._complete(folder)
+            elif vm_home.is_abandoned(folder):
+                with contextlib.suppress(
+                    errors.HvmgrError
+                ):  # in use after all, or not ours to remove: no harm either way
+                    vm_home.remove_remains(folder)
 
     def _complete(self, folder: Path) -> None:
         from hvmgr.operations import execution

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -38,8 +39,12 @@ def name_of_parent(session: Session, child: Path, parent: str) -> str:
     return f"./{name}" if ":" in name.split("/", 1)[0] else name
 
 
-def uncreate(_session: Session, step: plan.CreateImage) -> None:
+def uncreate(session: Session, step: plan.CreateImage) -> None:
     """The image is not there."""
+    domain = session.find_domain() if session.recovering else None
+    if domain is not None and domain.is_active():
+        with contextlib.suppress(errors.HostFailed):  # a later switch then says in libvirt's words what is in its way
+            domain.close_unused(Path(step.path))
     durable.remove(Path(step.path))
 
 
@@ -202,8 +207,8 @@ def _require_same_size(child: Path, parent: Path) -> None:
 def flatten(session: Session, step: plan.Flatten) -> None:
     """The image has no parent."""
     path = Path(step.path)
-    if images.read(path, images.QCOW2).backing is None:
-        return
+    if not path.exists() or images.read(path, images.QCOW2).backing is None:
+        return  # done before, and perhaps moved away since
     _make_writable(session, path)
     node = session.daemon.open(path, images.QCOW2, writable=True)
     try:

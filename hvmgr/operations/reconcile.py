@@ -81,13 +81,11 @@ def _take_over(session: Session, domain: Domain, present: Configuration, edited:
     gone = set(known.values()) - _still_there(session, edited)
     for path in sorted(gone):
         session.say(f"{path} is no longer used by the VM; it is kept as a detached disk")
-    facts = dataclasses.replace(
-        edited.metadata() or vm_home.require_facts(present),
-        parent=vm_home.require_facts(present).parent,
-        change=(change := session.new_id()),
-        disks=_records(session, vm_home.require_facts(present), known, vm_home.disks_of(edited)),
-    )
-    edited.set_metadata(facts)
+    steps += _own_nvram(session, edited)
+    facts = vm_home.require_facts(present)  # whatever the edit made of them: virsh define SNAPSHOT.xml, say
+    change = session.new_id()
+    records = _records(session, facts, known, vm_home.disks_of(edited))
+    edited.set_metadata(dataclasses.replace(facts, change=change, disks=records))
     execution.run(
         session,
         Plan(
@@ -116,6 +114,16 @@ def _fresh_child(session: Session, domain: Domain, edited: Configuration, slot: 
     edited.set_disk_source(slot, child, images.QCOW2)
     session.say(f"disk {slot} was pointed to the frozen image {path}; it goes on in a fresh child of it")
     return plan.CreateImage(path=str(child), size=images.read(Path(path), fmt).size, parent=path, parent_format=fmt)
+
+
+def _own_nvram(session: Session, edited: Configuration) -> list[Step]:
+    """A VM that somebody defined from a snapshot's XML leaves the snapshot its firmware variables."""
+    theirs = edited.nvram
+    if theirs is None or not theirs.is_relative_to(session.layout.snapshots):
+        return []
+    nvram = session.layout.nvram(session.new_id())
+    edited.set_nvram(nvram)
+    return [plan.CopyFile(source=str(theirs), target=str(nvram))] if theirs.exists() else []
 
 
 def _chain(session: Session, edited: Configuration, slot: str) -> list[str]:

@@ -68,7 +68,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     )
     snapshot = present.copy()
     keep_nvram = _keeps_nvram(present)
-    if keep_nvram:
+    if present.nvram is not None:  # also when no start has made it yet: that is what comes back then
         snapshot.set_nvram(layout.snapshot_nvram(snapshot_id))
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
     after = present.copy()
@@ -110,7 +110,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
         prepare=tuple(prepare),
         switch=switch,
         finish=tuple(finish),
-        hold=() if active else _working(before),
+        hold=() if active else working(before),
     )
 
 
@@ -269,11 +269,10 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
     uses_memory = record.state is not SavedState.NONE and not how.without_state
     if uses_memory:
         prepare.append(_start_from(session, record, after, children))
-    tpm = layout.snapshot_tpm(snapshot_id)
     finish: list[Step] = []
-    if tpm.is_dir() and not uses_memory:
-        target_folder = session.connection.tpm_folder(home.vm_id)
-        finish.append(plan.ReplaceFolder(source=str(tpm), target=str(target_folder)))
+    if target.has_tpm and not uses_memory:
+        was_off = record.state is SavedState.NONE  # else the TPM's state lies in the saved memory alone
+        finish += _tpm_becomes(session, layout.snapshot_tpm(snapshot_id), may_be_blank=was_off)
     return Plan(
         plan_id=change_id,
         vm_id=home.vm_id,
@@ -288,7 +287,7 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
             *change.finish,
             plan.RemoveFile(path=str(layout.put_away)),
         ),
-        hold=_working(before),
+        hold=working(before),
     )
 
 
@@ -309,10 +308,9 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
     _become_present(session, after, present)
     after.set_metadata(dataclasses.replace(undo_facts, change=change_id))
     finish: list[Step] = []
-    tpm = session.layout.tpm_copy(undo_facts.change or "")
-    if tpm.is_dir():
-        target = session.connection.tpm_folder(home.vm_id)
-        finish += [plan.ReplaceFolder(source=str(tpm), target=str(target)), plan.RemoveFolder(path=str(tpm))]
+    if undo.has_tpm and undo_facts.change is not None:
+        tpm = session.layout.tpm_copy(undo_facts.change)
+        finish = [*_tpm_becomes(session, tpm, may_be_blank=True), plan.RemoveFolder(path=str(tpm))]
     return Plan(
         plan_id=change_id,
         vm_id=home.vm_id,
@@ -326,8 +324,16 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
             plan.WritePresent(),
             plan.RemoveFile(path=str(session.layout.put_away)),
         ),
-        hold=_working(before),
+        hold=working(before),
     )
+
+
+def _tpm_becomes(session: Session, copy: Path, *, may_be_blank: bool) -> list[Step]:
+    """The TPM's state is what was copied; without a copy there was none yet, and the next start makes a new one."""
+    folder = session.connection.tpm_folder(session.home.vm_id)
+    if copy.is_dir():
+        return [plan.ReplaceFolder(source=str(copy), target=str(folder))]
+    return [plan.RemoveFolder(path=str(folder))] if may_be_blank else []
 
 
 def _become_present(session: Session, after: Configuration, present: Configuration) -> None:
@@ -489,8 +495,9 @@ def _keeps_nvram(present: Configuration) -> bool:
     return present.nvram is not None and present.nvram.exists()
 
 
-def _working(before: Tree) -> tuple[tuple[str, str], ...]:
-    return tuple((path, before.chain(path)[0].format) for path in before.present.disks.values())
+def working(before: Tree) -> tuple[tuple[str, str], ...]:
+    """What is held while the present is put away; one that is missing cannot be held, and going back is the way out."""
+    return tuple((path, before.images[path].format) for path in before.present.disks.values() if path in before.images)
 
 
 def _warn_of_depth(session: Session, after: Tree) -> None:

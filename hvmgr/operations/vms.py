@@ -101,6 +101,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         finish += [step for step in moves if isinstance(step, plan.Flatten)]
         finish.append(plan.UndefineDomain())
         finish += [step for step in moves if isinstance(step, plan.MoveImage)]
+        finish += _free_what_stays(change.after, {step.path for step in moves if isinstance(step, plan.Flatten)})
     finish += [plan.ThawImage(path=image.path) for image in before.images.values() if image.keeper is Keeper.OUTSIDE]
     return Plan(
         plan_id=session.new_id(),
@@ -108,7 +109,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         operation="vm delete",
         subject=f"deletion of {present.name}",
         finish=(*finish, plan.RemoveHome()),
-        hold=tuple((path, before.chain(path)[0].format) for path in before.present.disks.values()),
+        hold=snapshots.working(before),
     )
 
 
@@ -125,6 +126,16 @@ def _complete_images(session: Session, after: Tree) -> list[Step]:
         taken.add(target)
         steps.append(plan.MoveImage(source=path, target=target))
     return steps
+
+
+def _free_what_stays(after: Tree, flattened: set[str]) -> list[Step]:
+    """Bases and detached disks that no image stands on any more are files like any other."""
+    needed = {image.parent for image in after.images.values() if image.path not in flattened}
+    return [
+        plan.ThawImage(path=image.path)
+        for image in after.images.values()
+        if image.keeper is not Keeper.OUTSIDE and image.path not in needed
+    ]
 
 
 def _free_name(session: Session, stem: str, taken: set[str]) -> str:
@@ -152,4 +163,14 @@ def _is_ours(image: Image) -> bool:
 
 
 def _children_first(before: Tree) -> list[Image]:
-    return sorted(before.images.values(), key=lambda image: -len(before.chain(image.path)))
+    return sorted(before.images.values(), key=lambda image: -_depth(before, image))
+
+
+def _depth(before: Tree, image: Image) -> int:
+    """How many images of a chain are left, damaged or not."""
+    seen: set[str] = set()
+    below: Image | None = image
+    while below is not None and below.path not in seen:
+        seen.add(below.path)
+        below = None if below.parent is None else before.images.get(below.parent)
+    return len(seen)

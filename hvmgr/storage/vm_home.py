@@ -233,6 +233,25 @@ def holds_nothing(path: Path) -> bool:
     )
 
 
+def is_abandoned(path: Path) -> bool:
+    """Whether a folder is what a command leaves that dies just before its plan is complete, or just after its end."""
+    private = path / PRIVATE
+    return (
+        private.is_dir()
+        and not any((path / CONFIGURATIONS).glob("*.xml"))
+        and all(_is_nothing(entry) for entry in private.iterdir())
+    )
+
+
+def remove_remains(path: Path) -> None:
+    """The private folder of an abandoned home is gone, and the home when nothing else is in it; Busy when in use."""
+    layout = Layout(home=path, vm_id="")
+    with locks.held(layout.lock, wait_s=0, what=f"the VM in {path}"):
+        if is_abandoned(path):
+            durable.remove_folder(layout.private)
+            durable.remove_empty_folder(path)
+
+
 def _is_nothing(file: Path) -> bool:
     return file.parent.name == PRIVATE and (file.name == "lock" or file.name.startswith(durable.TEMPORARY))
 

@@ -127,7 +127,7 @@ def test_start_by_somebody_in_the_middle_of_an_apply_is_refused(machine, at_step
 
 def test_nvram_belongs_to_the_instant_of_a_snapshot(make_machine, kinds, require, monkeypatch):
     require(Path("/usr/share/OVMF/OVMF_CODE_4M.fd").exists(), "the package ovmf is missing")
-    machine = make_machine(kinds(firmware=None))
+    machine = make_machine(kinds(firmware=None, memory=256 << 20), disks=(DiskSpecification(size=DISK),))
     pauses = []
     for name in ("suspend", "resume"):
         real = getattr(type(machine.domain), name)

@@ -96,6 +96,28 @@ def test_full_disk_below_stdout_is_said(unbuffered):
     assert (done.returncode, done.stderr) == (8, "hvmgr: cannot write the output: No space left on device\n")
 
 
+def test_one_command_after_the_other_in_processes_of_their_own(root, new_embed_root):
+    environment = {"LIBVIRT_DEFAULT_URI": f"qemu:///embed?root={new_embed_root()}"}
+    lines = [
+        ["vm", "create", "web", "--disk", "8M", "--memory", "64M", "--network", "none", "--accel", "tcg"],
+        ["vm", "start", "web"],
+        ["snapshot", "create", "web", "running"],
+        ["vm", "stop", "web", "--force"],
+        ["snapshot", "apply", "web", "running"],
+        ["vm", "list"],
+        ["vm", "stop", "web", "--force"],
+        ["snapshot", "tree", "web"],
+        ["vm", "delete", "web", "--with-disks", "--yes"],
+    ]
+    told = {}
+    for line in lines:
+        done = spawn(*line, env=environment, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, ""), (line, done)
+        told[" ".join(line[:2])] = done.stdout
+    assert told["vm list"].split("\t")[:2] == ["web", "running"]
+    assert "(undo slot)" in told["snapshot tree"]
+
+
 def test_names_are_told_in_any_locale():
     done = spawn("vm", "show", "wäb", env={"LC_ALL": "C", "PYTHONUTF8": "0"}, capture_output=True)
     assert (done.returncode, done.stdout) == (3, "")
@@ -142,6 +164,10 @@ def test_version_is_told_without_click():
     command = [sys.executable, "-X", "importtime", "-m", "hvmgr", "--version"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "click" not in done.stderr
+
+
+def test_version_is_told_also_beside_other_options(hvmgr):
+    assert hvmgr.ok("--json", "--version").out == hvmgr.ok("version").out
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -139,6 +139,11 @@ class Bench:
             seen[f"now {slot}"] = bytes_of(path, forest.images[path].format)
         return seen
 
+    def photo_of(self, vm, name, slot="hda"):
+        """What the guest would see of one disk of a snapshot."""
+        path = vm.snapshot(name).disks[slot]
+        return bytes_of(path, format_of(vm, path))
+
     def check(self, vm):
         """Everything that is true of a home between two commands."""
         forest, layout = vm.home.tree(), vm.home.layout

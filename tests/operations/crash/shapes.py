@@ -14,10 +14,21 @@ import hvmgr
 def off(host, *sizes):
     """A VM with one byte pattern on each disk."""
     vm = host.create_vm(specification(*sizes))
+    without_screen(host)
     write_off(host, 0x10)
     for number, slot in enumerate(sorted(vm.now().disks)[1:], 1):
         write_off(host, 0x10 + number, slot=slot)
     return vm
+
+
+def without_screen(host):
+    """The VM starts sooner, and asks the machine for no port."""
+    root = etree.fromstring(host.connection.find_domain_by_name(NAME).xml(live=False))
+    devices = root.find("devices")
+    for device in [*devices.findall("graphics"), *devices.findall("video"), *devices.findall("channel")]:
+        devices.remove(device)
+    host.connection.define(etree.tostring(root, encoding="unicode"))
+    host.vm(NAME).stop(force=True)
 
 
 def take(host, name, pattern, offset="64k"):
@@ -130,6 +141,7 @@ def in_place(host):
     """A VM on an image outside its home, with a snapshot."""
     source_image(host)
     create(host, in_place=True)
+    without_screen(host)
     take(host, "one", 0x20)
 
 
@@ -151,6 +163,11 @@ def delete(name, **how):
 
 def new(host, **how):
     return vm(host).create_snapshot("new", **how)
+
+
+def unplug(host):
+    """What was asked to be thrown away does not come back."""
+    host.connection.find_domain_by_name(NAME).destroy()
 
 
 def two_disks(host):
@@ -207,7 +224,7 @@ RUNNING = {
     "apply-memory-without": Shape(with_memory, apply("memory", without_state=True)),
     "running-apply": Shape(with_memory, apply("two"), live=running_late),
     "running-apply-memory": Shape(with_memory, apply("memory"), live=running_late),
-    "running-apply-discard": Shape(with_memory, apply("memory", discard_state=True), live=running_late),
+    "running-apply-discard": Shape(with_memory, apply("memory", discard_state=True), live=running_late, middle=unplug),
     "paused-apply-memory": Shape(with_memory, apply("memory"), live=paused),
     "saved-apply": Shape(with_memory, apply("two"), live=saved),
     "saved-apply-memory": Shape(with_memory, apply("memory"), live=saved),

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import functools
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
+from tests import private_libvirt
+
+HERE = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
-def crash_run(new_libvirtd):
+def crash_run(new_embed_root):
     """``crash_run(shape, …)``: runs ``crash.py`` inside a libvirtd of its own; fails with what it found."""
-    with new_libvirtd() as daemon:
-        yield functools.partial(_run, daemon)
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    with private_libvirt.daemon(new_embed_root()) as daemon:
+        yield lambda *arguments, **more: run_inside(daemon, *arguments, **more)
 
 
-def _run(daemon, *arguments, program="crash.py", timeout_s=280):
-    environment = os.environ | {
-        "PYTHONPATH": str(HERE.parent.parent),
-        "HVMGR_CRASH_FOLDER": str(daemon.root / "homes"),
-    }
-    (daemon.root / "homes").mkdir(mode=0o711, exist_ok=True)
+def run_inside(daemon, *arguments, program="crash.py", timeout_s=280):
+    """What the program wrote; it has to end with 0."""
+    folder = daemon.root / "homes"
+    folder.mkdir(mode=0o711, exist_ok=True)
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2]), "HVMGR_CRASH_FOLDER": str(folder)}
     command = [*daemon.enter, sys.executable, str(HERE / program), *map(str, arguments)]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=timeout_s, env=environment, cwd=HERE
-    )
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout_s, env=environment)
     print(done.stdout[-20000:], done.stderr[-5000:])
-    assert done.returncode == 0, done.stdout[:4000] + done.stderr[-4000:]
+    assert done.returncode == 0, done.stdout[:6000] + done.stderr[-4000:]
     return done.stdout
 
 

@@ -15,6 +15,7 @@ Each of these processes is forked from one that has imported everything but hold
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import hashlib
 import json
@@ -271,8 +272,8 @@ def get_memory(host: hvmgr.Host) -> str:
 
 def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     """All that can be seen of the VM, without ids and times."""
-    # A home without any file is nothing: it was made for the journal, and the next creation takes it.
-    homes = [path for path in sorted(place.homes.iterdir()) if not vm_home.holds_nothing(path)]
+    # An empty folder is not known to be ours; the next creation takes it.
+    homes = [path for path in sorted(place.homes.iterdir()) if any(path.iterdir())]
     folders = {path.name: _listing(path, {}) for path in homes}
     known = {vm.name: vm for vm in host.vms()}
     domains = {domain.name: str(domain.state()) for domain in host.connection.domains()}
@@ -294,6 +295,8 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     }
     seen["present"] = [forest.present.parent and labels[forest.present.parent]]
     seen["state"] = vm.state()
+    save = host.connection.managed_save_path(vm.name)
+    seen["managed save"] = _managed_save(save, labels) if save.exists() else None
     seen["memory"] = get_memory(host) if vm.state() in ("running", "paused") else None
     seen["images"] = {
         _label(labels, path): [
@@ -316,8 +319,6 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     seen["snapshot xml"] = {
         _renamed(one.name, {}): _renamed(vm.home.layout.snapshot(one.id).read_text(), labels) for one in vm.snapshots()
     }
-    save = host.connection.managed_save_path(vm.name)
-    seen["managed save"] = _managed_save(save, labels) if save.exists() else None
     return seen
 
 
@@ -502,11 +503,12 @@ class Run:
         self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
 
     def _difference(self, found: dict[str, object]) -> str:
-        lines = []
+        """What is missing to the state that is nearest."""
+        texts = []
         for title, state in self.states.items():
-            parts = [_one_difference(key, state.get(key), found.get(key)) for key in {*state, *found}]
-            lines.append(f"from {title}: " + "".join(part for part in parts if part))
-        return "\n    ".join(["neither before nor after", *lines])
+            parts = [_one_difference(key, state.get(key), found.get(key)) for key in sorted({*state, *found})]
+            texts.append(f"nearest is {title}: " + "".join(part for part in parts if part))
+        return min(texts, key=len)
 
     def _described(self) -> dict[str, object]:
         return self._look()[0]
@@ -576,10 +578,13 @@ def _one_difference(key: str, expected: object, found: object) -> str:
         return ""
     if isinstance(expected, dict) and isinstance(found, dict):
         parts = {one: (expected.get(one), found.get(one)) for one in {*expected, *found}}
-        return "".join(f"\n      {key}.{one}: {a} -> {b}" for one, (a, b) in parts.items() if a != b)
+        return "".join(_one_difference(f"{key}.{one}", a, b) for one, (a, b) in parts.items())
     if isinstance(expected, list) and isinstance(found, list):
         gone, new = [one for one in expected if one not in found], [one for one in found if one not in expected]
         return f"\n      {key}: missing {gone}, too much {new}"
+    if isinstance(expected, str) and isinstance(found, str) and "\n" in expected:
+        lines = difflib.unified_diff(expected.splitlines(), found.splitlines(), "expected", "found", "", "", 1, "")
+        return f"\n      {key}: " + "\n        ".join(lines)
     return f"\n      {key}: {expected} -> {found}"
 
 

@@ -1,0 +1,270 @@
+"""The story that ``hvmgr demo`` tells: the life of a snapshot tree with a real guest in it, twice.
+
+Everything is done by hvmgr's own command line, in a libvirt, a root and an index that belong to the demo alone. After
+each step the tree is shown, and the witness proves that nothing was lost.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lxml import etree
+
+from hvmgr import units
+from hvmgr.faces import cli, guest, stage
+from hvmgr.faces.cli import render
+from hvmgr.faces.console import Console
+from hvmgr.faces.guest import Guest
+from hvmgr.faces.stage import Stage, Wishes
+from hvmgr.faces.witness import TICK_S, Kind, Tell, Witness
+from hvmgr.host import process
+from hvmgr.host.domain import State
+from hvmgr.operations.host import VM, Host, Snapshot
+
+_BASE_SIZE = 8 * units.MIB
+_PATTERN_AT, _PATTERN_SIZE = 2 * units.MIB, 2 * units.MIB  # bytes of no meaning, behind the guest's counter
+
+_SPECIFICATION = """\
+name: {name}
+template: {template}
+firmware: bios
+memory: {memory}M
+vcpus: 1
+accel: tcg
+networks: none
+kernel: {kernel}
+initrd: {initrd}
+cmdline: {cmdline}
+disks:
+  - path: {base}
+  - size: 8M
+"""
+
+
+def run(tell: Tell, *, keep: bool = False) -> list[str]:
+    """The sentences that were proved; raises ProofFailed at the first that is not true.
+
+    Nothing is left behind; with ``keep`` the demo's folder is, and the last lines say how to go on with it.
+    """
+    wishes = Wishes()
+    with contextlib.closing(wishes), wishes.heard(), stage.opened(keep=keep) as place:
+        tell(Kind.FACT, f"in {place.folder}, with a libvirt of its own; nothing of yours is touched")
+        counting = _build_guest(tell)
+        witness = Witness(tell, place.folder)
+        story = Story(place, counting, witness, wishes)
+        tell(Kind.PART, "Part 1: a VM on a qcow2 image, most snapshots taken while it runs")
+        story.tell_life("web", "generation2", "base.qcow2", running=True)
+        tell(Kind.PART, "Part 2: a VM on a dynamic VHD, the same tree, each snapshot taken while it is off")
+        story.tell_life("old", "generation1", "base.vhd", running=False)
+        if keep:
+            _tell_how_to_go_on(tell, place)
+    return witness.proofs
+
+
+def _build_guest(tell: Tell) -> Guest:
+    if not stage.has_learnt():
+        tell(Kind.FACT, "this is the first time: libvirt looks at this host's QEMU, which takes some seconds")
+    if not guest.is_built():
+        tell(Kind.FACT, "the guest is made of Debian's cloud kernel and busybox; 30 MB are downloaded")
+    return guest.build()
+
+
+def _tell_how_to_go_on(tell: Tell, place: Stage) -> None:
+    tell(Kind.PART, f"The demo's VMs stay in {place.folder}, both off. To go on with them:")
+    words = " ".join(f"{name}={shlex.quote(value)}" for name, value in place.environment().items())
+    tell(Kind.COMMAND, f"export {words}")
+    tell(Kind.COMMAND, "hvmgr snapshot tree web")
+    tell(Kind.COMMAND, f"hvmgr vm list; rm -r {place.folder}   # when none is running")
+
+
+@dataclass(slots=True)
+class Story:
+    """What happens to one VM after the other."""
+
+    place: Stage
+    counting: Guest
+    witness: Witness
+    wishes: Wishes
+    step: int = 0
+
+    def tell_life(self, name: str, template: str, base: str, *, running: bool) -> None:
+        """Make a VM, grow a tree of four snapshots, go to each of them, and take it apart again.
+
+        With ``running`` all snapshots but the first are taken while the guest counts.
+        """
+        with Host.open() as host:
+            actor = self._create(host, name, template, base)
+            installed = self._snapshot(actor, "installed")
+            self._title("The guest counts, in its memory and on both disks")
+            self._count(actor, 5)
+            counting = self._snapshot(actor, "counting", running=running)
+            self._count(actor, 4)
+            left = self._snapshot(actor, "left", running=running)
+            self._apply(actor, counting, "Back to 'counting': a second branch begins")
+            self._count(actor, 8)
+            right = self._snapshot(actor, "right", running=running)
+            self._apply(actor, installed, "Back to the root")
+            self._delete(actor, counting, "An inner snapshot with two children is deleted; what they need of it stays")
+            self._apply(actor, left, "The left branch is whole")
+            self._apply(actor, right, "The right branch is whole")
+            self._finish(actor)
+            self._delete(actor, left, "With one branch left, the image without a name is merged")
+            self._apply(actor, right, "What is left is what it was")
+            self._finish(actor)
+
+    # -- steps ---------------------------------------------------------------------------------------------------
+
+    def _create(self, host: Host, name: str, template: str, base: str) -> Actor:
+        self._title(f"A VM on {base}, with a second disk that is new")
+        self._make_base(base)
+        text = _SPECIFICATION.format(
+            name=name,
+            template=template,
+            memory=self.counting.memory_size // units.MIB,
+            kernel=self.counting.kernel,
+            initrd=self.counting.initrd,
+            cmdline=self.counting.command_line,
+            base=base,
+        )
+        file = self.place.folder / f"{name}.yaml"
+        file.write_text(text)
+        self._command("vm", "create", "-f", str(file))
+        vm = host.vm(name)
+        actor = Actor(vm, self.place.folder / f"{name}.log")
+        _log_console(actor)
+        self._tree(vm)
+        return actor
+
+    def _make_base(self, name: str) -> None:
+        """An image with some content: a disk that a snapshot might lose."""
+        raw = self.place.folder / "base.raw"
+        with raw.open("wb") as file:
+            file.truncate(_BASE_SIZE)
+            file.seek(_PATTERN_AT)
+            file.write(os.urandom(_PATTERN_SIZE))
+        options = ["-O", "qcow2"] if name.endswith(".qcow2") else ["-O", "vpc", "-o", "subformat=dynamic,force_size=on"]
+        process.run(["qemu-img", "convert", "-f", "raw", *options, raw, raw.with_name(name)], timeout_s=TICK_S)
+
+    def _snapshot(self, actor: Actor, name: str, *, running: bool = False) -> Snapshot:
+        self._title(f"Snapshot '{name}', {'while the guest counts' if running else 'of the VM that is off'}")
+        vm = actor.vm
+        if not running:
+            self._power_off(actor)
+        with actor.screen() as screen:
+            self._command("snapshot", "create", vm.name, name)
+            snapshot = vm.snapshot(name)
+            self.witness.remember(vm, snapshot)
+            self._tree(vm)
+            if running:
+                self.witness.prove_ran_on(screen, snapshot)
+            else:
+                self.witness.prove_present(vm, snapshot)
+        return snapshot
+
+    def _apply(self, actor: Actor, snapshot: Snapshot, title: str) -> None:
+        self._title(title)
+        vm = actor.vm
+        with actor.screen() as screen:
+            before = screen.next_tick(TICK_S) if vm.state() is State.RUNNING else None
+            self._command("snapshot", "apply", vm.name, snapshot.name)
+            self._tree(vm)
+            if snapshot.has_state:
+                self.witness.prove_memory(screen, snapshot, before)
+            else:
+                self.witness.prove_present(vm, snapshot)
+        self.witness.prove_snapshots(vm)
+
+    def _delete(self, actor: Actor, snapshot: Snapshot, title: str) -> None:
+        self._title(title)
+        vm = actor.vm
+        before = self.witness.read(vm, vm.now().disks)
+        self._command("snapshot", "delete", vm.name, snapshot.name)
+        self._tree(vm)
+        self.witness.prove_snapshots(vm)
+        self.witness.prove("so do those of the present", held=self.witness.read(vm, vm.now().disks) == before)
+
+    def _finish(self, actor: Actor) -> None:
+        """The VM is off; if it was off before, the guest has seen its disks."""
+        self._title("The guest is asked to turn itself off")
+        self._count(actor, 1)
+        self._power_off(actor)
+
+    # -- the guest -----------------------------------------------------------------------------------------------
+
+    def _count(self, actor: Actor, ticks: int) -> None:
+        """The guest counts on; a VM that is off is started, and finds what its disks hold."""
+        vm = actor.vm
+        with actor.screen() as screen:
+            if vm.state() is State.OFF:
+                held = self.witness.read(vm, vm.now().disks)
+                self._command("vm", "start", vm.name)
+                self.witness.prove_boot(screen, held)
+            for _ in range(ticks):
+                tick = self.witness.next_tick(screen)
+            disks = " and ".join(str(count) for count in tick.disks)
+            self.witness.tell(Kind.FACT, f"the guest says: memory {tick.memory}, disks {disks}, ok")
+
+    def _power_off(self, actor: Actor) -> None:
+        if actor.vm.state() is State.OFF:
+            return
+        with actor.screen() as screen:
+            self._command("vm", "stop", actor.vm.name)
+            self.witness.prove_power_off(screen, actor.vm)
+
+    # -- telling -------------------------------------------------------------------------------------------------
+
+    def _title(self, text: str) -> None:
+        self.wishes.check()
+        self.step += 1
+        self.witness.tell(Kind.TITLE, f"{self.step}. {text}")
+
+    def _command(self, *words: str) -> None:
+        """A command line, said and carried out; what it says is told, also when it fails."""
+        self.witness.tell(Kind.COMMAND, shlex.join(["hvmgr", *words]))
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+                cli.invoke(words)
+        finally:
+            for line in said.getvalue().splitlines():
+                self.witness.tell(Kind.FACT, line)
+        self.wishes.check()
+
+    def _tree(self, vm: VM) -> None:
+        self.witness.tell(Kind.TREE, render.draw_tree(vm))
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """A VM, and the file that gets every word of its guest."""
+
+    vm: VM
+    log: Path
+
+    @contextlib.contextmanager
+    def screen(self) -> Iterator[Console]:
+        """What the guest says from now on."""
+        self.log.touch()
+        with Console(self.log) as screen:
+            yield screen
+
+
+def _log_console(actor: Actor) -> None:
+    """The VM's first serial port is written to a file too: the first words after a restore come before any reader.
+
+    Done behind hvmgr's back, as ``virsh edit`` would; the next command takes it over.
+    """
+    connection = actor.vm.host.connection
+    domain = connection.find_domain(actor.vm.id)
+    assert domain is not None
+    tree = etree.fromstring(domain.xml(live=False).encode())
+    serial = tree.find("devices/serial")
+    assert serial is not None
+    etree.SubElement(serial, "log", file=str(actor.log), append="on")
+    connection.define(etree.tostring(tree, encoding="unicode"))
