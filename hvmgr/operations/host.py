@@ -163,7 +163,9 @@ class Host:
             if journal.is_open(Layout(home=folder, vm_id="").journal):
                 self._complete(folder)
             elif vm_home.is_abandoned(folder):
-                with contextlib.suppress(errors.HvmgrError):  # in use after all, or not ours to remove: no harm either way
+                with contextlib.suppress(
+                    errors.HvmgrError
+                ):  # in use after all, or not ours to remove: no harm either way
                     vm_home.remove_remains(folder)
 
     def _complete(self, folder: Path) -> None:
