@@ -18,13 +18,10 @@ import crash
 import shapes
 from crash import NAME, Place, forked, opened
 
-import hvmgr
 from hvmgr import errors
-from hvmgr.host import hypervisor, process, qmp, storage_daemon
-from hvmgr.host.hypervisor import Connection
+from hvmgr.host import process, qmp, storage_daemon
 from hvmgr.model import plan
-from hvmgr.operations import execution, file_steps
-from hvmgr.storage import durable, journal
+from hvmgr.operations import execution
 
 FOLDER = Path(os.environ["HVMGR_CRASH_FOLDER"])
 
