@@ -319,10 +319,10 @@ class VM:
 
     def undo(self, *, discard_state: bool = False) -> None:
         """Present and undo slot change places."""
-        from hvmgr.operations import snapshots
+        from hvmgr.operations import replacement
 
         with self._work() as session:
-            self._run(session, snapshots.plan_undo(session, snapshots.Replacement(discard_state=discard_state)))
+            self._run(session, replacement.plan_undo(session, replacement.Replacement(discard_state=discard_state)))
 
     def revert(self, *, without_state: bool = False, keep_undo: bool = True, discard_state: bool = False) -> Snapshot:
         """Back to the snapshot above the present."""
@@ -426,18 +426,18 @@ class Snapshot:
         discard_state: bool = False,
     ) -> Snapshot | None:
         """The VM becomes what it was here; with ``snapshot_first`` the snapshot of the old present is returned."""
-        from hvmgr.operations import snapshots
+        from hvmgr.operations import replacement, snapshots
 
-        how = snapshots.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
+        how = replacement.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         first = None
         with self.vm._work() as session:  # noqa: SLF001 - one module, one idea
-            snapshots.plan_apply(session, self.id, how)  # refuses before anything is done
+            replacement.plan_apply(session, self.id, how)  # refuses before anything is done
             if snapshot_first:
                 plan = snapshots.plan_create(session, snapshots.Wish())
                 self.vm._run(session, plan)  # noqa: SLF001
                 first = snapshots.snapshot_of(plan)
                 session.forget_uses()
-            self.vm._run(session, snapshots.plan_apply(session, self.id, how))  # noqa: SLF001
+            self.vm._run(session, replacement.plan_apply(session, self.id, how))  # noqa: SLF001
         return None if first is None else self.vm.snapshot(first)
 
     def delete(self, *, subtree: bool = False, state_only: bool = False) -> list[str]:

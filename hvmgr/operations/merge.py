@@ -13,7 +13,7 @@ from hvmgr.model import plan, tree
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
-from hvmgr.operations import snapshots
+from hvmgr.operations import snapshots, undo_slot
 from hvmgr.operations.session import Session
 from hvmgr.storage import frozen, images, vm_home
 
@@ -27,7 +27,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     change_id = session.new_id()
     present = home.present()
     facts = vm_home.require_facts(present)
-    finish: list[Step] = [*_free_managed_save(session, before), *snapshots.empty_undo_files(session, home.undo())]
+    finish: list[Step] = [*_free_managed_save(session, before), *undo_slot.emptied(session, home.undo())]
     finish += [
         _new_parent(session, node.snapshot_id, node.parent)
         for node in change.after.nodes.values()

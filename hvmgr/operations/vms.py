@@ -10,7 +10,7 @@ from hvmgr.host.domain import State
 from hvmgr.model import plan, specification, tree
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Tree
-from hvmgr.operations import snapshots
+from hvmgr.operations import snapshots, undo_slot
 from hvmgr.operations.session import Session
 
 _POLL_S = 0.2
@@ -89,7 +89,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
     _require_no_strangers(before)
     nodes = list(before.nodes)
     finish: list[Step] = [
-        *snapshots.empty_undo_files(session, home.undo()),
+        *undo_slot.emptied(session, home.undo()),
         *(plan.RemoveSnapshot(snapshot_id=one) for one in nodes),
     ]
     if with_disks:

@@ -159,8 +159,6 @@ def _read_vhd(path: Path) -> Header:
     footer = head[:512] if head.startswith(_VHD_COOKIE) else at_end
     if footer is None:
         raise errors.Corrupt(f"{path} is no VHD: it has no footer", path=str(path))
-    if _vhd_checksum(footer) != struct.unpack_from(">I", footer, 64)[0]:
-        raise errors.Corrupt(f"{path} has a footer with a wrong checksum", path=str(path))
     fields = _VHD_FOOTER.unpack(footer)
     creator, current = fields[5], fields[9]
     cylinders, heads, sectors, kind = fields[10], fields[11], fields[12], fields[13]
@@ -169,6 +167,10 @@ def _read_vhd(path: Path) -> Header:
             f"{path} is a differencing VHD; QEMU would read zeros in place of its parent's data",
             hint="merge it into its parent first, on Windows or with a tool that knows differencing VHDs",
             path=str(path),
+        )
+    if _vhd_checksum(footer) != struct.unpack_from(">I", footer, 64)[0]:
+        raise errors.Corrupt(
+            f"{path} has a footer with a wrong checksum", hint="get a whole copy of the file", path=str(path)
         )
     if kind not in (_VHD_FIXED, _VHD_DYNAMIC):
         raise errors.Unsupported(f"{path} is a VHD of the unknown type {kind}")
