@@ -42,8 +42,8 @@ import libvirt
 import qemu.qmp  # noqa: F401 - imported before the forks
 
 import hvmgr
-from hvmgr.host import qmp, saved_state  # noqa: F401
-from hvmgr.model import configuration  # noqa: F401
+from hvmgr.host import qmp, saved_state
+from hvmgr.model import configuration
 from hvmgr.model.tree import Tree
 from hvmgr.operations import creation, usage  # noqa: F401
 from hvmgr.storage import durable, frozen, index, vm_home
@@ -117,11 +117,11 @@ def forked(call: Callable[[], object], *, kill_after_s: float | None = None) -> 
             os.setsid()
             os.close(reader)
             answer = json.dumps({"value": call()})
-            with open(writer, "w") as pipe:
+            with os.fdopen(writer, "w") as pipe:
                 pipe.write(answer)
             code = 0
         except BaseException:  # noqa: BLE001 - a child never goes on in the parent's code
-            with contextlib.suppress(OSError), open(writer, "w") as pipe:
+            with contextlib.suppress(OSError), os.fdopen(writer, "w") as pipe:
                 pipe.write(json.dumps({"error": traceback.format_exc()}))
         finally:
             os._exit(code)
@@ -294,7 +294,7 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
             image.format,
             image.size,
             image.keeper,
-            oct(stat.S_IMODE(os.stat(path).st_mode)),
+            oct(stat.S_IMODE(Path(path).stat().st_mode)),
             content(forest, path),
             checked(path, image.format),
             frozen.is_changed(vm.home.layout, Path(path)),
