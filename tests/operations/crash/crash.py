@@ -127,11 +127,11 @@ def forked(call: Callable[[], object], *, kill_after_s: float | None = None) -> 
             os.setsid()
             os.close(reader)
             answer = json.dumps({"value": call()})
-            with open(writer, "w") as pipe:
+            with os.fdopen(writer, "w") as pipe:
                 pipe.write(answer)
             code = 0
         except BaseException:  # noqa: BLE001 - a child never goes on in the parent's code
-            with contextlib.suppress(OSError), open(writer, "w") as pipe:
+            with contextlib.suppress(OSError), os.fdopen(writer, "w") as pipe:
                 pipe.write(json.dumps({"error": traceback.format_exc()}))
         finally:
             os._exit(code)
@@ -304,7 +304,7 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
             image.format,
             image.size,
             image.keeper,
-            oct(stat.S_IMODE(os.stat(path).st_mode)),
+            oct(stat.S_IMODE(Path(path).stat().st_mode)),
             content(forest, path),
             checked(path, image.format),
             frozen.is_changed(vm.home.layout, Path(path)),

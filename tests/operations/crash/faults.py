@@ -434,7 +434,8 @@ def second_command():
         return None
 
     message, _, _ = forked(hasty)
-    assert str(first) in (message or ""), message
+    assert message is not None
+    assert str(first) in message, message
     assert forked(lambda: read_only_look(case))[0] == [], "reading needs no lock"
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
@@ -548,6 +549,11 @@ def synced_in_order():
         case.require(answer, None, "after")
 
 
+def name_of(descriptor: int) -> str:
+    """The file behind a descriptor."""
+    return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+
 class Watch:
     """What is written, synced and renamed below a folder, in its order."""
 
@@ -605,7 +611,7 @@ class Watch:
     def _writing(self, original, name):
         def run(*args, **kwargs):
             descriptor = args[1] if name == "copy_file_range" else args[0]
-            path = os.readlink(f"/proc/self/fd/{descriptor}")
+            path = name_of(descriptor)
             # The lock's content is for people, and nothing follows from it.
             if path.startswith(str(self.root)) and not path.endswith("/lock"):
                 facts = os.fstat(descriptor)
@@ -619,7 +625,7 @@ class Watch:
             original(descriptor)
             facts = os.fstat(descriptor)
             self.dirty.pop((facts.st_dev, facts.st_ino), None)
-            self.stale.pop(os.readlink(f"/proc/self/fd/{descriptor}"), None)
+            self.stale.pop(name_of(descriptor), None)
 
         return run
 
@@ -633,7 +639,7 @@ class Watch:
                     self.wrong.append(f"{paths[0]} is renamed before it is synced")
             original(*args, **kwargs)
             for path in paths if not inside else ():
-                self.stale[os.path.dirname(path)] = f"{name} {os.path.basename(path)}"
+                self.stale[str(Path(path).parent)] = f"{name} {Path(path).name}"
 
         return run
 
