@@ -55,11 +55,13 @@ class Stage:
 def opened(*, keep: bool = False) -> Iterator[Stage]:
     """A stage that is gone at the end; with ``keep`` the folder stays, without any guest running."""
     # Short, whatever TMPDIR says: sockets below it have to fit into 108 bytes.
-    stage = Stage(Path(tempfile.mkdtemp(prefix="hvd", dir="/tmp")))
+    stage = Stage(Path(tempfile.mkdtemp(prefix="hvdemo-", dir="/tmp")))
     try:
         stage.folder.chmod(0o711)  # QEMU's user passes through
         _furnish(stage)
-        with _in_environment(stage.environment()):
+        # Of an ordinary user libvirt would keep a thing or two in the session's runtime folder.
+        own = {} if settings.is_root() else {"XDG_RUNTIME_DIR": str(stage.folder)}
+        with _in_environment({**own, **stage.environment()}):
             yield stage
     finally:
         with _undisturbed():

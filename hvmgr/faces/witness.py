@@ -23,10 +23,6 @@ BOOT_S = 120.0  # two seconds, likewise
 _READ_S = 60.0
 
 
-class ProofFailed(AssertionError):
-    """A state did not come back as it was: a defect in hvmgr."""
-
-
 class Kind(StrEnum):
     """What a line of the demo is."""
 
@@ -59,9 +55,9 @@ class Witness:
     _known: dict[str, dict[str, Content]] = field(default_factory=dict)  # by snapshot id, then by slot
 
     def prove(self, sentence: str, *, held: bool) -> None:
-        """The sentence is true; raises ProofFailed with it when it is not."""
+        """The sentence is true; raises AssertionError with it when it is not: that is a defect in hvmgr."""
         if not held:
-            raise ProofFailed(f"not true: {sentence}")
+            raise AssertionError(f"proof failed: {sentence}")
         self.proofs.append(sentence)
         self.tell(Kind.PROOF, sentence)
 
@@ -72,9 +68,13 @@ class Witness:
         known = vm.tree().images
         return {slot: self._read(Path(path), known[path].format) for slot, path in disks.items()}
 
-    def remember(self, vm: VM, snapshot: Snapshot) -> None:
-        """What the snapshot's disks hold now is what they have to hold for ever."""
-        self._known[snapshot.id] = self.read(vm, snapshot.disks)
+    def remember(self, vm: VM, snapshot: Snapshot, *, expected: Mapping[str, Content] | None) -> None:
+        """What the snapshot's disks hold now is what they have to hold for ever, and what was ``expected`` if known."""
+        found = self._known[snapshot.id] = self.read(vm, snapshot.disks)
+        if expected is not None and found != expected:
+            raise AssertionError(
+                f"proof failed: the disks of the snapshot '{snapshot.name}' are not what the VM's were before"
+            )
 
     def counters(self, snapshot: Snapshot) -> str:
         """The counters on the disks of a snapshot, for people."""
@@ -139,11 +139,9 @@ class Witness:
             held=gapless and first.memory - 1 <= self._counter(snapshot) <= tick.memory,
         )
 
-    def prove_memory(self, screen: Console, snapshot: Snapshot, before: Tick | None) -> None:
-        """The guest goes on from a snapshot's memory, over its disks; ``before`` is a tick of the present it left."""
+    def prove_memory(self, screen: Console, snapshot: Snapshot) -> None:
+        """The guest goes on from a snapshot's memory, over its disks; ``screen`` has its words from the first one on."""
         tick = screen.next_tick(TICK_S)
-        while before is not None and tick.memory == before.memory + 1:
-            before, tick = tick, screen.next_tick(TICK_S)
         counter = self._counter(snapshot)
         following = screen.next_tick(TICK_S)
         self.prove(
@@ -153,10 +151,12 @@ class Witness:
         )
 
     def next_tick(self, screen: Console) -> Tick:
-        """The guest's next count; raises ProofFailed when memory and disks do not belong together."""
+        """The guest's next count; raises AssertionError when memory and disks do not belong together."""
         tick = screen.next_tick(TICK_S)
         if not tick.ok:
-            raise ProofFailed(f"the guest's memory says {tick.memory}, its disks say {_joined(tick.disks)}")
+            raise AssertionError(
+                f"proof failed: the guest's memory says {tick.memory}, its disks say {_joined(tick.disks)}"
+            )
         return tick
 
     def prove_power_off(self, screen: Console, vm: VM) -> None:
