@@ -11,9 +11,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from lxml import etree
 
 import hvmgr
 from hvmgr.host import qemu_img
+from hvmgr.host.domain import State
 from hvmgr.model import configuration
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.tree import Keeper
@@ -121,6 +123,20 @@ class Bench:
         edited = configuration.parse(self.domain(vm).xml(live=False), source="virsh edit")
         result = change(edited)
         self.host.connection.define((result or edited).to_xml())
+
+    def start(self, vm):
+        """Runs it, without a screen: libvirts that know nothing of each other quarrel about VNC ports."""
+
+        def change(edited):
+            devices = edited.root.find("devices")
+            for name in ("graphics", "video", "audio"):
+                for device in devices.findall(name):
+                    devices.remove(device)
+            etree.SubElement(etree.SubElement(devices, "video"), "model", type="none")
+
+        if self.domain(vm).state() is State.OFF:
+            self.edit(vm, change)
+        vm.start()
 
     def write(self, vm, pattern, offset=0, *, slot="hda", length=PIECE):
         """What the guest writes while it runs; it is off again afterwards."""

@@ -174,7 +174,7 @@ def test_cdrom_takes_no_part_and_a_medium_that_is_gone_is_ejected(bench):
     assert f"{iso} is gone: {drive.slot} is empty now" in bench.said
     drive = next(disk for disk in vm.home.present().disks() if disk.device == "cdrom")
     assert drive.source is None
-    vm.start()
+    bench.start(vm)
     vm.stop(force=True)
     bench.check(vm)
 
@@ -320,7 +320,7 @@ def test_snapshot_xml_defined_by_hand_does_not_write_to_the_snapshots_variables(
 
 
 def test_real_firmware_and_tpm_start_from_what_an_apply_put_back(bench, uefi):
-    uefi.start()
+    bench.start(uefi)
     uefi.stop(force=True)
     first = get_bytes(bench, uefi)
     assert all(first)
@@ -328,7 +328,7 @@ def test_real_firmware_and_tpm_start_from_what_an_apply_put_back(bench, uefi):
     put(bench, uefi, "damaged")
     a.apply()
     assert get_bytes(bench, uefi) == first
-    uefi.start()
+    bench.start(uefi)
     assert bench.domain(uefi).state() is State.RUNNING
     uefi.stop(force=True)
     bench.check(uefi)

@@ -273,7 +273,7 @@ def take_overlay(bench, vm, name, *flags):
 def test_overlay_made_by_libvirt_becomes_the_working_image(bench, vm, running):
     before, old = bench.photo(vm), vm.now().disks
     if running:
-        vm.start()
+        bench.start(vm)
     take_overlay(bench, vm, "virsh")
     overlay = bench.domain(vm).xml(live=False)
     assert ".virsh'" in overlay
@@ -350,7 +350,7 @@ def test_vm_is_not_started_on_a_frozen_image(bench, vm):
         handle(bench, vm).create()
     assert bench.file_of(frozen) == before
     assert bench.domain(vm).state() is State.OFF
-    vm.start()
+    bench.start(vm)
     assert bench.domain(vm).state() is State.RUNNING
     assert bench.domain(vm).writable_files().isdisjoint({Path(frozen)})
     vm.stop(force=True)

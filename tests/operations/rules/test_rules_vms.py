@@ -223,7 +223,7 @@ def test_running_vm_is_not_deleted(bench, with_disks):
     vm = bench.make(4)
     vm.create_snapshot("a")
     before = bench.photo(vm)
-    vm.start()
+    bench.start(vm)
     with pytest.raises(errors.Conflict, match="web is running") as caught:
         vm.delete(with_disks=with_disks)
     assert "vm stop" in caught.value.hint
