@@ -234,7 +234,7 @@ class Domain:
         """
         if not self.is_active():
             return set()
-        attached = {_lowest_node(device) for device in self.monitor("query-blockstats")}
+        attached = _nodes_below(self.monitor("query-blockstats"))
         return _writable(self.monitor("query-named-block-nodes", flat=True), attached)
 
     def close_unused(self, path: Path) -> None:
@@ -242,7 +242,7 @@ class Domain:
 
         The names of its nodes would be in the way of the next switch.
         """
-        used = {_lowest_node(device) for device in self.monitor("query-blockstats")}
+        used = _nodes_below(self.monitor("query-blockstats"))
         nodes = self.monitor("query-named-block-nodes", flat=True)
         names = {node["node-name"] for node in nodes}
         for node in nodes:
@@ -369,14 +369,18 @@ def _snapshot_xml(children: Mapping[str, Path], others: Iterable[str], memory: P
     return etree.tostring(root, encoding="unicode")
 
 
-def _lowest_node(device: dict[str, Any]) -> str | None:
-    """The file node below a guest's disk, through its format and any filter; None for an empty drive."""
-    while "parent" in device:
-        device = device["parent"]
-    return device.get("node-name")
+def _nodes_below(devices: list[dict[str, Any]]) -> set[str]:
+    """The nodes of the guest's disks, from formats and filters down to the files, with those of all parent images."""
+    found: set[str] = set()
+    todo = list(devices)
+    while todo:
+        node = todo.pop()
+        found.add(node.get("node-name", ""))
+        todo += [node[key] for key in ("parent", "backing") if key in node]
+    return found
 
 
-def _writable(nodes: list[dict[str, Any]], attached: set[str | None]) -> set[Path]:
+def _writable(nodes: list[dict[str, Any]], attached: set[str]) -> set[Path]:
     """Files behind those of the ``attached`` nodes that may write.
 
     Each file has a node of its own, ``libvirt-N-storage``, and mostly a format node ``libvirt-N-format`` on it. The

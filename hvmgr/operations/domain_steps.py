@@ -257,11 +257,25 @@ def rename(session: Session, step: plan.RenameDomain) -> None:
         domain.rename(step.name)
 
 
-def undefine(session: Session, _step: plan.UndefineDomain) -> None:
-    """libvirt does not know the VM."""
+def is_renamed(session: Session, step: plan.RenameDomain) -> bool:
+    """Whether libvirt has the new name."""
     domain = session.find_domain()
-    if domain is not None:
-        domain.undefine(keep_nvram=True, keep_tpm=False)
+    return domain is not None and domain.name == step.name
+
+
+def undefine(session: Session, _step: plan.UndefineDomain) -> None:
+    """libvirt does not know the VM; Conflict when it runs, because libvirt would let it run on."""
+    domain = session.find_domain()
+    if domain is None:
+        return
+    if domain.is_active():
+        raise errors.Conflict(f"{domain.name} was started in the meantime", hint="stop it, then run the command again")
+    domain.undefine(keep_nvram=True, keep_tpm=False)
+
+
+def is_undefined(session: Session, _step: plan.UndefineDomain) -> bool:
+    """Whether libvirt does not know the VM."""
+    return session.find_domain() is None
 
 
 def thaw_working(session: Session) -> None:

@@ -81,6 +81,8 @@ UNDO: Mapping[type[Step], _Act] = {
 HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
     plan.Define: domain_steps.is_defined,
     plan.SwitchDisks: domain_steps.is_switched,
+    plan.RenameDomain: domain_steps.is_renamed,
+    plan.UndefineDomain: domain_steps.is_undefined,
 }
 
 _STOPPING = (plan.SavePresent, plan.TakeManagedSave, plan.DiscardPresent)
@@ -92,9 +94,7 @@ _GOES_ON = "the journal holds what is open; the next command on this VM goes on 
 def run(session: Session, one: Plan) -> None:
     """Carry a plan out; an error leaves the state before it, or, once the switch happened, the state after it."""
     journal.begin(session.layout.journal, one)
-    if one.switch is None:
-        _require_off(session, one)
-    else:
+    if one.switch is not None:
         _prepare(session, one)
         _switch(session, one)
     _finish(session, one)
@@ -233,17 +233,6 @@ def _end_undone(session: Session, one: Plan) -> None:
     _end(session)
     if any(isinstance(step, plan.MakeHome) for step in one.prepare):
         file_steps.remove_private(session)
-
-
-def _require_off(session: Session, one: Plan) -> None:
-    """Images that the finishing steps touch are in nobody's hands when they begin."""
-    try:
-        _hold_when_off(session, one)
-    except errors.HvmgrError:
-        _end(session)
-        raise
-    finally:
-        session.release()
 
 
 def _empty_trash(session: Session) -> None:

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Self
 from hvmgr import errors, settings
 from hvmgr.model import names, tree
 from hvmgr.model.layout import Layout
-from hvmgr.model.metadata import SavedState, SnapshotRecord, SnapshotType
+from hvmgr.model.metadata import SavedState, SnapshotType
 from hvmgr.model.tree import Tree
 from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, index, journal, locks, vm_home
-from hvmgr.storage.vm_home import VmHome
+from hvmgr.storage.vm_home import SnapshotEntry, VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
@@ -266,7 +266,7 @@ class VM:
     def snapshots(self) -> list[Snapshot]:
         """All snapshots, oldest first."""
         self._complete()
-        return [_snapshot(self, record) for record in self.home.records()]
+        return [_snapshot(self, entry) for entry in self.home.entries()]
 
     def snapshot(self, reference: str) -> Snapshot:
         """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
@@ -315,7 +315,7 @@ class VM:
         with self._work() as session:
             plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=type))
             self._run(session, plan)
-        return _snapshot(self, self.home.record(snapshots.snapshot_of(plan)))
+        return _snapshot(self, self.home.entry(snapshots.snapshot_of(plan)))
 
     def undo(self, *, discard_state: bool = False) -> None:
         """Present and undo slot change places."""
@@ -405,11 +405,12 @@ class Snapshot:
     parent: str | None
     type: SnapshotType
     state: SavedState
+    entry: SnapshotEntry = dataclasses.field(repr=False, compare=False)
 
     @property
     def disks(self) -> Mapping[str, str]:
-        """The frozen images by slot, read from the home now."""
-        return vm_home.disks_of(self.vm.home.snapshot(self.id))
+        """The frozen images by slot."""
+        return self.entry.disks
 
     @property
     def has_state(self) -> bool:
@@ -466,7 +467,8 @@ class Snapshot:
             snapshots.describe(session, self.id, notes=notes)
 
 
-def _snapshot(vm: VM, record: SnapshotRecord) -> Snapshot:
+def _snapshot(vm: VM, entry: SnapshotEntry) -> Snapshot:
+    record = entry.record
     return Snapshot(
         vm=vm,
         id=record.id,
@@ -476,4 +478,5 @@ def _snapshot(vm: VM, record: SnapshotRecord) -> Snapshot:
         parent=record.parent,
         type=record.type,
         state=record.state,
+        entry=entry,
     )

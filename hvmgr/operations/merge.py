@@ -38,7 +38,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
     finish += change.finish
-    names = ", ".join(f"'{home.record(one).name}'" for one in snapshot_ids[:3])
+    names = ", ".join(f"'{home.entry(one).record.name}'" for one in snapshot_ids[:3])
     more = f" and {len(snapshot_ids) - 3} more" if len(snapshot_ids) > 3 else ""
     return Plan(
         plan_id=change_id,

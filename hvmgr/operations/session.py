@@ -96,6 +96,11 @@ class Session:
         return self._owner
 
     @property
+    def dry_run(self) -> bool:
+        """Whether nothing at all is to be changed."""
+        return self._reporter.dry_run
+
+    @property
     def interrupts(self) -> Interrupts:
         """Ctrl-C, held back while it would leave something half-done."""
         return self._interrupts

@@ -74,7 +74,8 @@ def plan_rename(session: Session, name: str) -> Plan:
         vm_id=session.home.vm_id,
         operation="vm rename",
         subject=f"renaming of {present.name} to {name}",
-        finish=(plan.RenameDomain(name=name), plan.WritePresent()),
+        switch=plan.RenameDomain(name=name),
+        finish=(plan.WritePresent(),),
     )
 
 
@@ -92,14 +93,12 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         *(plan.RemoveSnapshot(snapshot_id=one) for one in nodes),
     ]
     if with_disks:
-        finish.append(plan.UndefineDomain())
         finish += [plan.RemoveFile(path=image.path) for image in _children_first(before) if _is_ours(image)]
     else:
         change = tree.plan_delete(before, nodes)
         finish += change.finish
         moves = _complete_images(session, change.after)
         finish += [step for step in moves if isinstance(step, plan.Flatten)]
-        finish.append(plan.UndefineDomain())
         finish += [step for step in moves if isinstance(step, plan.MoveImage)]
         finish += _free_what_stays(change.after, {step.path for step in moves if isinstance(step, plan.Flatten)})
     finish += [plan.ThawImage(path=image.path) for image in before.images.values() if image.keeper is Keeper.OUTSIDE]
@@ -108,6 +107,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         vm_id=home.vm_id,
         operation="vm delete",
         subject=f"deletion of {present.name}",
+        switch=plan.UndefineDomain(),  # from here on nobody can start it
         finish=(*finish, plan.RemoveHome()),
         hold=snapshots.working(before),
     )

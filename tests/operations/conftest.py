@@ -331,11 +331,13 @@ def kill_at(at_step, monkeypatch):
     As in a real death nothing is undone and the locks on the images go; the journal stays.
     """
 
+    real = execution._go_back
+
     def set_up(step_class, *, after=False):
         def die():
             raise Killed
 
-        monkeypatch.setattr(execution, "_go_back", lambda *_: None)
+        monkeypatch.setattr(execution, "_go_back", lambda *_: monkeypatch.setattr(execution, "_go_back", real))
         at_step(step_class, **{"after" if after else "before": die})
 
     return set_up

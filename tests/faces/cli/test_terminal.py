@@ -7,7 +7,7 @@ import os
 import pty
 import re
 import select
-import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,10 +27,21 @@ class Terminal:
 
     def __init__(self, *arguments, **environment):
         self.said = ""
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            variables = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", **environment}
-            os.execve(sys.executable, [sys.executable, "-m", "hvmgr", *map(str, arguments)], variables)
+        self.descriptor, end = pty.openpty()
+        # Not pty.fork: this process has threads. Signals are as in a login shell, whoever runs the tests.
+        take = (
+            "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0);"
+            "signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", take, "-m", "hvmgr", *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "100", **environment},
+            stdin=end,
+            stdout=end,
+            stderr=end,
+            start_new_session=True,
+        )
+        os.close(end)
 
     def until(self, text, timeout_s=20):
         """Reads until the text was said."""
@@ -48,10 +59,9 @@ class Terminal:
         with contextlib.suppress(OSError):
             while self._read(0.1):
                 if time.monotonic() > deadline:
-                    os.kill(self.pid, signal.SIGKILL)
+                    self.process.kill()
         os.close(self.descriptor)
-        _, status = os.waitpid(self.pid, 0)
-        return os.waitstatus_to_exitcode(status)
+        return self.process.wait(timeout=10)
 
     def _read(self, timeout_s):
         """Whether more may come; raises OSError at the end."""

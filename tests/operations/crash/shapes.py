@@ -55,6 +55,19 @@ def forked_tree(host):
     take(host, "left", 0x77, "192k")
 
 
+def big(host, *, below, above):
+    """Three snapshots, of which the second and the third hold this many MiB."""
+    host.create_vm(specification(32 << 20))
+    without_screen(host)
+    write_off(host, 0x10)
+    for name, size in (("one", below), ("two", above), ("three", 0)):
+        vm(host).create_snapshot(name)
+        if size:
+            path = vm(host).now().disks["hda"]
+            command = ["qemu-io", "-f", "qcow2", "-c", f"write -P {size} {size}M {size}M", path]
+            subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+
 def with_undo(host):
     """two snapshots; the present was put away by an apply."""
     off(host)
@@ -233,4 +246,10 @@ RUNNING = {
     "running-delete-other-branch": Shape(forked_tree, delete("two"), live=running),
 }
 
-SHAPES = CHANGES | WHOLES | MERGES | RUNNING
+# For faults.py: merges that need room.
+BIG = {
+    "big-delete-up": Shape(lambda host: big(host, below=6, above=12), delete("two")),
+    "big-delete-down": Shape(lambda host: big(host, below=12, above=6), delete("two")),
+}
+
+SHAPES = CHANGES | WHOLES | MERGES | RUNNING | BIG
