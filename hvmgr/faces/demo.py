@@ -137,8 +137,10 @@ class Story:
         self._command("vm", "create", "-f", str(file))
         vm = host.vm(name)
         actor = Actor(vm, self.place.folder / f"{name}.log")
-        _log_console(actor)
-        self.witness.tell(Kind.FACT, "an edit, as by virsh: its console also goes to a file, so that no word is lost")
+        _edit(actor)
+        self.witness.tell(
+            Kind.FACT, "an edit, as with virsh: no screen, and a file that gets every word of its console"
+        )
         self._tree(vm)
         return actor
 
@@ -249,18 +251,22 @@ class Actor:
         return Console(self.log, from_start=from_start)
 
 
-def _log_console(actor: Actor) -> None:
-    """The VM's first serial port is written to a file too: the first words after a restore come before any reader.
+def _edit(actor: Actor) -> None:
+    """The VM opens no port on this host, and its serial port is written to a file too.
 
-    Done behind hvmgr's back, as ``virsh edit`` would; the next command takes it over. libvirt begins the file anew with
-    each QEMU.
+    The file, because the first words after a restore come before anybody can read the pty; libvirt begins it anew with
+    each QEMU. Done behind hvmgr's back, as ``virsh edit`` would: the next command takes it over.
     """
     actor.log.touch()
     connection = actor.vm.host.connection
     domain = connection.find_domain(actor.vm.id)
     assert domain is not None
     tree = etree.fromstring(domain.xml(live=False).encode())
-    serial = tree.find("devices/serial")
+    devices = tree.find("devices")
+    assert devices is not None
+    for screen in devices.findall("graphics"):
+        devices.remove(screen)
+    serial = devices.find("serial")
     assert serial is not None
     etree.SubElement(serial, "log", file=str(actor.log), append="off")
     connection.define(etree.tostring(tree, encoding="unicode"))
