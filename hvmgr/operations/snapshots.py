@@ -37,6 +37,11 @@ class Wish:
 def plan_create(session: Session, wish: Wish) -> Plan:
     """The present becomes a snapshot, and goes on in new images."""
     name = require_name(wish.name) if wish.name is not None else None
+    if wish.type is SnapshotType.PRODUCTION:
+        raise errors.Unsupported(
+            "production snapshots are not there yet: nothing quiets the guest's file systems",
+            hint="take the disks alone with --type disk-only, or memory and disks with --type standard",
+        )
     home, layout, state = session.home, session.layout, session.state()
     present = home.present()
     facts = vm_home.require_facts(present)

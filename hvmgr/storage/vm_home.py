@@ -127,16 +127,13 @@ class VmHome:
     @contextlib.contextmanager
     def locked(self, *, wait_s: float) -> Iterator[None]:
         """Exclusive for one command; leftovers of dead commands are swept first."""
+        if self.layout.configuration.exists():
+            durable.make_folder(self.layout.private)  # a home that was moved may have come without hvmgr's own files
         with locks.held(self.layout.lock, wait_s=wait_s, what=f"the VM in {self.path}"):
-            for folder in (
-                self.layout.configuration.parent,
-                self.layout.vm_folder,
-                self.layout.snapshots,
-                self.layout.images,
-                self.layout.bases,
-                self.layout.private,
-                self.layout.frozen,
-            ):
+            if self.layout.configuration.exists():
+                for folder in self.layout.folders():
+                    durable.make_folder(folder)
+            for folder in self.layout.folders()[1:]:
                 durable.sweep(folder)
             yield
 
