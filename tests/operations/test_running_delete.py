@@ -16,8 +16,8 @@ def test_images_that_the_guest_has_open_wait_until_it_is_off(machine):
     one = machine.vm.create_snapshot("one", type=SnapshotType.DISK_ONLY)
     two = machine.vm.create_snapshot("two", type=SnapshotType.DISK_ONLY)
     three = machine.vm.create_snapshot("three")
-    two.delete()
     waits = two.disks["vda"]
+    two.delete()
     assert tree.pending(machine.vm.tree()) == [(waits, three.disks["vda"])]
     assert tree.unnamed(machine.vm.tree()) == [waits]
     assert machine.vm.snapshot("three").parent == one.id

@@ -119,7 +119,12 @@ def test_start_by_somebody_in_the_middle_of_an_apply_is_refused(machine, at_step
 
     snapshot = machine.vm.create_snapshot("one")
     at_step(plan.StartFrom, before=start)
-    snapshot.apply()
+    try:
+        snapshot.apply()
+    except errors.HostFailed:  # libvirt may take the end of the refused QEMU for that of the next one
+        machine.tick()
+        machine.check()
+        snapshot.apply()
     assert "lock" in refusals[0]
     assert machine.tick().memory > machine.count_of(snapshot)
     machine.check()
