@@ -59,7 +59,7 @@ def program(argv: Sequence[str], *, environment: Mapping[str, str] | None = None
 
 def table(results: Iterable[Result]) -> str:
     """All results as plain text."""
-    rows = [("what", "hvmgr", "in process", "the other", "", "ratio", "aim", "met")]
+    rows: list[tuple[str, ...]] = [("what", "hvmgr", "in process", "the other", "", "ratio", "aim", "met")]
     rows += [_row(result) for result in results]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

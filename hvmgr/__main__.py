@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 
 
@@ -12,9 +14,18 @@ def main() -> None:
 
         sys.stdout.write(f"hvmgr {__version__}\n")
         return
+    import gc
+
+    gc.set_threshold(50_000)  # imports make no garbage worth looking for: a tenth of the time to start
     from hvmgr.faces.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "libvirt" in sys.modules:
+        sys.exit(code)
+    # Nothing waits for Python's own end: it would take another tenth of the time of a command that only reads homes.
+    with contextlib.suppress(OSError):
+        sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.errors import HvmgrError
+from hvmgr.faces import cli
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,7 +35,7 @@ EXIT_CODES = {
 
 # Each face that turns errors into answers names its map here: a function from the class to its answer.
 FACE_MAPS: dict[str, Callable[[type[HvmgrError]], int]] = {
-    "cli": lambda kind: kind.exit_code,
+    "cli": cli.exit_code,
 }
 
 

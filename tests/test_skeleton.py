@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hvmgr
+from hvmgr.faces.cli.groups import EXIT_CODES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +35,41 @@ def test_help_names_every_target() -> None:
     assert targets is not None
     told = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert re.findall(r"^  make (\w+)", told, re.MULTILINE) == targets[1].split()
+
+
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_to_files_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:\s]+)(?:#[^)]*)?\)", page.read_text("utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_readme_begins_with_the_two_commands() -> None:
+    first, _, _ = (ROOT / "README.md").read_text("utf-8").partition("\n## ")
+    assert "    make demo" in first
+    assert "    make test" in first
+
+
+def test_readme_and_help_name_every_exit_code() -> None:
+    told = re.findall(r"^\| (\d+) \|", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert [int(code) for code in told] == sorted(EXIT_CODES)
+
+
+def test_documents_name_modules_that_exist() -> None:
+    for page in PAGES:
+        for name in re.findall(r"`((?:hvmgr|tests|bench|docs)/[\w/.*]+)`", page.read_text("utf-8")):
+            assert list(ROOT.glob(name)), f"{page.name}: {name}"
+
+
+def test_architecture_names_every_module_below_the_faces() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for layer in ("operations", "storage", "host", "model"):
+        row = re.search(rf"^\| {layer} \| (.*?) \|", page, re.MULTILINE)
+        assert row is not None
+        there = {path.stem for path in (ROOT / "hvmgr" / layer).glob("*.py")} - {"__init__"}
+        assert set(re.findall(r"`(\w+)`", row[1])) == there
 
 
 def test_source_archive_holds_what_the_tests_need() -> None:

@@ -21,8 +21,9 @@ from typing import Self
 from hvmgr import errors
 from hvmgr.storage import durable
 
-_TICK = re.compile(r"tick memory=(\d{6}) disk=([\d,]+|-) (ok|MISMATCH)")
-_BOOT = re.compile(r"boot disk=([\d,]+|-)")
+# A guest that was stopped in the middle of a line leaves it in front of the next one's first.
+_TICK = re.compile(r"tick memory=(\d{6}) disk=([\d,]+|-) (ok|MISMATCH)$")
+_BOOT = re.compile(r"boot disk=([\d,]+|-)$")
 _FILE_POLL_S = 0.02
 _PIECE = 65536
 
@@ -112,7 +113,7 @@ class Console:
                     console=str(self.path),
                     last=self._last,
                 )
-            if match := pattern.fullmatch(line):
+            if match := pattern.search(line):
                 return match
 
     def _next_line(self, deadline: float) -> str | None:

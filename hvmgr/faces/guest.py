@@ -73,8 +73,7 @@ def build(folder: Path | None = None) -> Guest:
     What was made once is kept under the kernel's version and the recipe, and used without asking apt again; a
     folder of it is complete or not there. Raises Unsupported where apt cannot help, HostFailed when it does not.
     """
-    folder = folder or settings.cache_folder() / "guest"
-    recipe = hashlib.sha256(repr(_MODULES).encode() + _INIT.read_bytes()).hexdigest()[:12]
+    folder, recipe = folder or _cache(), _recipe()
     if guest := _find(folder, recipe):
         return guest
     # QEMU runs as another user: each folder that we make on the way is open to it.
@@ -85,6 +84,11 @@ def build(folder: Path | None = None) -> Guest:
         if guest := _find(folder, recipe):
             return guest
         return _build(folder, recipe)
+
+
+def is_built() -> bool:
+    """Whether ``build`` finds the guest in the cache, and downloads nothing."""
+    return _find(_cache(), _recipe()) is not None
 
 
 def read_counter(data: bytes) -> int:
@@ -121,6 +125,14 @@ def pack(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
         archive += bytes(-len(archive) % 4) + data
         archive += bytes(-len(archive) % 4)
     return bytes(archive)
+
+
+def _cache() -> Path:
+    return settings.cache_folder() / "guest"
+
+
+def _recipe() -> str:
+    return hashlib.sha256(repr(_MODULES).encode() + _INIT.read_bytes()).hexdigest()[:12]
 
 
 def _find(folder: Path, recipe: str) -> Guest | None:

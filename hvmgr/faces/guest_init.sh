@@ -72,12 +72,13 @@ write_disks() { # DIGITS SECTOR…: on every disk and, for page cache that belon
     done
 }
 
-await_power_button() { # leaves /run/stop behind when it was pressed
+await_power_button() { # from when it returns, a press leaves /run/stop behind
     load power
     for node in /sys/class/input/event*; do
         read -r name < "$node/device/name"
         [ "$name" = "Power Button" ] || continue
-        { dd if="/dev/input/${node##*/}" of=/dev/null bs=24 count=1 status=none && : > /run/stop; } &
+        exec 3< "/dev/input/${node##*/}"
+        { dd of=/dev/null bs=24 count=1 status=none <&3 && : > /run/stop; } &
     done
 }
 
@@ -93,7 +94,7 @@ echo "boot disk=$values"
 count=1${values%%,*} # a leading 1 keeps the zeros and is not octal
 [ -n "$disks" ] || count=1000000
 write_disks "${count#1}" 0 1
-await_power_button &
+await_power_button
 
 verdict=ok last=${count#1}
 while [ ! -e /run/stop ]; do

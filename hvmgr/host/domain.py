@@ -228,10 +228,30 @@ class Domain:
             self._run_job(lambda handle: handle.snapshotCreateXML(xml, flags), progress)
 
     def writable_files(self) -> set[Path]:
-        """Files that its QEMU has open for writing, asked from QEMU itself; empty when it is off."""
+        """Files that its guest's disks write to, asked from QEMU itself; empty when it is off.
+
+        A file that QEMU has open for a switch that never came is none of them.
+        """
         if not self.is_active():
             return set()
-        return _writable(self.monitor("query-named-block-nodes", flat=True))
+        attached = _nodes_below(self.monitor("query-blockstats"))
+        return _writable(self.monitor("query-named-block-nodes", flat=True), attached)
+
+    def close_unused(self, path: Path) -> None:
+        """Makes QEMU close a file that no disk of its guest uses: libvirt died between opening and switching to it.
+
+        The names of its nodes would be in the way of the next switch.
+        """
+        used = _nodes_below(self.monitor("query-blockstats"))
+        nodes = self.monitor("query-named-block-nodes", flat=True)
+        names = {node["node-name"] for node in nodes}
+        for node in nodes:
+            name = node["node-name"]
+            if node["drv"] == "file" and name not in used and _path(node["file"]) == path:
+                for one in (name.replace("-storage", "-format"), name):
+                    if one in names:
+                        self.monitor("blockdev-del", node_name=one)
+                        names.discard(one)
 
     def blocked_reasons(self) -> list[str]:
         """Why QEMU could not save its memory now, in QEMU's words; empty when nothing is in the way."""
@@ -261,7 +281,7 @@ class Domain:
     def monitor(self, command: str, *, files: Iterable[int] = (), **arguments: object) -> Any:
         """What the running QEMU's monitor returns; libvirt marks the domain tainted by it, nothing more.
 
-        Never to change the block graph: libvirt would keep its old view of it.
+        Never to change the block graph that libvirt knows: it would keep its old view of it.
         """
         request: dict[str, object] = {"execute": command}
         if arguments:
@@ -349,15 +369,26 @@ def _snapshot_xml(children: Mapping[str, Path], others: Iterable[str], memory: P
     return etree.tostring(root, encoding="unicode")
 
 
-def _writable(nodes: list[dict[str, Any]]) -> set[Path]:
-    """Files behind the nodes that may write.
+def _nodes_below(devices: list[dict[str, Any]]) -> set[str]:
+    """The nodes of the guest's disks, from formats and filters down to the files, with those of all parent images."""
+    found: set[str] = set()
+    todo = list(devices)
+    while todo:
+        node = todo.pop()
+        found.add(node.get("node-name", ""))
+        todo += [node[key] for key in ("parent", "backing") if key in node]
+    return found
+
+
+def _writable(nodes: list[dict[str, Any]], attached: set[str]) -> set[Path]:
+    """Files behind those of the ``attached`` nodes that may write.
 
     Each file has a node of its own, ``libvirt-N-storage``, and mostly a format node ``libvirt-N-format`` on it. The
     former is opened with auto-read-only and then says nothing about writing: the latter decides where there is one.
     Names of format nodes are no use: QEMU cuts them off (a "json:…" of the whole chain) after 4 KiB.
     """
     read_only = {node["node-name"]: node["ro"] for node in nodes}
-    files = [node for node in nodes if node["drv"] in {"file", "host_device"}]
+    files = [node for node in nodes if node["drv"] in {"file", "host_device"} and node["node-name"] in attached]
     deciding = {node["node-name"]: node["node-name"].replace("-storage", "-format") for node in files}
     return {
         _path(node["file"])

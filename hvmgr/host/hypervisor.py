@@ -133,6 +133,14 @@ class Connection:
             with contextlib.suppress(libvirt_door.library().libvirtError):
                 handle.close()
 
+    def is_alive(self) -> bool:
+        """Whether it still has its daemon, which may have been restarted; the embedded driver needs none."""
+        if self.driver is Driver.EMBED:
+            return self._opened is not None
+        with contextlib.suppress(libvirt_door.library().libvirtError):
+            return self._opened is not None and bool(self._opened.isAlive())
+        return False
+
     # What the host is
 
     def capabilities(self) -> Capabilities:

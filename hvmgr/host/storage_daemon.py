@@ -13,6 +13,7 @@ What it promises:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import shutil
@@ -39,6 +40,9 @@ POLL_S = 0.05
 
 # One request of QEMU's block layer stays below 2 GiB.
 _ZEROES_MAX = 1 << 30
+# What is pulled is read through a socket: pieces that fit a request of NBD, 512 MiB between two reports of progress.
+_PULL_MAX = 16 << 20
+_PULLS_AT_ONCE = 32
 # Words on one command line of qemu-io: far below the kernel's limit.
 _COMMANDS_MAX = 1000
 
@@ -187,6 +191,46 @@ class Daemon:
             )
             self._io(uri, node, ["flush"])
 
+    def pull(
+        self, node: Node, parent: Node, *, base: Node, backing_file: str, ranges: Sequence[tuple[int, int]]
+    ) -> None:
+        """What ``stream`` does, for a caller who knows which (offset, length) ``node`` still takes from ``parent``.
+
+        QEMU 7.2 streams in steps of 512 KiB over the whole disk, data or not: 8 s for an empty TiB. Here only the
+        ranges are touched, at half of stream's speed for each byte. It may be killed and run again like ``stream``:
+        the header changes last. ``base`` is qcow2: QEMU writes the image's own format as that of the new parent.
+        """
+        assert base.fmt == node.fmt == "qcow2", "QEMU would state a wrong format"
+        what = f"stream {node.path.name}"
+        try:
+            self._pull_ranges(node, parent, ranges, what)
+        except errors.HostFailed:
+            # Whoever reads hears of a full disk as an I/O error; the job says what it is.
+            self.stream(node, base=base, backing_file=backing_file)
+            return
+        self.flush(node)
+        change: dict[str, object] = {"device": node.name, "image-node-name": node.name, "backing-file": backing_file}
+        self._execute("change-backing-file", change, node.path)
+        self.flush(node)
+
+    def _pull_ranges(self, node: Node, parent: Node, ranges: Sequence[tuple[int, int]], what: str) -> None:
+        name = self._name("pull")
+        options = {"driver": "copy-on-read", "node-name": name, "file": node.name, "bottom": parent.name}
+        self._execute("blockdev-add", {**options}, node.path)
+        through = self._nodes[name] = dataclasses.replace(node, name=name, writable=False)
+        pieces, done = list(_pieces(ranges, _PULL_MAX)), 0
+        total = sum(length for _, length in pieces)
+        try:
+            with self.exported(through) as uri:
+                for first in range(0, len(pieces), _PULLS_AT_ONCE):
+                    part = pieces[first : first + _PULLS_AT_ONCE]
+                    self._report_bytes(done, total, what)
+                    self._io(uri, node, [f"read {start} {length}" for start, length in part], read_only=True)
+                    done += sum(length for _, length in part)
+        finally:
+            self.close(through)
+        self._report_bytes(total, total, what)
+
     def commit(self, top: Node, base: Node) -> None:
         """Write what ``top`` and all below it down to ``base`` hold into ``base``, which then equals ``top``.
 
@@ -247,8 +291,9 @@ class Daemon:
         while any(entry["id"] == export for entry in self._query("query-block-exports")):
             self._session.wait_event(POLL_S)
 
-    def _io(self, uri: str, node: Node, commands: Sequence[str]) -> None:
-        options = [word for command in commands for word in ("-c", command)]
+    def _io(self, uri: str, node: Node, commands: Sequence[str], *, read_only: bool = False) -> None:
+        options = ["-r"] if read_only else []
+        options += [word for command in commands for word in ("-c", command)]
         try:
             process.run(["qemu-io", "-f", "raw", *options, uri], timeout_s=COMMAND_S * len(commands))
         except errors.HostFailed as error:
@@ -303,8 +348,11 @@ class Daemon:
         return next(job for job in self._query("query-jobs") if job["id"] == job_id)
 
     def _report(self, job: dict[str, Any], what: str) -> None:
+        self._report_bytes(job["current-progress"], job["total-progress"], what)
+
+    def _report_bytes(self, done: int, total: int, what: str) -> None:
         if self._on_progress is not None:
-            self._on_progress(Progress(job["current-progress"], job["total-progress"], what))
+            self._on_progress(Progress(done, total, what))
 
     def _virtual_size(self, name: str) -> int:
         nodes = self._query("query-named-block-nodes", {"flat": True})
@@ -364,7 +412,7 @@ def _file(path: Path, *, locked: bool = False) -> dict[str, object]:
     return {"driver": "blkdebug", "image": file, "take-child-perms": exclusive, "unshare-child-perms": exclusive}
 
 
-def _pieces(ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+def _pieces(ranges: Sequence[tuple[int, int]], largest: int = _ZEROES_MAX) -> Iterator[tuple[int, int]]:
     for offset, length in ranges:
-        for start in range(offset, offset + length, _ZEROES_MAX):
-            yield start, min(_ZEROES_MAX, offset + length - start)
+        for start in range(offset, offset + length, largest):
+            yield start, min(largest, offset + length - start)

@@ -63,12 +63,12 @@ class FreezeImage(Step):
 
 @dataclass(frozen=True, slots=True)
 class ThawImage(Step):
-    """An image outside the home gets back the mode that it had before it was frozen."""
+    """An image can be written again; one outside the home as before it was frozen, when no other VM needs it."""
 
     path: str
 
     def describe(self) -> str:
-        return f"give {self.path} its mode back"
+        return f"give {self.path} its mode back, unless another VM needs it"
 
 
 @dataclass(frozen=True, slots=True)

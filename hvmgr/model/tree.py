@@ -203,7 +203,7 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
     """
     for snapshot_id in snapshot_ids:
         require_node(tree, snapshot_id)
-    gone = [snapshot_id for snapshot_id in tree.nodes if snapshot_id in set(snapshot_ids)]
+    gone = set(snapshot_ids)
     emptied = _empty_undo(tree, busy=busy)
     nodes = {
         node.snapshot_id: dataclasses.replace(node, parent=heir(tree, node.parent, gone))
@@ -212,7 +212,9 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
     }
     present = dataclasses.replace(tree.present, parent=heir(tree, tree.present.parent, gone))
     after = dataclasses.replace(emptied.after, nodes=nodes, present=present)
-    freed = [path for snapshot_id in gone for path in tree.nodes[snapshot_id].disks.values()]
+    freed = [
+        path for snapshot_id in tree.nodes if snapshot_id in gone for path in tree.nodes[snapshot_id].disks.values()
+    ]
     removed = remove_userless(after, freed, busy=busy)
     merged = plan_merge(removed.after, busy=busy)
     return Change(after=merged.after, finish=(*emptied.finish, *removed.finish, *merged.finish))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +17,10 @@ from hvmgr.model.metadata import DiskRecord, Metadata
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.template import HostFacts, Template
+from hvmgr.model.tree import Leaf, Tree
 from hvmgr.operations import strangers
 from hvmgr.operations.session import Session
-from hvmgr.storage import images, index, templates, vm_home
+from hvmgr.storage import images, templates, vm_home
 
 _QEMU_FORMATS = {"vhd": images.VPC}
 _SUFFIXES = {images.QCOW2: ".qcow2", images.VPC: ".vhd", images.RAW: ".img"}
@@ -127,13 +127,13 @@ def _place(session: Session, slot: str, disk: DiskSpecification) -> _Placed:
 def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
     """An image that others stand on is never written: the new VM gets a differencing image on it."""
     path = str(header.path)
-    for name, disks in _written_by_others(session):
-        if any(images.identity(Path(one)) == header.identity for one in disks if Path(one).exists()):
-            raise errors.Conflict(
-                f"{path} is the disk of the VM '{name}'",
-                hint="copy it (without --in-place), or use another image",
-                path=path,
-            )
+    if writer := strangers.writers(session, [path]).get(path):
+        raise errors.Conflict(
+            f"{path} is the disk of the VM '{writer}'",
+            hint="copy it (without --in-place), or use another image",
+            path=path,
+        )
+    _require_whole(session, header)
     users = strangers.of(session, [path]).get(path)
     if not users:
         return _Placed(header.path, header.format, None)
@@ -143,18 +143,11 @@ def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
     return _Placed(child, images.QCOW2, step)
 
 
-def _written_by_others(session: Session) -> Iterator[tuple[str, list[str]]]:
-    """Each VM on this host with the images that it writes."""
-    from hvmgr.model import configuration
-
-    for domain in session.connection.domains():
-        parsed = configuration.parse(domain.xml(live=False), source=domain.name)
-        yield domain.name, list(vm_home.disks_of(parsed).values())
-    for entry in index.entries():
-        try:
-            yield entry.name, list(vm_home.disks_of(vm_home.open_home(entry.home).present()).values())
-        except errors.HvmgrError:
-            continue  # a home that cannot be read writes nothing through hvmgr
+def _require_whole(session: Session, header: images.Header) -> None:
+    """Every image below is there, and one that VMs can stand on; found later, it would keep the VM from any command."""
+    path = str(header.path)
+    found = session.home.load_images({path: header.format})
+    Tree(images=found, nodes={}, present=Leaf(parent=None, disks={})).chain(path)
 
 
 def _set_facts(session: Session, built: Configuration, slots: tuple[str, ...], change: str) -> None:

@@ -28,7 +28,7 @@ from hvmgr.model.metadata import SavedState, SnapshotType
 from hvmgr.model.tree import Tree
 from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, index, journal, locks, vm_home
-from hvmgr.storage.vm_home import SnapshotFile, VmHome
+from hvmgr.storage.vm_home import SnapshotEntry, VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
@@ -84,9 +84,11 @@ class Host:
 
     @property
     def connection(self) -> Connection:
-        """libvirt, connected when it is first needed."""
+        """libvirt, connected when it is first needed, and again when its daemon was restarted."""
         from hvmgr.host import hypervisor
 
+        if self._connection is not None and not self._connection.is_alive():
+            self.close()
         if self._connection is None:
             self._connection = hypervisor.connect(self.uri, wait_s=self.wait_s)
         return self._connection
@@ -264,7 +266,7 @@ class VM:
     def snapshots(self) -> list[Snapshot]:
         """All snapshots, oldest first."""
         self._complete()
-        return [_snapshot(self, one) for one in self.home.snapshots()]
+        return [_snapshot(self, entry) for entry in self.home.entries()]
 
     def snapshot(self, reference: str) -> Snapshot:
         """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
@@ -313,14 +315,14 @@ class VM:
         with self._work() as session:
             plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=type))
             self._run(session, plan)
-        return self.snapshot(snapshots.snapshot_of(plan))
+        return _snapshot(self, self.home.entry(snapshots.snapshot_of(plan)))
 
     def undo(self, *, discard_state: bool = False) -> None:
         """Present and undo slot change places."""
-        from hvmgr.operations import snapshots
+        from hvmgr.operations import replacement
 
         with self._work() as session:
-            self._run(session, snapshots.plan_undo(session, snapshots.Replacement(discard_state=discard_state)))
+            self._run(session, replacement.plan_undo(session, replacement.Replacement(discard_state=discard_state)))
 
     def revert(self, *, without_state: bool = False, keep_undo: bool = True, discard_state: bool = False) -> Snapshot:
         """Back to the snapshot above the present."""
@@ -393,7 +395,7 @@ class VM:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One snapshot as it was when it was asked for; ``disks`` maps slots to frozen images."""
+    """One snapshot as it was when it was asked for."""
 
     vm: VM = dataclasses.field(repr=False)
     id: str
@@ -403,7 +405,12 @@ class Snapshot:
     parent: str | None
     type: SnapshotType
     state: SavedState
-    disks: Mapping[str, str]
+    entry: SnapshotEntry = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def disks(self) -> Mapping[str, str]:
+        """The frozen images by slot."""
+        return self.entry.disks
 
     @property
     def has_state(self) -> bool:
@@ -419,18 +426,18 @@ class Snapshot:
         discard_state: bool = False,
     ) -> Snapshot | None:
         """The VM becomes what it was here; with ``snapshot_first`` the snapshot of the old present is returned."""
-        from hvmgr.operations import snapshots
+        from hvmgr.operations import replacement, snapshots
 
-        how = snapshots.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
+        how = replacement.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         first = None
         with self.vm._work() as session:  # noqa: SLF001 - one module, one idea
-            snapshots.plan_apply(session, self.id, how)  # refuses before anything is done
+            replacement.plan_apply(session, self.id, how)  # refuses before anything is done
             if snapshot_first:
                 plan = snapshots.plan_create(session, snapshots.Wish())
                 self.vm._run(session, plan)  # noqa: SLF001
                 first = snapshots.snapshot_of(plan)
                 session.forget_uses()
-            self.vm._run(session, snapshots.plan_apply(session, self.id, how))  # noqa: SLF001
+            self.vm._run(session, replacement.plan_apply(session, self.id, how))  # noqa: SLF001
         return None if first is None else self.vm.snapshot(first)
 
     def delete(self, *, subtree: bool = False, state_only: bool = False) -> list[str]:
@@ -460,8 +467,8 @@ class Snapshot:
             snapshots.describe(session, self.id, notes=notes)
 
 
-def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
-    record = one.record
+def _snapshot(vm: VM, entry: SnapshotEntry) -> Snapshot:
+    record = entry.record
     return Snapshot(
         vm=vm,
         id=record.id,
@@ -471,5 +478,5 @@ def _snapshot(vm: VM, one: SnapshotFile) -> Snapshot:
         parent=record.parent,
         type=record.type,
         state=record.state,
-        disks=dict(one.disks),
+        entry=entry,
     )

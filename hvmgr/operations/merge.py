@@ -13,22 +13,21 @@ from hvmgr.model import plan, tree
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
-from hvmgr.operations import snapshots
+from hvmgr.operations import snapshots, undo_slot
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, vm_home
+from hvmgr.storage import frozen, images, vm_home
 
 
 def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     """The snapshots go; their images go or are merged as far as nothing else needs them."""
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
-    records = {one.record.id: one.record for one in home.snapshots()}
     change = _merging_whole_images(session, lambda busy: tree.plan_delete(before, snapshot_ids, busy=busy))
     _require_space(before, change)
     change_id = session.new_id()
     present = home.present()
     facts = vm_home.require_facts(present)
-    finish: list[Step] = [*_free_managed_save(session, before), *snapshots.empty_undo_files(session, home.undo())]
+    finish: list[Step] = [*_free_managed_save(session, before), *undo_slot.emptied(session, home.undo())]
     finish += [
         _new_parent(session, node.snapshot_id, node.parent)
         for node in change.after.nodes.values()
@@ -39,7 +38,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
     finish += change.finish
-    names = ", ".join(f"'{records[one].name}'" for one in snapshot_ids[:3])
+    names = ", ".join(f"'{home.entry(one).record.name}'" for one in snapshot_ids[:3])
     more = f" and {len(snapshot_ids) - 3} more" if len(snapshot_ids) > 3 else ""
     return Plan(
         plan_id=change_id,
@@ -102,18 +101,27 @@ def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.
 
 
 def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change]) -> Change:
-    """A plan that leaves alone what a running VM has open, and frozen images that somebody has changed."""
+    """A plan that leaves alone what a running VM has open, and what a merge would make worse."""
     closed = session.busy_images()
     while True:
         change = planned(closed)
         merges = [step for step in change.finish if isinstance(step, plan.MergeUp | plan.MergeDown)]
         touched = {path for step in merges for path in (step.parent, step.child)} - closed
-        changed = {path for path in touched if frozen.is_changed(session.layout, Path(path))}
-        if not changed:
+        reasons = {path: _reason_against_merging(session, Path(path)) for path in sorted(touched)}
+        unfit = {path: reason for path, reason in reasons.items() if reason is not None}
+        if not unfit:
             return change
-        closed |= changed
-        for path in sorted(changed):
-            session.say(f"{path} was changed after it was frozen: it is not merged")
+        closed |= unfit.keys()
+        for path, reason in unfit.items():
+            session.say(f"{path} {reason}: it is not merged")
+
+
+def _reason_against_merging(session: Session, path: Path) -> str | None:
+    if frozen.is_changed(session.layout, path):
+        return "was changed after it was frozen"
+    if path.exists() and images.read(path, images.QCOW2).has_internal_snapshots:
+        return "holds snapshots of its own, made outside hvmgr, which would be lost"
+    return None
 
 
 def _require_space(before: Tree, change: Change) -> None:

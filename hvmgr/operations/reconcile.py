@@ -25,26 +25,42 @@ from hvmgr.model.metadata import DiskRecord, Metadata
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations import domain_steps, execution
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, images, vm_home
+from hvmgr.storage import frozen, images, journal, vm_home
 
 
 def bring_together(session: Session) -> None:
     """Nothing is left open, libvirt knows the VM, and the home says what libvirt says."""
+    if session.dry_run and journal.is_open(session.layout.journal):
+        raise _needs_a_real_run("an interrupted operation is open")
     execution.recover(session)
     if not session.layout.configuration.exists():
         raise errors.NotFound(f"there is no VM in {session.home.path} any more")
-    domain = session.find_domain() or _define_again(session)
+    found = session.find_domain()
+    if session.dry_run and found is None:
+        raise _needs_a_real_run("libvirt does not know the VM")
+    domain = found or _define_again(session)
     text = domain.xml(live=False)
     if text.encode() == session.layout.configuration.read_bytes():
         return
     present = session.home.present()
     edited = configuration.parse(text, source=f"libvirt's XML of {domain.name}")
     if edited.metadata() == present.metadata() and vm_home.disks_of(edited) == vm_home.disks_of(present):
+        if session.dry_run:
+            return
         domain_steps.write_present(session, plan.WritePresent())
         if not configuration.same(text, present.to_xml()):
             session.say("took over a change that was made to the VM outside hvmgr")
         return
+    if session.dry_run:
+        raise _needs_a_real_run("the VM's disks were changed outside hvmgr")
     _take_over(session, domain, present, edited)
+
+
+def _needs_a_real_run(what: str) -> errors.Conflict:
+    return errors.Conflict(
+        f"{what}: a dry run cannot tell what would follow",
+        hint="run a command without --dry-run, such as snapshot merge",
+    )
 
 
 def _define_again(session: Session) -> Domain:
@@ -81,13 +97,11 @@ def _take_over(session: Session, domain: Domain, present: Configuration, edited:
     gone = set(known.values()) - _still_there(session, edited)
     for path in sorted(gone):
         session.say(f"{path} is no longer used by the VM; it is kept as a detached disk")
-    facts = dataclasses.replace(
-        edited.metadata() or vm_home.require_facts(present),
-        parent=vm_home.require_facts(present).parent,
-        change=(change := session.new_id()),
-        disks=_records(session, vm_home.require_facts(present), known, vm_home.disks_of(edited)),
-    )
-    edited.set_metadata(facts)
+    steps += _own_nvram(session, edited)
+    facts = vm_home.require_facts(present)  # whatever the edit made of them: virsh define SNAPSHOT.xml, say
+    change = session.new_id()
+    records = _records(session, facts, known, vm_home.disks_of(edited))
+    edited.set_metadata(dataclasses.replace(facts, change=change, disks=records))
     execution.run(
         session,
         Plan(
@@ -116,6 +130,16 @@ def _fresh_child(session: Session, domain: Domain, edited: Configuration, slot: 
     edited.set_disk_source(slot, child, images.QCOW2)
     session.say(f"disk {slot} was pointed to the frozen image {path}; it goes on in a fresh child of it")
     return plan.CreateImage(path=str(child), size=images.read(Path(path), fmt).size, parent=path, parent_format=fmt)
+
+
+def _own_nvram(session: Session, edited: Configuration) -> list[Step]:
+    """A VM that somebody defined from a snapshot's XML leaves the snapshot its firmware variables."""
+    theirs = edited.nvram
+    if theirs is None or not theirs.is_relative_to(session.layout.snapshots):
+        return []
+    nvram = session.layout.nvram(session.new_id())
+    edited.set_nvram(nvram)
+    return [plan.CopyFile(source=str(theirs), target=str(nvram))] if theirs.exists() else []
 
 
 def _chain(session: Session, edited: Configuration, slot: str) -> list[str]:

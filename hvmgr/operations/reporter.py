@@ -27,3 +27,4 @@ class Reporter:
     notice: Callable[[str], None] = _silent
     progress: Callable[[Progress], None] = _silent
     approve: Callable[[Plan], bool] = _agree
+    dry_run: bool = False  # nothing is changed, not even what would be set right first

@@ -96,6 +96,11 @@ class Session:
         return self._owner
 
     @property
+    def dry_run(self) -> bool:
+        """Whether nothing at all is to be changed."""
+        return self._reporter.dry_run
+
+    @property
     def interrupts(self) -> Interrupts:
         """Ctrl-C, held back while it would leave something half-done."""
         return self._interrupts
@@ -171,8 +176,11 @@ class Session:
             durable.remove(self._daemon_note)
 
     def hold(self, path: str, fmt: str) -> None:
-        """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it."""
-        self._held.append(self.daemon.open(Path(path), fmt, writable=True))
+        """Keep QEMU's own lock on an image, so that nobody starts a VM that writes to it.
+
+        Its parents stay closed: they are frozen, and opening a chain of 64 takes 30 ms.
+        """
+        self._held.append(self.daemon.open(Path(path), fmt, writable=True, detached_backing=True))
 
     def release(self) -> None:
         """Let go of all held images."""

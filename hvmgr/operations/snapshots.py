@@ -1,4 +1,4 @@
-"""Snapshots of one VM: create, apply, undo, revert, rename. Each plans with the model, then runs the plan."""
+"""Snapshots of one VM: create, rename, and what other operations need to know of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hvmgr.host import saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
-from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord, SnapshotType
+from hvmgr.model.metadata import SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Tree
-from hvmgr.operations import strangers
+from hvmgr.operations import strangers, undo_slot
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, frozen, images, vm_home
+from hvmgr.storage import durable, images, vm_home
 
 NAME_LENGTH = 100
 
@@ -31,30 +31,27 @@ class Wish:
     type: SnapshotType = SnapshotType.STANDARD
 
 
-@dataclass(frozen=True, slots=True)
-class Replacement:
-    """How an apply treats the present."""
-
-    without_state: bool = False
-    keep_undo: bool = True
-    discard_state: bool = False
-
-
 # --- create ---------------------------------------------------------------------------------------------------------
 
 
 def plan_create(session: Session, wish: Wish) -> Plan:
     """The present becomes a snapshot, and goes on in new images."""
     name = require_name(wish.name) if wish.name is not None else None
+    if wish.type is SnapshotType.PRODUCTION:
+        raise errors.Unsupported(
+            "production snapshots are not there yet: nothing quiets the guest's file systems",
+            hint="take the disks alone with --type disk-only, or memory and disks with --type standard",
+        )
     home, layout, state = session.home, session.layout, session.state()
     present = home.present()
     facts = vm_home.require_facts(present)
     undo = home.undo()
     before = present_tree(session) if undo is None else whole_tree(session)
     snapshot_id, change_id, moment = session.new_id(), session.new_id(), session.now()
+    _require_own_disks(session, present)
     children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
     change = tree.plan_create(before, snapshot_id, children)
-    _warn_of_depth(session, change.after)
+    warn_of_depth(session, change.after)
     saved = _state_to_save(session, state, wish.type, present)
     record = SnapshotRecord(
         id=snapshot_id,
@@ -67,11 +64,11 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     )
     snapshot = present.copy()
     keep_nvram = _keeps_nvram(present)
-    if keep_nvram:
+    if present.nvram is not None:  # also when no start has made it yet: that is what comes back then
         snapshot.set_nvram(layout.snapshot_nvram(snapshot_id))
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
     after = present.copy()
-    _point_disks(after, children)
+    point_disks(after, children)
     after.set_metadata(dataclasses.replace(facts, parent=snapshot_id, change=change_id))
 
     creates = [step for step in change.prepare if isinstance(step, plan.CreateImage)]
@@ -97,7 +94,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     finish += [
         plan.WriteSnapshot(snapshot_id=snapshot_id, xml=snapshot.to_xml()),
         plan.WritePresent(),
-        *empty_undo_files(session, undo),
+        *undo_slot.emptied(session, undo),
         *change.finish,
         plan.RecordFrozen(paths=tuple(step.path for step in freezes)),
     ]
@@ -109,7 +106,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
         prepare=tuple(prepare),
         switch=switch,
         finish=tuple(finish),
-        hold=() if active else _working(before),
+        hold=() if active else working(before),
     )
 
 
@@ -153,6 +150,22 @@ def _state_to_save(session: Session, state: State, wanted: SnapshotType, present
         return SavedState.NONE
     _require_memory(session, present)
     return SavedState.RUNNING if state is State.RUNNING else SavedState.PAUSED
+
+
+def _require_own_disks(session: Session, present: Configuration) -> None:
+    """A disk that is frozen under a VM that writes it loses that VM's data."""
+    for disk in present.disks():
+        if disk.takes_part and disk.shareable:
+            raise errors.Unsupported(
+                f"disk {disk.slot} is shareable: other VMs may write it while a snapshot needs it unchanged",
+                hint="leave it out of snapshots: snapshot='no' on the <disk>",
+            )
+    for path, name in strangers.writers(session, vm_home.disks_of(present).values()).items():
+        raise errors.Conflict(
+            f"{path} is written by the VM '{name}' as well",
+            hint="give each VM a disk of its own, or leave it out of snapshots: snapshot='no' on the <disk>",
+            path=path,
+        )
 
 
 def _require_same_disks(session: Session, present: Configuration) -> None:
@@ -211,224 +224,13 @@ def _copies_of_firmware(
     return steps
 
 
-# --- apply, revert, undo --------------------------------------------------------------------------------------------
-
-
-def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
-    """The VM becomes what it was at a snapshot; its name and id stay, its present goes into the undo slot."""
-    home, layout = session.home, session.layout
-    present, target = home.present(), home.snapshot(snapshot_id)
-    facts, record = vm_home.require_facts(present), _record(target)
-    before = whole_tree(session)
-    node = tree.require_node(before, snapshot_id)
-    for path in node.disks.values():
-        for image in before.chain(path):
-            frozen.require_unchanged(layout, Path(image.path))
-    children = {slot: str(layout.image(slot, session.new_id())) for slot in node.disks}
-    change = tree.plan_apply(before, snapshot_id, children, keep_undo=how.keep_undo)
-    _warn_of_depth(session, change.after)
-    change_id = session.new_id()
-    after = target.copy()
-    _become_present(session, after, present)
-    _point_disks(after, children)
-    prepare: list[Step] = list(change.prepare)
-    if target.nvram is not None:
-        nvram = layout.nvram(session.new_id())
-        after.set_nvram(nvram)
-        if target.nvram.exists():
-            prepare.append(plan.CopyFile(source=str(target.nvram), target=str(nvram)))
-    target_facts = vm_home.require_facts(target)
-    after.set_metadata(
-        Metadata(
-            home=home.path,
-            uri=facts.uri,
-            created=facts.created,
-            parent=snapshot_id,
-            disks=target_facts.disks,
-            change=change_id,
-        )
-    )
-    prepare += _put_present_away(session, present, facts, how)
-    uses_memory = record.state is not SavedState.NONE and not how.without_state
-    if uses_memory:
-        prepare.append(_start_from(session, record, after, children))
-    tpm = layout.snapshot_tpm(snapshot_id)
-    finish: list[Step] = []
-    if tpm.is_dir() and not uses_memory:
-        target_folder = session.connection.tpm_folder(home.vm_id)
-        finish.append(plan.ReplaceFolder(source=str(tpm), target=str(target_folder)))
-    return Plan(
-        plan_id=change_id,
-        vm_id=home.vm_id,
-        operation="snapshot apply",
-        subject=f"return of {present.name} to snapshot '{record.name}'",
-        prepare=tuple(prepare),
-        switch=plan.Define(xml=after.to_xml()),
-        finish=(
-            *finish,
-            *_fill_undo(session, present, keep=how.keep_undo),
-            plan.WritePresent(),
-            *change.finish,
-            plan.RemoveFile(path=str(layout.put_away)),
-        ),
-        hold=_working(before),
-    )
-
-
-def plan_undo(session: Session, how: Replacement) -> Plan:
-    """Present and undo slot change places."""
-    home = session.home
-    present, undo = home.present(), home.undo()
-    before = whole_tree(session)
-    tree.plan_undo(before)
-    assert undo is not None
-    facts = vm_home.require_facts(present)
-    undo_facts = vm_home.require_facts(undo)
-    for path in vm_home.disks_of(undo).values():
-        for image in before.chain(path)[1:]:
-            frozen.require_unchanged(session.layout, Path(image.path))
-    change_id = session.new_id()
-    after = undo.copy()
-    _become_present(session, after, present)
-    after.set_metadata(dataclasses.replace(undo_facts, change=change_id))
-    finish: list[Step] = []
-    tpm = session.layout.tpm_copy(undo_facts.change or "")
-    if tpm.is_dir():
-        target = session.connection.tpm_folder(home.vm_id)
-        finish += [plan.ReplaceFolder(source=str(tpm), target=str(target)), plan.RemoveFolder(path=str(tpm))]
-    return Plan(
-        plan_id=change_id,
-        vm_id=home.vm_id,
-        operation="snapshot undo",
-        subject=f"undo of the last apply of {present.name}",
-        prepare=tuple(_put_present_away(session, present, facts, how)),
-        switch=plan.Define(xml=after.to_xml()),
-        finish=(
-            *finish,
-            plan.ReplaceFile(path=str(session.layout.undo), text=present.to_xml()),
-            plan.WritePresent(),
-            plan.RemoveFile(path=str(session.layout.put_away)),
-        ),
-        hold=_working(before),
-    )
-
-
-def _become_present(session: Session, after: Configuration, present: Configuration) -> None:
-    """What an old configuration takes over from the present: name and id; a new generation id; media that are gone."""
-    after.set_name(present.name)
-    after.set_uuid(present.uuid)
-    if after.genid is not None:
-        after.set_genid(session.new_id())
-    after.strip_backing_chains()
-    _eject_missing(session, after)
-
-
-def _eject_missing(session: Session, after: Configuration) -> None:
-    for disk in after.disks():
-        is_local = disk.is_removable and disk.source is not None and disk.type in {"file", "block"}
-        if is_local and disk.source is not None and not Path(disk.source).exists():
-            after.eject(disk.slot)
-            session.say(f"{disk.source} is gone: {disk.slot} is empty now")
-
-
-def _put_present_away(session: Session, present: Configuration, facts: Metadata, how: Replacement) -> list[Step]:
-    """The present is off afterwards; what it had in memory can be put back until the new state is in place."""
-    state, memory = session.state(), str(session.layout.put_away)
-    steps: list[Step] = []
-    if state is State.CRASHED or (how.discard_state and state is not State.OFF):
-        steps.append(plan.DiscardPresent())
-    elif state is State.SLEEPING:
-        raise errors.Conflict(f"{present.name} sleeps", hint="wake it up, or give --discard-state")
-    elif state in (State.RUNNING, State.PAUSED):
-        if reasons := session.domain().blocked_reasons():
-            raise errors.Conflict(
-                f"{present.name} runs and its memory cannot be saved: {'; '.join(reasons)}",
-                hint="stop it first, or give --discard-state to lose what it has in memory",
-            )
-        _require_true_view(session)
-        steps.append(plan.SavePresent(memory=memory, paused=state is State.PAUSED))
-    elif state is State.SAVED:
-        steps.append(plan.TakeManagedSave(memory=memory))
-    folder = session.connection.tpm_folder(session.home.vm_id)
-    if present.has_tpm and folder.is_dir() and facts.change is not None:
-        steps.append(plan.CopyFolder(source=str(folder), target=str(session.layout.tpm_copy(facts.change))))
-    return steps
-
-
-def _require_true_view(session: Session) -> None:
-    """Saved memory can only be put back when libvirt knows the images that belong to it."""
-    domain = session.domain()
-    live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
-    writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
-    for slot, path in vm_home.disks_of(live).items():
-        if path not in writing:
-            raise errors.Conflict(
-                f"disk {slot}: QEMU does not write to {path}, as libvirt believes, so that its memory cannot be kept",
-                hint="stop it first, or give --discard-state to lose what it has in memory",
-                path=path,
-            )
-
-
-def _start_from(
-    session: Session, record: SnapshotRecord, after: Configuration, children: dict[str, str]
-) -> plan.StartFrom:
-    memory = session.layout.memory(record.id)
-    try:
-        saved = saved_state.read(memory)
-    except errors.HvmgrError as error:
-        raise errors.Corrupt(
-            f"the saved state of snapshot '{record.name}' cannot be used: {error}",
-            hint="apply it with --without-state: its disks are whole",
-        ) from error
-    if not saved.complete:
-        raise errors.Corrupt(
-            f"the saved state of snapshot '{record.name}' is not complete",
-            hint="apply it with --without-state: its disks are whole",
-        )
-    live = configuration.parse(saved.xml, source=str(memory))
-    live.strip_backing_chains()
-    live.set_name(after.name)
-    _point_disks(live, children)
-    if after.nvram is not None:
-        live.set_nvram(after.nvram)
-    _eject_missing(session, live)
-    return plan.StartFrom(memory=str(memory), xml=live.to_xml(), paused=record.state is SavedState.PAUSED)
-
-
-def _fill_undo(session: Session, present: Configuration, *, keep: bool) -> list[Step]:
-    """The undo slot holds this present, or nothing; what it held before leaves no file behind."""
-    old = session.home.undo()
-    if not keep:
-        return [*empty_undo_files(session, old), *_firmware_files(session, present)]
-    steps = [] if old is None else _firmware_files(session, old)
-    return [*steps, plan.ReplaceFile(path=str(session.layout.undo), text=present.to_xml())]
-
-
-def empty_undo_files(session: Session, undo: Configuration | None) -> list[Step]:
-    """The files of the undo slot go; its images are the planner's matter."""
-    if undo is None:
-        return []
-    return [plan.RemoveFile(path=str(session.layout.undo)), *_firmware_files(session, undo)]
-
-
-def _firmware_files(session: Session, gone: Configuration) -> list[Step]:
-    """NVRAM and TPM state that belonged to a present which is dropped for good."""
-    steps: list[Step] = []
-    facts = vm_home.require_facts(gone)
-    if gone.nvram is not None and gone.nvram.parent == session.layout.vm_folder:
-        steps.append(plan.RemoveFile(path=str(gone.nvram)))
-    if gone.has_tpm and facts.change is not None:
-        steps.append(plan.RemoveFolder(path=str(session.layout.tpm_copy(facts.change))))
-    return steps
-
-
 # --- rename, notes --------------------------------------------------------------------------------------------------
 
 
 def describe(session: Session, snapshot_id: str, *, name: str | None = None, notes: str | None = None) -> None:
     """A snapshot has another name or other notes; the only things of it that can be changed."""
     snapshot = session.home.snapshot(snapshot_id)
-    facts, record = vm_home.require_facts(snapshot), _record(snapshot)
+    facts, record = vm_home.require_facts(snapshot), record_of(snapshot)
     subject = f"new {'notes' if name is None else 'name'} of snapshot '{record.name}' of {session.home.name}"
     if name is not None:
         record = dataclasses.replace(record, name=require_name(name))
@@ -454,14 +256,16 @@ def present_tree(session: Session) -> Tree:
     return session.home.present_tree()
 
 
-def _record(snapshot: Configuration) -> SnapshotRecord:
+def record_of(snapshot: Configuration) -> SnapshotRecord:
+    """What a snapshot's configuration says of the snapshot; Corrupt when it is none."""
     record = vm_home.require_facts(snapshot).snapshot
     if record is None:
         raise errors.Corrupt(f"{snapshot.source} is no snapshot", path=snapshot.source)
     return record
 
 
-def _point_disks(target: Configuration, children: dict[str, str]) -> None:
+def point_disks(target: Configuration, children: dict[str, str]) -> None:
+    """The disks are these qcow2 images, by slot."""
     target.strip_backing_chains()
     for slot, path in children.items():
         target.set_disk_source(slot, Path(path), images.QCOW2)
@@ -472,10 +276,12 @@ def _keeps_nvram(present: Configuration) -> bool:
     return present.nvram is not None and present.nvram.exists()
 
 
-def _working(before: Tree) -> tuple[tuple[str, str], ...]:
-    return tuple((path, before.chain(path)[0].format) for path in before.present.disks.values())
+def working(before: Tree) -> tuple[tuple[str, str], ...]:
+    """What is held while the present is put away; one that is missing cannot be held, and going back is the way out."""
+    return tuple((path, before.images[path].format) for path in before.present.disks.values() if path in before.images)
 
 
-def _warn_of_depth(session: Session, after: Tree) -> None:
+def warn_of_depth(session: Session, after: Tree) -> None:
+    """Say when chains have become long."""
     if (depth := after.depth()) > tree.WARN_DEPTH:
         session.say(f"the disks stand on chains of up to {depth} images; each one makes the next start slower")

@@ -10,7 +10,7 @@ from hvmgr.host.domain import State
 from hvmgr.model import plan, specification, tree
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Tree
-from hvmgr.operations import snapshots
+from hvmgr.operations import snapshots, undo_slot
 from hvmgr.operations.session import Session
 
 _POLL_S = 0.2
@@ -89,7 +89,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
     _require_no_strangers(before)
     nodes = list(before.nodes)
     finish: list[Step] = [
-        *snapshots.empty_undo_files(session, home.undo()),
+        *undo_slot.emptied(session, home.undo()),
         *(plan.RemoveSnapshot(snapshot_id=one) for one in nodes),
     ]
     if with_disks:
@@ -100,11 +100,8 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         moves = _complete_images(session, change.after)
         finish += [step for step in moves if isinstance(step, plan.Flatten)]
         finish += [step for step in moves if isinstance(step, plan.MoveImage)]
-    finish += [
-        plan.ThawImage(path=image.path)
-        for image in before.images.values()
-        if image.keeper is Keeper.OUTSIDE and not before.strangers.get(image.path)
-    ]
+        finish += _free_what_stays(change.after, {step.path for step in moves if isinstance(step, plan.Flatten)})
+    finish += [plan.ThawImage(path=image.path) for image in before.images.values() if image.keeper is Keeper.OUTSIDE]
     return Plan(
         plan_id=session.new_id(),
         vm_id=home.vm_id,
@@ -112,7 +109,7 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         subject=f"deletion of {present.name}",
         switch=plan.UndefineDomain(),  # from here on nobody can start it
         finish=(*finish, plan.RemoveHome()),
-        hold=tuple((path, before.chain(path)[0].format) for path in before.present.disks.values()),
+        hold=snapshots.working(before),
     )
 
 
@@ -129,6 +126,16 @@ def _complete_images(session: Session, after: Tree) -> list[Step]:
         taken.add(target)
         steps.append(plan.MoveImage(source=path, target=target))
     return steps
+
+
+def _free_what_stays(after: Tree, flattened: set[str]) -> list[Step]:
+    """Bases and detached disks that no image stands on any more are files like any other."""
+    needed = {image.parent for image in after.images.values() if image.path not in flattened}
+    return [
+        plan.ThawImage(path=image.path)
+        for image in after.images.values()
+        if image.keeper is not Keeper.OUTSIDE and image.path not in needed
+    ]
 
 
 def _free_name(session: Session, stem: str, taken: set[str]) -> str:
@@ -156,4 +163,14 @@ def _is_ours(image: Image) -> bool:
 
 
 def _children_first(before: Tree) -> list[Image]:
-    return sorted(before.images.values(), key=lambda image: -len(before.chain(image.path)))
+    return sorted(before.images.values(), key=lambda image: -_depth(before, image))
+
+
+def _depth(before: Tree, image: Image) -> int:
+    """How many images of a chain are left, damaged or not."""
+    seen: set[str] = set()
+    below: Image | None = image
+    while below is not None and below.path not in seen:
+        seen.add(below.path)
+        below = None if below.parent is None else before.images.get(below.parent)
+    return len(seen)

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.model.layout import Layout
-from hvmgr.storage import durable
+from hvmgr.storage import durable, index
 
 FROZEN_MODE = 0o400
 WORKING_MODE = 0o600
 
 
 def freeze(layout: Layout, path: Path) -> None:
-    """The image is read-only; a mode that is not ours is remembered for ``thaw``."""
+    """The image is read-only; the mode of one outside the home is remembered for ``thaw``, whichever VM does that."""
     if not path.is_file():
         return  # a block device has no mode worth changing
     mode = path.stat().st_mode & 0o7777
@@ -27,14 +27,23 @@ def freeze(layout: Layout, path: Path) -> None:
         return
     if not layout.owns(str(path)):
         _write(layout, path, {"mode": mode})
+        index.keep_mode(path, mode)
     durable.set_mode(path, FROZEN_MODE)
 
 
 def thaw(layout: Layout, path: Path) -> None:
-    """The image is writable as it was before it was frozen, and its record is gone."""
-    facts = _read(layout, path) or {}
+    """The image is writable as it was before it was frozen, and its record is gone.
+
+    One outside the home that nobody is known to have frozen keeps the mode that it has.
+    """
     if path.is_file():
-        durable.set_mode(path, int(facts.get("mode", WORKING_MODE)))
+        if layout.owns(str(path)):
+            durable.set_mode(path, WORKING_MODE)
+        else:
+            mode = (_read(layout, path) or {}).get("mode", index.kept_mode(path))
+            if mode is not None:
+                durable.set_mode(path, mode)
+            index.forget_mode(path)
     forget(layout, path)
 
 

@@ -25,7 +25,8 @@ _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
 _EXTENSION_END = 0
 _EXTENSION_BACKING_FORMAT = 0xE2792ACA
-_HEADER_READ = 64 << 10
+_HEADER_READ = 4 << 10  # QEMU writes the parent's name directly behind the header; it may be anywhere in the first ...
+_HEADER_MAX = 64 << 10  # ... cluster
 
 _VHD_COOKIE = b"conectix"
 _VHD_FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
@@ -60,7 +61,10 @@ class Header:
 
 def identity(path: Path) -> tuple[int, int]:
     """Device and inode: what an image is, whatever its path."""
-    facts = path.stat()
+    return _identity(path.stat())
+
+
+def _identity(facts: os.stat_result) -> tuple[int, int]:
     if stat.S_ISBLK(facts.st_mode):
         return (-1, facts.st_rdev)
     return (facts.st_dev, facts.st_ino)
@@ -68,7 +72,7 @@ def identity(path: Path) -> tuple[int, int]:
 
 def probe(path: Path) -> str:
     """The format by the file's magic numbers; raises Unsupported for one that hvmgr cannot run on."""
-    head, size = _head(path)
+    head, size, _ = _head(path)
     if head.startswith(_QCOW2_MAGIC):
         return QCOW2
     for magic, name in _FOREIGN_MAGICS:
@@ -88,19 +92,19 @@ def read(path: Path, fmt: str) -> Header:
     if fmt == VPC:
         return _read_vhd(path)
     if fmt == RAW:
-        head, size = _head(path)
-        return _plain(path, RAW, size - size % 512 if len(head) < 512 else size)
+        head, size, facts = _head(path)
+        return _plain(path, RAW, size - size % 512 if len(head) < 512 else size, facts)
     raise errors.Unsupported(
         f"{path} has the format {fmt}", hint=f"convert it: qemu-img convert -f {fmt} -O qcow2 {path} NEW.qcow2"
     )
 
 
-def _plain(path: Path, fmt: str, size: int) -> Header:
-    return Header(path, fmt, size, None, None, _allocated(path), identity(path))
+def _plain(path: Path, fmt: str, size: int, facts: os.stat_result) -> Header:
+    return Header(path, fmt, size, None, None, _allocated(facts), _identity(facts))
 
 
 def _read_qcow2(path: Path) -> Header:
-    head, _ = _head(path)
+    head, _, facts = _head(path)
     if len(head) < _QCOW2_HEADER.size or not head.startswith(_QCOW2_MAGIC):
         raise errors.Corrupt(f"{path} is no qcow2 image", hint="see what it is with: qemu-img info", path=str(path))
     fields = _QCOW2_HEADER.unpack_from(head)
@@ -120,11 +124,13 @@ def _read_qcow2(path: Path) -> Header:
     backing = backing_format = None
     if backing_offset:
         if backing_offset + backing_length > len(head):
+            head, _, facts = _head(path, _HEADER_MAX)
+        if backing_offset + backing_length > len(head):
             raise errors.Corrupt(f"{path} names its parent outside its header", path=str(path))
         backing = head[backing_offset : backing_offset + backing_length].decode(errors="surrogateescape")
         backing_format = _backing_format(head, header_length, backing_offset)
         backing = _as_path(path, backing)
-    return Header(path, QCOW2, size, backing, backing_format, _allocated(path), identity(path), bool(snapshots))
+    return Header(path, QCOW2, size, backing, backing_format, _allocated(facts), _identity(facts), bool(snapshots))
 
 
 def _as_path(path: Path, backing: str) -> str:
@@ -148,13 +154,11 @@ def _backing_format(head: bytes, start: int, end: int) -> str | None:
 
 
 def _read_vhd(path: Path) -> Header:
-    head, size = _head(path)
+    head, size, facts = _head(path)
     at_end = _vhd_footer_at_end(path, size)
     footer = head[:512] if head.startswith(_VHD_COOKIE) else at_end
     if footer is None:
         raise errors.Corrupt(f"{path} is no VHD: it has no footer", path=str(path))
-    if _vhd_checksum(footer) != struct.unpack_from(">I", footer, 64)[0]:
-        raise errors.Corrupt(f"{path} has a footer with a wrong checksum", path=str(path))
     fields = _VHD_FOOTER.unpack(footer)
     creator, current = fields[5], fields[9]
     cylinders, heads, sectors, kind = fields[10], fields[11], fields[12], fields[13]
@@ -163,6 +167,10 @@ def _read_vhd(path: Path) -> Header:
             f"{path} is a differencing VHD; QEMU would read zeros in place of its parent's data",
             hint="merge it into its parent first, on Windows or with a tool that knows differencing VHDs",
             path=str(path),
+        )
+    if _vhd_checksum(footer) != struct.unpack_from(">I", footer, 64)[0]:
+        raise errors.Corrupt(
+            f"{path} has a footer with a wrong checksum", hint="get a whole copy of the file", path=str(path)
         )
     if kind not in (_VHD_FIXED, _VHD_DYNAMIC):
         raise errors.Unsupported(f"{path} is a VHD of the unknown type {kind}")
@@ -177,7 +185,7 @@ def _read_vhd(path: Path) -> Header:
         )
     if kind == _VHD_FIXED and size < current + 512:
         raise errors.Corrupt(f"{path} is cut off: a disk of {current} bytes in a file of {size}", path=str(path))
-    return _plain(path, VPC, current)
+    return _plain(path, VPC, current, facts)
 
 
 def _vhd_footer_at_end(path: Path, size: int) -> bytes | None:
@@ -193,11 +201,13 @@ def _vhd_checksum(footer: bytes) -> int:
     return ~(sum(footer) - sum(footer[64:68])) & 0xFFFFFFFF
 
 
-def _head(path: Path) -> tuple[bytes, int]:
+def _head(path: Path, length: int = _HEADER_READ) -> tuple[bytes, int, os.stat_result]:
+    """The first bytes, the size, and what the file system says; a block device has no size in its inode."""
     try:
         with path.open("rb", buffering=0) as file:
-            head = file.read(_HEADER_READ)
+            head = file.read(length)
             size = file.seek(0, os.SEEK_END)
+            facts = os.fstat(file.fileno())
     except FileNotFoundError as error:
         raise errors.NotFound(
             f"the image {path} is missing", hint="put the file back where it was", path=str(path)
@@ -206,8 +216,8 @@ def _head(path: Path) -> tuple[bytes, int]:
         raise errors.UsageError(f"{path} is a folder, not an image") from error
     except OSError as error:
         raise errors.HostFailed(f"{path} cannot be read: {error.strerror}", path=str(path)) from error
-    return head, size
+    return head, size, facts
 
 
-def _allocated(path: Path) -> int:
-    return path.stat().st_blocks * 512
+def _allocated(facts: os.stat_result) -> int:
+    return facts.st_blocks * 512

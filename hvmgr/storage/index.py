@@ -66,19 +66,32 @@ def forget(vm_id: str) -> None:
         durable.remove(file)
 
 
-def users(paths: Iterable[Path], *, besides: str) -> dict[Path, tuple[str, ...]]:
-    """The names of other VMs that need each of these images; images without such users are left out."""
-    wanted = {images.identity(path): path for path in paths if path.exists()}
-    found: dict[Path, list[str]] = {}
-    for entry in entries():
-        if entry.vm_id == besides:
-            continue
-        for text in entry.outside:
-            path = Path(text)
-            mine = wanted.get(images.identity(path)) if path.exists() else None
-            if mine is not None:
-                found.setdefault(mine, []).append(entry.name)
-    return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
+def keep_mode(path: Path, mode: int) -> None:
+    """The first VM that freezes an image outside all homes notes its mode here, for the last one that lets go of it."""
+    file = _mode_file(_make_folder("modes"), path)
+    if not file.exists():
+        durable.write_file(file, json.dumps({"path": str(path), "mode": mode}).encode())
+
+
+def kept_mode(path: Path) -> int | None:
+    """The mode that the image had before it was frozen; None when that is not known."""
+    try:
+        facts = json.loads(_mode_file(settings.index_folder() / "modes", path).read_bytes())
+        return int(facts["mode"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
+def forget_mode(path: Path) -> None:
+    """The image has its own mode."""
+    file = _mode_file(settings.index_folder() / "modes", path)
+    if file.exists():
+        durable.remove(file)
+
+
+def _mode_file(folder: Path, path: Path) -> Path:
+    device, inode = images.identity(path)
+    return folder / f"{device}-{inode}.json"
 
 
 @contextlib.contextmanager

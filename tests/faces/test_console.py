@@ -115,6 +115,14 @@ def test_log_file_is_read_from_its_start_on_request(tmp_path):
         assert screen.wait_for("poweroff", 1) == "poweroff disk=000006"
 
 
+def test_tick_behind_a_line_that_was_cut_off_is_read(tmp_path):
+    log = tmp_path / "serial.log"
+    log.write_bytes(b"tick memory=0000tick memory=000031 disk=000030 ok\r\ntick mboot disk=000007\r\n")
+    with Console(log, from_start=True) as screen:
+        assert screen.next_tick(1) == Tick(31, (30,), ok=True)
+        assert screen.next_boot(1) == (7,)
+
+
 def test_guest_without_disks_has_no_disk_count(tmp_path):
     log = tmp_path / "serial.log"
     log.write_bytes(b"boot disk=-\r\ntick memory=000001 disk=- ok\r\n")

@@ -145,6 +145,21 @@ def test_switch_disks_alone(domain, base, make_image):
     assert domain.snapshot_count() == 0
 
 
+def test_file_of_a_switch_that_never_came_is_not_written_and_can_be_closed(domain, base, make_image):
+    child = make_image("child.qcow2", backing=base)
+    child.chmod(0o666)
+    domain.start()
+    domain.monitor("blockdev-add", node_name="libvirt-2-storage", driver="file", filename=str(child))
+    domain.monitor("blockdev-add", node_name="libvirt-2-format", driver="qcow2", file="libvirt-2-storage", backing=None)
+    assert domain.writable_files() == {base}
+    with pytest.raises(HostFailed, match="Duplicate"):
+        domain.switch_disks({"vda": child})
+    domain.close_unused(base)  # in use: stays open
+    domain.close_unused(child)
+    domain.switch_disks({"vda": child})
+    assert domain.writable_files() == {child}
+
+
 def test_switch_disks_with_memory_restores_on_another_child(connection, domain, base, make_image, folder):
     first, second = make_image("first.qcow2", backing=base), make_image("second.qcow2", backing=base)
     domain.start()

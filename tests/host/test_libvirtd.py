@@ -51,7 +51,7 @@ def test_own_folders_are_the_usual_ones_inside(libvirtd, daemon_connection, make
         capture_output=True,
         text=True,
         timeout=20,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},  # noqa: PTH109
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
     assert answer.stdout == "saved\n"
 

@@ -400,6 +400,102 @@ class TestStream:
         assert info.backing_name == str(a)
 
 
+class TestPull:
+    """The same promises as those of ``stream``; MiB 1 and 4 of c come from b."""
+
+    RANGES = ((1 * MIB, MIB), (4 * MIB, MIB))
+
+    def pull(self, daemon, paths):
+        nodes = open_chain(daemon, paths, writable=paths[1:])
+        daemon.pull(nodes[2], nodes[1], base=nodes[0], backing_file="a.qcow2", ranges=self.RANGES)
+
+    def test_down_to_a_base(self, tmp_path):
+        _, b, c = paths = build(tmp_path, a="11111", b=".2..0", c="..3..")
+        with storage_daemon.started() as daemon:
+            self.pull(daemon, paths)
+            assert is_locked(c, "qcow2")
+        b.unlink()
+        info = qemu_img.info(c, "qcow2")
+        assert (info.backing_name, info.backing_fmt) == ("a.qcow2", "qcow2")
+        assert content(c) == "12310"
+        assert info.allocated < 4 * MIB
+
+    def test_nothing_to_pull_changes_the_header_alone(self, tmp_path):
+        a, b, c = build(tmp_path, a="11", b="..", c=".3")
+        with storage_daemon.started() as daemon:
+            nodes = open_chain(daemon, [a, b, c], writable=[b, c])
+            daemon.pull(nodes[2], nodes[1], base=nodes[0], backing_file="a.qcow2", ranges=[])
+        assert qemu_img.info(c, "qcow2").backing_name == "a.qcow2"
+        assert content(c) == "13"
+
+    def test_reports_the_bytes(self, tmp_path):
+        seen = []
+        paths = build(tmp_path, a="11111", b=".2..2", c="..3..")
+        with storage_daemon.started(on_progress=seen.append) as daemon:
+            self.pull(daemon, paths)
+        assert (seen[0].done, seen[-1].done, seen[-1].total) == (0, 2 * MIB, 2 * MIB)
+
+    def test_killed_before_every_command_and_run_again(self, tmp_path):
+        """Raise n until it comes through: the content is the same after each death and after the repetition."""
+        expected = "12312"
+        for n in itertools.count(1):
+            for path in tmp_path.iterdir():
+                path.unlink()
+            paths = build(tmp_path, a="11111", b=".2..2", c="..3..")
+            try:
+                with storage_daemon.started() as daemon:
+                    calls, execute, io = itertools.count(1), daemon._session.execute, daemon._io
+
+                    def die(daemon=daemon, calls=calls, n=n):
+                        if next(calls) == n:
+                            os.kill(daemon.pid, signal.SIGKILL)
+
+                    def before_execute(*words, die=die, execute=execute, **options):
+                        die()
+                        return execute(*words, **options)
+
+                    def before_io(*words, die=die, io=io, **options):
+                        die()
+                        return io(*words, **options)
+
+                    daemon._session.execute, daemon._io = before_execute, before_io
+                    self.pull(daemon, paths)
+                    break
+            except errors.HvmgrError:
+                assert content(paths[2]) == expected
+                assert qemu_img.check(paths[2], "qcow2").is_sound
+            if qemu_img.info(paths[2], "qcow2").backing_name != "a.qcow2":
+                with storage_daemon.started() as daemon:
+                    self.pull(daemon, paths)
+            assert content(paths[2]) == expected
+        assert n > 15
+
+    def test_data_is_written_out_before_the_header_changes(self, tmp_path):
+        _, _, c = paths = build(tmp_path, a="11111", b=".2..2", c="..3..")
+        with pytest.raises(errors.OutcomeUnknown), storage_daemon.started() as daemon:
+            execute = daemon._execute
+
+            def die_when_changed(command, *words):
+                execute(command, *words)
+                if command == "change-backing-file":
+                    os.kill(daemon.pid, signal.SIGKILL)
+
+            daemon._execute = die_when_changed
+            self.pull(daemon, paths)
+        assert qemu_img.info(c, "qcow2").backing_name == "a.qcow2"
+        assert content(c) == "12312"
+        assert qemu_img.check(c, "qcow2").leaks == 0
+
+    def test_full_disk(self, tmp_path, small_disk):
+        a, b = build(tmp_path, a="1" * 5, b="2" * 5)
+        with storage_daemon.started() as daemon:
+            daemon.create_qcow2(small_disk / "c.qcow2", size=5 * MIB, backing=(str(b), "qcow2"))
+            nodes = open_chain(daemon, [a, b, small_disk / "c.qcow2"], writable=[b, small_disk / "c.qcow2"])
+            with pytest.raises(errors.NoSpace):
+                daemon.pull(nodes[2], nodes[1], base=nodes[0], backing_file=str(a), ranges=[(0, 5 * MIB)])
+        assert qemu_img.info(small_disk / "c.qcow2", "qcow2").backing_name == str(b)
+
+
 class TestCommit:
     def test_base_equals_top(self, tmp_path):
         a, b, c = build(tmp_path, a="1111", b=".22.", c="..3.")

@@ -148,6 +148,7 @@ class Kind:
     template: str = "generation2"
     firmware: Firmware | None = Firmware.BIOS
     disks: int = 1
+    memory: int | None = None
 
 
 @dataclass
@@ -172,7 +173,7 @@ class Factory:
             name=f"hv{next(_numbers)}",
             template=kind.template,
             firmware=kind.firmware,
-            memory=self.guest.memory_size,
+            memory=kind.memory or self.guest.memory_size,
             vcpus=1,
             accel=Acceleration.TCG,
             disks=disks,
@@ -215,7 +216,8 @@ class Factory:
             shutil.copy(path, game / f"disk{number}.qcow2")
         if present.nvram is not None:
             shutil.copy(present.nvram, game / "nvram")
-        machine.host.connection.restore(game / "memory.save", machine.domain.xml(live=False), running=True)
+        memory = game / "memory.save"
+        machine.host.connection.restore(memory, saved_state.read(memory).xml, running=True)
         self.games[kind] = game
 
     def _go_on(self, machine, game):
@@ -329,11 +331,13 @@ def kill_at(at_step, monkeypatch):
     As in a real death nothing is undone and the locks on the images go; the journal stays.
     """
 
+    real = execution._go_back
+
     def set_up(step_class, *, after=False):
         def die():
             raise Killed
 
-        monkeypatch.setattr(execution, "_go_back", lambda *_: None)
+        monkeypatch.setattr(execution, "_go_back", lambda *_: monkeypatch.setattr(execution, "_go_back", real))
         at_step(step_class, **{"after" if after else "before": die})
 
     return set_up

@@ -125,9 +125,9 @@ def test_start_by_somebody_in_the_middle_of_an_apply_is_refused(machine, at_step
     machine.check()
 
 
-def test_nvram_belongs_to_the_instant_of_a_snapshot(make_machine, kinds, require, monkeypatch):
+def test_nvram_belongs_to_the_instant_of_a_snapshot(make_machine, kinds, require, monkeypatch, kill_at, run_and_die):
     require(Path("/usr/share/OVMF/OVMF_CODE_4M.fd").exists(), "the package ovmf is missing")
-    machine = make_machine(kinds(firmware=None))
+    machine = make_machine(kinds(firmware=None, memory=256 << 20), disks=(DiskSpecification(size=DISK),))
     pauses = []
     for name in ("suspend", "resume"):
         real = getattr(type(machine.domain), name)
@@ -142,6 +142,13 @@ def test_nvram_belongs_to_the_instant_of_a_snapshot(make_machine, kinds, require
     assert end - begin < 2
     memory = machine.vm.create_snapshot("memory")
     assert memory.state is SavedState.RUNNING
+    assert machine.state() == "running"
+    machine.check()
+
+    kill_at(plan.Suspend, after=True)
+    run_and_die(machine.vm.create_snapshot, "cut off", type=SnapshotType.DISK_ONLY)
+    assert machine.state() == "paused"
+    machine.vm.now()
     assert machine.state() == "running"
     machine.check()
 

@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = list(argv)
     try:
         try:
-            code = _invoke(arguments)
+            code = invoke(arguments)
         except (HvmgrError, OSError, KeyboardInterrupt, EOFError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -43,13 +43,15 @@ def exit_code(kind: type[HvmgrError]) -> int:
     return kind.exit_code
 
 
-def _invoke(arguments: list[str]) -> int:
+def invoke(argv: Sequence[str]) -> int:
+    """Carry out one command line and return its exit code; a failure is raised as the HvmgrError that it is."""
     import click
 
     from hvmgr.faces.cli import words
     from hvmgr.faces.cli.request import Request
     from hvmgr.faces.cli.root import command
 
+    arguments = list(argv)  # click takes it apart
     if "_HVMGR_COMPLETE" in os.environ:
         command.main(arguments, prog_name="hvmgr", obj=Request())
     if hasattr(sys.stdout, "reconfigure"):

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.shell_completion import CompletionItem
 
 from hvmgr import errors, units
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from hvmgr.operations.host import Host
 
 _PLAIN = re.compile(r"[\w.+@%,-]+")  # what every shell takes as one word
@@ -74,6 +75,8 @@ def _proposals(
     ctx: click.Context, incomplete: str, find: Callable[[Host], list[tuple[str, str]]]
 ) -> list[CompletionItem]:
     """The names that begin so, or ids where a name would need quotes; every failure means no proposal and no word."""
+    from click.shell_completion import CompletionItem
+
     request = ctx.find_object(Request) or Request()
     with contextlib.suppress(errors.HvmgrError, OSError), request.host() as host:
         words = [(name if _PLAIN.fullmatch(name) else one, name) for name, one in find(host)]

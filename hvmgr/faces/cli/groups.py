@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +167,6 @@ class Group(click.Group):
             return self.lazy[name][1]
         found = self.get_command(ctx, name)
         return found.get_short_help_str(100) if found is not None else ""
-
-
-def group(name: str, **more: Any) -> Callable[[Callable[..., Any]], Group]:
-    """A group of commands; without one of them it shows its help."""
-
-    def make(function: Callable[..., Any]) -> Group:
-        return click.group(name, cls=Group, **more)(function)
-
-    return make
 
 
 def _format_options(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from hvmgr import units
+from hvmgr.faces.cli import render
 
 if TYPE_CHECKING:
     from hvmgr.model.tree import Image, Tree
@@ -20,13 +20,20 @@ Document = dict[str, Any]
 
 
 def show(document: Mapping[str, Any]) -> None:
-    """The one document of this command. ASCII only, so that no locale stands in its way."""
-    sys.stdout.write(json.dumps({"schema": SCHEMA, **document}, indent=2, default=str) + "\n")
+    """The one document of this command."""
+    render.put(_text(document))
 
 
 def show_error(code: str, message: str, hint: str | None, facts: Mapping[str, object]) -> None:
     """The document of a failure."""
-    show({"error": {"code": code, "message": message, "hint": hint, "facts": dict(facts)}})
+    sys.stdout.write(_text({"error": {"code": code, "message": message, "hint": hint, "facts": dict(facts)}}))
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    """ASCII only, so that no locale stands in its way."""
+    import json
+
+    return json.dumps({"schema": SCHEMA, **document}, indent=2, default=str) + "\n"
 
 
 def vm(one: VM, state: str | None) -> Document:

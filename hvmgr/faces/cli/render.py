@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from hvmgr import units
+from hvmgr import errors, units
 
 if TYPE_CHECKING:
     from hvmgr.model.tree import Tree
@@ -46,9 +46,19 @@ def clean(text: str) -> str:
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
+def put(text: str) -> None:
+    """Text on stdout as it is; HostFailed when it cannot be written, but for a reader who has gone."""
+    try:
+        sys.stdout.write(text)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise errors.HostFailed(f"cannot write the output: {error.strerror}") from error
+
+
 def say(sentence: str) -> None:
     """A line on stdout."""
-    sys.stdout.write(clean(sentence) + "\n")
+    put(clean(sentence) + "\n")
 
 
 def notice(sentence: str) -> None:
@@ -70,7 +80,7 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Seque
     """A table on a terminal, lines of tab-separated values in a pipe; ``right`` names the columns of numbers."""
     if not is_terminal():
         for row in rows:
-            sys.stdout.write("\t".join(clean(cell) for cell in row) + "\n")
+            put("\t".join(clean(cell) for cell in row) + "\n")
         return
     from rich import box
     from rich.console import Console
@@ -91,9 +101,9 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in found), default=0)
     for name, value in found:
         if is_terminal():
-            sys.stdout.write(f"{name + ':':<{width + 1}}  {clean(value)}\n")
+            put(f"{name + ':':<{width + 1}}  {clean(value)}\n")
         else:
-            sys.stdout.write(f"{name}\t{clean(value)}\n")
+            put(f"{name}\t{clean(value)}\n")
 
 
 def state_of(one: Snapshot) -> str:
@@ -113,7 +123,7 @@ def show_tree(vm: VM) -> None:
     """The drawn tree on stdout, with colours on a terminal."""
     lines, remarks = _tree_lines(vm)
     if not is_terminal():
-        sys.stdout.write("\n".join([*(text for text, _ in _aligned(lines)), *remarks]) + "\n")
+        put("\n".join([*(text for text, _ in _aligned(lines)), *remarks]) + "\n")
         return
     from rich.console import Console
     from rich.text import Text

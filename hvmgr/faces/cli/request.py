@@ -44,7 +44,7 @@ class Request:
         root = self.root or settings.default_root()
         if root.exists() and not root.is_dir():
             raise errors.UsageError(f"{root} is no folder", hint="name the folder that holds the VM homes with --root")
-        reporter = Reporter(notice=render.notice, progress=self._progress, approve=self._approve)
+        reporter = Reporter(notice=render.notice, progress=self._progress, approve=self._approve, dry_run=self.dry_run)
         with Host.open(self.uri, root=root, wait_s=self.wait_s, reporter=reporter) as host, self._drawing():
             yield host
 

@@ -7,6 +7,7 @@ import importlib.util
 import click
 
 from hvmgr.faces.cli.groups import Group
+from hvmgr.version import __version__
 
 _HERE = "hvmgr.faces.cli"
 
@@ -32,6 +33,7 @@ def _is_there(place: str) -> bool:
     lazy={name: entry for name, entry in COMMANDS.items() if name != "demo" or _is_there(entry[0])},
     invoke_without_command=True,
 )
+@click.version_option(__version__, message="%(prog)s %(version)s", help="Print the version.")
 @click.pass_context
 def command(context: click.Context) -> None:
     """VM homes and snapshot trees, as Hyper-V has them, on KVM.

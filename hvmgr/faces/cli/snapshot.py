@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -235,6 +234,8 @@ def apply(request: Request, /, vm: str, snap: str, **how: bool) -> None:
 def revert(context: click.Context, /, vm: str, **how: bool) -> None:
     """Return to the snapshot above the present: the one that was taken or applied last."""
     if context.args:
+        import shlex
+
         wanted = shlex.join([vm, *context.args])
         raise errors.UsageError(
             "revert returns to the parent of the present and takes no snapshot",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 
 import click
@@ -15,7 +14,10 @@ def translate(error: click.ClickException) -> errors.UsageError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "hvmgr"
     hint = f"see: {path} --help"
-    if isinstance(error, click.NoSuchOption):
+    if context is not None and isinstance(error, click.exceptions.NoArgsIsHelpError):
+        known = context.command.list_commands(context) if isinstance(context.command, click.Group) else []
+        found = errors.UsageError(f"{path} needs a command", hint=f"one of: {', '.join(known)}")
+    elif isinstance(error, click.NoSuchOption):
         name = error.option_name
         found = errors.UsageError(f"{path} has no option '{name}'", hint=near(name, _options(context)) or hint)
     elif isinstance(error, click.MissingParameter):
@@ -31,6 +33,8 @@ def translate(error: click.ClickException) -> errors.UsageError:
 
 def near(word: str, known: Iterable[str]) -> str | None:
     """A hint with the words that were perhaps meant."""
+    import difflib
+
     by_core = {one.strip("-"): one for one in known}
     found = [by_core[core] for core in difflib.get_close_matches(word.strip("-"), list(by_core), n=2, cutoff=0.6)]
     return "did you mean " + " or ".join(f"'{one}'" for one in found) + "?" if found else None

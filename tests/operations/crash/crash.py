@@ -60,10 +60,20 @@ _PART = re.compile(re.escape(durable.TEMPORARY) + "[0-9a-f]+")
 # What reaches the disk, and what libvirt is asked to change.
 _OS_ACTS = ("fsync", "rename", "replace", "unlink", "remove", "rmdir", "mkdir", "chmod", "fchmod", "chown", "fchown")
 _CONNECTION_ACTS = ("defineXMLFlags", "restoreFlags")
-_DOMAIN_ACTS = (
-    "snapshotCreateXML saveFlags managedSave managedSaveRemove managedSaveDefineXML rename undefineFlags destroy "
-    "suspend resume createWithFlags abortJob"
-).split()
+_DOMAIN_ACTS = [
+    "snapshotCreateXML",
+    "saveFlags",
+    "managedSave",
+    "managedSaveRemove",
+    "managedSaveDefineXML",
+    "rename",
+    "undefineFlags",
+    "destroy",
+    "suspend",
+    "resume",
+    "createWithFlags",
+    "abortJob",
+]
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-CHANGES = (
-    "create-off create-undo-full create-two-disks apply-off apply-undo-full apply-no-undo apply-snapshot-first "
-    "apply-other-disks undo rename"
-).split()
-WHOLES = (
-    "vm-create vm-create-copy vm-create-in-place vm-delete vm-delete-with-disks vm-delete-saved vm-delete-in-place"
-).split()
+CHANGES = [
+    "create-off",
+    "create-undo-full",
+    "create-two-disks",
+    "apply-off",
+    "apply-undo-full",
+    "apply-no-undo",
+    "apply-snapshot-first",
+    "apply-other-disks",
+    "undo",
+    "rename",
+]
+WHOLES = [
+    "vm-create",
+    "vm-create-copy",
+    "vm-create-in-place",
+    "vm-delete",
+    "vm-delete-with-disks",
+    "vm-delete-saved",
+    "vm-delete-in-place",
+]
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 

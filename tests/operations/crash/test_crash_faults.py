@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import pytest
 
-CASES = (
-    "no_space_create no_space_memory no_space_put_away no_space_merge_up no_space_merge_down read_only_home "
-    "daemon_dies qemu_dies second_command waiting_command stopped_while_preparing stopped_while_finishing "
-    "stopped_while_merging synced_in_order"
-).split()
+CASES = [
+    "no_space_create",
+    "no_space_memory",
+    "no_space_put_away",
+    "no_space_merge_up",
+    "no_space_merge_down",
+    "read_only_home",
+    "daemon_dies",
+    "qemu_dies",
+    "second_command",
+    "waiting_command",
+    "stopped_while_preparing",
+    "stopped_while_finishing",
+    "stopped_while_merging",
+    "synced_in_order",
+]
 
-STARTED = "create-off apply-off undo delete-middle delete-above-now rename vm-delete vm-delete-with-disks".split()
+STARTED = [
+    "create-off",
+    "apply-off",
+    "undo",
+    "delete-middle",
+    "delete-above-now",
+    "rename",
+    "vm-delete",
+    "vm-delete-with-disks",
+]
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-MERGES = (
-    "delete-leaf delete-middle delete-two-children delete-root delete-above-now delete-subtree delete-everything "
-    "delete-two-disks delete-in-place delete-state merge-pending"
-).split()
+MERGES = [
+    "delete-leaf",
+    "delete-middle",
+    "delete-two-children",
+    "delete-root",
+    "delete-above-now",
+    "delete-subtree",
+    "delete-everything",
+    "delete-two-disks",
+    "delete-in-place",
+    "delete-state",
+    "merge-pending",
+]
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import pytest
 
-RUNNING = (
-    "running-create running-create-disk-only running-create-two-disks paused-create saved-create "
-    "saved-create-disk-only apply-memory apply-memory-without running-apply running-apply-memory "
-    "running-apply-discard paused-apply-memory saved-apply saved-apply-memory running-undo running-delete "
-    "running-delete-other-branch"
-).split()
+RUNNING = [
+    "running-create",
+    "running-create-disk-only",
+    "running-create-two-disks",
+    "paused-create",
+    "saved-create",
+    "saved-create-disk-only",
+    "apply-memory",
+    "apply-memory-without",
+    "running-apply",
+    "running-apply-memory",
+    "running-apply-discard",
+    "paused-apply-memory",
+    "saved-apply",
+    "saved-apply-memory",
+    "running-undo",
+    "running-delete",
+    "running-delete-other-branch",
+]
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 

@@ -1,0 +1,62 @@
+"""The measurements measure: whether an aim is met is theirs to say, not the tests'."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+from bench import harness, snapshots
+from bench.harness import Result
+from hvmgr import units
+
+
+def test_contenders_take_turns():
+    calls = []
+    medians = harness.in_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=2, warm_up=1)
+    assert calls == ["a", "b"] * 3
+    assert medians.keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("result", "met"),
+    [
+        (Result("ratio", 2.0, 1.0, "it", aim=2), True),
+        (Result("ratio", 2.1, 1.0, "it", aim=2), False),
+        (Result("seconds", 0.2, limit=0.25), True),
+        (Result("seconds", 0.3, 1.0, "it", limit=0.25), False),
+        (Result("no aim", 3.0, 1.0, "it"), None),
+    ],
+)
+def test_aim_is_the_largest_ratio_or_the_most_seconds(result, met):
+    assert result.is_met is met
+
+
+def test_table_says_what_was_missed():
+    lines = harness.table([Result("one", 0.2, 0.05, "other", aim=8), Result("two", 2.0, limit=0.5)]).splitlines()
+    assert lines[2].split() == ["one", "200", "ms", "50.0", "ms", "other", "4.00", "<=", "8", "yes"]
+    assert lines[3].split() == ["two", "2.00", "s", "<=", "500", "ms", "NO"]
+
+
+def test_program_that_fails_stops_the_measurement():
+    with pytest.raises(SystemExit, match="no such thing"):
+        harness.program(["sh", "-c", "echo no such thing >&2; exit 3"])
+
+
+@pytest.mark.libvirtd
+def test_every_part_of_the_suite_measures():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    scale = snapshots.Scale(
+        rounds=1,
+        slow_rounds=1,
+        warm_up=0,
+        branches=2,
+        branch_length=3,
+        data=4 * units.MIB,
+        disk=64 * units.MIB,
+    )
+    results = snapshots.measure(lambda _: None, scale)
+    assert [result.what for result in results if not result.ours > 0] == []
+    assert len(harness.table(results).splitlines()) == 2 + len(results)

@@ -1,0 +1,138 @@
+"""Help and docs/commands.md say what there is: every command, every option, every key of every JSON document."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import click
+import pytest
+
+from hvmgr.faces.cli import groups, root
+from hvmgr.faces.cli.request import Request
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGE = (ROOT / "docs" / "commands.md").read_text("utf-8")
+SHAPES = {
+    name: json.loads(text) for name, text in re.findall(r"<!-- shape: ([\w ]+) -->\n```json\n(.*?)```", PAGE, re.DOTALL)
+}
+BY_SLOT = "disks"  # a mapping whose keys are data, when it is no list
+
+
+def commands(command=root.command, context=None):
+    """Every command with its words, groups included."""
+    context = context or click.Context(command, info_name="hvmgr", obj=Request())
+    for name in command.list_commands(context):
+        found = command.get_command(context, name)
+        inner = click.Context(found, info_name=name, parent=context)
+        yield inner
+        if isinstance(found, click.Group):
+            yield from commands(found, inner)
+
+
+COMMANDS = {context.command_path: context for context in commands()}
+LEAVES = {path: context for path, context in COMMANDS.items() if not isinstance(context.command, click.Group)}
+
+
+def section(path):
+    """The part of the page that is about one command."""
+    words = path.removeprefix("hvmgr ")
+    found = re.search(rf"^##+ {words}\b.*?(?=^##|\Z)", PAGE, re.MULTILINE | re.DOTALL)
+    assert found, f"docs/commands.md has no part about {words}"
+    return found[0]
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+class TestHelp:
+    def test_begins_with_a_sentence(self, path):
+        text = COMMANDS[path].command.help
+        assert re.match(r"[A-Z][^\n]+[.:]", text or "")
+
+    def test_is_complete(self, path, hvmgr):
+        told = hvmgr.ok(*path.split()[1:], "--help").out
+        assert "Exit codes:" in told
+        assert "Global options:" in told
+        assert max(map(len, told.splitlines())) <= 100
+        if path in LEAVES:
+            assert re.search(rf"Examples:\n +hvmgr .*{path.split()[-1]}", told)
+
+
+@pytest.mark.parametrize("path", LEAVES)
+class TestPage:
+    def test_has_the_command(self, path):
+        assert section(path)
+
+    def test_names_every_option_and_argument(self, path):
+        context = LEAVES[path]
+        general = {option.name for option in groups.global_options()}
+        for param in context.command.get_params(context):
+            if param.name in general or "--help" in param.opts:
+                continue
+            if isinstance(param, click.Argument):
+                assert param.make_metavar(context).strip("[]{}.").split("|")[0] in section(path)
+            for option in (*param.opts, *param.secondary_opts):
+                if option.startswith("-"):
+                    assert re.search(rf"`{option}\b|\[{option}\b", section(path)), option
+
+
+def test_page_names_every_global_option():
+    for option in groups.global_options():
+        assert all(f"`{word}" in PAGE for word in option.opts)
+
+
+def test_page_has_every_exit_code():
+    table = re.search(r"^## Exit codes\n(.*?)^## ", PAGE, re.MULTILINE | re.DOTALL)[1]
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == list(groups.EXIT_CODES)
+
+
+def test_list_of_commands_says_what_each_command_says():
+    for name, (_, line) in root.COMMANDS.items():
+        if f"hvmgr {name}" in COMMANDS:
+            assert (COMMANDS[f"hvmgr {name}"].command.help or "").startswith(line.removesuffix(".")), name
+
+
+def test_bare_command_lists_the_groups(hvmgr):
+    told = hvmgr.ok().out
+    assert all(re.search(rf"^  {name} +\S", told, re.MULTILINE) for name in ("vm", "snapshot", "space", "version"))
+
+
+SHAPED = {
+    "vm list": ["vm", "list"],
+    "vm show": ["vm", "show", "VM"],
+    "vm create": ["vm", "create", "shaped", "--network", "none"],
+    "snapshots": ["snapshot", "list", "VM"],
+    "snapshot create": ["snapshot", "create", "VM", "more"],
+    "snapshot notes": ["snapshot", "notes", "VM", "one"],
+    "snapshot apply": ["snapshot", "apply", "VM", "one"],
+    "snapshot undo": ["snapshot", "undo", "VM"],
+    "snapshot merge": ["snapshot", "merge", "VM"],
+    "space": ["space", "VM"],
+    "plan": ["snapshot", "create", "VM", "--dry-run"],
+    "snapshot delete": ["snapshot", "delete", "VM", "two"],
+    "config show": ["config", "show"],
+    "completion": ["completion", "bash"],
+    "version": ["version"],
+    "error": ["vm", "show", "nobody"],
+    "vm delete": ["vm", "delete", "VM"],
+}
+
+
+def test_documents_have_exactly_the_documented_keys(hvmgr, branched):
+    assert set(SHAPED) == set(SHAPES)
+    for name, words in SHAPED.items():
+        answer = hvmgr(*(branched if word == "VM" else word for word in words), "--json")
+        assert keys(answer.json) == keys(SHAPES[name]), name
+
+
+def keys(value, name=""):
+    """The shape of a document: names of keys, for lists that of their first item, for all else nothing."""
+    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans"):
+        return None
+    if isinstance(value, list):
+        return [keys(value[0])] if value and not isinstance(value[0], str) else []
+    if not isinstance(value, dict):
+        return None
+    if name == BY_SLOT:
+        return {"slot": None}
+    return {key: keys(inner, key) for key, inner in value.items()}

@@ -1,0 +1,219 @@
+"""VMs that are off, on the embedded driver, and everything that must hold of their files after every command."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from lxml import etree
+
+import hvmgr
+from hvmgr.host import qemu_img
+from hvmgr.host.domain import State
+from hvmgr.model import configuration
+from hvmgr.model.specification import DiskSpecification, Specification
+from hvmgr.model.tree import Keeper
+from hvmgr.storage import durable, vm_home
+
+MIB = 1 << 20
+PIECE = 64 << 10
+
+
+def run(*command):
+    """A program that has to succeed."""
+    done = subprocess.run([*map(str, command)], check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+def write(path, pattern, offset=0, length=PIECE, *, fmt="qcow2"):
+    """Bytes of one value on a disk, as its guest would write them."""
+    run("qemu-io", "-f", fmt, "-c", f"write -P {pattern} {offset} {length}", path)
+
+
+def bytes_of(path, fmt="qcow2"):
+    """What a guest would see of an image: its size, and a hash of every piece that is not all zeros."""
+    with tempfile.TemporaryDirectory(prefix="hv", dir="/tmp") as folder:
+        raw = Path(folder) / "raw"
+        run("qemu-img", "convert", "-U", "-f", fmt, "-O", "raw", path, raw)
+        found, zeros = {}, bytes(PIECE)
+        with raw.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for start, end in durable._data_ranges(file.fileno(), size):
+                for offset in range(start // PIECE * PIECE, end, PIECE):
+                    piece = os.pread(file.fileno(), PIECE, offset)
+                    if piece != zeros[: len(piece)]:
+                        found[offset] = hashlib.sha256(piece).hexdigest()[:12]
+    return size, found
+
+
+def mode_of(path):
+    """The permission bits of a file."""
+    return stat.S_IMODE(Path(path).stat().st_mode)
+
+
+def file_of(path):
+    """What tells that a file was written or replaced: content, size, inode, time; its mode and owner do not count."""
+    facts = Path(path).stat()
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest(), facts.st_size, facts.st_ino, facts.st_mtime_ns
+
+
+def in_place(path, **wishes):
+    """A disk that is used where it is."""
+    return DiskSpecification(path=path, in_place=True, **wishes)
+
+
+class Bench:
+    """One host, and how its VMs look."""
+
+    run, write_image, bytes_of, mode_of, file_of, in_place = map(
+        staticmethod, (run, write, bytes_of, mode_of, file_of, in_place)
+    )
+
+    def __init__(self, place, uri):
+        self.place = place
+        self.said = []
+        self.hosts = []
+        self.uri = uri
+        self.host = self.open_host("root")
+
+    def open_host(self, folder):
+        reporter = hvmgr.Reporter(notice=self.said.append)
+        host = hvmgr.Host.open(self.uri, root=self.place / folder, wait_s=1, reporter=reporter)
+        self.hosts.append(host)
+        return host
+
+    def make(self, *disks, name="web", host=None, **wishes):
+        """A VM; a disk is a size in MiB, a path (copied), or a specification."""
+        spec = Specification(
+            name=name,
+            **{"template": "generation1", "accel": "tcg", "memory": 64 * MIB, "networks": ()} | wishes,
+            disks=tuple(to_disk(disk) for disk in disks or (4,)),
+        )
+        return (host or self.host).create_vm(spec)
+
+    def image(self, name, *, size=4, fmt="qcow2", fill=(1,), backing=None, options=None):
+        """An image outside all homes with ``fill`` bytes, one MiB each."""
+        path = self.place / name
+        if backing is not None:
+            run("qemu-img", "create", "-f", fmt, "-b", backing[0], "-F", backing[1], path)
+            raw_fill(path, fill, fmt)
+            return path
+        raw = self.place / f"{name}.part"
+        with raw.open("wb") as file:
+            for number, value in enumerate(fill):
+                file.seek(number * MIB)
+                file.write(bytes([value]) * PIECE)
+            file.truncate(size * MIB)
+        run("qemu-img", "convert", "-f", "raw", "-O", fmt, *(("-o", options) if options else ()), raw, path)
+        raw.unlink()
+        return path
+
+    def domain(self, vm):
+        return self.host.connection.find_domain(vm.id)
+
+    def edit(self, vm, change):
+        """What ``virsh edit`` does: ``change(configuration)`` on libvirt's own XML."""
+        edited = configuration.parse(self.domain(vm).xml(live=False), source="virsh edit")
+        result = change(edited)
+        self.host.connection.define((result or edited).to_xml())
+
+    def start(self, vm):
+        """Runs it, without a screen: libvirts that know nothing of each other quarrel about VNC ports."""
+
+        def change(edited):
+            devices = edited.root.find("devices")
+            for name in ("graphics", "video", "audio"):
+                for device in devices.findall(name):
+                    devices.remove(device)
+            etree.SubElement(etree.SubElement(devices, "video"), "model", type="none")
+
+        if self.domain(vm).state() is State.OFF:
+            self.edit(vm, change)
+        vm.start()
+
+    def write(self, vm, pattern, offset=0, *, slot="hda", length=PIECE):
+        """What the guest writes while it runs; it is off again afterwards."""
+        path = vm_home.disks_of(vm.home.present())[slot]
+        write(path, pattern, offset, length, fmt=format_of(vm, path))
+
+    def photo(self, vm):
+        """What the guest would see of every disk of every snapshot and of now."""
+        forest = vm.home.tree()
+        seen = {}
+        names = {one.record.id: one.record.name for one in vm.home.snapshots()}
+        for node in forest.nodes.values():
+            for slot, path in node.disks.items():
+                seen[f"{names[node.snapshot_id]} {slot}"] = bytes_of(path, forest.images[path].format)
+        for slot, path in forest.present.disks.items():
+            seen[f"now {slot}"] = bytes_of(path, forest.images[path].format)
+        return seen
+
+    def photo_of(self, vm, name, slot="hda"):
+        """What the guest would see of one disk of a snapshot."""
+        path = vm.snapshot(name).disks[slot]
+        return bytes_of(path, format_of(vm, path))
+
+    def check(self, vm):
+        """Everything that is true of a home between two commands."""
+        forest, layout = vm.home.tree(), vm.home.layout
+        names, below = forest.named(), forest.children()
+        frozen = {path for node in forest.nodes.values() for path in node.disks.values()} | set(below)
+        for path, image in forest.images.items():
+            forest.chain(path)
+            if image.format == "qcow2" and image.keeper is not Keeper.OUTSIDE:
+                result = qemu_img.check(Path(path), "qcow2")
+                assert (result.corruptions, result.check_errors, result.leaks) == (0, 0, 0), path
+            if image.keeper is not Keeper.OUTSIDE:
+                expected = 0o400 if path in frozen else 0o600
+                assert mode_of(path) == expected, f"{path} is {mode_of(path):o}, {names.get(path)}, {below.get(path)}"
+        assert not layout.journal.exists()
+        assert list(layout.trash.iterdir()) == []
+        assert not list(vm.path.rglob(f"{durable.TEMPORARY}*"))
+        assert self.domain(vm).xml(live=False).encode() == layout.configuration.read_bytes()
+        records = {path.name for path in layout.frozen.iterdir() if not path.name.startswith("outside-")}
+        assert records <= {Path(path).name for path in frozen}
+
+    def files(self, vm):
+        """Differencing images and bases in the home, by name."""
+        layout = vm.home.layout
+        return {path.name for folder in (layout.images, layout.bases) for path in folder.iterdir()}
+
+
+def to_disk(disk):
+    if isinstance(disk, DiskSpecification):
+        return disk
+    return DiskSpecification(size=disk * MIB) if isinstance(disk, int) else DiskSpecification(path=disk)
+
+
+def raw_fill(path, fill, fmt):
+    for number, value in enumerate(fill):
+        write(path, value, number * MIB, fmt=fmt)
+
+
+def format_of(vm, path):
+    return vm.home.tree().images[path].format
+
+
+@pytest.fixture
+def place():
+    """A folder that QEMU's user can pass."""
+    folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
+    folder.chmod(0o711)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def bench(connection, place):
+    """A host without VMs."""
+    bench = Bench(place, connection.uri)
+    yield bench
+    for host in bench.hosts:
+        host.close()
