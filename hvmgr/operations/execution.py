@@ -184,12 +184,18 @@ def _finish(session: Session, one: Plan) -> None:
 
 def _do_finish(session: Session, one: Plan) -> None:
     with session.interrupts.held_back():
-        for step in one.finish:
+        for step in _still_to_finish(session, one):
             DO[type(step)](session, step)
         if any(isinstance(step, plan.RemoveHome) for step in one.finish):
             file_steps.remove_private(session)
         else:
             _end(session)
+
+
+def _still_to_finish(session: Session, one: Plan) -> tuple[Step, ...]:
+    """The finishing steps; of a home whose configuration is gone, its removal is all that is left to do."""
+    removal = tuple(step for step in one.finish if isinstance(step, plan.RemoveHome))
+    return removal if removal and not session.layout.configuration.exists() else one.finish
 
 
 def _say_what_waits(session: Session, one: Plan) -> None:

@@ -111,15 +111,17 @@ def remove_file(session: Session, step: plan.RemoveFile) -> None:
 
 
 def remove_home(session: Session, _step: plan.RemoveHome) -> None:
-    """Nothing of hvmgr's is left but the journal; folders that still hold something stay."""
+    """Nothing of hvmgr's is left but the journal; folders that still hold something stay.
+
+    The configuration goes first: without it there is no VM, and no earlier step of a deletion is looked at again.
+    """
     layout = session.layout
-    index.forget(layout.vm_id)
+    durable.remove(layout.configuration)
     durable.remove_folder(layout.vm_folder)
     durable.remove_folder(layout.frozen)
     durable.remove_empty_folder(layout.images)
     durable.remove_empty_folder(layout.snapshots)
     durable.remove_empty_folder(layout.bases)
-    durable.remove(layout.configuration)
     durable.remove_empty_folder(layout.home / CONFIGURATIONS)
 
 
@@ -131,6 +133,7 @@ def remove_private(session: Session) -> None:
             durable.remove_folder(entry)
         elif entry not in (layout.journal, layout.lock):
             durable.remove(entry)
+    index.forget(layout.vm_id)  # it leads to homes outside the root, and so to their journals
     durable.remove(layout.journal)  # as long as something else is there, so is the journal that removes it
     durable.remove_folder(layout.private)
     durable.remove_empty_folder(layout.home)

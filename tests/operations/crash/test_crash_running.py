@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 
 @pytest.mark.parametrize("shape", RUNNING)
 def test_killed_with_a_vm_in_memory(crash_run, shape, every):
-    stride = every(9)
+    stride = every(11)
     crash_run(shape, stride, 1 + RUNNING.index(shape) % stride, timeout_s=580)
 
 
