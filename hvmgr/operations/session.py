@@ -192,7 +192,8 @@ class Session:
     def uses(self) -> Uses:
         """Who needs which image, as the files say now."""
         if self._uses is None:
-            self._uses = Uses.of(self.home.tree())
+            is_home = self.layout.configuration.exists()  # not at the end of a deletion that is completed
+            self._uses = Uses.of(self.home.tree()) if is_home else Uses({}, set(), set())
         return self._uses
 
     def forget_uses(self) -> None:

@@ -118,6 +118,8 @@ class VmHome:
         return _read_entry(str(self.layout.snapshot(snapshot_id)))
 
     def _each_snapshot(self, read: Callable[[str], T]) -> Iterator[T]:
+        if not self.layout.snapshots.is_dir():
+            return
         with os.scandir(self.layout.snapshots) as entries:
             paths = [entry.path for entry in entries if entry.name.endswith(".xml") and _is_id(entry.name[:-4])]
         for path in paths:
