@@ -197,7 +197,7 @@ class Daemon:
         """What ``stream`` does, for a caller who knows which (offset, length) ``node`` still takes from ``parent``.
 
         QEMU 7.2 streams in steps of 512 KiB over the whole disk, data or not: 8 s for an empty TiB. Here only the
-        ranges are touched, at half of stream's speed for each byte. It may be killed and run again like ``stream``:
+        ranges are touched, at less than half of stream's speed for each byte. It may be killed and run again like ``stream``:
         the header changes last. ``base`` is qcow2: QEMU writes the image's own format as that of the new parent.
         """
         assert base.fmt == node.fmt == "qcow2", "QEMU would state a wrong format"

@@ -14,8 +14,9 @@ from hvmgr.operations import strangers
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, frozen, images, index
 
-# One second more for each GiB of data, against 8 s for each TiB of disk.
-_SPARSE = 128
+# Measured side by side on a busy machine: 21 s for each TiB of disk that a stream walks through, 9 s more for each GiB
+# of data that is pulled instead.
+_SPARSE = 400
 
 
 def create(session: Session, step: plan.CreateImage) -> None:
@@ -154,7 +155,7 @@ def _stream(session: Session, step: plan.MergeUp, child: Path, parent: Path) -> 
 
 
 def _is_sparse(node: Node, ranges: list[tuple[int, int]]) -> bool:
-    """Whether going through the whole disk (8 s for a TiB) takes longer than passing the ranges through a socket."""
+    """Whether walking through the whole disk takes longer than passing the ranges through a socket."""
     return sum(length for _, length in ranges) * _SPARSE < node.size
 
 
