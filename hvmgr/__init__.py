@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
-    from hvmgr.operations.host import VM, Host, Snapshot
+    from hvmgr.operations.host import Host
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
+    from hvmgr.operations.vm import VM, Snapshot
 
 __all__ = [
     "VM",
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "VM": "hvmgr.operations.host",
+    "VM": "hvmgr.operations.vm",
     "DiskSpecification": "hvmgr.model.specification",
     "Host": "hvmgr.operations.host",
     "NetworkSpecification": "hvmgr.model.specification",
@@ -52,7 +53,7 @@ _HOMES = {
     "Progress": "hvmgr.model.progress",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
-    "Snapshot": "hvmgr.operations.host",
+    "Snapshot": "hvmgr.operations.vm",
     "SnapshotType": "hvmgr.model.metadata",
     "Specification": "hvmgr.model.specification",
     "State": "hvmgr.host.domain",

@@ -24,7 +24,8 @@ from hvmgr.faces.stage import Stage, Wishes
 from hvmgr.faces.witness import TICK_S, Kind, Tell, Witness
 from hvmgr.host import process
 from hvmgr.host.domain import State
-from hvmgr.operations.host import VM, Host, Snapshot
+from hvmgr.operations.host import Host
+from hvmgr.operations.vm import VM, Snapshot
 
 _BASE_SIZE = 8 * units.MIB
 _PATTERN_AT, _PATTERN_SIZE = 2 * units.MIB, 2 * units.MIB  # bytes of no meaning, behind the guest's counter

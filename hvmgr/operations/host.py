@@ -1,4 +1,4 @@
-"""The public API: a host, its VMs, their snapshots. The command line is built on it.
+"""The public API: a host and its VMs. The command line is built on it.
 
     with hvmgr.Host.open("qemu:///system") as host:
         vm = host.vm("web")
@@ -13,30 +13,23 @@ by the next call that touches the VM. Values are as of the call that gave them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from hvmgr import errors, settings
-from hvmgr.model import names, tree
+from hvmgr.model import names
 from hvmgr.model.layout import Layout
-from hvmgr.model.metadata import SavedState, SnapshotType
-from hvmgr.model.tree import Tree
 from hvmgr.operations.reporter import Reporter
+from hvmgr.operations.vm import VM
 from hvmgr.storage import durable, index, journal, locks, vm_home
-from hvmgr.storage.vm_home import SnapshotEntry, VmHome
+from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
-    from hvmgr.host.domain import State
     from hvmgr.host.hypervisor import Connection
-    from hvmgr.model.plan import Plan
     from hvmgr.model.specification import Specification
     from hvmgr.operations.session import Session
-    from hvmgr.operations.usage import Usage
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
 
@@ -227,256 +220,3 @@ class Host:
                 yield session
             finally:
                 session.close()
-
-
-@dataclass(frozen=True, slots=True)
-class VM:
-    """One VM, by its home."""
-
-    host: Host
-    home: VmHome
-
-    @property
-    def id(self) -> str:
-        """The VM's id: libvirt's uuid."""
-        return self.home.vm_id
-
-    @property
-    def name(self) -> str:
-        """The VM's present name."""
-        return self.home.name
-
-    @property
-    def path(self) -> Path:
-        """The home's folder."""
-        return self.home.path
-
-    def state(self) -> State:
-        """What the VM does, by libvirt."""
-        from hvmgr.host.domain import State
-
-        domain = self.host.connection.find_domain(self.id)
-        return State.OFF if domain is None else domain.state()
-
-    def now(self) -> tree.Leaf:
-        """The present: the snapshot above it, and its working images by slot."""
-        self._complete()
-        return vm_home.to_leaf(self.home.present())
-
-    def snapshots(self) -> list[Snapshot]:
-        """All snapshots, oldest first."""
-        self._complete()
-        return [_snapshot(self, entry) for entry in self.home.entries()]
-
-    def snapshot(self, reference: str) -> Snapshot:
-        """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
-        known = self.snapshots()
-        by_name = [one for one in known if one.name == reference]
-        if len(by_name) > 1:
-            choices = ", ".join(one.id for one in by_name)
-            raise errors.UsageError(
-                f"{len(by_name)} snapshots are called '{reference}'", hint=f"name one by id: {choices}"
-            )
-        by_id = [one for one in known if one.id == reference]
-        by_prefix = [one for one in known if len(reference) >= 8 and one.id.startswith(reference)]
-        for found in (by_name, by_id, by_prefix):
-            if len(found) == 1:
-                return found[0]
-        if by_prefix:
-            raise errors.UsageError(
-                f"{len(by_prefix)} snapshots have ids that begin with {reference}", hint="give more of it"
-            )
-        raise names.not_found("snapshot", reference, [one.name for one in known], where=f"in {self.name}")
-
-    def tree(self) -> Tree:
-        """Both graphs as the home's files tell them: snapshots, images, present, undo slot."""
-        self._complete()
-        return self.home.tree()
-
-    def usage(self) -> Usage:
-        """What takes how much space."""
-        from hvmgr.operations import usage
-
-        self._complete()
-        return usage.measure(self.home)
-
-    def can_undo(self) -> bool:
-        """Whether the undo slot holds something."""
-        return self.home.layout.undo.exists()
-
-    # -- what changes the VM -------------------------------------------------------------------------------------
-
-    def create_snapshot(
-        self, name: str | None = None, *, notes: str = "", type: SnapshotType = SnapshotType.STANDARD
-    ) -> Snapshot:
-        """A new snapshot of the present; running VMs keep running and their memory is saved, unless disk-only."""
-        from hvmgr.operations import snapshots
-
-        with self._work() as session:
-            plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=type))
-            self._run(session, plan)
-        return _snapshot(self, self.home.entry(snapshots.snapshot_of(plan)))
-
-    def undo(self, *, discard_state: bool = False) -> None:
-        """Present and undo slot change places."""
-        from hvmgr.operations import replacement
-
-        with self._work() as session:
-            self._run(session, replacement.plan_undo(session, replacement.Replacement(discard_state=discard_state)))
-
-    def revert(self, *, without_state: bool = False, keep_undo: bool = True, discard_state: bool = False) -> Snapshot:
-        """Back to the snapshot above the present."""
-        parent = self.now().parent
-        if parent is None:
-            raise errors.NotFound(f"the present of {self.name} has no snapshot above it")
-        snapshot = self.snapshot(parent)
-        snapshot.apply(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
-        return snapshot
-
-    def merge(self) -> bool:
-        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were."""
-        from hvmgr.operations import merge
-
-        with self._work() as session:
-            plan = merge.plan_merge(session)
-            if plan.finish:
-                self._run(session, plan)
-        return bool(plan.finish)
-
-    def start(self) -> bool:
-        """The VM runs; whether that is a change."""
-        from hvmgr.operations import vms
-
-        with self._work() as session:
-            return vms.start(session)
-
-    def stop(self, *, force: bool = False, timeout_s: float = 60.0) -> bool:
-        """The VM is off; whether that is a change. ``force`` is like pulling the plug."""
-        from hvmgr.operations import vms
-
-        with self._work() as session:
-            return vms.stop(session, force=force, timeout_s=timeout_s)
-
-    def rename(self, name: str) -> None:
-        """The VM has another name; its home keeps its folder."""
-        from hvmgr.operations import vms
-
-        with self._work() as session:
-            self._run(session, vms.plan_rename(session, name))
-
-    def delete(self, *, with_disks: bool = False) -> list[str]:
-        """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
-        from hvmgr.operations import vms
-
-        with self._work() as session:
-            self._run(session, vms.plan_delete(session, with_disks=with_disks))
-        return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
-
-    @contextlib.contextmanager
-    def _work(self) -> Iterator[Session]:
-        from hvmgr.operations import reconcile
-
-        with self.host.session(self.home) as session:
-            reconcile.bring_together(session)
-            yield session
-
-    def _run(self, session: Session, plan: Plan) -> None:
-        from hvmgr.operations import execution
-
-        session.require_approval(plan)
-        execution.run(session, plan)
-
-    def _complete(self) -> None:
-        """A reader never waits; but what a dead command left open is not a state to show."""
-        if journal.is_open(self.home.layout.journal) and not locks.is_held(self.home.layout.lock):
-            with self._work():
-                pass
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One snapshot as it was when it was asked for."""
-
-    vm: VM = dataclasses.field(repr=False)
-    id: str
-    name: str
-    notes: str
-    created: datetime
-    parent: str | None
-    type: SnapshotType
-    state: SavedState
-    entry: SnapshotEntry = dataclasses.field(repr=False, compare=False)
-
-    @property
-    def disks(self) -> Mapping[str, str]:
-        """The frozen images by slot."""
-        return self.entry.disks
-
-    @property
-    def has_state(self) -> bool:
-        """Whether applying it brings the VM back running or paused."""
-        return self.state is not SavedState.NONE
-
-    def apply(
-        self,
-        *,
-        snapshot_first: bool = False,
-        without_state: bool = False,
-        keep_undo: bool = True,
-        discard_state: bool = False,
-    ) -> Snapshot | None:
-        """The VM becomes what it was here; with ``snapshot_first`` the snapshot of the old present is returned."""
-        from hvmgr.operations import replacement, snapshots
-
-        how = replacement.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
-        first = None
-        with self.vm._work() as session:  # noqa: SLF001 - one module, one idea
-            replacement.plan_apply(session, self.id, how)  # refuses before anything is done
-            if snapshot_first:
-                plan = snapshots.plan_create(session, snapshots.Wish())
-                self.vm._run(session, plan)  # noqa: SLF001
-                first = snapshots.snapshot_of(plan)
-                session.forget_uses()
-            self.vm._run(session, replacement.plan_apply(session, self.id, how))  # noqa: SLF001
-        return None if first is None else self.vm.snapshot(first)
-
-    def delete(self, *, subtree: bool = False, state_only: bool = False) -> list[str]:
-        """The snapshot is gone (with ``subtree`` all below it too); the ids of what was deleted."""
-        from hvmgr.operations import merge
-
-        with self.vm._work() as session:  # noqa: SLF001
-            if state_only:
-                self.vm._run(session, merge.plan_delete_state(session, self.id))  # noqa: SLF001
-                return []
-            gone = self.vm.home.tree().subtree(self.id) if subtree else [self.id]
-            self.vm._run(session, merge.plan_delete(session, gone))  # noqa: SLF001
-        return gone
-
-    def rename(self, name: str) -> None:
-        """The snapshot has another name."""
-        from hvmgr.operations import snapshots
-
-        with self.vm._work() as session:  # noqa: SLF001
-            snapshots.describe(session, self.id, name=name)
-
-    def set_notes(self, notes: str) -> None:
-        """The snapshot has other notes."""
-        from hvmgr.operations import snapshots
-
-        with self.vm._work() as session:  # noqa: SLF001
-            snapshots.describe(session, self.id, notes=notes)
-
-
-def _snapshot(vm: VM, entry: SnapshotEntry) -> Snapshot:
-    record = entry.record
-    return Snapshot(
-        vm=vm,
-        id=record.id,
-        name=record.name,
-        notes=record.notes,
-        created=record.created,
-        parent=record.parent,
-        type=record.type,
-        state=record.state,
-        entry=entry,
-    )

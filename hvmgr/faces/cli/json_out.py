@@ -11,8 +11,8 @@ from hvmgr.faces.cli import render
 
 if TYPE_CHECKING:
     from hvmgr.model.tree import Image, Tree
-    from hvmgr.operations.host import VM, Snapshot
     from hvmgr.operations.usage import Usage
+    from hvmgr.operations.vm import VM, Snapshot
 
 SCHEMA = 1
 

@@ -18,8 +18,8 @@ from hvmgr import errors, units
 
 if TYPE_CHECKING:
     from hvmgr.model.tree import Tree
-    from hvmgr.operations.host import VM, Snapshot
     from hvmgr.operations.usage import Usage
+    from hvmgr.operations.vm import VM, Snapshot
 
 _BRANCH, _LAST, _BAR, _GAP = "├── ", "└── ", "│   ", "    "
 

@@ -18,7 +18,8 @@ from hvmgr.faces.cli import json_out, render
 if TYPE_CHECKING:
     from hvmgr.faces.cli.progress import Bars
     from hvmgr.model.plan import Plan
-    from hvmgr.operations.host import VM, Host
+    from hvmgr.operations.host import Host
+    from hvmgr.operations.vm import VM
 
 
 @dataclass(slots=True)

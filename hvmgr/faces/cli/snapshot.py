@@ -15,7 +15,7 @@ from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
-    from hvmgr.operations.host import VM, Snapshot
+    from hvmgr.operations.vm import VM, Snapshot
 
 _TYPES = ("standard", "production", "production-only", "disk-only")
 

@@ -18,7 +18,7 @@ from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.model.specification import DiskSpecification, Specification
-    from hvmgr.operations.host import VM
+    from hvmgr.operations.vm import VM
 
 
 class _Path(click.Path):
