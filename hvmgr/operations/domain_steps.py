@@ -13,8 +13,41 @@ from hvmgr.storage import durable, frozen, images, index, vm_home
 
 
 def define(session: Session, step: plan.Define) -> None:
-    """libvirt's inactive configuration is the new one."""
-    session.connection.define(step.xml)
+    """libvirt's inactive configuration is the new one; after the switch what others changed meanwhile stays in it."""
+    domain = session.find_domain() if session.finishing else None
+    session.connection.define(step.xml if domain is None else _with_edits(session, domain.xml(live=False), step.xml))
+
+
+def _with_edits(session: Session, now: str, wanted: str) -> str:
+    """libvirt's configuration of this moment with the disks and the facts of the plan."""
+    merged = configuration.parse(now, source="libvirt")
+    target = configuration.parse(wanted, source="the journal")
+    facts = target.metadata()
+    if facts is None or configuration.same(now, wanted):
+        return wanted
+    merged.set_metadata(facts)
+    merged.strip_backing_chains()
+    for disk in target.disks():
+        mine = merged.find_disk(disk.slot)
+        if mine is not None and mine.takes_part and disk.source is not None and mine.source != disk.source:
+            merged.set_disk_source(disk.slot, Path(disk.source), disk.format or images.RAW)
+    if target.nvram is not None and merged.nvram is not None and merged.nvram != target.nvram:
+        merged.set_nvram(target.nvram)
+    if not configuration.same(merged.to_xml(), wanted):
+        session.say("kept a change that was made to the VM outside hvmgr in the meantime")
+    return merged.to_xml()
+
+
+def require_unedited(session: Session) -> None:
+    """Nobody changed libvirt's configuration since the plan was made: defining the new one would lose that."""
+    domain = session.find_domain()
+    if domain is None or session.known_xml is None:
+        return
+    if not configuration.same(domain.xml(live=False), session.known_xml):
+        raise errors.Conflict(
+            f"the configuration of {domain.name} was changed outside hvmgr in the meantime",
+            hint="run the command again",
+        )
 
 
 def is_defined(session: Session, step: plan.Define) -> bool:
@@ -31,6 +64,7 @@ def write_present(session: Session, _step: plan.WritePresent) -> None:
     """The home says what libvirt says, and the index what the home says."""
     xml = session.domain().xml(live=False)
     durable.write_file(session.layout.configuration, xml.encode())
+    session.known_xml = xml
     session.forget_uses()
     note_in_index(session)
 

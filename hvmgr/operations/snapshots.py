@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +13,12 @@ from hvmgr.host import saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
-from hvmgr.model.metadata import SavedState, SnapshotRecord, SnapshotType
+from hvmgr.model.metadata import DiskRecord, SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Tree
 from hvmgr.operations import strangers, undo_slot
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, images, vm_home
+from hvmgr.storage import durable, frozen, images, vm_home
 
 NAME_LENGTH = 100
 
@@ -69,7 +70,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
     after = present.copy()
     point_disks(after, children)
-    after.set_metadata(dataclasses.replace(facts, parent=snapshot_id, change=change_id))
+    after.set_metadata(dataclasses.replace(facts, parent=snapshot_id, change=change_id, disks=together(facts.disks)))
 
     creates = [step for step in change.prepare if isinstance(step, plan.CreateImage)]
     freezes = [step for step in change.prepare if isinstance(step, plan.FreezeImage)]
@@ -244,11 +245,39 @@ def describe(session: Session, snapshot_id: str, *, name: str | None = None, not
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
-def whole_tree(session: Session) -> Tree:
-    """Both graphs with every user on this host."""
+def whole_tree(session: Session, *, with_libvirts: bool = True) -> Tree:
+    """Both graphs with every user on this host; ``with_libvirts`` own snapshots and dirty bitmaps of this VM too.
+
+    While nobody can tell what belongs to the present, every image counts as used.
+    """
     alone = session.home.tree()
     ours = [image.path for image in alone.images.values() if image.keeper is not tree.Keeper.OUTSIDE]
-    return dataclasses.replace(alone, strangers=strangers.of(session, ours))
+    users = strangers.of(session, ours)
+    if with_libvirts:
+        for path, names in strangers.libvirts_own(session, alone).items():
+            users[path] = (*users.get(path, ()), *names)
+    if session.doubt is not None:
+        users = {**dict.fromkeys(alone.images, ("a disk that was changed outside hvmgr",)), **users}
+    return dataclasses.replace(alone, strangers=users)
+
+
+def require_whole(session: Session, before: Tree, disks: Mapping[str, str], *, skip: int = 0) -> None:
+    """The images of these disks (without the first ``skip`` of each chain) are what they were; Corrupt names who is hurt."""
+    for path in disks.values():
+        for image in before.chain(path)[skip:]:
+            if not frozen.is_changed(session.layout, Path(image.path)):
+                continue
+            hurt = [
+                f"'{session.home.entry(node.snapshot_id).record.name}'"
+                for node in before.nodes.values()
+                if any(image in before.chain(one) for one in node.disks.values())
+            ]
+            raise errors.Corrupt(
+                f"{image.path} was changed after it was frozen; the snapshots that need it are damaged: {', '.join(hurt)}",
+                hint="put the file back from a backup, or delete those snapshots; others can be applied",
+                path=image.path,
+                snapshots=hurt,
+            )
 
 
 def present_tree(session: Session) -> Tree:
@@ -262,6 +291,11 @@ def record_of(snapshot: Configuration) -> SnapshotRecord:
     if record is None:
         raise errors.Corrupt(f"{snapshot.source} is no snapshot", path=snapshot.source)
     return record
+
+
+def together(disks: Iterable[DiskRecord]) -> tuple[DiskRecord, ...]:
+    """The records of disks that stand on the images of the snapshot above them again."""
+    return tuple(dataclasses.replace(one, apart=False) for one in disks)
 
 
 def point_disks(target: Configuration, children: dict[str, str]) -> None:
