@@ -123,6 +123,8 @@ def _explained(session: Session, slot: str, chain: list[Image], below: str) -> C
     change = Change(Deed.UNKNOWN, slot, top.path, missed=below)
     if not before or before[-1].parent is not None or (now is not None and now.path not in paths):
         return change
+    if session.is_active():
+        session.domain().flush_disks()
     left_out = before if now is None else before[: paths.index(now.path)]
     if _holds_all(top, left_out, is_base=now is None):
         return Change(Deed.PULLED, slot, top.path, base=None if now is None else now.path, missed=below)

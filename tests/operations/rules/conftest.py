@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 from lxml import etree
 
 import hvmgr
+from hvmgr import errors
 from hvmgr.host import qemu_img
 from hvmgr.host.domain import State
 from hvmgr.model import configuration
@@ -124,8 +126,8 @@ class Bench:
         result = change(edited)
         self.host.connection.define((result or edited).to_xml())
 
-    def start(self, vm):
-        """Runs it, without a screen: libvirts that know nothing of each other quarrel about VNC ports."""
+    def without_screen(self, vm):
+        """Nobody looks, and libvirts that know nothing of each other quarrel about VNC ports."""
 
         def change(edited):
             devices = edited.root.find("devices")
@@ -134,9 +136,18 @@ class Bench:
                     devices.remove(device)
             etree.SubElement(etree.SubElement(devices, "video"), "model", type="none")
 
+        self.edit(vm, change)
+
+    def start(self, vm):
+        """Runs it."""
         if self.domain(vm).state() is State.OFF:
-            self.edit(vm, change)
+            self.without_screen(vm)
         vm.start()
+
+    def disk(self, vm, slot="hda", *, live=False):
+        """The image that libvirt shows for a disk."""
+        shown = configuration.parse(self.domain(vm).xml(live=live), source="libvirt")
+        return vm_home.disks_of(shown).get(slot)
 
     def write(self, vm, pattern, offset=0, *, slot="hda", length=PIECE):
         """What the guest writes while it runs; it is off again afterwards."""
@@ -211,9 +222,20 @@ def place():
 
 
 @pytest.fixture
-def bench(connection, place):
+def uri(connection):
+    """The libvirt that the VMs live on; a module with a daemon of its own overrides it."""
+    return connection.uri
+
+
+@pytest.fixture
+def bench(uri, place):
     """A host without VMs."""
-    bench = Bench(place, connection.uri)
+    bench = Bench(place, uri)
     yield bench
+    with contextlib.suppress(errors.HvmgrError):
+        for domain in bench.host.connection.domains():
+            domain.destroy()
+            if bench.host.connection.find_domain(domain.uuid) is not None:
+                domain.undefine(keep_nvram=False, keep_tpm=False)
     for host in bench.hosts:
         host.close()
