@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import saved_state
-from hvmgr.host.domain import State
+from hvmgr.host.domain import Domain, State
 from hvmgr.model import configuration, plan
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, frozen, images, index, vm_home
@@ -86,6 +86,7 @@ def switch_disks(session: Session, step: plan.SwitchDisks) -> None:
     children = {slot: Path(path) for slot, path in step.children}
     live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
     others = [disk.slot for disk in live.disks() if disk.slot not in children]
+    _require_parents(domain, live, children)
     memory = None if step.memory is None else Path(step.memory)
 
     def report(done: int, total: int) -> None:
@@ -96,6 +97,35 @@ def switch_disks(session: Session, step: plan.SwitchDisks) -> None:
     domain.switch_disks(children, others=others, memory=memory, progress=report)
     if not is_switched(session, step):
         raise errors.OutcomeUnknown("libvirt says that the disks were switched, QEMU does not write to the new ones")
+    name_true_parents(session, domain, children)
+
+
+def _require_parents(domain: Domain, live: configuration.Configuration, children: dict[str, Path]) -> None:
+    """The VM still writes to the images on which the new ones were put."""
+    running = vm_home.disks_of(live)
+    for slot, child in children.items():
+        if running.get(slot) != str(images.read(child, images.QCOW2).parent):
+            raise errors.Conflict(
+                f"disk {slot} of {domain.name} was switched to {running.get(slot)} in the meantime",
+                hint="run the command again",
+            )
+
+
+def name_true_parents(session: Session, domain: Domain, children: dict[str, Path]) -> None:
+    """The headers name what the images of a running VM really stand on.
+
+    Somebody may have switched the disks just before we did, onto an image that our new ones know nothing of.
+    """
+    live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
+    running = vm_home.disks_of(live)
+    for slot, child in children.items():
+        below = live.backing_file(slot) if running.get(slot) == str(child) else None
+        if below is None or not Path(below).exists():
+            continue
+        header = images.read(child, images.QCOW2)
+        if header.parent is not None and images.identity(header.parent) != images.identity(Path(below)):
+            domain.name_parent(child, Path(below))
+            session.say(f"disk {slot} was switched to {below} by somebody else at the same time; it goes on above that")
 
 
 def is_switched(session: Session, step: plan.SwitchDisks) -> bool:

@@ -187,6 +187,8 @@ def _commit(session: Session, child: Path, parent: Path) -> None:
     try:
         nodes.append(daemon.open(parent, images.QCOW2, writable=True))
         nodes.append(daemon.open(child, images.QCOW2, writable=True, backing=nodes[0]))
+        if names := daemon.drop_bitmaps(nodes[0]):
+            session.say(f"{parent}: the dirty bitmaps {', '.join(names)} of a backup tool are gone with the merge")
         daemon.commit(nodes[1], nodes[0])
         durable.sync_file(parent)
         if session.is_active():

@@ -20,6 +20,7 @@ provably loses nothing; anything else is a Conflict that names the file. Nothing
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host.domain import Domain
@@ -133,6 +134,10 @@ def _require_free_name(session: Session, present: Configuration) -> None:
 
 def _look_at_chains(session: Session, present: Configuration) -> None:
     """What others did below the disks of the present is taken over, or a doubt."""
+    domain = session.domain()
+    if domain.is_active() and not session.dry_run and not domain.has_job():
+        working = {slot: Path(path) for slot, path in vm_home.disks_of(present).items() if session.layout.owns(path)}
+        domain_steps.name_true_parents(session, domain, working)
     for change in list(chains.iter_changes(session, present)):
         if change.deed is Deed.UNKNOWN:
             session.doubt = chains.doubt(session, change, present.name)

@@ -13,7 +13,7 @@ from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import snapshots, undo_slot
+from hvmgr.operations import snapshots, strangers, undo_slot
 from hvmgr.operations.session import Session
 from hvmgr.storage import vm_home
 
@@ -39,6 +39,7 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
     children = {slot: str(layout.image(slot, session.new_id())) for slot in node.disks}
     change = tree.plan_apply(before, snapshot_id, children, keep_undo=how.keep_undo)
     snapshots.warn_of_depth(session, change.after)
+    strangers.say_what_bitmaps_lose(session)
     change_id = session.new_id()
     after = target.copy()
     _become_present(session, after, present)

@@ -53,6 +53,8 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
     change = tree.plan_create(before, snapshot_id, children)
     warn_of_depth(session, change.after)
+    if state not in (State.RUNNING, State.PAUSED):  # a running QEMU carries them over to the new images
+        strangers.say_what_bitmaps_lose(session)
     saved = _state_to_save(session, state, wish.type, present)
     record = SnapshotRecord(
         id=snapshot_id,
@@ -146,7 +148,7 @@ def _state_to_save(session: Session, state: State, wanted: SnapshotType, present
             return SavedState.NONE
         was_running = saved_state.read(session.connection.managed_save_path(present.name)).was_running
         return SavedState.RUNNING if was_running else SavedState.PAUSED
-    _require_same_disks(session, present)
+    _require_same_disks(session, present, with_memory=wanted is not SnapshotType.DISK_ONLY)
     if wanted is SnapshotType.DISK_ONLY:
         return SavedState.NONE
     _require_memory(session, present)
@@ -169,17 +171,23 @@ def _require_own_disks(session: Session, present: Configuration) -> None:
         )
 
 
-def _require_same_disks(session: Session, present: Configuration) -> None:
-    """A disk that was plugged in or out only until the VM stops has no place in a snapshot."""
+def _require_same_disks(session: Session, present: Configuration, *, with_memory: bool) -> None:
+    """A disk that is there only until the VM stops, or only after that, has no place in a snapshot."""
     domain = session.domain()
     live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
     running, stored = vm_home.disks_of(live), vm_home.disks_of(present)
-    for slot in sorted(running.keys() ^ stored.keys()):
-        where = "only until the VM stops" if slot in running else "only after the next start"
+    for slot in sorted(stored.keys() - running.keys()):
         raise errors.Conflict(
-            f"disk {slot} is attached {where}",
-            hint="make it the same in both: virsh attach-disk or detach-disk --config",
+            f"disk {slot} is attached only after the next start",
+            hint="make it the same in both: virsh attach-disk --live or detach-disk --config",
         )
+    for slot in sorted(running.keys() - stored.keys()):
+        if with_memory:
+            raise errors.Conflict(
+                f"disk {slot} is attached only until the VM stops and takes no part, so that saved memory would not fit it",
+                hint="make it the same in both: virsh attach-disk or detach-disk --config; or give --type disk-only",
+            )
+        session.say(f"disk {slot} is attached only until the VM stops: it takes no part in the snapshot")
     writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
     for slot, path in stored.items():
         if running[slot] != path or path not in writing:

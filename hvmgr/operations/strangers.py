@@ -62,6 +62,16 @@ def libvirts_own(session: Session, forest: Tree) -> dict[str, tuple[str, ...]]:
     return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
 
 
+def say_what_bitmaps_lose(session: Session) -> None:
+    """libvirt's checkpoints do not go on in the images that the VM is about to get while it is off."""
+    domain = session.find_domain()
+    for name in [] if domain is None else libvirt_snapshots.bitmap_names(domain):
+        session.say(
+            f"libvirt's checkpoint '{name}' ends here: the next backup has to be a full one; "
+            f"let libvirt forget it: virsh checkpoint-delete {session.home.name} {name} --metadata"
+        )
+
+
 def _named_by(listed: Listed, domain: Domain) -> Iterator[str]:
     one = libvirt_snapshot.parse(listed.xml, source=f"libvirt's snapshot {listed.name} of {domain.name}")
     yield from one.went_on().values()

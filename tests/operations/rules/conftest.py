@@ -22,6 +22,7 @@ from hvmgr.model import configuration
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.tree import Keeper
 from hvmgr.storage import durable, vm_home
+from tests import private_libvirt
 
 MIB = 1 << 20
 PIECE = 64 << 10
@@ -239,3 +240,43 @@ def bench(uri, place):
                 domain.undefine(keep_nvram=False, keep_tpm=False)
     for host in bench.hosts:
         host.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(new_embed_root, require_program):
+    """One libvirtd for all tests here."""
+    require_program("libvirtd")
+    with private_libvirt.daemon(new_embed_root()) as running:
+        yield running
+
+
+@pytest.fixture
+def virsh(daemon):
+    """``virsh(…)``: what it says; it has to succeed unless ``refused`` names a part of its refusal."""
+
+    def run(*arguments, refused=None):
+        command = ["virsh", "-q", "-c", daemon.uri, *map(str, arguments)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        if refused is None:
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+        else:
+            assert done.returncode != 0
+            assert refused in done.stderr, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def guest(bench, virsh):
+    """``guest(vm, …)``: what its guest writes, running or off; the guest itself has no system."""
+
+    def write(vm, pattern, offset, slot="hda"):
+        if vm.state() is State.OFF:
+            bench.write(vm, pattern, offset, slot=slot)
+            return
+        device = bench.domain(vm).monitor("query-block")
+        name = next(one["qdev"] for one in device if one.get("inserted") and slot[-1] in "ab")
+        virsh("qemu-monitor-command", vm.name, "--hmp", f'qemu-io -d {name} "write -P {pattern} {offset} 64k"')
+
+    return write
