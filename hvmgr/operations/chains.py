@@ -63,7 +63,7 @@ def iter_changes(session: Session, present: Configuration) -> Iterator[Change]:
         if not chain or chain[-1].parent is not None:
             continue  # a missing image is named by whoever needs it
         below = expected.get(slot)
-        if below is None or below in {image.path for image in chain}:
+        if below is None or _is_among(below, chain):
             change = _commit_below(session, slot, chain)
         else:
             change = _explained(session, slot, chain, below)
@@ -90,6 +90,13 @@ def links(forest: Tree, path: str) -> list[Image]:
         chain.append(forest.images[step])
         step = chain[-1].parent
     return chain
+
+
+def _is_among(path: str, chain: list[Image]) -> bool:
+    """Whether a chain goes over an image, by whatever path it is named there."""
+    if any(image.path == path for image in chain):
+        return True
+    return Path(path).exists() and images.identity(Path(path)) in {images.identity(Path(image.path)) for image in chain}
 
 
 def expected_below(session: Session, present: Configuration) -> dict[str, str]:
