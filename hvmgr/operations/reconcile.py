@@ -56,6 +56,20 @@ def bring_together(session: Session, *, needs_present: bool = True) -> None:
         raise session.doubt
 
 
+def accept_present(session: Session) -> list[str]:
+    """The disks whose chains nobody can explain are the present as they are; their slots.
+
+    For somebody who has looked at them. From then on the images that they no longer stand on count as not needed by
+    the present, and go when no snapshot needs them.
+    """
+    present = session.home.present()
+    slots = [one.slot for one in chains.iter_changes(session, present) if one.deed is Deed.UNKNOWN]
+    if slots:
+        _set_apart(session, present, slots, [])
+    session.doubt = None
+    return slots
+
+
 def _bring_over(session: Session, domain: Domain, present: Configuration, edited: Configuration, text: str) -> None:
     renamed = takeover.use_own_names(session, present, edited)
     facts_kept = edited.metadata() == present.metadata()
@@ -160,11 +174,14 @@ def _take_over_below(session: Session, change: chains.Change) -> None:
         session.say(f"disk {change.slot}: {change.top} was committed into {change.base} outside hvmgr")
         steps += takeover.marks(session, chains.damaged_by(session.home.tree(), change.base, change.top), change.base)
         steps += [plan.FreezeImage(path=change.base), plan.RecordFrozen(paths=(change.base,))]
-    present = session.home.present()
-    if change.missed is not None:
+    _set_apart(session, session.home.present(), [] if change.missed is None else [change.slot], steps)
+
+
+def _set_apart(session: Session, present: Configuration, slots: list[str], steps: list[Step]) -> None:
+    if slots:
         facts = vm_home.require_facts(present)
-        present.set_metadata(dataclasses.replace(facts, disks=chains.set_apart(facts.disks, (change.slot,))))
-        steps += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
+        present.set_metadata(dataclasses.replace(facts, disks=chains.set_apart(facts.disks, slots)))
+        steps = [*steps, plan.Define(xml=present.to_xml()), plan.WritePresent()]
     execution.run(
         session,
         Plan(

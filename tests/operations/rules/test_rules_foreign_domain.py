@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
@@ -403,6 +404,24 @@ def test_edit_between_two_steps_is_not_lost(bench, vm, virsh, at_step):
     assert bench.files(vm) == files
     vm.create_snapshot("c")
     assert "theirs" in bench.domain(vm).xml(live=False)
+    bench.check(vm)
+
+
+def test_edit_by_another_user_between_two_commands_and_between_two_steps(bench, vm, daemon, at_step):
+    def as_nobody(*words):
+        line = ["setpriv", "--reuid=65534", "--clear-groups", "virsh", "-q", "-c", daemon.uri, *words]
+        environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+        done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=60, env=environment)
+        assert done.returncode == 0, done.stderr
+
+    as_nobody("setmaxmem", vm.name, "96M", "--config")
+    vm.create_snapshot("c")
+    assert vm.home.present().memory == 96 * MIB
+    at_step(plan.CreateImage, after=lambda: as_nobody("setmaxmem", vm.name, "128M", "--config"))
+    with pytest.raises(errors.Conflict, match="was changed outside hvmgr in the meantime"):
+        vm.snapshot("b").apply()
+    vm.snapshot("c").set_notes("seen")
+    assert vm.home.present().memory == 128 * MIB
     bench.check(vm)
 
 
