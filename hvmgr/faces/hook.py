@@ -46,7 +46,8 @@ def main(arguments: Sequence[str], xml: BinaryIO) -> int:
         _tell(f"hvmgr is not complete ({error}): {arguments[0]} was not examined")
         return PASS
     except Exception as error:  # noqa: BLE001 - the outermost edge: libvirt's user gets a sentence and a way out
-        return _refuse(arguments[0], f"a defect in hvmgr's hook: {type(error).__name__}: {error}", None)
+        why = f"a defect in hvmgr's hook: {type(error).__name__}: {error}"
+        return _refuse(arguments[0], why, None, f"hvmgr hook allow --once {arguments[0]}")
 
 
 def _judge(name: str, data: bytes) -> int:
