@@ -257,7 +257,8 @@ def _bases(home: VmHome, stored: Configuration) -> dict[str, _Base] | None:
     except errors.NotFound:
         return None
     slots = {record.id: record.slot for record in vm_home.require_facts(above).disks}
-    ids = {record.slot: record.id for record in facts.disks}
+    # A disk whose data was pulled from its snapshot's image by others stands apart from it, as the home then says.
+    ids = {record.slot: record.id for record in facts.disks if not getattr(record, "apart", False)}
     paths = vm_home.disks_of(above)
     found = {}
     for slot, working in vm_home.disks_of(stored).items():
