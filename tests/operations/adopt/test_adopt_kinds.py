@@ -253,10 +253,10 @@ class TestDisks:
         error = refusal(place, "web", errors.Unsupported, "does not state the format")
         assert "qemu-img rebase -u" in error.hint
 
-    @pytest.mark.parametrize("more", ["<backingStore/>", "<backingStore type='file'><format type='raw'/>"
-                                      "<source file='{base}'/><backingStore/></backingStore>",
-                                      "<backingStore type='file'><format type='qcow2'/>"
-                                      "<source file='{other}'/></backingStore>"])  # fmt: skip
+    RAW_BELOW = "<backingStore type='file'><format type='raw'/><source file='{base}'/><backingStore/></backingStore>"
+    OTHER_BELOW = "<backingStore type='file'><format type='qcow2'/><source file='{other}'/></backingStore>"
+
+    @pytest.mark.parametrize("more", ["<backingStore/>", RAW_BELOW, OTHER_BELOW])
     def test_stated_chain_that_the_header_contradicts(self, place, more):
         base, other = place.image("a.qcow2", fill=1), place.image("other.qcow2", fill=2)
         top = place.image("top.qcow2", below=base)

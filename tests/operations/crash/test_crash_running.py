@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 RUNNING = [
+    "running-adopt",
     "running-create",
     "running-create-disk-only",
     "running-create-two-disks",
