@@ -378,7 +378,7 @@ def _listing(folder: Path, labels: dict[str, str]) -> list[str]:
 
 def _outside(place: Place) -> list[str]:
     """Images beside the home: name, mode, bytes."""
-    files = sorted(place.outside.iterdir()) if place.outside.is_dir() else []
+    files = sorted(file for file in place.outside.iterdir() if file.is_file()) if place.outside.is_dir() else []
     return [f"{file.name} {oct(file.stat().st_mode)} {_hash(file)}" for file in files]
 
 

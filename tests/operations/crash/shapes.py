@@ -205,7 +205,7 @@ def adopt(host, **options):
 
 
 def adopt_elsewhere(host):
-    adopt(host, home=host.root / "a home of its own")
+    adopt(host, home=host.root.parent / "outside" / "home")
 
 
 def vm(host):

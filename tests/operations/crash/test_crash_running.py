@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 RUNNING = [
-    "running-adopt",
     "running-create",
     "running-create-disk-only",
     "running-create-two-disks",
@@ -23,6 +22,7 @@ RUNNING = [
     "running-undo",
     "running-delete",
     "running-delete-other-branch",
+    "running-adopt",
 ]
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
