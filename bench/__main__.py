@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import harness, snapshots
+from bench import beside_libvirt, harness, snapshots
 
-SUITES = {"snapshots": snapshots.measure}
+SUITES = {"snapshots": snapshots.measure, "beside_libvirt": beside_libvirt.measure}
 
 
 def main(names: list[str]) -> None:

@@ -209,7 +209,7 @@ class Host:
         if path.is_dir() and not vm_home.holds_nothing(path):
             what = "exists already and is not empty"
             with contextlib.suppress(errors.HvmgrError):
-                what = f"is the home of the VM '{vm_home.open_home(path).name}'"
+                what = f"exists already: it is the home of the VM '{vm_home.open_home(path).name}'"
             raise errors.Conflict(f"{path} {what}", hint="choose another place with --home")
 
     def _shared_images(self, spec: Specification) -> contextlib.AbstractContextManager[None]:
