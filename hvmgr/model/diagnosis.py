@@ -35,8 +35,8 @@ class Code(StrEnum):
     INDEX_MISSING = "index-missing"
 
     # A home as a whole
-    BUSY = "busy"
-    JOURNAL_OPEN = "journal-open"
+    OPERATION_RUNNING = "operation-running"
+    OPERATION_OPEN = "operation-open"
     JOURNAL_DAMAGED = "journal-damaged"
     DAEMON_LEFT = "daemon-left"
     REMAINS = "remains"
@@ -53,27 +53,29 @@ class Code(StrEnum):
     CONFIGURATION_DAMAGED = "configuration-damaged"
     UNDO_DAMAGED = "undo-damaged"
     SNAPSHOT_DAMAGED = "snapshot-damaged"
-    PARENT_UNKNOWN = "parent-unknown"
+    SNAPSHOT_MISSING = "snapshot-missing"
     MEMORY_MISSING = "memory-missing"
     ORPHAN = "orphan"
     QUARANTINED = "quarantined"
 
     # Images
     IMAGE_MISSING = "image-missing"
+    IMAGE_UNREADABLE = "image-unreadable"
     IMAGE_DAMAGED = "image-damaged"
     IMAGE_UNSUPPORTED = "image-unsupported"
     IMAGE_SWAPPED = "image-swapped"
     IMAGE_LEAKS = "image-leaks"
     CHAIN_CIRCLE = "chain-circle"
     CHAIN_DEEP = "chain-deep"
-    FROZEN_CHANGED = "frozen-changed"
-    FROZEN_TOUCHED = "frozen-touched"
-    FROZEN_UNRECORDED = "frozen-unrecorded"
+    IMAGE_CHANGED = "image-changed"
+    IMAGE_TOUCHED = "image-touched"
+    IMAGE_UNRECORDED = "image-unrecorded"
     DISK_DETACHED = "disk-detached"
     MERGE_PENDING = "merge-pending"
     IMAGE_UNNAMED = "image-unnamed"
     IMAGE_SHARED = "image-shared"
     IMAGE_WRITTEN = "image-written"
+    IMAGE_FROZEN = "image-frozen"
 
     # Modes and owners
     WAY_CLOSED = "way-closed"
@@ -87,7 +89,8 @@ class Code(StrEnum):
     DOMAIN_FOREIGN = "domain-foreign"
     DISKS_CHANGED = "disks-changed"
     NAME_TAKEN = "name-taken"
-    HOME_GONE = "home-gone"
+    HOME_MISSING = "home-missing"
+    HOME_FOREIGN = "home-foreign"
     SAVE_STALE = "save-stale"
     LIBVIRT_SNAPSHOTS = "libvirt-snapshots"
 
@@ -118,8 +121,8 @@ KINDS: Mapping[Code, Kind] = {
     Code.INDEX_DAMAGED: _WARNING,
     Code.INDEX_STALE: _WARNING,
     Code.INDEX_MISSING: _WARNING,
-    Code.BUSY: _INFO,
-    Code.JOURNAL_OPEN: _CONFLICT,
+    Code.OPERATION_RUNNING: _INFO,
+    Code.OPERATION_OPEN: _CONFLICT,
     Code.JOURNAL_DAMAGED: _CORRUPT,
     Code.DAEMON_LEFT: _WARNING,
     Code.REMAINS: _INFO,
@@ -136,25 +139,27 @@ KINDS: Mapping[Code, Kind] = {
     Code.CONFIGURATION_DAMAGED: _CORRUPT,
     Code.UNDO_DAMAGED: _CORRUPT,
     Code.SNAPSHOT_DAMAGED: _CORRUPT,
-    Code.PARENT_UNKNOWN: _WARNING,
+    Code.SNAPSHOT_MISSING: _WARNING,
     Code.MEMORY_MISSING: _WARNING,
     Code.ORPHAN: _WARNING,
     Code.QUARANTINED: _INFO,
     Code.IMAGE_MISSING: _CORRUPT,
+    Code.IMAGE_UNREADABLE: _CORRUPT,
     Code.IMAGE_DAMAGED: _CORRUPT,
     Code.IMAGE_UNSUPPORTED: _UNSUPPORTED,
     Code.IMAGE_SWAPPED: _CORRUPT,
     Code.IMAGE_LEAKS: _INFO,
     Code.CHAIN_CIRCLE: _CORRUPT,
     Code.CHAIN_DEEP: _WARNING,
-    Code.FROZEN_CHANGED: _CORRUPT,
-    Code.FROZEN_TOUCHED: _WARNING,
-    Code.FROZEN_UNRECORDED: _INFO,
+    Code.IMAGE_CHANGED: _CORRUPT,
+    Code.IMAGE_TOUCHED: _WARNING,
+    Code.IMAGE_UNRECORDED: _INFO,
     Code.DISK_DETACHED: _INFO,
     Code.MERGE_PENDING: _INFO,
     Code.IMAGE_UNNAMED: _INFO,
     Code.IMAGE_SHARED: _INFO,
     Code.IMAGE_WRITTEN: _CONFLICT,
+    Code.IMAGE_FROZEN: _CONFLICT,
     Code.WAY_CLOSED: _CONFLICT,
     Code.MODE_WRONG: _WARNING,
     Code.IMAGE_NOT_WRITABLE: _CONFLICT,
@@ -164,7 +169,8 @@ KINDS: Mapping[Code, Kind] = {
     Code.DOMAIN_FOREIGN: _WARNING,
     Code.DISKS_CHANGED: _WARNING,
     Code.NAME_TAKEN: _CONFLICT,
-    Code.HOME_GONE: Kind(Severity.ERROR, errors.NotFound),
+    Code.HOME_FOREIGN: _CONFLICT,
+    Code.HOME_MISSING: Kind(Severity.ERROR, errors.NotFound),
     Code.SAVE_STALE: _CONFLICT,
     Code.LIBVIRT_SNAPSHOTS: _WARNING,
 }

@@ -126,12 +126,15 @@ class Host:
             try:
                 found.append((home.name, home))
             except errors.HvmgrError as error:
-                self.reporter.notice(f"left out: {error}")
+                self._leave_out(error)
         return found
+
+    def _leave_out(self, error: errors.HvmgrError) -> None:
+        self.reporter.notice(f"left out: {error}")
 
     def _homes(self) -> list[VmHome]:
         """Homes below the root, and those that the index knows elsewhere for this connection."""
-        homes = {home.vm_id: home for home in vm_home.find_homes(self.root)}
+        homes = {home.vm_id: home for home in vm_home.find_homes(self.root, left_out=self._leave_out)}
         for folder in self._folders_elsewhere():
             with contextlib.suppress(errors.HvmgrError):
                 home = vm_home.open_home(folder)
