@@ -203,4 +203,7 @@ def _lying(layout: Layout, faults: list[Fault]) -> list[tuple[str, str, str]]:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(one for one in folder.iterdir() if one.is_file()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    with durable.explained(folder):
+        return sorted(one for one in folder.iterdir() if one.is_file() and not one.name.startswith("."))
