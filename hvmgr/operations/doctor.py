@@ -18,6 +18,7 @@ from hvmgr.model.finding import Finding
 from hvmgr.model.layout import Layout
 from hvmgr.operations import domain_checks, home_checks, host_checks, image_checks, surroundings
 from hvmgr.operations.surroundings import Surroundings
+from hvmgr.storage import vm_home
 from hvmgr.storage.survey import Survey
 
 if TYPE_CHECKING:
@@ -62,15 +63,25 @@ def _inside(seen: Survey, around: Surroundings, *, thorough: bool) -> Iterator[F
     codes = {one.code for one in state}
     if Code.OPERATION_RUNNING in codes:
         return
+    place = list(domain_checks.place(seen, around))
+    yield from place
+    if Code.HOME_MOVED in {one.code for one in place} or _is_copy(seen, place):
+        return  # all its paths lead elsewhere, so that nothing else means anything
     half_way = home_checks.named_by(seen.home.layout)
     for one in _parts(seen, around):
         if one.where not in half_way:
             yield one
-    if codes & {Code.OPERATION_OPEN}:
+    if Code.OPERATION_OPEN in codes:
         return  # libvirt and the home may differ until it is completed
     yield from _with_libvirt(seen, around)
     if thorough:
         yield from image_checks.thorough(seen, busy=domain_checks.busy_images(seen, around.domain(seen.home)))
+
+
+def _is_copy(seen: Survey, place: list[Finding]) -> bool:
+    """Whether a home lies elsewhere than it says, and another one lies there."""
+    home = None if seen.present is None else vm_home.canonical(str(seen.present.facts.home))
+    return Code.ID_TWICE in {one.code for one in place} and home != str(seen.home.path)
 
 
 def _parts(seen: Survey, around: Surroundings) -> Iterator[Finding]:
@@ -82,7 +93,6 @@ def _parts(seen: Survey, around: Surroundings) -> Iterator[Finding]:
 
 
 def _with_libvirt(seen: Survey, around: Surroundings) -> Iterator[Finding]:
-    yield from domain_checks.place(seen, around)
     yield from domain_checks.guard(seen, around.domain(seen.home))
     if seen.present is None:
         return

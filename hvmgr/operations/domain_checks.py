@@ -12,9 +12,8 @@ from hvmgr.host.hypervisor import Connection
 from hvmgr.model import configuration
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
-from hvmgr.operations import image_checks, strangers
-from hvmgr.operations.reporter import Reporter
-from hvmgr.operations.session import Session, open_images
+from hvmgr.operations import image_checks, strangers, surroundings
+from hvmgr.operations.session import open_images
 from hvmgr.operations.surroundings import Known, Surroundings
 from hvmgr.storage import start_guard, survey, vm_home
 from hvmgr.storage.survey import Part, Survey
@@ -164,13 +163,10 @@ def _managed_save(seen: Survey, known: Known) -> Iterator[Finding]:
 
 def others(seen: Survey, connection: Connection) -> Iterator[Finding]:
     """Other VMs that need or write images of this one."""
-    session = Session(seen.home, connection, Reporter(dry_run=True), wait_s=0)
-    try:
+    with surroundings.looking(seen.home, connection) as session:
         held = image_checks.frozen_images(seen.tree())
         writers = strangers.writers(session, held)
         users = strangers.of(session, seen.headers)
-    finally:
-        session.close()
     for path, name in writers.items():
         sentence = f"the VM '{name}' writes to {path}, which {', '.join(seen.needs(path))} needs unchanged"
         yield finding(Code.IMAGE_WRITTEN, sentence, path, repair=f"give '{name}' a copy of it before it is started")

@@ -157,7 +157,7 @@ def _memory(seen: Survey) -> Iterator[Finding]:
 
 def _remains(layout: Layout) -> Iterator[Finding]:
     for folder in layout.folders()[1:]:
-        parts = [one for one in folder.glob(f"{durable.TEMPORARY}*")] if folder.is_dir() else []
+        parts = list(folder.glob(f"{durable.TEMPORARY}*")) if folder.is_dir() else []
         if folder == layout.trash and folder.is_dir() and not journal.is_open(layout.journal):
             parts = list(folder.iterdir())
         if parts:

@@ -64,7 +64,7 @@ def _abilities(connection: Connection, facts: Capabilities) -> Iterator[Finding]
         )
         yield finding(Code.KVM_CLOSED, sentence, "/dev/kvm", repair="add that user to the group of /dev/kvm")
     if not confinement.may_snapshot_in_background(version(facts.libvirt_version)):
-        sentence = "QEMU gets no userfaultfd: a VM stands still while its memory is written into a snapshot"
+        sentence = "QEMU gets no userfaultfd here: it cannot save memory in the background, while the guest goes on"
         yield _missing("background-snapshot", sentence, "sysctl vm.unprivileged_userfaultfd=1")
     if not _reads_vhd():
         yield _missing("vhd", "this host's qemu-img cannot read VHD images", "install a QEMU with the format vpc")
@@ -103,7 +103,9 @@ def _confinement(connection: Connection, facts: Capabilities) -> Iterator[Findin
             f"AppArmor is on and libvirt is {facts.libvirt_version}: before 12.1 it denies a running VM to write to the "
             "images below its own, so that 'virsh blockcommit' fails; hvmgr merges when the VM is off"
         )
-        yield finding(Code.APPARMOR_COMMIT, sentence, "AppArmor", repair="stop the VM for a merge: hvmgr snapshot merge")
+        yield finding(
+            Code.APPARMOR_COMMIT, sentence, "AppArmor", repair="stop the VM for a merge: hvmgr snapshot merge"
+        )
 
 
 # --- the index --------------------------------------------------------------------------------------------------------

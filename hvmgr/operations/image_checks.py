@@ -22,8 +22,8 @@ from hvmgr.storage.survey import Survey
 def examine(seen: Survey, *, owner: Owner, dynamic: bool) -> Iterator[Finding]:
     """Everything that headers and file systems tell."""
     forest = seen.tree()
-    for path, who in seen.missing.items():
-        sentence = f"the image {path} is missing; needed by {', '.join(who)}"
+    for path, facts in seen.missing.items():
+        sentence = f"the image {path} is missing; needed by {', '.join(facts.needed_by)}"
         repair = "put the file back; doctor --repair does when it finds it in or beside the home under another name"
         yield finding(Code.IMAGE_MISSING, sentence, path, repair=repair)
     for fault in seen.faults:
@@ -68,7 +68,9 @@ def _chains(seen: Survey, forest: Tree) -> Iterator[Finding]:
                 above.append(step)
                 step = forest.images[step].parent
             if len(above) > tree.WARN_DEPTH:
-                sentence = f"{part.who}, disk {slot}, stands on {len(above)} images: more than {tree.WARN_DEPTH} cost time"
+                sentence = (
+                    f"{part.who}, disk {slot}, stands on {len(above)} images: more than {tree.WARN_DEPTH} cost time"
+                )
                 repair = f"delete snapshots; at {tree.MAX_DEPTH} images no more are made, at 200 libvirt fails"
                 yield finding(Code.CHAIN_DEEP, sentence, path, repair=repair)
 
@@ -84,7 +86,9 @@ def _since_frozen(seen: Survey, forest: Tree, held: set[str]) -> Iterator[Findin
             repair = "put it back from a backup, or delete what needs it; doctor --repair puts back what changed places"
             yield finding(Code.IMAGE_CHANGED, sentence, path, repair=repair)
         elif found is Condition.TOUCHED:
-            sentence = f"{path} has another time than when it was frozen, with the same size and header; needed by {needed}"
+            sentence = (
+                f"{path} has another time than when it was frozen, with the same size and header; needed by {needed}"
+            )
             repair = "if it came from a backup or a copy: hvmgr doctor --repair --accept-touched"
             yield finding(Code.IMAGE_TOUCHED, sentence, path, repair=repair)
         elif found is Condition.UNKNOWN and path in ours:
@@ -157,9 +161,7 @@ def confined(seen: Survey) -> Iterator[Finding]:
     """Images and homes that AppArmor or SELinux keep QEMU from, as far as files tell."""
     if confinement.has_selinux() and not confinement.is_labelled(seen.home.path):
         sentence = f"SELinux is on, and {seen.home.path} has no label that QEMU may use"
-        repair = (
-            f"semanage fcontext -a -t virt_image_t '{seen.home.path}(/.*)?' && restorecon -R '{seen.home.path}'"
-        )
+        repair = f"semanage fcontext -a -t virt_image_t '{seen.home.path}(/.*)?' && restorecon -R '{seen.home.path}'"
         yield finding(Code.SELINUX_LABEL, sentence, seen.home.path, repair=repair)
     if not confinement.has_apparmor():
         return

@@ -5,8 +5,9 @@ libvirt may be out of reach: then its part is empty, and ``failure`` says why.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from hvmgr.model import configuration
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.layout import CONFIGURATIONS, PRIVATE, SNAPSHOTS
 from hvmgr.model.metadata import Metadata
+from hvmgr.operations.reporter import Reporter
+from hvmgr.operations.session import Session
 from hvmgr.storage import durable, index, survey, vm_home
 from hvmgr.storage.access import Owner
 from hvmgr.storage.index import Note
@@ -131,6 +134,16 @@ def take(folder: Path) -> Survey:
     """The survey of a home; NotFound or Corrupt when there is not exactly one configuration."""
     with durable.explained(folder):
         return survey.take(vm_home.open_home(folder))
+
+
+@contextlib.contextmanager
+def looking(home: VmHome, connection: Connection) -> Iterator[Session]:
+    """A session for questions alone: without the home's lock, and nothing may be changed in it."""
+    session = Session(home, connection, Reporter(dry_run=True), wait_s=0)
+    try:
+        yield session
+    finally:
+        session.close()
 
 
 def _folders(host: Host, notes: tuple[Note, ...], domains: Mapping[str, Known]) -> tuple[Path, ...]:

@@ -104,6 +104,15 @@ def kept_mode(path: Path) -> int | None:
         return None
 
 
+def noted_path(file: Path) -> str | None:
+    """The path that an image outside all homes had when it was frozen, by its inode."""
+    try:
+        facts = json.loads(_mode_file(settings.index_folder() / "modes", file).read_bytes())
+        return str(facts["path"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
 def forget_mode(path: Path) -> None:
     """The image has its own mode."""
     file = _mode_file(settings.index_folder() / "modes", path)

@@ -6,7 +6,6 @@ and neither libvirt nor a lock is needed.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +29,14 @@ class Fault:
 
 
 @dataclass(frozen=True, slots=True)
+class Missing:
+    """An image that is not there: the format that is stated of it, and who needs it."""
+
+    format: str
+    needed_by: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """One configuration of a home: the present, the undo slot's, or a snapshot's. ``who`` says it to people."""
 
@@ -48,8 +55,8 @@ class Part:
 class Survey:
     """Everything that could be read of one home.
 
-    ``headers`` are the images by path, ``missing`` those that are not there, each with those that need it; ``faults``
-    are the files of the home that are damaged, images among them.
+    ``headers`` are the images by path, ``missing`` those that are not there; ``faults`` are the files that are damaged,
+    images among them.
     """
 
     home: VmHome
@@ -57,7 +64,7 @@ class Survey:
     undo: Part | None
     snapshots: tuple[Part, ...]
     headers: Mapping[str, Header]
-    missing: Mapping[str, tuple[str, ...]]
+    missing: Mapping[str, Missing]
     faults: tuple[Fault, ...]
 
     @property
@@ -152,12 +159,10 @@ def _snapshots(layout: Layout, faults: list[Fault]) -> Iterator[Part]:
         yield Part(f"snapshot '{record.name}'", file, part.configuration, part.facts)
 
 
-def _images(
-    layout: Layout, parts: Iterable[Part], faults: list[Fault]
-) -> tuple[dict[str, Header], dict[str, tuple[str, ...]]]:
+def _images(layout: Layout, parts: Iterable[Part], faults: list[Fault]) -> tuple[dict[str, Header], dict[str, Missing]]:
     """Every image that a configuration or a child names, and those that lie in the home's folders."""
     headers: dict[str, Header] = {}
-    missing: dict[str, list[str]] = {}
+    missing: dict[str, Missing] = {}
     broken: set[str] = set()
     todo = [*_stated(parts), *_lying(layout, faults)]
     while todo:
@@ -173,13 +178,14 @@ def _images(
                     f"{path} does not state the format of its parent",
                     hint=f"state it: qemu-img rebase -u -b '{header.backing}' -F FORMAT '{path}'",
                 )
-            todo.append((str(header.parent), header.backing_format, os.path.basename(path)))
+            todo.append((str(header.parent), header.backing_format, Path(path).name))
         except errors.NotFound:
-            missing.setdefault(path, []).append(who)
+            needed_by = missing[path].needed_by if path in missing else ()
+            missing[path] = Missing(fmt, tuple(dict.fromkeys((*needed_by, who))))
         except errors.HvmgrError as error:
             broken.add(path)
             faults.append(Fault(Path(path), error))
-    return headers, {path: tuple(dict.fromkeys(who)) for path, who in missing.items()}
+    return headers, missing
 
 
 def _stated(parts: Iterable[Part]) -> Iterator[tuple[str, str, str]]:
