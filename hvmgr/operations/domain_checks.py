@@ -61,8 +61,9 @@ def guard(seen: Survey, known: Known | None) -> Iterator[Finding]:
         present = seen.present.configuration
     if present is None:
         return
+    closed = set(seen.headers) - image_checks.frozen_images(seen.tree())  # by its mode alone: that is another finding
     for one in start_guard.examine(present):
-        if one.code in _GUARDED:
+        if one.code in _GUARDED and not (one.code == Code.IMAGE_FROZEN and one.where in closed):
             yield finding(Code(one.code), one.sentence, one.where, repair="doctor --repair")
 
 
@@ -192,6 +193,8 @@ def homeless(around: Surroundings) -> Iterator[Finding]:
         home = known.home
         if home is None or is_home_of(home, known.domain.uuid) or around.homes.get(known.domain.uuid):
             continue
+        if home in around.folders and home not in {one for found in around.homes.values() for one in found}:
+            continue  # a home that lost its configuration says so itself
         name = known.domain.name
         sentence = f"the home of {name}, {home}, is not there"
         if home.is_dir():

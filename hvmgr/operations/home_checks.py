@@ -98,7 +98,7 @@ def files(seen: Survey) -> Iterator[Finding]:
     for fault in seen.faults:
         if fault.file.suffix == ".xml":
             yield _damaged(layout, fault)
-    for folder in layout.folders():
+    for folder in layout.folders() if seen.present is not None else ():
         if not folder.is_dir():
             yield finding(Code.FOLDER_MISSING, f"the folder {folder} is missing", folder, repair=_BY_ITSELF)
     yield from _parents(seen)
@@ -240,7 +240,8 @@ def wrong_modes(seen: Survey) -> Iterator[tuple[Path, int]]:
             yield here, mode
         for name in found:
             file = here / name
-            if file.is_symlink() or not file.is_file() or str(file) in seen.headers:
+            is_note = here == seen.home.layout.private and not name.endswith(".save")  # pids and plans: no secrets
+            if is_note or file.is_symlink() or not file.is_file() or str(file) in seen.headers:
                 continue
             if (mode := access.right_file_mode(file)) is not None:
                 yield file, mode
