@@ -231,6 +231,7 @@ def test_command_at_work_is_not_disturbed(bench, vm):
 def test_left_overs_of_dead_commands_are_swept(bench, vm):
     layout = vm.home.layout
     (layout.images / ".hvmgr-part-1").write_bytes(b"x")
+    (layout.images / ".hvmgr-part-1").chmod(0o600)
     (layout.private / "daemon").write_text("999999 1")
     found = {str(one.code) for one in bench.find(vm)}
     assert found == {"remains", "daemon-left"}
