@@ -16,7 +16,7 @@ from hvmgr.model.finding import Finding
 from hvmgr.model.layout import PRIVATE, Layout
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan
-from hvmgr.storage import access, durable, journal, locks, survey, vm_home
+from hvmgr.storage import access, durable, journal, locks, start_guard, survey, vm_home
 from hvmgr.storage.access import Owner
 from hvmgr.storage.survey import Survey
 
@@ -105,6 +105,9 @@ def files(seen: Survey) -> Iterator[Finding]:
     yield from _memory(seen)
     yield from _remains(layout)
     yield from _orphans(seen)
+    if start_guard.is_allowed(layout):
+        sentence = f"the next start of {seen.name} passes the hook, whatever is wrong ('hvmgr hook allow')"
+        yield finding(Code.START_ALLOWED, sentence, layout.allowed_start, repair="the start uses it up")
     quarantine = layout.private / QUARANTINE
     for file in sorted(quarantine.iterdir()) if quarantine.is_dir() else ():
         if file.suffix != ".txt":

@@ -113,6 +113,7 @@ SHAPED = {
     "hook install": ["hook", "install", "--dir", "DIR"],
     "hook uninstall": ["hook", "uninstall", "--dir", "DIR"],
     "hook allow": ["hook", "allow", "VM", "--once"],
+    "doctor": ["doctor", "VM", "--repair"],
     "config show": ["config", "show"],
     "completion": ["completion", "bash"],
     "version": ["version"],
@@ -121,6 +122,16 @@ SHAPED = {
 }
 
 
+@pytest.fixture
+def ailing(branched, root):
+    """A VM with something to repair, and something that stays: for lists that must not be empty."""
+    (home,) = [one for one in root.iterdir() if one.name == branched]
+    (home / "Virtual Machines").chmod(0o755)
+    (home / "stray").write_text("nobody knows it")
+    return branched
+
+
+@pytest.mark.usefixtures("ailing")
 def test_documents_have_exactly_the_documented_keys(hvmgr, branched, tmp_path):
     assert set(SHAPED) == set(SHAPES)
     meant = {"VM": branched, "DIR": tmp_path / "hooks"}

@@ -14,7 +14,7 @@ from hvmgr import errors
 from hvmgr.model import plan
 from hvmgr.model.plan import Plan
 from hvmgr.operations import execution
-from hvmgr.storage import index, journal
+from hvmgr.storage import index, journal, start_guard, survey
 
 MIB = 1 << 20
 ID = "00000000-0000-4000-8000-000000000000"
@@ -382,3 +382,17 @@ def test_read_only_home_is_examined(bench, vm):
     finally:
         subprocess.run(["umount", vm.path], check=True)
     bench.healthy(vm)
+
+
+def test_start_that_was_allowed_in_any_case_is_told(bench, vm):
+    start_guard.allow_once(vm.home.layout)
+    assert [str(one.code) for one in bench.find(vm)] == ["start-allowed"]
+
+
+def test_home_that_nobody_may_read_is_named(bench, vm, monkeypatch):
+    def refuse(folder):
+        raise errors.HostFailed(f"no permission for {folder}", hint="run as root")
+
+    monkeypatch.setattr(survey, "configurations", refuse)
+    found = bench.host.doctor(str(vm.path))
+    assert {str(one.code) for one in found} == {"home-unreadable"}
