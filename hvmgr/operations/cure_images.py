@@ -36,7 +36,9 @@ def reattach(case: Case) -> Iterator[Cure]:
         found = [] if missing is None else candidates(case, case.seen, Path(one.where), missing)
         if len(found) == 1:
             act = partial(_put_back, case, case.seen, Path(one.where), found[0])
-            yield Cure(one, f"put {found[0]} back to its name {one.where}", act)
+            is_sure = frozen.condition(case.layout, Path(one.where), file=found[0]) is Condition.UNCHANGED
+            by = "its record" if is_sure else "its id alone"
+            yield Cure(one, f"put {found[0]} back to its name {one.where} (known by {by})", act)
 
 
 def candidates(case: Case, seen: Survey, path: Path, missing: Missing) -> list[Path]:

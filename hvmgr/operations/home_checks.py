@@ -95,9 +95,7 @@ def _paths(plan: Plan) -> Iterator[str]:
 def files(seen: Survey) -> Iterator[Finding]:
     """Configurations, folders and left-overs of a home."""
     layout = seen.home.layout
-    for fault in seen.faults:
-        if fault.file.suffix == ".xml":
-            yield _damaged(layout, fault)
+    yield from damaged(seen)
     for folder in layout.folders() if seen.present is not None else ():
         if not folder.is_dir():
             yield finding(Code.FOLDER_MISSING, f"the folder {folder} is missing", folder, repair=_BY_ITSELF)
@@ -113,6 +111,13 @@ def files(seen: Survey) -> Iterator[Finding]:
         if file.suffix != ".txt":
             sentence = f"{file} was set aside by an earlier repair; {file.name}.txt says why"
             yield finding(Code.QUARANTINED, sentence, file, repair="remove it when nobody misses it")
+
+
+def damaged(seen: Survey) -> Iterator[Finding]:
+    """Configurations that cannot be read."""
+    for fault in seen.faults:
+        if fault.file.suffix == ".xml":
+            yield _damaged(seen.home.layout, fault)
 
 
 def _damaged(layout: Layout, fault: survey.Fault) -> Finding:

@@ -6,6 +6,7 @@ and neither libvirt nor a lock is needed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +128,25 @@ def take(home: VmHome) -> Survey:
     parts = [one for one in (present, undo) if one is not None] + list(snapshots)
     headers, missing = _images(layout, parts, faults)
     return Survey(home, present, undo, snapshots, headers, missing, tuple(faults))
+
+
+def identities(path: str, fmt: str) -> set[tuple[int, int]]:
+    """Device and inode of an image and of all below it, as far as headers can be read."""
+    found: set[tuple[int, int]] = set()
+    step: str | None = path
+    stated: str | None = fmt
+    while step is not None and stated is not None:
+        try:
+            header = images.read(Path(step), stated)
+        except errors.HvmgrError:
+            with contextlib.suppress(OSError):
+                found.add(images.identity(Path(step)))
+            break
+        if header.identity in found:
+            break
+        found.add(header.identity)
+        step, stated = (None if header.parent is None else str(header.parent)), header.backing_format
+    return found
 
 
 def _part(layout: Layout, file: Path, who: str, faults: list[Fault]) -> Part | None:
