@@ -99,6 +99,7 @@ def files(seen: Survey) -> Iterator[Finding]:
     for folder in layout.folders() if seen.present is not None else ():
         if not folder.is_dir():
             yield finding(Code.FOLDER_MISSING, f"the folder {folder} is missing", folder, repair=_BY_ITSELF)
+    yield from _written(seen)
     yield from _parents(seen)
     yield from _memory(seen)
     yield from _remains(layout)
@@ -134,6 +135,17 @@ def _damaged(layout: Layout, fault: survey.Fault) -> Finding:
         return finding(Code.UNDO_DAMAGED, sentence, file, repair="doctor --repair sets it aside; its images stay")
     repair = "doctor --repair makes it again from the snapshot's saved state, if it has one; else put the file back"
     return finding(Code.SNAPSHOT_DAMAGED, words, file, repair=repair)
+
+
+def _written(seen: Survey) -> Iterator[Finding]:
+    for part in seen.snapshots:
+        record = part.facts.snapshot
+        if record is not None and record.damaged:
+            sentence = (
+                f"{part.who} is damaged for good: others wrote to an image of its disk {', '.join(record.damaged)}"
+            )
+            repair = f"hvmgr snapshot delete '{seen.name}' '{record.name}'; what does not need it is whole"
+            yield finding(Code.SNAPSHOT_WRITTEN, sentence, part.file, repair=repair)
 
 
 def _parents(seen: Survey) -> Iterator[Finding]:

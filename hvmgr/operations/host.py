@@ -130,15 +130,24 @@ class Host:
 
         return doctor.examine(self, vm, thorough=thorough)
 
-    def repair(self, vm: str | None = None, *, accept_touched: bool = False, thorough: bool = False) -> list[Repaired]:
+    def repair(
+        self,
+        vm: str | None = None,
+        *,
+        accept_touched: bool = False,
+        accept_present: bool = False,
+        thorough: bool = False,
+    ) -> list[Repaired]:
         """Puts right what doctor finds, as far as that is safe; what was done, in order. Nothing is ever deleted.
 
-        ``accept_touched``: frozen images whose time alone differs are taken as they are, after a check. With the
+        ``accept_touched``: frozen images whose time alone differs are taken as they are, after a check.
+        ``accept_present``: so are working images that no longer stand on what their snapshot froze. With the
         reporter's ``dry_run`` nothing is done, and what is returned would be done first.
         """
         from hvmgr.operations import repair
 
-        return repair.repair(self, vm, repair.Wish(accept_touched=accept_touched, thorough=thorough))
+        wish = repair.Wish(accept_touched=accept_touched, accept_present=accept_present, thorough=thorough)
+        return repair.repair(self, vm, wish)
 
     def _named(self) -> list[tuple[str, VmHome]]:
         """The homes, each with the name of its VM."""

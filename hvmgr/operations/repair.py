@@ -38,6 +38,7 @@ CURES: tuple[Callable[[Case], Iterator[Cure]], ...] = (
     cure_homes.interrupted,
     cure_homes.unreadable_journal,
     cure_homes.together,
+    cure_homes.explained,
     cure_images.records,
     cure_images.leaks,
     cure_homes.noted,
@@ -59,6 +60,7 @@ class Wish:
     """What the user allows beyond what is certain; ``thorough`` as for doctor."""
 
     accept_touched: bool = False
+    accept_present: bool = False
     thorough: bool = False
 
 
@@ -106,7 +108,16 @@ def _case(host: Host, around: Surroundings, folder: Path, wish: Wish, *, named: 
         seen = surroundings.take(folder)
     except errors.HvmgrError:
         seen = None
-    return Case(host, around, folder, seen, tuple(found), named=named, accept_touched=wish.accept_touched)
+    return Case(
+        host,
+        around,
+        folder,
+        seen,
+        tuple(found),
+        named=named,
+        accept_touched=wish.accept_touched,
+        accept_present=wish.accept_present,
+    )
 
 
 def _carried_out(host: Host, cure: Cure) -> Repaired:

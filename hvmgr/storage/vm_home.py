@@ -153,14 +153,14 @@ class VmHome:
         nodes = {one.record.id: to_node(one) for one in snapshots}
         leaf = None if undo is None else to_leaf(undo)
         forest = Tree(images=found, nodes=nodes, present=to_leaf(present), undo=leaf, strangers=strangers or {})
-        return _renamed(forest, others) if others else forest
+        return with_own_names(forest, others) if others else forest
 
     def present_tree(self) -> Tree:
         """Only the chains of the present: enough to create a snapshot, whatever the size of the tree."""
         present = self.present()
         found, others = self._load(formats_of(present))
         forest = Tree(images=found, nodes={}, present=to_leaf(present))
-        return _renamed(forest, others) if others else forest
+        return with_own_names(forest, others) if others else forest
 
     def load_images(self, roots: Mapping[str, str]) -> dict[str, Image]:
         """The images (path to format) and all their parents. A format is what the configuration or the child states.
@@ -195,11 +195,8 @@ class VmHome:
                 todo.append((parent, header.backing_format))
             found[path] = Image(path, parent, header.format, header.size, header.data, keeper(path))
             by_identity.setdefault(header.identity, []).append(path)
-        others: dict[str, str] = {}
-        if len(by_identity) < len(found):
-            for paths in by_identity.values():
-                first, *rest = sorted(paths, key=lambda one: (keeper(one) is Keeper.OUTSIDE, one))
-                others.update(dict.fromkeys(rest, first))
+        others = other_names(by_identity.values(), keeper) if len(by_identity) < len(found) else {}
+        if others:
             found = {
                 path: dataclasses.replace(image, parent=others.get(image.parent or "", image.parent))
                 for path, image in found.items()
@@ -339,8 +336,17 @@ def resolver() -> Callable[[str], str]:
     return resolve
 
 
-def _renamed(forest: Tree, others: Mapping[str, str]) -> Tree:
-    """Snapshots and presents name each image as the forest does."""
+def other_names(same: Iterable[list[str]], keeper: Callable[[str], Keeper]) -> dict[str, str]:
+    """Of files that were met under several names: every other name, with the one that counts, in the home if there is."""
+    others: dict[str, str] = {}
+    for paths in same:
+        first, *rest = sorted(paths, key=lambda one: (keeper(one) is Keeper.OUTSIDE, one))
+        others.update(dict.fromkeys(rest, first))
+    return others
+
+
+def with_own_names(forest: Tree, others: Mapping[str, str]) -> Tree:
+    """Snapshots and presents name each image as the forest does; ``others`` are other names for the same files."""
 
     def own(disks: Mapping[str, str]) -> dict[str, str]:
         return {slot: others.get(path, path) for slot, path in disks.items()}
