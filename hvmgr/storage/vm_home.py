@@ -233,8 +233,11 @@ def open_home(path: Path) -> VmHome:
     return VmHome(Layout(home=path, vm_id=found[0].stem))
 
 
-def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None]) -> list[VmHome]:
-    """Every home directly below a root, in the order of the folders' names; ``left_out`` is told why one is not."""
+def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None] | None = None) -> list[VmHome]:
+    """Every home directly below a root, in the order of the folders' names.
+
+    ``left_out`` is told of one that cannot be opened, and why; without it that is raised.
+    """
     if not root.is_dir():
         return []
     homes = []
@@ -246,6 +249,8 @@ def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None]) -> 
         except errors.NotFound:
             continue  # no home
         except errors.HvmgrError as error:
+            if left_out is None:
+                raise
             left_out(error)
     return homes
 

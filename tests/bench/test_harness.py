@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import harness, hook, snapshots
+from bench import beside_libvirt, harness, hook, snapshots
 from bench.harness import Result
 from hvmgr import units
 
@@ -69,3 +69,11 @@ def test_every_part_of_the_hook_measures():
     results = hook.measure(lambda _: None, snapshots.Scale(rounds=1, warm_up=0), length=2)
     assert [result.what for result in results if result.ours > 0] == [result.what for result in results]
     assert len(results) == 4
+
+
+@pytest.mark.libvirtd
+def test_adopting_is_measured():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    results = beside_libvirt.measure(lambda _: None, beside_libvirt.Scale(rounds=1, snapshots=2))
+    assert [result.what for result in results if not result.ours > 0] == []
