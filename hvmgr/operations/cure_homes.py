@@ -212,6 +212,12 @@ def _resettle(case: Case, seen: Survey, present: Part) -> None:
     with case.session() as session:
         if session.is_active() or journal.is_open(case.layout.journal):
             raise errors.Conflict(f"{seen.name} is in use meanwhile", hint="run doctor again")
+        if (domain := session.find_domain()) is not None and domain.has_managed_save():
+            raise errors.Conflict(
+                f"{seen.name} has a managed save, which leads to where its home was",
+                hint=f"move the home back to {present.facts.home} and start the VM, or give its memory up: "
+                f"virsh managedsave-remove '{seen.name}'",
+            )
         change = session.new_id()
         text = _settled(present, new, case.around.uri, change=change).to_xml()
         rest = [one for one in (seen.undo, *seen.snapshots) if one is not None]

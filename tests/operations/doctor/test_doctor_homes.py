@@ -417,3 +417,16 @@ def test_home_that_lost_all_but_its_disks_is_named_by_libvirt(bench):
     bench.repair()
     assert bench.photo(vm) == before
     bench.healthy(vm)
+
+
+def test_moved_home_with_a_managed_save_is_not_settled(bench, vm):
+    bench.start(vm)
+    bench.domain(vm).managed_save()
+    new = vm.path.with_name("moved")
+    vm.path.rename(new)
+    done = bench.host.repair(str(new))
+    assert "managedsave-remove" in done[0].hint
+    new.rename(vm.path)
+    assert bench.domain(vm).has_managed_save()
+    bench.domain(vm).remove_managed_save()
+    bench.healthy(vm)

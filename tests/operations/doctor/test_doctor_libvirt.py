@@ -11,6 +11,7 @@ from hvmgr import errors
 from hvmgr.host import confinement
 from hvmgr.model import configuration
 from hvmgr.operations import host_checks, surroundings
+from hvmgr.storage import index
 
 MIB = 1 << 20
 
@@ -314,3 +315,28 @@ def test_abilities_that_are_missing_are_told(bench, machine, monkeypatch):
     machine({"proc/sys/vm/unprivileged_userfaultfd": "1\n"})
     found = {one.where for one in host_checks.examine(surroundings.look(bench.host)) if one.code == "ability-missing"}
     assert "background-snapshot" not in found
+
+
+# --- VMs that were adopted --------------------------------------------------------------------------------------------
+
+
+def test_adopted_vm_with_external_snapshots_is_healthy(bench):
+    base = bench.image("disk.qcow2", fill=(1,))
+    first = bench.image("disk.first", backing=(base, "qcow2"), fill=(2,))
+    text = f"""<domain type='qemu'><name>old</name><memory>65536</memory><os><type>hvm</type></os>
+      <devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{first}'/>
+      <target dev='hda' bus='ide'/></disk></devices></domain>"""
+    bench.host.connection.define(text)
+    vm = bench.host.adopt("old")
+    assert bench.codes() == set()
+    before = bench.photo(vm)
+    vm.create_snapshot("a")
+    bench.write(vm, 9)
+    assert bench.codes() == set()
+    assert bench.repair() == []
+    bench.domain(vm).undefine(keep_nvram=True, keep_tpm=True)
+    index.forget(vm.id)
+    bench.repair()
+    assert bench.photo(vm)["a hda"] == before["now hda"]
+    assert set(index.entries()[0].outside) == {str(base), str(first)}
+    bench.healthy(vm)
