@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from hvmgr import errors
@@ -34,7 +35,7 @@ def create(session: Session, step: plan.CreateImage) -> None:
 
 def name_of_parent(session: Session, child: Path, parent: str) -> str:
     """What a header says: relative within the home, absolute to the outside, never something like a protocol."""
-    if not session.layout.owns(parent):
+    if not (session.layout.owns(parent) and session.layout.owns(str(child))):
         return parent
     name = os.path.relpath(parent, child.parent)
     return f"./{name}" if ":" in name.split("/", 1)[0] else name
@@ -115,7 +116,7 @@ def merge_up(session: Session, step: plan.MergeUp) -> None:
         _stands_on(session, step)
         return
     try:
-        with session.interrupts.let_through():
+        with _without_strangers(session, child, parent), session.interrupts.let_through():
             _stream(session, step, child, parent)
     except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
         _put_off(session, error, child, parent)
@@ -228,6 +229,14 @@ def remove(session: Session, step: plan.RemoveImage) -> None:
         return
     if step.path in session.waiting or session.uses.is_used(step.path):
         return
+    if session.layout.owns(step.path):
+        _remove(session, path)
+    else:
+        _remove_outside(session, path)
+    session.uses.removed(step.path)
+
+
+def _remove(session: Session, path: Path) -> None:
     _make_writable(session, path)
     node = session.daemon.open(path, images.RAW, writable=True)  # QEMU's lock; a damaged header does not matter
     try:
@@ -235,7 +244,33 @@ def remove(session: Session, step: plan.RemoveImage) -> None:
     finally:
         session.daemon.close(node)
     frozen.forget(session.layout, path)
-    session.uses.removed(step.path)
+
+
+def _remove_outside(session: Session, path: Path) -> None:
+    """The image goes at once: the trash may lie on another file system. Whoever came to need it in between keeps it."""
+    try:
+        with _without_strangers(session, path):
+            _make_writable(session, path)
+            node = session.daemon.open(path, images.RAW, writable=True)
+            try:
+                index.forget_mode(path)
+                durable.remove(path)
+            finally:
+                session.daemon.close(node)
+    except errors.Conflict as error:
+        session.say(f"{path} was merged and is kept: {error}")
+        _thaw(session, path)
+    frozen.forget(session.layout, path)
+
+
+@contextlib.contextmanager
+def _without_strangers(session: Session, *paths: Path) -> Iterator[None]:
+    """Of these images no other VM needs those outside the home, nor comes to need them; Conflict when one does."""
+    outside = [path for path in paths if not session.layout.owns(str(path))]
+    with index.locked(outside, wait_s=session.wait_s):
+        for path, names in (strangers.of(session, map(str, outside)) if outside else {}).items():
+            raise errors.Conflict(f"{path} is needed by {', '.join(names)}", path=path, users=list(names))
+        yield
 
 
 def _unwritten(child: Path, offset: int, length: int) -> list[tuple[int, int]]:
@@ -255,7 +290,7 @@ def _unwritten(child: Path, offset: int, length: int) -> list[tuple[int, int]]:
 
 def _make_writable(session: Session, *paths: Path) -> None:
     for path in paths:
-        durable.set_mode(path, frozen.WORKING_MODE)
+        frozen.make_writable(session.layout, path)
         if session.recovering:
             qemu_img.check(path, images.QCOW2, repair_leaks=True)
 
@@ -264,10 +299,13 @@ def _settle(session: Session, path: Path) -> None:
     """Mode and record are what the image's users need."""
     if not path.exists():
         return
-    durable.set_owner(path, session.owner)
+    if session.layout.owns(str(path)):
+        durable.set_owner(path, session.owner)
     if session.uses.is_frozen(str(path)):
         frozen.freeze(session.layout, path)
         _record_or_forget(session, path)
+    elif not session.layout.owns(str(path)):
+        frozen.thaw(session.layout, path)
     else:
         durable.set_mode(path, frozen.WORKING_MODE)
         frozen.forget(session.layout, path)

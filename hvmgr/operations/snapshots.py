@@ -244,11 +244,11 @@ def describe(session: Session, snapshot_id: str, *, name: str | None = None, not
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
-def whole_tree(session: Session) -> Tree:
-    """Both graphs with every user on this host."""
+def whole_tree(session: Session, *, outside: bool = False) -> Tree:
+    """Both graphs with every user on this host; of images ``outside`` the home only where they may be written."""
     alone = session.home.tree()
-    ours = [image.path for image in alone.images.values() if image.keeper is not tree.Keeper.OUTSIDE]
-    return dataclasses.replace(alone, strangers=strangers.of(session, ours))
+    counted = [image.path for image in alone.images.values() if outside or image.keeper is not tree.Keeper.OUTSIDE]
+    return dataclasses.replace(alone, strangers=strangers.of(session, counted))
 
 
 def present_tree(session: Session) -> Tree:

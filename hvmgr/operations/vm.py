@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -135,12 +135,15 @@ class VM:
         snapshot.apply(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         return snapshot
 
-    def merge(self) -> bool:
-        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were."""
+    def merge(self, images: Sequence[Path | str] = ()) -> bool:
+        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were.
+
+        ``images`` names differencing images that were made outside hvmgr: they are merged as well, and removed.
+        """
         from hvmgr.operations import merge
 
         with self._work() as session:
-            plan = merge.plan_merge(session)
+            plan = merge.plan_merge(session, [Path(image) for image in images])
             if plan.finish:
                 self._run(session, plan)
         return bool(plan.finish)
