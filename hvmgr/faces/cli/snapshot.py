@@ -339,10 +339,6 @@ def merge(request: Request, vm: str, images: tuple[Path, ...]) -> None:
     """
     with request.host() as host, request.changing():
         one = host.vm(vm)
-        if images:
-            request.require_consent(
-                "these files will be merged into others and removed", [str(path) for path in images]
-            )
         changed = one.merge(images)
         sentence = f"merged the unnamed images of {one.name}" if changed else f"nothing of {one.name} can be merged now"
         request.done(sentence, {}, changed=changed)

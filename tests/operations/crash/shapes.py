@@ -111,6 +111,34 @@ def pending(host):
     vm(host).stop(force=True)
 
 
+def lay_over(host, name, pattern, offset):
+    """What a backup tool does: an overlay of its own on the working image, in which the VM goes on."""
+    path, below = host.root.parent / "outside" / name, vm(host).now().disks["hda"]
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", str(path)]
+    subprocess.run(command, check=True, timeout=20)
+    path.chmod(0o640)
+    domain = host.connection.find_domain_by_name(NAME)
+    host.connection.define(domain.xml(live=False).replace(below, str(path)))
+    vm(host).stop(force=True)
+    write_off(host, pattern, offset)
+
+
+def of_others(host):
+    """Two overlays of others that nothing names any more, and one that is the present."""
+    off(host)
+    take(host, "one", 0x20)
+    lay_over(host, "first.qcow2", 0x30, "128k")
+    take(host, "two", 0x40, "192k")
+    lay_over(host, "second.qcow2", 0x50, "256k")
+    lay_over(host, "third.qcow2", 0x60, "320k")
+    snapshot(host, "two").delete()
+
+
+def merge_by_name(host):
+    outside = host.root.parent / "outside"
+    vm(host).merge([outside / "first.qcow2", outside / "second.qcow2"])
+
+
 def running(host):
     """The VM runs, with bytes of its own on the disk and in memory."""
     vm(host).start()
@@ -223,6 +251,7 @@ MERGES = {
     "delete-two-disks": Shape(lambda host: line(host, disks=2), delete("two")),
     "delete-in-place": Shape(in_place, delete("one")),
     "delete-state": Shape(with_memory, delete("memory", state_only=True)),
+    "merge-by-name": Shape(of_others, merge_by_name),
     "merge-pending": Shape(pending, lambda host: vm(host).merge()),
 }
 

@@ -15,6 +15,7 @@ MERGES = [
     "delete-two-disks",
     "delete-in-place",
     "delete-state",
+    "merge-by-name",
     "merge-pending",
 ]
 
