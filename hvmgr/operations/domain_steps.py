@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import saved_state
+from hvmgr.host import libvirt_snapshots, saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import configuration, plan
 from hvmgr.operations.session import Session
@@ -261,6 +261,11 @@ def is_renamed(session: Session, step: plan.RenameDomain) -> bool:
     """Whether libvirt has the new name."""
     domain = session.find_domain()
     return domain is not None and domain.name == step.name
+
+
+def forget_libvirt_snapshot(session: Session, step: plan.ForgetLibvirtSnapshot) -> None:
+    """libvirt does not know its snapshot."""
+    libvirt_snapshots.forget(session.domain(), step.name)
 
 
 def undefine(session: Session, _step: plan.UndefineDomain) -> None:

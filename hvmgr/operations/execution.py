@@ -38,6 +38,9 @@ DO: Mapping[type[Step], _Act] = {
     plan.MoveImage: image_steps.move,
     plan.RecordFrozen: image_steps.record,
     plan.MakeHome: file_steps.make_home,
+    plan.NoteUses: file_steps.note_uses,
+    plan.TakeFile: file_steps.take_file,
+    plan.DropOldName: file_steps.drop_old_name,
     plan.CopyFile: file_steps.copy_file,
     plan.CopyFolder: file_steps.copy_folder,
     plan.ReplaceFolder: file_steps.replace_folder,
@@ -59,6 +62,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.DiscardPresent: domain_steps.discard_present,
     plan.StartFrom: domain_steps.start_from,
     plan.RenameDomain: domain_steps.rename,
+    plan.ForgetLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.UndefineDomain: domain_steps.undefine,
 }
 
@@ -67,6 +71,8 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.FreezeImage: image_steps.unfreeze,
     plan.CopyImage: image_steps.uncopy,
     plan.MakeHome: file_steps.unmake_home,
+    plan.NoteUses: file_steps.unnote_uses,
+    plan.TakeFile: file_steps.untake_file,
     plan.CopyFile: file_steps.uncopy_file,
     plan.CopyFolder: file_steps.uncopy_folder,
     plan.MakeSnapshotFolder: file_steps.unmake_snapshot_folder,
