@@ -87,7 +87,23 @@ def copy(session: Session, step: plan.CopyImage) -> None:
     durable.copy_file(Path(step.source), Path(step.target), owner=session.owner)
 
 
-def uncopy(_session: Session, step: plan.CopyImage) -> None:
+def complete(session: Session, step: plan.CompleteImage) -> None:
+    """The new image is on disk; QEMU's lock on the old one stays ours until the switch, so that nothing is missed."""
+    path = Path(step.target)
+    below = session.hold_whole(step.source)
+    daemon = session.daemon
+    daemon.create_qcow2(path, size=step.size, backing=(step.source, below.fmt))
+    node = daemon.open(path, images.QCOW2, writable=True, backing=below)
+    try:
+        daemon.stream(node, base=None, backing_file=None)
+    finally:
+        daemon.close(node)
+    durable.set_owner(path, session.owner)
+    durable.sync_file(path)
+    durable.sync_folder(path.parent)
+
+
+def uncopy(_session: Session, step: plan.CopyImage | plan.CompleteImage) -> None:
     """The copy is not there."""
     durable.remove(Path(step.target))
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.plan import Plan
     from hvmgr.operations.host import Host
+    from hvmgr.operations.release import Release
     from hvmgr.operations.session import Session
     from hvmgr.operations.usage import Usage
 
@@ -176,6 +177,27 @@ class VM:
         with self._work() as session:
             self._run(session, vms.plan_delete(session, with_disks=with_disks))
         return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
+
+    def foresee_release(self, *, flatten: bool = False) -> Release:
+        """What ``release`` would make of the VM; nothing is changed."""
+        from hvmgr.operations import release
+
+        self._complete()
+        return release.foresee(self.home, flatten=flatten)
+
+    def release(self, *, flatten: bool = False) -> Release:
+        """The VM is a plain domain of libvirt's, and hvmgr knows nothing of it; its files stay where they are.
+
+        A line of snapshots becomes libvirt's own; with ``flatten`` the present is one complete image per disk instead.
+        """
+        from hvmgr.host import libvirt_snapshots
+        from hvmgr.operations import release
+
+        with self._work() as session:
+            taken = tuple(libvirt_snapshots.names(session.domain()))
+            made = release.foresee(self.home, flatten=flatten, taken=taken)
+            self._run(session, release.plan_release(session, flatten=flatten))
+        return made
 
     @contextlib.contextmanager
     def _work(self) -> Iterator[Session]:
