@@ -7,9 +7,10 @@ last one it knew) the images are believed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 from hvmgr import errors
@@ -66,7 +67,7 @@ def read(session: Session, domain: Domain, wishes: Wishes) -> tuple[Past, ...]:
         _past(session, domain, snapshot, wishes, is_current=one.is_current)
         for one, snapshot in zip(listed, parsed, strict=True)
     ]
-    return tuple(sorted(found, key=lambda past: past.created))  # stable: within one second as libvirt has them
+    return _in_order(sorted(found, key=lambda past: past.created))
 
 
 def require_no_internal(domain: Domain, parsed: Iterable[LibvirtSnapshot]) -> None:
@@ -123,6 +124,15 @@ def resolve_volumes(session: Session, one: Configuration, *, excluded: frozenset
                 adoptee.use_file(one, disk.slot, str(found.path), is_device=found.is_device)
                 slots.append(disk.slot)
     return slots
+
+
+def _in_order(found: Sequence[Past]) -> tuple[Past, ...]:
+    """libvirt knows seconds alone: what it has of one second, parents first, stays in that order by microseconds."""
+    ordered: list[Past] = []
+    for past in found:
+        earliest = ordered[-1].created + timedelta(microseconds=1) if ordered else past.created
+        ordered.append(dataclasses.replace(past, created=max(past.created, earliest)))
+    return tuple(ordered)
 
 
 def _past(session: Session, domain: Domain, snapshot: LibvirtSnapshot, wishes: Wishes, *, is_current: bool) -> Past:

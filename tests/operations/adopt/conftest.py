@@ -142,7 +142,7 @@ class Place:
 
     def state_of(self, *names):
         """Everything that a refused adoption may not change: libvirt's word and the disks' bytes, modes and times."""
-        files = sorted(path for path in self.folder.iterdir() if path.is_file() and path.suffix not in {".xml"})
+        files = sorted(path for path in self.folder.iterdir() if path.is_file() and path.suffix != ".xml")
         return (
             [self.virsh("dumpxml", "--inactive", "--security-info", name) for name in names],
             [[one, self.virsh("snapshot-dumpxml", name, one)] for name in names for one in self.snapshots(name)],
