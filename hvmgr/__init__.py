@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.release import Release
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -35,6 +36,7 @@ __all__ = [
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Release",
     "Reporter",
     "SavedState",
     "Snapshot",
@@ -54,6 +56,7 @@ _HOMES = {
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
+    "Release": "hvmgr.operations.release",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
     "Snapshot": "hvmgr.operations.vm",

@@ -23,6 +23,7 @@ PUBLIC = [
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Release",
     "Reporter",
     "SavedState",
     "Snapshot",

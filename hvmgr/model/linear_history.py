@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from hvmgr.errors import Corrupt
 from hvmgr.model.tree import Leaf, Node, Tree
@@ -57,7 +58,7 @@ def of(tree: Tree) -> History:
     above = {node.snapshot_id for node in line}
     unfit |= {one: "it is on another branch than the present" for one in tree.nodes if one not in above}
     ids = [one for one, _ in found]
-    parents = dict(zip(ids, [*ids[1:], None], strict=True))
+    parents: dict[str, str | None] = {**dict(pairwise(ids)), **dict.fromkeys(ids[-1:])}
     links = (Link(one, parents[one], went_on) for one, went_on in reversed(found))
     return History(tuple(links), unfit)
 

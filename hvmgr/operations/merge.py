@@ -10,6 +10,7 @@ from pathlib import Path
 from hvmgr import errors, units
 from hvmgr.host.domain import State
 from hvmgr.model import outside_images, plan, tree
+from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
@@ -33,7 +34,9 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         for node in change.after.nodes.values()
         if node.parent != before.nodes[node.snapshot_id].parent
     ]
-    if change.after.present.parent != before.present.parent:
+    states_chain = bool(change.finish) and _states_chain(session, present)
+    if states_chain or change.after.present.parent != before.present.parent:
+        present.strip_backing_chains()
         present.set_metadata(dataclasses.replace(facts, parent=change.after.present.parent))
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
@@ -110,10 +113,14 @@ def _named(session: Session, before: Tree, names: Sequence[Path]) -> set[str]:
     return named
 
 
+def _states_chain(session: Session, present: Configuration) -> bool:
+    return present.has_backing_chains and not session.is_active()
+
+
 def _free_present(session: Session) -> list[Step]:
     """A chain that libvirt was told explicitly would name images that a merge removes; QEMU's headers say it as well."""
     present = session.home.present()
-    if not present.has_backing_chains or session.is_active():
+    if not _states_chain(session, present):
         return []
     present.strip_backing_chains()
     return [plan.Define(xml=present.to_xml()), plan.WritePresent()]

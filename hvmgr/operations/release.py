@@ -21,10 +21,10 @@ from hvmgr.model.libvirt_snapshot import Kind, LibvirtSnapshot, Moment, Snapshot
 from hvmgr.model.linear_history import History, Link
 from hvmgr.model.metadata import SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.plan import Plan, Step
-from hvmgr.model.tree import Tree
+from hvmgr.model.tree import Keeper, Tree
 from hvmgr.operations import snapshots
 from hvmgr.operations.session import Session
-from hvmgr.storage import images
+from hvmgr.storage import images, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 
@@ -41,9 +41,19 @@ class Release:
     left: tuple[tuple[str, str], ...]
 
 
-def foresee(home: VmHome, *, flatten: bool, taken: tuple[str, ...] = ()) -> Release:
-    """What a release would make of the VM, by its home alone; ``taken`` are names that libvirt uses already."""
-    forest = home.tree()
+def foresee(home: VmHome, *, flatten: bool) -> Release:
+    """What a release would make of the VM, by its home alone."""
+    return _release(home, home.tree(), (), flatten=flatten)
+
+
+def of(session: Session, *, flatten: bool) -> Release:
+    """What a release makes of the VM, by all that is known on this host."""
+    taken = tuple(libvirt_snapshots.names(session.domain()))
+    return _release(session.home, snapshots.whole_tree(session), taken, flatten=flatten)
+
+
+def _release(home: VmHome, forest: Tree, taken: tuple[str, ...], *, flatten: bool) -> Release:
+    """``taken`` are names that libvirt uses already."""
     history = _history(forest, flatten=flatten)
     records = {one.record.id: one.record for one in home.snapshots()}
     names = _libvirt_names(history, records, taken)
@@ -129,7 +139,7 @@ def _require_space(session: Session, before: Tree, copies: Mapping[str, plan.Com
 
 def _is_spent(before: Tree, path: str) -> bool:
     """Whether a differencing image holds nothing any more that its complete copy does not hold, and nobody needs it."""
-    mine = before.images[path].keeper.value == "images" and before.named().get(path) == ["now"]
+    mine = before.images[path].keeper is Keeper.IMAGES and before.named().get(path) == ["now"]
     return mine and not before.children().get(path) and not before.strangers.get(path)
 
 
@@ -153,11 +163,12 @@ def _notes(session: Session, forest: Tree) -> list[Step]:
     history = linear_history.of(forest)
     records = {one.record.id: one.record for one in session.home.snapshots()}
     names = _libvirt_names(history, records, tuple(libvirt_snapshots.names(session.domain())))
+    spelled = _spelled(session.home, forest)
     last = history.links[-1].snapshot_id if history.links else None
     return [
         plan.NoteLibvirtSnapshot(
             name=names[link.snapshot_id],
-            xml=libvirt_snapshot.build(_as_libvirt_has_it(session, forest, link, records, names)),
+            xml=libvirt_snapshot.build(_as_libvirt_has_it(session, forest, link, records, names, spelled)),
             is_current=link.snapshot_id == last,
         )
         for link in history.links
@@ -165,11 +176,16 @@ def _notes(session: Session, forest: Tree) -> list[Step]:
 
 
 def _as_libvirt_has_it(
-    session: Session, forest: Tree, link: Link, records: Mapping[str, SnapshotRecord], names: Mapping[str, str]
+    session: Session,
+    forest: Tree,
+    link: Link,
+    records: Mapping[str, SnapshotRecord],
+    names: Mapping[str, str],
+    spelled: Mapping[str, str],
 ) -> LibvirtSnapshot:
     record = records[link.snapshot_id]
     name, has_memory = names[link.snapshot_id], record.state is not SavedState.NONE
-    configuration = _configuration(session, link.snapshot_id)
+    configuration = _configuration(session, link, forest, spelled)
     return LibvirtSnapshot(
         name=name,
         created=record.created,
@@ -178,27 +194,48 @@ def _as_libvirt_has_it(
         parent=None if link.parent is None else names[link.parent],
         memory=Kind.EXTERNAL if has_memory else Kind.NO,
         memory_file=str(session.layout.memory(link.snapshot_id)) if has_memory else None,
-        disks=tuple(_disk(forest, link, disk.slot) for disk in configuration.disks()),
+        disks=tuple(_disk(forest, link, disk.slot, spelled) for disk in configuration.disks()),
         configuration=configuration,
     )
 
 
-def _configuration(session: Session, snapshot_id: str) -> Configuration:
+def _configuration(session: Session, link: Link, forest: Tree, spelled: Mapping[str, str]) -> Configuration:
     """The VM as it was; its firmware variables are the snapshot's own copy, when there is one."""
     present = session.home.present()
-    found = session.home.snapshot(snapshot_id).without_metadata()
+    found = session.home.snapshot(link.snapshot_id).without_metadata()
     found.set_name(present.name)
     found.strip_backing_chains()
+    for slot, path in forest.nodes[link.snapshot_id].disks.items():
+        disk = found.find_disk(slot)
+        if disk is not None and disk.type == "file":
+            found.set_disk_source(slot, Path(spelled[path]), forest.images[path].format)
     if found.nvram is not None and not found.nvram.exists() and present.nvram is not None:
         found.set_nvram(present.nvram)
     return found
 
 
-def _disk(forest: Tree, link: Link, slot: str) -> SnapshotDisk:
+def _disk(forest: Tree, link: Link, slot: str, spelled: Mapping[str, str]) -> SnapshotDisk:
     if slot not in link.went_on:
         return SnapshotDisk(slot=slot, kind=Kind.NO)
     path = link.went_on[slot]
-    return SnapshotDisk(slot=slot, kind=Kind.EXTERNAL, source=path, format=forest.images[path].format)
+    return SnapshotDisk(slot=slot, kind=Kind.EXTERNAL, source=spelled[path], format=forest.images[path].format)
+
+
+def _spelled(home: VmHome, forest: Tree) -> dict[str, str]:
+    """The images of the present's chains as libvirt calls them, by path.
+
+    libvirt compares names as text when it deletes a snapshot: the configuration's own spelling, and below it what the
+    headers say, put behind the folder of the image above ("…/Snapshots/ID/../../Virtual Hard Disks/hda.qcow2").
+    """
+    found: dict[str, str] = {}
+    for disk in home.present().disks():
+        name = disk.source if disk.takes_part else None
+        while name is not None:
+            path = vm_home.canonical(name)
+            found[path] = name
+            backing = images.read(Path(path), forest.images[path].format).backing
+            name = None if backing is None else os.path.join(os.path.dirname(name), backing)  # noqa: PTH118, PTH120
+    return found
 
 
 def _moment(record: SnapshotRecord) -> Moment:

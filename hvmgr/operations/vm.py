@@ -190,12 +190,10 @@ class VM:
 
         A line of snapshots becomes libvirt's own; with ``flatten`` the present is one complete image per disk instead.
         """
-        from hvmgr.host import libvirt_snapshots
         from hvmgr.operations import release
 
         with self._work() as session:
-            taken = tuple(libvirt_snapshots.names(session.domain()))
-            made = release.foresee(self.home, flatten=flatten, taken=taken)
+            made = release.of(session, flatten=flatten)
             self._run(session, release.plan_release(session, flatten=flatten))
         return made
 

@@ -274,7 +274,7 @@ def test_user_that_comes_while_it_is_planned_is_respected(bench, vm, between, mo
 
     before, theirs = bench.photo(vm), bench.bytes_of(overlay)
     monkeypatch.setattr(merge, "_require_space", come)
-    with pytest.raises(errors.Conflict, match="images wait to be merged .*is needed by other"):
+    with pytest.raises(errors.Conflict, match=r"images wait to be merged .*is needed by other"):
         vm.merge([between])
     assert bench.photo(vm) == before
     assert bench.bytes_of(overlay) == theirs
