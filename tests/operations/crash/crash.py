@@ -289,7 +289,7 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     }
     if len(known) != 1:
         kept = sorted(place.homes.glob("*/Virtual Hard Disks/*"))
-        plain = {one.name: one.xml(live=False) for one in host.connection.domains()}
+        plain = {one.name: _plain_domain(place, one) for one in host.connection.domains()}
         return {
             **seen,
             "plain": plain,
@@ -330,6 +330,24 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
         _renamed(one.name, {}): _renamed(vm.home.layout.snapshot(one.id).read_text(), labels) for one in vm.snapshots()
     }
     return seen
+
+
+def _plain_domain(place: Place, domain: Domain) -> list[object]:
+    """A domain that is not hvmgr's: its XML, libvirt's snapshots of it, what its disks show, and its memory."""
+    active = domain.is_active()
+    xml = domain.xml(live=False)
+    files = sorted(path for folder in (place.homes, place.outside) for path in folder.rglob("*") if path.is_file())
+    hashes = [_hash(path) for path in files]
+    disks = [
+        _content(Path(disk.source), disk.format or "raw", ("plain", disk.source, *hashes))
+        for disk in configuration.parse(xml, source=domain.name).disks()
+        if disk.takes_part and disk.source
+    ]
+    save = domain.managed_save_xml() if domain.has_managed_save() else None
+    live = "hvmgr:vm" in domain.xml(live=True)
+    memory = str(domain.monitor("human-monitor-command", command_line="i /b 0x3ff")) if active else None
+    snapshots = [one.xml for one in libvirt_snapshots.list_all(domain)]
+    return [xml, live, snapshots, disks, save and "hvmgr:vm" in save, memory]
 
 
 def _labels(vm: hvmgr.VM, forest: Tree) -> dict[str, str]:

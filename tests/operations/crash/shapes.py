@@ -286,6 +286,9 @@ WHOLES = {
     "vm-create-in-place": Shape(source_image, lambda host: create(host, in_place=True), again=True),
     "vm-adopt": Shape(not_ours, adopt, again=True),
     "vm-adopt-elsewhere": Shape(not_ours, adopt_elsewhere, again=True),
+    "vm-release": Shape(forked_tree, lambda host: vm(host).release()),
+    "vm-release-flatten": Shape(forked_tree, lambda host: vm(host).release(flatten=True)),
+    "vm-release-in-place": Shape(in_place, lambda host: vm(host).release()),
     "vm-delete": Shape(forked_tree, lambda host: vm(host).delete()),
     "vm-delete-with-disks": Shape(forked_tree, lambda host: vm(host).delete(with_disks=True)),
     "vm-delete-saved": Shape(line, lambda host: vm(host).delete(), live=saved),
@@ -308,6 +311,8 @@ MERGES = {
 }
 
 RUNNING = {
+    "running-release": Shape(with_memory, lambda host: vm(host).release(), live=running_late),
+    "saved-release": Shape(with_memory, lambda host: vm(host).release(), live=saved),
     "running-adopt": Shape(not_ours, adopt, live=not_ours_running, again=True),
     "running-create": Shape(with_undo, new, live=running),
     "running-create-disk-only": Shape(with_undo, lambda host: new(host, type="disk-only"), live=running),
