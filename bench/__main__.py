@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import harness, snapshots
+from bench import beside_libvirt, harness, snapshots
+from tests import private_libvirt
 
-SUITES = {"snapshots": snapshots.measure}
+SUITES = {"snapshots": snapshots.measure, "beside_libvirt": beside_libvirt.measure}
 
 
 def main(names: list[str]) -> None:
@@ -26,4 +27,5 @@ def _say(sentence: str) -> None:
 
 
 if __name__ == "__main__":
+    private_libvirt.take_place_of_init()
     main(sys.argv[1:])

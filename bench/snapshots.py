@@ -84,7 +84,7 @@ class Bench:
 def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Result]:
     """All results of this suite."""
     scale = scale or Scale()
-    with _prepared() as bench:
+    with prepared() as bench:
         results: list[Result] = []
         for part in (_start_up, _off, _running, _large_tree, _merges):
             say(f"snapshots: {part.__name__.strip('_').replace('_', ' ')}")
@@ -93,7 +93,7 @@ def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Resu
 
 
 @contextlib.contextmanager
-def _prepared() -> Iterator[Bench]:
+def prepared() -> Iterator[Bench]:
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         raise SystemExit("bench: needs root and libvirtd")
     CACHE.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count()
 
+private_libvirt.take_place_of_init()
+
 
 def is_complete_run() -> bool:
     """Whether everything that tests need has to be there: in continuous integration and under ``.ci/run``."""

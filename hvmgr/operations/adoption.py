@@ -111,15 +111,11 @@ def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
         switch=plan.Define(xml=present.to_xml()),
         finish=(
             *written,
-            *(plan.FreezeImage(path=path) for path in frozen if _can_change_mode(path)),
+            *(plan.FreezeImage(path=path) for path in frozen if adoption_checks.can_change_mode(path)),
             plan.WritePresent(),
             plan.RecordFrozen(paths=frozen),
             *(plan.ForgetLibvirtSnapshot(name=past.libvirt_name) for past in reversed(pasts)),
-            *(
-                plan.DropOldName(path=str(past.memory), kept=str(layout.memory(past.id)))
-                for past in pasts
-                if past.memory is not None
-            ),
+            *_drop_old_names(session, pasts),
         ),
         hold=snapshots.working(forest) if is_off else (),
     )
@@ -165,6 +161,7 @@ def _check(session: Session, domain: Domain, wishes: Wishes, pasts: Sequence[Pas
     adoption_checks.require_pasts(name, pasts, forest)
     adoption_checks.require_plain_images(forest.named(), forest)
     adoption_checks.require_writable(name, forest.present.disks)
+    adoption_checks.require_own(name, forest.named())
     adoption_checks.require_sole_writer(session, name, forest)
     state = domain.state()
     if domain.is_active():
@@ -267,6 +264,18 @@ def _states(session: Session, present: Configuration, pasts: Sequence[Past]) -> 
     return steps
 
 
+def _drop_old_names(session: Session, pasts: Sequence[Past]) -> list[Step]:
+    steps: list[Step] = []
+    for past in pasts:
+        if past.memory is None:
+            continue
+        if os.access(past.memory.parent, os.W_OK):
+            steps.append(plan.DropOldName(path=str(past.memory), kept=str(session.layout.memory(past.id))))
+        else:
+            session.say(f"{past.memory} is in the home as well now; its old name stays: the folder cannot be written")
+    return steps
+
+
 def _existing(path: Path | None) -> Path | None:
     return path if path is not None and path.is_file() else None
 
@@ -302,8 +311,3 @@ def _slots(present: Configuration, pasts: Sequence[Past]) -> list[str]:
 
 def _records(ids: Mapping[str, str], disks: Mapping[str, str]) -> tuple[DiskRecord, ...]:
     return tuple(DiskRecord(slot=slot, id=ids[slot]) for slot in disks)
-
-
-def _can_change_mode(path: str) -> bool:
-    """A device has no mode worth changing, and on a read-only file system nobody can write anyway."""
-    return Path(path).is_file() and not os.statvfs(path).f_flag & os.ST_RDONLY

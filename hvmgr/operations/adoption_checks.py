@@ -5,7 +5,6 @@ Each refusal says what is in the way, where, and the line that mends it or the o
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ _URN = "urn:hvmgr:vm:1"
 
 def require_unmanaged(domain: Domain, root: Path) -> None:
     """Conflict when hvmgr manages the domain, or a home of it is there without libvirt knowing."""
-    facts = configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}").metadata()
+    facts = _present(domain).metadata()
     for home in _known_homes(domain.uuid, root):
         raise errors.Conflict(f"{domain.name} is managed by hvmgr already, its home is {home}", home=str(home))
     if facts is not None:
@@ -38,20 +37,27 @@ def require_unmanaged(domain: Domain, root: Path) -> None:
         )
 
 
-def is_managed(domain: Domain, root: Path) -> bool:
-    """Whether hvmgr has, or had, a home for the domain."""
-    xml = configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}")
-    return xml.metadata() is not None or bool(_known_homes(domain.uuid, root))
+def unmanaged(domains: Iterable[Domain], root: Path) -> list[Domain]:
+    """Those that hvmgr has no home for, and never had."""
+    known = {entry.vm_id for entry in index.entries() if _is_home_of(entry.home, entry.vm_id)}
+    known |= {home.vm_id for home in vm_home.find_homes(root)}
+    return [one for one in domains if one.uuid not in known and _present(one).metadata() is None]
+
+
+def _present(domain: Domain) -> Configuration:
+    return configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}")
+
+
+def _is_home_of(folder: Path, vm_id: str) -> bool:
+    try:
+        return vm_home.open_home(folder).vm_id == vm_id
+    except errors.HvmgrError:
+        return False
 
 
 def _known_homes(vm_id: str, root: Path) -> list[Path]:
-    elsewhere = [entry.home for entry in index.entries() if entry.vm_id == vm_id]
-    found = []
-    for folder in [*(home.path for home in vm_home.find_homes(root) if home.vm_id == vm_id), *elsewhere]:
-        with contextlib.suppress(errors.NotFound):
-            if vm_home.open_home(folder).vm_id == vm_id:
-                found.append(folder)
-    return found
+    elsewhere = [entry.home for entry in index.entries() if entry.vm_id == vm_id and _is_home_of(entry.home, vm_id)]
+    return [*(home.path for home in vm_home.find_homes(root) if home.vm_id == vm_id), *elsewhere]
 
 
 def require_steady(domain: Domain) -> None:
@@ -234,6 +240,22 @@ def require_distinct(name: str, disks: Mapping[str, str]) -> None:
         other = found.setdefault(images.identity(Path(path)), slot)
         if other != slot:
             raise errors.Conflict(f"disks {other} and {slot} of {name} are one file: {path}", path=path)
+
+
+def require_own(name: str, paths: Iterable[str]) -> None:
+    """Whoever runs this may make the images read-only."""
+    for path in paths:
+        if can_change_mode(path) and os.geteuid() not in (0, Path(path).stat().st_uid):
+            raise errors.Conflict(
+                f"{path}, an image of {name}, belongs to somebody else, so that it cannot be made read-only",
+                hint="run the command as root",
+                path=path,
+            )
+
+
+def can_change_mode(path: str) -> bool:
+    """A device has no mode worth changing, and on a read-only file system nobody can write anyway."""
+    return Path(path).is_file() and not os.statvfs(path).f_flag & os.ST_RDONLY
 
 
 def require_writable(name: str, disks: Mapping[str, str]) -> None:

@@ -125,7 +125,7 @@ class Host:
         from hvmgr.operations import adoption_checks
 
         self._complete_unfinished()
-        return [one.name for one in self.connection.domains() if not adoption_checks.is_managed(one, self.root)]
+        return [one.name for one in adoption_checks.unmanaged(self.connection.domains(), self.root)]
 
     def adopt(self, name: str, options: AdoptOptions | None = None) -> VM:
         """A VM of libvirt's, by name or id, gets a home; its disks stay, its external snapshots come along."""
@@ -180,7 +180,9 @@ class Host:
         ]
 
     def _complete_unfinished(self) -> None:
-        """What a killed ``vm create`` or ``vm delete`` left is undone or completed, before anybody is shown it."""
+        """What a killed ``vm create``, ``adopt`` or ``delete`` left is undone or completed, before anybody is shown it."""
+        if self.reporter.dry_run:
+            return
         for folder in self._folders():
             if journal.is_open(Layout(home=folder, vm_id="").journal):
                 self._complete(folder)
@@ -194,7 +196,7 @@ class Host:
         from hvmgr.operations import execution
 
         layout = Layout(home=folder, vm_id="")
-        if locks.is_held(layout.lock):
+        if self.reporter.dry_run or locks.is_held(layout.lock):
             return
         entry = journal.read(layout.journal)
         if entry is not None and entry.plan.makes_or_removes_home:
@@ -209,7 +211,7 @@ class Host:
         if path.is_dir() and not vm_home.holds_nothing(path):
             what = "exists already and is not empty"
             with contextlib.suppress(errors.HvmgrError):
-                what = f"is the home of the VM '{vm_home.open_home(path).name}'"
+                what = f"exists already: it is the home of the VM '{vm_home.open_home(path).name}'"
             raise errors.Conflict(f"{path} {what}", hint="choose another place with --home")
 
     def _shared_images(self, spec: Specification) -> contextlib.AbstractContextManager[None]:

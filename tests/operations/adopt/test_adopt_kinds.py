@@ -211,7 +211,7 @@ class TestManaged:
         place.define("web", ("vda", "qcow2", place.image("a.qcow2")))
         place.define("db", ("vda", "qcow2", place.image("b.qcow2")))
         vm = place.host.adopt("web")
-        refusal(place, "db", errors.Conflict, "is the home of the VM 'web'", home=vm.path)
+        refusal(place, "db", errors.Conflict, "it is the home of the VM 'web'", home=vm.path)
 
     def test_home_that_is_not_empty(self, place):
         place.define("web", ("vda", "qcow2", place.image("a.qcow2")))
