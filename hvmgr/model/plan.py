@@ -138,6 +138,32 @@ class CompleteImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class ConvertInternal(Step):
+    """A new differencing image on ``parent`` shows what a snapshot inside ``source`` shows; compared before it counts."""
+
+    source: str
+    snapshot_id: str
+    name: str
+    target: str
+    parent: str
+    parent_format: str
+
+    def describe(self) -> str:
+        return f"make an image of the snapshot '{self.name}' inside {_name(self.source)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DropInternal(Step):
+    """A snapshot inside an image goes, and what it held; what a guest sees of the image stays."""
+
+    path: str
+    name: str
+
+    def describe(self) -> str:
+        return f"remove the snapshot '{self.name}' from inside {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
 class CopyImage(Step):
     """A file's bytes under a new name; holes stay holes."""
 

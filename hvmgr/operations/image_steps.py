@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import qemu_img
+from hvmgr.host import internal_snapshots, qemu_img
 from hvmgr.host.storage_daemon import Node
 from hvmgr.model import plan
 from hvmgr.operations import strangers
@@ -103,7 +103,40 @@ def complete(session: Session, step: plan.CompleteImage) -> None:
     durable.sync_folder(path.parent)
 
 
-def uncopy(_session: Session, step: plan.CopyImage | plan.CompleteImage) -> None:
+def convert_internal(session: Session, step: plan.ConvertInternal) -> None:
+    """The image is on disk, and QEMU reads the same from it as from the snapshot inside the other one."""
+    source, target = Path(step.source), Path(step.target)
+    backing = (name_of_parent(session, target, step.parent), step.parent_format)
+    internal_snapshots.extract(source, step.snapshot_id, target, backing=backing)
+    if not internal_snapshots.is_same(source, step.snapshot_id, target):
+        raise errors.Corrupt(
+            f"the snapshot '{step.name}' inside {source} reads otherwise than the image that was made of it",
+            hint=f"check it: qemu-img check '{source}'",
+            path=step.source,
+        )
+    durable.set_mode(target, frozen.WORKING_MODE)
+    durable.set_owner(target, session.owner)
+    durable.sync_file(target)
+    durable.sync_folder(target.parent)
+
+
+def drop_internal(session: Session, step: plan.DropInternal) -> None:
+    """The snapshot inside the image is gone; one that a VM has opened meanwhile keeps it, and that is said."""
+    path = Path(step.path)
+    if step.name not in {one.name for one in images.internal_snapshots(path)}:
+        return
+    try:
+        internal_snapshots.delete(path, step.name)
+    except errors.Conflict as error:
+        session.say(
+            f"the snapshot '{step.name}' stays inside {path} ({error}); when the VM is off: "
+            f"qemu-img snapshot -d '{step.name}' '{path}'"
+        )
+        return
+    durable.sync_file(path)
+
+
+def uncopy(_session: Session, step: plan.CopyImage | plan.CompleteImage | plan.ConvertInternal) -> None:
     """The copy is not there."""
     durable.remove(Path(step.target))
 
