@@ -41,6 +41,9 @@ class AdoptOptions:
     exclude_disks: tuple[str, ...] = ()
     internal: Internal = Internal.REFUSE
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "internal", Internal(self.internal))  # the plain word is as good
+
 
 def find(connection: Connection, name: str) -> Domain:
     """The domain of this name or id; NotFound offers near names."""

@@ -226,7 +226,8 @@ def _below(session: Session, forest: Tree, slot: str, path: str, blanks: dict[st
     if parent is not None:
         return forest.images[parent]
     if path not in blanks:
-        blank = session.layout.bases / f"{slot}_blank_{session.new_id()[:8]}.qcow2"
+        number = len(blanks) + 1  # the home is new: nothing else is there
+        blank = session.layout.bases / f"{slot}_blank{number}.qcow2"
         blanks[path] = Image(str(blank), None, images.QCOW2, _BLANK_SIZE, 0, Keeper.BASES)
     return blanks[path]
 

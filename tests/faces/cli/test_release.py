@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 
+from hvmgr.storage import images
 from tests.faces.cli.conftest import files_of
 from tests.faces.cli.test_terminal import QUESTION, Terminal
 
@@ -75,6 +78,41 @@ def test_flatten_of_a_running_vm_is_refused_with_the_line(hvmgr, branched):
     assert answer.code == 4
     assert f"hvmgr vm stop {branched}" in answer.err
     assert hvmgr("vm", "show", branched).code == 0
+
+
+@pytest.fixture
+def inside(hvmgr, vm, root):
+    """A VM of libvirt's own, released without a snapshot, with two inside its image: its name and the image."""
+    image = next(root.rglob("Virtual Hard Disks/*.qcow2"))
+    hvmgr.ok("vm", "release", vm)
+    for name in ("one", "two"):
+        subprocess.run(["qemu-img", "snapshot", "-c", name, image], check=True, timeout=20)
+    return vm, image
+
+
+def test_dropping_what_is_inside_needs_yes_where_nobody_can_be_asked(hvmgr, inside, root):
+    vm, image = inside
+    before = image.read_bytes()
+    home = ("--home", root.parent / "again")
+    answer = hvmgr("vm", "adopt", vm, "--drop-internal", *home)
+    assert (answer.code, answer.out) == (2, "")
+    assert "give --yes" in answer.err
+    assert image.read_bytes() == before
+    assert hvmgr("vm", "adopt", vm, "--drop-internal", *home, "--yes").code == 0
+    assert [one.name for one in images.internal_snapshots(image)] == []
+    assert hvmgr.ok("snapshot", "list", vm).out == ""
+
+
+def test_converting_what_is_inside_makes_snapshots(hvmgr, inside, root):
+    vm, image = inside
+    home = ("--home", root.parent / "again")
+    assert hvmgr("vm", "adopt", vm, "--convert-internal", "--drop-internal", *home).code == 2
+    refused = hvmgr("vm", "adopt", vm, *home)
+    assert refused.code == 5
+    assert "--convert-internal" in refused.err
+    assert hvmgr("vm", "adopt", vm, "--convert-internal", *home).code == 0
+    assert [row[1] for row in hvmgr.ok("snapshot", "list", vm).lines] == ["one", "two"]
+    assert images.internal_snapshots(image) == ()
 
 
 def test_merge_by_name_refuses_in_one_sentence(hvmgr, branched, root, tmp_path):

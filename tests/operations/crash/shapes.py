@@ -223,6 +223,24 @@ def not_ours(host):
     write_plain(host, 0x40, 3)
 
 
+def not_ours_inside(host):
+    """A VM of libvirt's own with two internal snapshots."""
+    folder = host.root.parent / "outside"
+    image = folder / "a.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(crash.DISK)], check=True, timeout=20)
+    (folder / "web.xml").write_text(
+        f"<domain type='qemu'><name>{NAME}</name><memory unit='MiB'>16</memory><os><type machine='pc'>hvm</type></os>"
+        f"<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>"
+        "<target dev='hda' bus='ide'/></disk><controller type='usb' model='none'/><memballoon model='none'/></devices>"
+        "</domain>"
+    )
+    virsh("define", folder / "web.xml")
+    for number, name in enumerate(("one", "two"), 1):
+        write_plain(host, 0x10 * number, number)
+        virsh("snapshot-create-as", NAME, name)
+    write_plain(host, 0x40, 3)
+
+
 def not_ours_running(host):
     virsh("start", NAME)
     write_running(host, 0x50, "384k")
@@ -286,6 +304,8 @@ WHOLES = {
     "vm-create-in-place": Shape(source_image, lambda host: create(host, in_place=True), again=True),
     "vm-adopt": Shape(not_ours, adopt, again=True),
     "vm-adopt-elsewhere": Shape(not_ours, adopt_elsewhere, again=True),
+    "vm-adopt-convert": Shape(not_ours_inside, lambda host: adopt(host, internal="convert"), again=True),
+    "vm-adopt-drop": Shape(not_ours_inside, lambda host: adopt(host, internal="drop"), again=True),
     "vm-release": Shape(forked_tree, lambda host: vm(host).release()),
     "vm-release-flatten": Shape(forked_tree, lambda host: vm(host).release(flatten=True)),
     "vm-release-in-place": Shape(in_place, lambda host: vm(host).release()),

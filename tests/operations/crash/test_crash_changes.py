@@ -22,6 +22,8 @@ WHOLES = [
     "vm-create-in-place",
     "vm-adopt",
     "vm-adopt-elsewhere",
+    "vm-adopt-convert",
+    "vm-adopt-drop",
     "vm-release",
     "vm-release-flatten",
     "vm-release-in-place",
