@@ -22,7 +22,14 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, Metadata, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Leaf, Node, Tree
-from hvmgr.operations import adoption_checks, creation, internal_snapshots, libvirt_history, snapshots
+from hvmgr.operations import (
+    adoption_checks,
+    creation,
+    domain_steps,
+    internal_snapshots,
+    libvirt_history,
+    snapshots,
+)
 from hvmgr.operations.libvirt_history import Past, Wishes
 from hvmgr.operations.session import Session
 from hvmgr.storage import images, vm_home
@@ -78,6 +85,7 @@ def image_paths(session: Session, domain: Domain, options: AdoptOptions) -> list
 def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
     """The home of a domain that libvirt has, with a snapshot for each one of libvirt's."""
     layout, name = session.layout, domain.name
+    as_read = domain_steps.state_for_plan(domain)  # first: whatever is read below is this or later
     creation.require_way(layout.home, session.owner)
     wishes = _wishes(session, domain, options)
     present = wishes.present
@@ -120,6 +128,7 @@ def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
             plan.MakeHome(home=str(layout.home), vm_id=layout.vm_id),
             *made.prepare,
             *_states(session, present, pasts),
+            as_read,
         ),
         switch=plan.Define(xml=present.to_xml()),
         finish=(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import libvirt_snapshots, saved_state
-from hvmgr.host.domain import State
+from hvmgr.host.domain import Domain, State
 from hvmgr.model import configuration, plan
 from hvmgr.model.metadata import NAMESPACE
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, frozen, images, index, vm_home
+from hvmgr.storage import durable, frozen, images, index, journal, start_guard, vm_home
 
 
 def define(session: Session, step: plan.Define | plan.ReleaseDomain) -> None:
@@ -137,7 +138,7 @@ def unsave_present(session: Session, step: plan.SavePresent) -> None:
         if not step.paused and domain.state() is State.PAUSED:
             domain.resume()
     elif saved_state.is_complete(memory) and not _is_outdated(session, memory):
-        session.connection.restore(memory, saved_state.read(memory).xml, running=not step.paused)
+        _start(session, memory, saved_state.read(memory).xml, running=not step.paused)
     durable.remove(memory)
 
 
@@ -233,11 +234,18 @@ def _restore(session: Session, step: plan.StartFrom) -> None:
         renamed = session.layout.private / "renamed.save"
         saved_state.rewritten(memory, renamed, step.xml)
         try:
-            session.connection.restore(renamed, step.xml, running=not step.paused)
+            _start(session, renamed, step.xml, running=not step.paused)
         finally:
             durable.remove(renamed)
         return
-    session.connection.restore(memory, step.xml, running=not step.paused)
+    _start(session, memory, step.xml, running=not step.paused)
+
+
+def _start(session: Session, memory: Path, xml: str, *, running: bool) -> None:
+    """The start guard lets this one through, although the journal is open: the journal names it."""
+    written = start_guard.written_by(configuration.parse(xml, source=str(memory)))
+    with journal.start_named(session.layout.journal, written):
+        session.connection.restore(memory, xml, running=running)
 
 
 def unstart(session: Session, step: plan.StartFrom) -> None:
@@ -262,6 +270,19 @@ def is_renamed(session: Session, step: plan.RenameDomain) -> bool:
     """Whether libvirt has the new name."""
     domain = session.find_domain()
     return domain is not None and domain.name == step.name
+
+
+def state_for_plan(domain: Domain) -> plan.RequireUnchanged:
+    """The step that finds the domain as it is now, or ends the plan."""
+    digest = hashlib.sha256(domain.xml(live=False).encode()).hexdigest()
+    return plan.RequireUnchanged(configuration=digest, snapshots=tuple(libvirt_snapshots.names(domain)))
+
+
+def require_unchanged(session: Session, step: plan.RequireUnchanged) -> None:
+    """The domain is what the plan was made from."""
+    domain = session.domain()
+    if state_for_plan(domain) != step:
+        raise errors.Conflict(f"{domain.name} was changed by somebody else meanwhile", hint="run the command again")
 
 
 def note_libvirt_snapshot(session: Session, step: plan.NoteLibvirtSnapshot) -> None:

@@ -66,6 +66,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.DiscardPresent: domain_steps.discard_present,
     plan.StartFrom: domain_steps.start_from,
     plan.RenameDomain: domain_steps.rename,
+    plan.RequireUnchanged: domain_steps.require_unchanged,
     plan.ForgetLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.NoteLibvirtSnapshot: domain_steps.note_libvirt_snapshot,
     plan.ReleaseDomain: domain_steps.define,
@@ -90,6 +91,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.SavePresent: domain_steps.unsave_present,
     plan.TakeManagedSave: domain_steps.untake_managed_save,
     plan.PointManagedSave: domain_steps.unpoint_managed_save,
+    plan.RequireUnchanged: lambda _session, _step: None,
     plan.DiscardPresent: lambda _session, _step: None,  # memory that was thrown away on request does not come back
     plan.StartFrom: domain_steps.unstart,
 }
@@ -126,6 +128,8 @@ def recover(session: Session) -> bool:
         _empty_trash(session)
         return False
     one = entry.plan
+    if entry.start is not None:
+        journal.take_back_start(session.layout.journal)  # it was the dead command's, not ours
     session.recovering = True
     with session.interrupts.held_back():
         _wait_for_jobs(session)

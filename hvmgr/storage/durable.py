@@ -76,7 +76,9 @@ def append(path: Path, data: bytes) -> None:
     with explained(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
-            os.write(descriptor, data)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import beside_libvirt, harness, snapshots
+from bench import beside_libvirt, harness, hook, snapshots
 from bench.harness import Result
 from hvmgr import units
 
@@ -60,6 +60,15 @@ def test_every_part_of_the_suite_measures():
     results = snapshots.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
     assert len(harness.table(results).splitlines()) == 2 + len(results)
+
+
+@pytest.mark.libvirtd
+def test_every_part_of_the_hook_measures():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    results = hook.measure(lambda _: None, snapshots.Scale(rounds=1, warm_up=0), length=2)
+    assert [result.what for result in results if result.ours > 0] == [result.what for result in results]
+    assert len(results) == 4
 
 
 @pytest.mark.libvirtd

@@ -114,6 +114,9 @@ SHAPED = {
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
+    "hook install": ["hook", "install", "--dir", "DIR"],
+    "hook uninstall": ["hook", "uninstall", "--dir", "DIR"],
+    "hook allow": ["hook", "allow", "VM", "--once"],
     "config show": ["config", "show"],
     "completion": ["completion", "bash"],
     "version": ["version"],
@@ -123,20 +126,21 @@ SHAPED = {
 }
 
 
-def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root):
+def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path):
     with package.Host.open(root=root) as host:
         host.connection.define(
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
         )
     assert set(SHAPED) == set(SHAPES)
+    meant = {"VM": branched, "DIR": tmp_path / "hooks"}
     for name, words in SHAPED.items():
-        answer = hvmgr(*(branched if word == "VM" else word for word in words), "--json")
+        answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
 
 
 def keys(value, name=""):
     """The shape of a document: names of keys, for lists that of their first item, for all else nothing."""
-    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans", "by_name", "left"):
+    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans", "by_name", "left", "ignored"):
         return None
     if isinstance(value, list):
         return [keys(value[0])] if value and not isinstance(value[0], str) else []
