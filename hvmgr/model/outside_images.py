@@ -62,14 +62,28 @@ def _reason(tree: Tree, path: str, needed: dict[str, tuple[str, ...]]) -> Except
             path=path,
         )
     if path in tree.lent():
-        users = sorted({name for names in tree.strangers.values() for name in names})
+        users = _strangers(tree, path)
         return Conflict(
             f"{path} is needed by {', '.join(users)}",
-            hint="delete those VMs first, or give them a copy of the image",
+            hint="delete those VMs first, or give them a copy of the image; what libvirt keeps of its own can be forgotten: "
+            "virsh snapshot-delete VM SNAPSHOT --metadata, virsh checkpoint-delete VM CHECKPOINT --metadata",
             path=path,
             users=users,
         )
     return _reason_of_users(tree, path, needed)
+
+
+def _strangers(tree: Tree, path: str) -> list[str]:
+    """Who reads an image, itself or as a parent of another one."""
+    found: list[str] = []
+    for top, names in tree.strangers.items():
+        chain: set[str] = set()
+        step: str | None = top
+        while step is not None and step in tree.images and step not in chain:
+            chain.add(step)
+            step = tree.images[step].parent
+        found += names if path in chain else ()
+    return sorted(set(found))
 
 
 def _reason_of_users(tree: Tree, path: str, needed: dict[str, tuple[str, ...]]) -> Exception:

@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hvmgr import errors
@@ -174,6 +175,8 @@ def _hold_when_off(session: Session, one: Plan) -> bool:
 def _switch(session: Session, one: Plan) -> None:
     assert one.switch is not None
     try:
+        if isinstance(one.switch, plan.Define | plan.ReleaseDomain):
+            domain_steps.require_unedited(session)
         DO[type(one.switch)](session, one.switch)
     except errors.OutcomeUnknown:
         raise  # the journal stays open; the next command asks
@@ -205,13 +208,22 @@ def _finish(session: Session, one: Plan) -> None:
 
 
 def _do_finish(session: Session, one: Plan) -> None:
-    with session.interrupts.held_back():
+    with session.interrupts.held_back(), _finishing(session):
         for step in _still_to_finish(session, one):
             DO[type(step)](session, step)
         if any(isinstance(step, _HOME_ENDS) for step in one.finish):
             file_steps.remove_private(session)
         else:
             _end(session)
+
+
+@contextlib.contextmanager
+def _finishing(session: Session) -> Iterator[None]:
+    session.finishing = True
+    try:
+        yield
+    finally:
+        session.finishing = False
 
 
 def _still_to_finish(session: Session, one: Plan) -> tuple[Step, ...]:
@@ -222,8 +234,10 @@ def _still_to_finish(session: Session, one: Plan) -> tuple[Step, ...]:
 
 def _say_what_waits(session: Session, one: Plan) -> None:
     error, session.put_off = session.put_off, None
-    if session.interrupts.wanted and session.waiting:
+    if session.interrupts.wanted and not session.recovering:
         session.interrupts.clear()
+        if not session.waiting:
+            raise errors.Cancelled(f"stopped, but the {one.subject} was complete already", complete=True)
         error = errors.Cancelled("stopped")
     if error is None:
         return

@@ -49,7 +49,7 @@ def foresee(home: VmHome, *, flatten: bool) -> Release:
 def of(session: Session, *, flatten: bool) -> Release:
     """What a release makes of the VM, by all that is known on this host."""
     taken = tuple(libvirt_snapshots.names(session.domain()))
-    return _release(session.home, snapshots.whole_tree(session), taken, flatten=flatten)
+    return _release(session.home, snapshots.whole_tree(session, with_libvirts=False), taken, flatten=flatten)
 
 
 def _release(home: VmHome, forest: Tree, taken: tuple[str, ...], *, flatten: bool) -> Release:
@@ -68,7 +68,7 @@ def _release(home: VmHome, forest: Tree, taken: tuple[str, ...], *, flatten: boo
 def plan_release(session: Session, *, flatten: bool) -> Plan:
     """libvirt keeps the VM, hvmgr forgets it; with ``flatten`` the present is one complete image per disk."""
     home = session.home
-    before = snapshots.whole_tree(session)
+    before = snapshots.whole_tree(session, with_libvirts=False)
     for path in before.present.disks.values():
         before.chain(path)  # names a missing image: the present has to be usable
     present = home.present().without_metadata()
@@ -255,7 +255,9 @@ def _lost(
     for one, record in records.items():
         if one in history.unfit:
             yield f"snapshot '{record.name}' is no snapshot any more: {history.unfit[one]}"
-        elif names[one] != record.name:
+        elif record.damaged:
+            yield f"snapshot '{record.name}' is damaged, its disk {', '.join(record.damaged)} was written: libvirt knows no word of it"
+        if one not in history.unfit and names[one] != record.name:
             yield f"snapshot '{record.name}' is called '{names[one]}' in libvirt"
     kept = [link.snapshot_id for link in history.links]
     if variables := [f"'{records[one].name}'" for one in kept if home.layout.snapshot_nvram(one).exists()]:

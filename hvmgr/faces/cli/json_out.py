@@ -57,6 +57,7 @@ def snapshot(one: Snapshot) -> Document:
         "parent": one.parent,
         "type": one.type.value,
         "has_state": one.has_state,
+        "damaged": list(one.damaged),
         "disks": dict(one.disks),
     }
 

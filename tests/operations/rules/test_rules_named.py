@@ -173,8 +173,8 @@ def test_overlay_of_virsh_is_merged_once_libvirt_has_forgotten_it(bench, vm, run
     vm.create_snapshot("b")
     before = bench.photo(vm)
     vm.snapshot("b").delete()
-    problem = refused(vm, errors.Conflict, "libvirt keeps snapshots", overlay)
-    assert "virsh snapshot-delete --metadata" in problem.hint
+    problem = refused(vm, errors.Conflict, "needed by libvirt's snapshot 'virsh'", overlay)
+    assert "virsh snapshot-delete VM SNAPSHOT --metadata" in problem.hint
     made.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
     vm.merge([overlay])
     assert not Path(overlay).exists()
