@@ -257,7 +257,7 @@ def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None] | No
 
 def snapshot_files(layout: Layout) -> list[Path]:
     """The configurations of all snapshots, readable or not."""
-    return [file for file in sorted(layout.snapshots.glob("*.xml")) if _is_id(file.stem)]
+    return [file for file in sorted(layout.snapshots.glob("*.xml")) if is_id(file.stem)]
 
 
 def holds_nothing(path: Path) -> bool:
