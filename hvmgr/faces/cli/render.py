@@ -143,16 +143,28 @@ def _tree_lines(vm: VM) -> tuple[list[_Line], list[str]]:
     return lines, _remarks(vm.name, tree)
 
 
+def _outside(snapshots: list[Snapshot], tree: Tree) -> dict[str, int]:
+    """What images outside the home take, each for the oldest that names it: ``space`` sums up what is inside alone."""
+    from hvmgr.model.tree import Keeper
+
+    disks = {one.id: tree.nodes[one.id].disks for one in snapshots} | {"now": tree.present.disks}
+    if tree.undo is not None:
+        disks["undo"] = tree.undo.disks
+    left = {path: image.data for path, image in tree.images.items() if image.keeper is Keeper.OUTSIDE}
+    return {key: sum(left.pop(path, 0) for path in slots.values()) for key, slots in disks.items()}
+
+
 def _branches(snapshots: list[Snapshot], tree: Tree, usage: Usage) -> Iterator[_Line]:
     """The tree's lines from its roots down; without recursion, for trees may be deep."""
     known = {one.id: one for one in snapshots}
-    sizes = {one.snapshot_id: one.images + one.memory for one in usage.snapshots}
+    outside = _outside(snapshots, tree)
+    sizes = {one.snapshot_id: one.images + one.memory + outside[one.snapshot_id] for one in usage.snapshots}
     below: dict[str | None, list[str]] = {}
     for one in snapshots:
         below.setdefault(one.parent if one.parent in known else None, []).append(one.id)
-    leaves = {"now": ("Now", usage.now, "bold green", tree.present.parent)}
+    leaves = {"now": ("Now", usage.now + outside["now"], "bold green", tree.present.parent)}
     if tree.undo is not None:
-        leaves["undo"] = ("(undo slot)", usage.undo, "dim", tree.undo.parent)
+        leaves["undo"] = ("(undo slot)", usage.undo + outside["undo"], "dim", tree.undo.parent)
     for key in reversed(leaves):
         parent = leaves[key][3]
         below.setdefault(parent if parent in known else None, []).append(key)
