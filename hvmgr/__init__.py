@@ -17,6 +17,7 @@ TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know t
 if TYPE_CHECKING:
     from hvmgr import errors
     from hvmgr.host.domain import State
+    from hvmgr.model.finding import Finding, Severity
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.release import Release
+    from hvmgr.operations.repair import Repaired
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -32,13 +34,16 @@ __all__ = [
     "VM",
     "AdoptOptions",
     "DiskSpecification",
+    "Finding",
     "Host",
     "NetworkSpecification",
     "Plan",
     "Progress",
     "Release",
+    "Repaired",
     "Reporter",
     "SavedState",
+    "Severity",
     "Snapshot",
     "SnapshotType",
     "Specification",
@@ -52,13 +57,16 @@ _HOMES = {
     "VM": "hvmgr.operations.vm",
     "AdoptOptions": "hvmgr.operations.adoption",
     "DiskSpecification": "hvmgr.model.specification",
+    "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
     "Release": "hvmgr.operations.release",
+    "Repaired": "hvmgr.operations.repair",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
+    "Severity": "hvmgr.model.finding",
     "Snapshot": "hvmgr.operations.vm",
     "SnapshotType": "hvmgr.model.metadata",
     "Specification": "hvmgr.model.specification",

@@ -22,17 +22,10 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, Metadata, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Leaf, Node, Tree
-from hvmgr.operations import (
-    adoption_checks,
-    creation,
-    domain_steps,
-    internal_snapshots,
-    libvirt_history,
-    snapshots,
-)
+from hvmgr.operations import adoption_checks, domain_steps, internal_snapshots, libvirt_history, snapshots
 from hvmgr.operations.libvirt_history import Past, Wishes
 from hvmgr.operations.session import Session
-from hvmgr.storage import images, vm_home
+from hvmgr.storage import access, images, vm_home
 
 _ID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -86,7 +79,7 @@ def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
     """The home of a domain that libvirt has, with a snapshot for each one of libvirt's."""
     layout, name = session.layout, domain.name
     as_read = domain_steps.state_for_plan(domain)  # first: whatever is read below is this or later
-    creation.require_way(layout.home, session.owner)
+    access.require_way(layout.home, session.owner)
     wishes = _wishes(session, domain, options)
     present = wishes.present
     pasts = libvirt_history.read(session, domain, wishes, internal=options.internal)
