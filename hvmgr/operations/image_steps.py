@@ -177,10 +177,10 @@ def merge_up(session: Session, step: plan.MergeUp) -> None:
 
 def _is_on(child: Path, parent: Path) -> bool:
     """Whether the parent is still there and the child's header names it, by whatever path."""
+    if not parent.exists():
+        return False  # merged before; the child may have been moved away since
     below = images.read(child, images.QCOW2).parent
-    return (
-        below is not None and parent.exists() and below.exists() and images.identity(below) == images.identity(parent)
-    )
+    return below is not None and below.exists() and images.identity(below) == images.identity(parent)
 
 
 def _stands_on(session: Session, step: plan.MergeUp) -> None:
