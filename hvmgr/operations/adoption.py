@@ -22,13 +22,7 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, Metadata, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Leaf, Node, Tree
-from hvmgr.operations import (
-    adoption_checks,
-    domain_steps,
-    internal_snapshots,
-    libvirt_history,
-    snapshots,
-)
+from hvmgr.operations import adoption_checks, domain_steps, internal_snapshots, libvirt_history, snapshots
 from hvmgr.operations.libvirt_history import Past, Wishes
 from hvmgr.operations.session import Session
 from hvmgr.storage import access, images, vm_home

@@ -343,3 +343,33 @@ def test_libvirt_that_does_not_take_a_snapshot_leaves_everything_as_it_was(place
     assert place.snapshots("web") == []
     assert photo(place, vm) == before
     place.check(vm)
+
+
+def test_the_whole_way_in_and_out(place):
+    """virsh made it, hvmgr had it for a while, virsh has it again: the bytes are right at each step."""
+    place.define("web", ("vda", "qcow2", place.image("a.qcow2", fill=1)))
+    for number, name in enumerate(("one", "two", "three"), 1):
+        place.virsh("snapshot-create-as", "web", name, "--disk-only")
+        place.write("web", number + 1, number)
+    vm = place.host.adopt("web")
+    seen = {one.name: place.seen(one)["vda"] for one in vm.snapshots()}
+    vm.snapshot("one").apply()
+    place.write("web", 9, 9)
+    vm.snapshot("two").delete()
+    assert place.seen(vm.snapshot("three"))["vda"] == seen["three"]
+    overlay, left = place.folder / "a.one", vm.snapshot("three").disks["vda"]
+    with pytest.raises(errors.Conflict) as caught:
+        vm.merge([overlay])
+    assert caught.value.hint == f"name both: --image {overlay} --image {left}"
+    assert vm.merge([overlay, left])
+    assert not overlay.exists()
+    assert place.seen(vm.snapshot("three"))["vda"] == seen["three"]
+    made = vm.release()
+    assert made.snapshots == (("one", "one"),)
+    assert made.lost == ("snapshot 'three' is no snapshot any more: it is on another branch than the present",)
+    assert place.bytes_of(left, "qcow2") == seen["three"]
+    assert present(place) == [1, *[0] * 8, 9, *[0] * 6]
+    place.virsh("start", "web")
+    assert place.virsh("domstate", "web").strip() == "running"
+    place.virsh("destroy", "web")
+    assert present(place) == [1, *[0] * 8, 9, *[0] * 6]

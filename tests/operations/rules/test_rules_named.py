@@ -96,6 +96,8 @@ def test_tree_and_space_say_how_it_goes(bench, vm, between):
     remarks = [line for line in render.draw_tree(vm).splitlines() if "by name" in line]
     assert remarks[0].endswith(f"merged only by name: hvmgr snapshot merge web --image {between}")
     assert len(remarks) == 2  # what stands below it waits for it
+    repairs = [one.repair for one in bench.host.doctor("web") if one.code == "image-unnamed"]
+    assert set(repairs) == {f"hvmgr snapshot merge 'web' --image '{between}'"}
 
 
 def test_symbolic_link_and_relative_name_are_the_same_image(bench, vm, between, monkeypatch):
