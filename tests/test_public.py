@@ -18,12 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # The promise to importers: a name that is added or taken away is a line of CHANGELOG.md.
 PUBLIC = [
     "DiskSpecification",
+    "Finding",
     "Host",
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Repaired",
     "Reporter",
     "SavedState",
+    "Severity",
     "Snapshot",
     "SnapshotType",
     "Specification",

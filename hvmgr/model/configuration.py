@@ -380,6 +380,17 @@ def metadata_of(data: bytes, *, source: str) -> Metadata | None:
     return parse(data, source=source).metadata()
 
 
+def salvage_metadata(data: bytes) -> Metadata | None:
+    """hvmgr's facts in a file that is damaged elsewhere; None when they are not whole either."""
+    found = _FRAGMENT.findall(data)
+    if len(found) != 1:
+        return None
+    try:
+        return metadata_element.read(xml_tree.parse(found[0], source="the damaged file"), source="the damaged file")
+    except errors.HvmgrError:
+        return None
+
+
 def same(first: bytes | str, second: bytes | str) -> bool:
     """Whether two domain XMLs describe the same configuration.
 

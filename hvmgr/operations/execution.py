@@ -108,6 +108,8 @@ def recover(session: Session) -> bool:
         _empty_trash(session)
         return False
     one = entry.plan
+    if entry.start is not None:
+        journal.take_back_start(session.layout.journal)  # it was the dead command's, not ours
     session.recovering = True
     with session.interrupts.held_back():
         _wait_for_jobs(session)
