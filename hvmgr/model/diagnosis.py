@@ -57,6 +57,7 @@ class Code(StrEnum):
     MEMORY_MISSING = "memory-missing"
     ORPHAN = "orphan"
     QUARANTINED = "quarantined"
+    START_ALLOWED = "start-allowed"
 
     # Images
     IMAGE_MISSING = "image-missing"
@@ -143,6 +144,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.MEMORY_MISSING: _WARNING,
     Code.ORPHAN: _WARNING,
     Code.QUARANTINED: _INFO,
+    Code.START_ALLOWED: _INFO,
     Code.IMAGE_MISSING: _CORRUPT,
     Code.IMAGE_UNREADABLE: _CORRUPT,
     Code.IMAGE_DAMAGED: _CORRUPT,

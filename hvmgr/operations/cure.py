@@ -18,7 +18,7 @@ from hvmgr.model.finding import Finding
 from hvmgr.model.layout import Layout
 from hvmgr.operations.home_checks import QUARANTINE
 from hvmgr.operations.surroundings import Known, Surroundings
-from hvmgr.storage import durable, locks
+from hvmgr.storage import access, durable, locks
 from hvmgr.storage.survey import Survey
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ def set_aside(layout: Layout, file: Path, why: str) -> Path:
     """The file lies in the home's quarantine, with a note that says where it was and why; its new path."""
     target = _noted(layout, file, why)
     move(file, target)
+    if (mode := access.right_file_mode(target)) is not None:
+        durable.set_mode(target, mode)
     return target
 
 

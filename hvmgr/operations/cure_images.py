@@ -41,8 +41,9 @@ def reattach(case: Case) -> Iterator[Cure]:
 
 def candidates(case: Case, seen: Survey, path: Path, missing: Missing) -> list[Path]:
     """The files that are the missing image; those of which its record is sure, if there are any."""
-    known = {os.path.realpath(one) for one in seen.headers}
-    files = [file for file in _near(seen, path) if os.path.realpath(file) not in known]
+    forest = seen.tree()
+    needed = {os.path.realpath(one) for one in (*forest.named(), *forest.children())}
+    files = [file for file in _near(seen, path) if os.path.realpath(file) not in needed]
     sure = [file for file in files if frozen.condition(seen.home.layout, path, file=file) is Condition.UNCHANGED]
     fitting = [file for file in sure or files if (sure or _is_named(path, file)) and _fits(seen, path, missing, file)]
     return [file for file in _each_once(fitting) if not _is_used(case, file)]

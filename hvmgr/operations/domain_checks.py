@@ -9,7 +9,7 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.host.hypervisor import Connection
-from hvmgr.model import configuration
+from hvmgr.model import configuration, diagnosis, metadata
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
 from hvmgr.operations import image_checks, strangers, surroundings
@@ -61,8 +61,9 @@ def guard(seen: Survey, known: Known | None) -> Iterator[Finding]:
         present = seen.present.configuration
     if present is None:
         return
+    closed = set(seen.headers) - image_checks.frozen_images(seen.tree())  # by its mode alone: that is another finding
     for one in start_guard.examine(present):
-        if one.code in _GUARDED:
+        if one.code in _GUARDED and not (one.code == Code.IMAGE_FROZEN and one.where in closed):
             yield finding(Code(one.code), one.sentence, one.where, repair="doctor --repair")
 
 
@@ -187,17 +188,35 @@ def busy_images(seen: Survey, known: Known | None) -> set[str]:
 
 
 def homeless(around: Surroundings) -> Iterator[Finding]:
-    """Domains with hvmgr's facts whose home is not there."""
+    """Domains with hvmgr's facts whose home is not there, or is another VM's."""
+    claimed = {one for folders in around.homes.values() for one in folders}
     for known in around.domains.values():
-        home = known.home
+        home, name = known.home, known.domain.name
         if home is None or is_home_of(home, known.domain.uuid) or around.homes.get(known.domain.uuid):
             continue
-        name = known.domain.name
-        sentence = f"the home of {name}, {home}, is not there"
-        if home.is_dir():
-            sentence = f"{home} is not the home of {name}, which says that it is"
-        repair = f"mount or put back the folder; without it, see what is left: virsh domblklist '{name}'"
-        yield finding(Code.HOME_MISSING, sentence, home, repair=repair, vm=name)
+        if home in claimed:
+            yield from diagnosis.about(name, _copies(home, known))
+        elif home not in around.folders:  # else it lost its configuration, and says so itself
+            sentence = f"the home of {name}, {home}, is not there"
+            repair = f"mount or put back the folder; without it, see what is left: virsh domblklist '{name}'"
+            yield finding(Code.HOME_MISSING, sentence, home, repair=repair, vm=name)
+
+
+def _copies(home: Path, known: Known) -> Iterator[Finding]:
+    """A copy of a VM (``virt-clone``) still names the home of the one that it was copied from."""
+    name = known.domain.name
+    writes = [one for one in start_guard.examine(known.configuration) if one.code == Code.HOME_FOREIGN]
+    for one in writes:
+        repair = f"give '{name}' disks of its own: its start would damage the other VM"
+        yield finding(
+            Code.HOME_FOREIGN, f"'{name}' writes to another VM's disk: {one.sentence}", one.where, repair=repair
+        )
+    if not writes:
+        sentence = (
+            f"libvirt's '{name}' names the home {home}, which is another VM's: it is a copy that hvmgr does not manage"
+        )
+        repair = f"virsh metadata '{name}' {metadata.NAMESPACE} --remove --config"
+        yield finding(Code.DOMAIN_FOREIGN, sentence, name, repair=repair)
 
 
 def index(seen: Survey, present: Part, around: Surroundings) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ from hvmgr.model.finding import Finding
 from hvmgr.model.layout import PRIVATE, Layout
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan
-from hvmgr.storage import access, durable, journal, locks, survey, vm_home
+from hvmgr.storage import access, durable, journal, locks, start_guard, survey, vm_home
 from hvmgr.storage.access import Owner
 from hvmgr.storage.survey import Survey
 
@@ -98,13 +98,16 @@ def files(seen: Survey) -> Iterator[Finding]:
     for fault in seen.faults:
         if fault.file.suffix == ".xml":
             yield _damaged(layout, fault)
-    for folder in layout.folders():
+    for folder in layout.folders() if seen.present is not None else ():
         if not folder.is_dir():
             yield finding(Code.FOLDER_MISSING, f"the folder {folder} is missing", folder, repair=_BY_ITSELF)
     yield from _parents(seen)
     yield from _memory(seen)
     yield from _remains(layout)
     yield from _orphans(seen)
+    if start_guard.is_allowed(layout):
+        sentence = f"the next start of {seen.name} passes the hook, whatever is wrong ('hvmgr hook allow')"
+        yield finding(Code.START_ALLOWED, sentence, layout.allowed_start, repair="the start uses it up")
     quarantine = layout.private / QUARANTINE
     for file in sorted(quarantine.iterdir()) if quarantine.is_dir() else ():
         if file.suffix != ".txt":
@@ -240,7 +243,8 @@ def wrong_modes(seen: Survey) -> Iterator[tuple[Path, int]]:
             yield here, mode
         for name in found:
             file = here / name
-            if file.is_symlink() or not file.is_file() or str(file) in seen.headers:
+            is_note = here == seen.home.layout.private and not name.endswith(".save")  # pids and plans: no secrets
+            if is_note or file.is_symlink() or not file.is_file() or str(file) in seen.headers:
                 continue
             if (mode := access.right_file_mode(file)) is not None:
                 yield file, mode

@@ -11,6 +11,7 @@ from hvmgr.host import confinement, process
 from hvmgr.host.hypervisor import Capabilities, Connection, Driver
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
+from hvmgr.operations import start_hook
 from hvmgr.operations.surroundings import Surroundings, is_home_like
 
 # Older ones lack what hvmgr is built on; nobody has tried them.
@@ -20,7 +21,6 @@ OLDEST_QEMU = (7, 2)
 _APPARMOR_COMMIT = (12, 1)
 
 _PROGRAMS = ("qemu-img", "qemu-storage-daemon")
-HOOK = Path("/etc/libvirt/hooks/qemu.d/50-hvmgr")
 
 
 def examine(around: Surroundings) -> Iterator[Finding]:
@@ -95,9 +95,9 @@ def _reads_vhd() -> bool:
 def _confinement(connection: Connection, facts: Capabilities) -> Iterator[Finding]:
     if connection.driver is not Driver.SYSTEM:
         return
-    if not HOOK.exists():
+    if not start_hook.is_installed():
         sentence = "no hook guards the starts of VMs: virsh or autostart can start one that is half-merged or damaged"
-        yield finding(Code.HOOK_MISSING, sentence, HOOK, repair="hvmgr hook install")
+        yield finding(Code.HOOK_MISSING, sentence, start_hook.path_in(start_hook.FOLDER), repair="hvmgr hook install")
     if confinement.has_apparmor() and version(facts.libvirt_version) < _APPARMOR_COMMIT:
         sentence = (
             f"AppArmor is on and libvirt is {facts.libvirt_version}: before 12.1 it denies a running VM to write to the "

@@ -126,7 +126,8 @@ def wrong_modes(seen: Survey, forest: Tree, held: set[str]) -> Iterator[tuple[Pa
         if path in held:
             right = frozen.FROZEN_MODE
         elif path in working:
-            right = frozen.WORKING_MODE | (is_mode & 0o060)
+            is_wish = is_mode & 0o607 == frozen.WORKING_MODE  # more for a group, and for nobody else
+            right = is_mode if is_wish else frozen.WORKING_MODE
         else:
             right = access.right_file_mode(file) or is_mode
         if is_mode != right:

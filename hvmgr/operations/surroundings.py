@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
+from hvmgr.host import hypervisor
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration
 from hvmgr.model.configuration import Configuration
@@ -71,7 +72,8 @@ class Surroundings:
 
 
 def look(host: Host) -> Surroundings:
-    """What is there now."""
+    """What is there now; UsageError or Unsupported when the connection is none that could ever work."""
+    hypervisor.parse_uri(host.uri)
     connection, capabilities, failure, domains = None, None, None, dict[str, Known]()
     try:
         connection = host.connection

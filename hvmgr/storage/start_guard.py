@@ -45,11 +45,10 @@ def examine(present: Configuration) -> list[Finding]:
 
     Its metadata says where the home is; all else is the home's to say.
     """
-    facts = present.metadata()
-    if facts is None:
+    facts, layout = present.metadata(), layout_of(present)
+    if facts is None or layout is None:
         return []
-    layout = Layout(home=Path(os.path.realpath(facts.home)), vm_id=present.uuid)
-    found = _Case(present, layout, repair_command(present.name, facts)).findings()
+    found = _Case(present, layout, command_line(present.name, facts, "doctor", "--repair")).findings()
     return sorted(found, key=lambda one: _ORDER.index(one.severity))
 
 
@@ -63,14 +62,14 @@ def written_by(present: Configuration) -> frozenset[str]:
     return frozenset(vm_home.canonical(disk.source) for disk in _writable(present) if disk.source is not None)
 
 
-def repair_command(name: str, facts: Metadata, command: str = "doctor --repair") -> str:
-    """The command line that names a VM so that it is found whatever the settings are."""
-    words = ["hvmgr"]
+def command_line(name: str, facts: Metadata, *words: str) -> str:
+    """A command of hvmgr's with what finds the VM whatever the settings are: ``hvmgr doctor --repair web``."""
+    found = ["hvmgr"]
     if facts.uri != settings.default_uri():
-        words += ["-c", facts.uri]
+        found += ["-c", facts.uri]
     if facts.home.parent != settings.default_root():
-        words += ["--root", str(facts.home.parent)]
-    return shlex.join([*words, *command.split(), name])
+        found += ["--root", str(facts.home.parent)]
+    return shlex.join([*found, *words, name])
 
 
 # --- the start that passes whatever is found ------------------------------------------------------------------------
@@ -86,9 +85,19 @@ def allow_once(layout: Layout) -> None:
     durable.write_file(layout.allowed_start, b"")
 
 
-def use_up(layout: Layout) -> None:
-    """The start that was allowed is made; the one after it has to pass by itself."""
+def use_up(present: Configuration) -> bool:
+    """Whether this start was allowed in any case; the one after it has to pass by itself."""
+    layout = layout_of(present)
+    if layout is None or not is_allowed(layout):
+        return False
     durable.remove(layout.allowed_start)
+    return True
+
+
+def layout_of(present: Configuration) -> Layout | None:
+    """The home that a configuration names; None when it is not hvmgr's."""
+    facts = present.metadata()
+    return None if facts is None else Layout(home=Path(os.path.realpath(facts.home)), vm_id=present.uuid)
 
 
 # --- one examination ------------------------------------------------------------------------------------------------
@@ -149,7 +158,7 @@ class _Case:
         if entry.start is not None and entry.start.process == holder and entry.start.images == written_by(self.present):
             return []
         sentence = f"the {entry.plan.subject} is under way (process {holder})"
-        wait = "start it when that is done"
+        wait = "wait until that is done"
         return [Finding("operation-running", Severity.ERROR, sentence, str(self.layout.journal), wait)]
 
     def _disks(self, home: VmHome) -> Iterator[Finding]:

@@ -110,6 +110,10 @@ SHAPED = {
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
+    "hook install": ["hook", "install", "--dir", "DIR"],
+    "hook uninstall": ["hook", "uninstall", "--dir", "DIR"],
+    "hook allow": ["hook", "allow", "VM", "--once"],
+    "doctor": ["doctor", "VM", "--repair"],
     "config show": ["config", "show"],
     "completion": ["completion", "bash"],
     "version": ["version"],
@@ -118,16 +122,27 @@ SHAPED = {
 }
 
 
-def test_documents_have_exactly_the_documented_keys(hvmgr, branched):
+@pytest.fixture
+def ailing(branched, root):
+    """A VM with something to repair, and something that stays: for lists that must not be empty."""
+    (home,) = [one for one in root.iterdir() if one.name == branched]
+    (home / "Virtual Machines").chmod(0o755)
+    (home / "stray").write_text("nobody knows it")
+    return branched
+
+
+@pytest.mark.usefixtures("ailing")
+def test_documents_have_exactly_the_documented_keys(hvmgr, branched, tmp_path):
     assert set(SHAPED) == set(SHAPES)
+    meant = {"VM": branched, "DIR": tmp_path / "hooks"}
     for name, words in SHAPED.items():
-        answer = hvmgr(*(branched if word == "VM" else word for word in words), "--json")
+        answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
 
 
 def keys(value, name=""):
     """The shape of a document: names of keys, for lists that of their first item, for all else nothing."""
-    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans"):
+    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans", "ignored"):
         return None
     if isinstance(value, list):
         return [keys(value[0])] if value and not isinstance(value[0], str) else []
