@@ -48,7 +48,7 @@ def plan_create(session: Session, spec: Specification) -> Plan:
     for sentence in template.notes(kind, spec, facts):
         session.say(sentence)
     for path in (spec.kernel, spec.initrd, spec.cdrom):
-        _require_readable(path)
+        _require_readable(session, path)
     slots = template.slots(kind, spec)
     placed = {slot: _place(session, slot, disk) for slot, disk in zip(slots, spec.disks, strict=True)}
     _require_space(layout, placed)
@@ -132,8 +132,10 @@ def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
             hint="copy it (without --in-place), or use another image",
             path=path,
         )
-    _require_whole(session, header)
+    below = _require_whole(session, header)
     users = strangers.of(session, [path]).get(path)
+    for image in below:
+        _require_usable(session, Path(image), writable=image == path and not users)
     if not users:
         return _Placed(header.path, header.format, None)
     child = session.layout.image(slot, session.new_id())
@@ -142,11 +144,11 @@ def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
     return _Placed(child, images.QCOW2, step)
 
 
-def _require_whole(session: Session, header: images.Header) -> None:
+def _require_whole(session: Session, header: images.Header) -> list[str]:
     """Every image below is there, and one that VMs can stand on; found later, it would keep the VM from any command."""
     path = str(header.path)
     found = session.home.load_images({path: header.format})
-    Tree(images=found, nodes={}, present=Leaf(parent=None, disks={})).chain(path)
+    return [image.path for image in Tree(images=found, nodes={}, present=Leaf(parent=None, disks={})).chain(path)]
 
 
 def _set_facts(session: Session, built: Configuration, slots: tuple[str, ...], change: str) -> None:
@@ -174,9 +176,18 @@ def _require_space(layout: Layout, placed: dict[str, _Placed]) -> None:
         )
 
 
-def _require_readable(path: Path | None) -> None:
-    if path is not None and not path.is_file():
+def _require_readable(session: Session, path: Path | None) -> None:
+    if path is None:
+        return
+    if not path.is_file():
         raise errors.NotFound(f"there is no file {path}", hint="name an existing file")
+    _require_usable(session, path, writable=False)
+
+
+def _require_usable(session: Session, path: Path, *, writable: bool) -> None:
+    """A file that stays outside the home is one that this host's QEMU may use."""
+    dynamic = session.connection.has_dynamic_ownership()
+    access.require_usable(Path(os.path.realpath(path)), session.owner, dynamic=dynamic, writable=writable)
 
 
 def _new_mac() -> str:

@@ -124,7 +124,10 @@ def wrong_modes(seen: Survey, forest: Tree, held: set[str]) -> Iterator[tuple[Pa
         if image.keeper is Keeper.OUTSIDE and not frozen.is_recorded(seen.home.layout, file):
             continue  # hvmgr never froze it: its mode is its owner's
         if path in held:
-            right = frozen.FROZEN_MODE
+            may_be_read = (
+                is_mode & 0o044 if image.keeper is Keeper.OUTSIDE else 0
+            )  # by others, where libvirt runs QEMU so
+            right = frozen.FROZEN_MODE | may_be_read
         elif path in working:
             is_wish = is_mode & 0o607 == frozen.WORKING_MODE  # more for a group, and for nobody else
             right = is_mode if is_wish else frozen.WORKING_MODE
@@ -167,11 +170,15 @@ def confined(seen: Survey) -> Iterator[Finding]:
     if not confinement.has_apparmor():
         return
     for path in seen.headers:
-        rule = confinement.apparmor_rule(Path(path))
-        if rule is not None:
-            sentence = f"AppArmor is on, and libvirt's helper may not read {path}: a VM on it cannot start"
-            repair = f"add the line '{rule}' to {confinement.apparmor_local_file()}"
-            yield finding(Code.APPARMOR_RULE, sentence, path, repair=repair)
+        verdict = confinement.apparmor_verdict(Path(path))
+        if verdict is None:
+            continue
+        sentence = f"AppArmor is on, and libvirt's helper may not read {path}: a VM may be kept from it"
+        repair = f"add the line '{verdict.missing}' to {confinement.apparmor_local_file()}"
+        if verdict.denied is not None:
+            sentence += f" (its profile says '{verdict.denied}', which no local rule can lift)"
+            repair = "keep images in a folder that is not hidden: below /var/lib/hvmgr, or choose one with --home"
+        yield finding(Code.APPARMOR_RULE, sentence, path, repair=repair)
 
 
 def thorough(seen: Survey, *, busy: set[str]) -> Iterator[Finding]:

@@ -37,17 +37,21 @@ class Condition(StrEnum):
     CHANGED = "changed"
 
 
-def freeze(layout: Layout, path: Path) -> None:
-    """The image is read-only; the mode of one outside the home is remembered for ``thaw``, whichever VM does that."""
+def freeze(layout: Layout, path: Path, *, keep_readers: bool = False) -> None:
+    """The image is read-only; the mode of one outside the home is remembered for ``thaw``, whichever VM does that.
+
+    With ``keep_readers`` whoever may read one outside the home still may: QEMU's user is one of them.
+    """
     if not path.is_file():
         return  # a block device has no mode worth changing
     mode = path.stat().st_mode & 0o7777
-    if mode == FROZEN_MODE:
+    frozen = FROZEN_MODE | (mode & 0o044) if keep_readers and not layout.owns(str(path)) else FROZEN_MODE
+    if mode == frozen:
         return
     if not layout.owns(str(path)):
         _write(layout, path, {"mode": mode})
         index.keep_mode(path, mode)
-    durable.set_mode(path, FROZEN_MODE)
+    durable.set_mode(path, frozen)
 
 
 def thaw(layout: Layout, path: Path) -> None:
