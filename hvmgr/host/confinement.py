@@ -88,7 +88,7 @@ def may_use_kvm(owner: tuple[int, int]) -> bool:
     uid, gid = owner
     if uid in (0, facts.st_uid):
         return True
-    if facts.st_gid == gid or facts.st_gid in _groups(uid, gid):
+    if facts.st_gid in groups_of(uid, gid):
         return bool(facts.st_mode & 0o060 == 0o060)
     return bool(facts.st_mode & 0o006 == 0o006)
 
@@ -100,13 +100,16 @@ def may_snapshot_in_background(libvirt_version: tuple[int, ...]) -> bool:
     return libvirt_version >= (10, 1) and (ROOT / "dev/userfaultfd").exists()
 
 
-def _groups(uid: int, gid: int) -> set[int]:
+def groups_of(uid: int, gid: int) -> set[int]:
+    """The groups with which libvirt starts QEMU: the one it is told, and all that the user is in."""
     import pwd
 
     try:
-        return set(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
+        user = pwd.getpwuid(uid)
     except KeyError:
-        return set()
+        return {gid}
+    # Debian's libvirt-qemu: gid 64055 by libvirt, kvm by /etc/passwd; QEMU gets both.
+    return {gid, *os.getgrouplist(user.pw_name, user.pw_gid)}
 
 
 def _read(name: str) -> str | None:

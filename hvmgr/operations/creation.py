@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors, units
-from hvmgr.host.hypervisor import Connection
+from hvmgr.host.hypervisor import Connection, Driver
 from hvmgr.model import plan, specification, template
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.layout import Layout
 from hvmgr.model.metadata import DiskRecord, Metadata
 from hvmgr.model.plan import Plan, Step
-from hvmgr.model.specification import DiskSpecification, Specification
+from hvmgr.model.specification import DiskSpecification, NetworkKind, Specification
 from hvmgr.model.template import HostFacts, Template
 from hvmgr.model.tree import Leaf, Tree
 from hvmgr.operations import strangers
@@ -45,6 +45,7 @@ def plan_create(session: Session, spec: Specification) -> Plan:
     access.require_way(layout.home, session.owner)
     kind = templates.load(spec.template)
     facts = host_facts(connection, spec, kind)
+    _require_networks(connection, spec, facts)
     for sentence in template.notes(kind, spec, facts):
         session.say(sentence)
     for path in (spec.kernel, spec.initrd, spec.cdrom):
@@ -94,6 +95,18 @@ def host_facts(connection: Connection, spec: Specification, kind: Template) -> H
         tpm=offer.has_tpm_emulator,
         networks=connection.active_networks(),
     )
+
+
+def _require_networks(connection: Connection, spec: Specification, facts: HostFacts) -> None:
+    """An ordinary user's libvirt cannot reach the system's networks; the VM would never start."""
+    if connection.driver is not Driver.SESSION:
+        return
+    for network in spec.networks or ():
+        if network.kind is NetworkKind.NETWORK and network.name not in facts.networks:
+            raise errors.Unsupported(
+                f"{connection.uri} has no network '{network.name}': libvirt's networks belong to the system",
+                hint="use --network user, or --network bridge=BRIDGE where qemu-bridge-helper lets you",
+            )
 
 
 def _place(session: Session, slot: str, disk: DiskSpecification) -> _Placed:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvmgr import errors
+from hvmgr.host import confinement
 
 FOLDER_MODE = 0o711
 _OTHERS = 0o007
@@ -44,7 +45,7 @@ def allows(path: Path, owner: tuple[int, int], wanted: int) -> bool:
     for tag, rights, one in entries:
         if tag == _USER and one == uid:
             return rights & mask & wanted == wanted
-    groups = {gid, *_groups(uid, gid)}
+    groups = confinement.groups_of(uid, gid)
     mine = [rights & mask for tag, rights, one in entries if tag == _GROUP and one in groups]
     if facts.st_gid in groups:
         # With an access list the mode's middle bits are its mask; the group has an entry of its own.
@@ -127,14 +128,6 @@ def name_of(uid: int) -> str:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
         return f"uid {uid}"
-
-
-def _groups(uid: int, gid: int) -> list[int]:
-    """libvirt starts QEMU with all groups of its user."""
-    try:
-        return os.getgrouplist(pwd.getpwuid(uid).pw_name, gid)
-    except KeyError:
-        return []
 
 
 def _acl(path: Path) -> Iterator[tuple[int, int, int]]:
