@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
+    from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.repair import Repaired
     from hvmgr.operations.reporter import Reporter
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VM",
+    "AdoptOptions",
     "DiskSpecification",
     "Finding",
     "Host",
@@ -51,6 +53,7 @@ __all__ = [
 
 _HOMES = {
     "VM": "hvmgr.operations.vm",
+    "AdoptOptions": "hvmgr.operations.adoption",
     "DiskSpecification": "hvmgr.model.specification",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",

@@ -181,6 +181,11 @@ class Configuration:
         """The disk in this slot."""
         return next((disk for disk in self.disks() if disk.slot == slot), None)
 
+    def backing_file(self, slot: str) -> str | None:
+        """The file below the image of a disk, in an XML where libvirt resolved the chain; None when it is not said."""
+        source = self._require_disk(slot).find("backingStore/source")
+        return None if source is None else source.get("file") or source.get("dev")
+
     def nics(self) -> tuple[Nic, ...]:
         """All network interfaces in the order of the XML; a MAC that libvirt has yet to choose is ''."""
         return tuple(_nic(element) for element in self._root.findall("devices/interface"))

@@ -53,6 +53,7 @@ class Code(StrEnum):
     CONFIGURATION_DAMAGED = "configuration-damaged"
     UNDO_DAMAGED = "undo-damaged"
     SNAPSHOT_DAMAGED = "snapshot-damaged"
+    SNAPSHOT_WRITTEN = "snapshot-written"
     SNAPSHOT_MISSING = "snapshot-missing"
     MEMORY_MISSING = "memory-missing"
     ORPHAN = "orphan"
@@ -140,6 +141,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.CONFIGURATION_DAMAGED: _CORRUPT,
     Code.UNDO_DAMAGED: _CORRUPT,
     Code.SNAPSHOT_DAMAGED: _CORRUPT,
+    Code.SNAPSHOT_WRITTEN: _CORRUPT,
     Code.SNAPSHOT_MISSING: _WARNING,
     Code.MEMORY_MISSING: _WARNING,
     Code.ORPHAN: _WARNING,

@@ -40,7 +40,7 @@ class Case:
     """One home to be put right. ``seen`` is None where no configuration says which VM's home it is.
 
     ``named``: the user named this very VM. ``accept_touched``: the user vouches for frozen images whose time alone
-    differs.
+    differs; ``accept_present``: for working images that no longer stand on what their snapshot froze.
     """
 
     host: Host
@@ -50,6 +50,7 @@ class Case:
     found: tuple[Finding, ...]
     named: bool
     accept_touched: bool
+    accept_present: bool
 
     @property
     def layout(self) -> Layout:

@@ -20,7 +20,8 @@ from hvmgr.model.diagnosis import Code
 from hvmgr.model.finding import Finding
 from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
-from hvmgr.operations import domain_checks, execution, image_checks, reconcile, surroundings
+from hvmgr.operations import chains, domain_checks, execution, image_checks, reconcile, surroundings
+from hvmgr.operations.chains import Deed
 from hvmgr.operations.cure import Case, Cure, keep_copy, set_aside
 from hvmgr.operations.surroundings import Known
 from hvmgr.storage import durable, images, index, journal, survey, vm_home
@@ -211,6 +212,12 @@ def _resettle(case: Case, seen: Survey, present: Part) -> None:
     with case.session() as session:
         if session.is_active() or journal.is_open(case.layout.journal):
             raise errors.Conflict(f"{seen.name} is in use meanwhile", hint="run doctor again")
+        if (domain := session.find_domain()) is not None and domain.has_managed_save():
+            raise errors.Conflict(
+                f"{seen.name} has a managed save, which leads to where its home was",
+                hint=f"move the home back to {present.facts.home} and start the VM, or give its memory up: "
+                f"virsh managedsave-remove '{seen.name}'",
+            )
         change = session.new_id()
         text = _settled(present, new, case.around.uri, change=change).to_xml()
         rest = [one for one in (seen.undo, *seen.snapshots) if one is not None]
@@ -261,6 +268,29 @@ def together(case: Case) -> Iterator[Cure]:
 def _together(case: Case) -> None:
     with case.session() as session:
         reconcile.bring_together(session)
+
+
+def explained(case: Case) -> Iterator[Cure]:
+    """What others did below the present (pulled, committed) is taken over where it can be proved; else on the user's word."""
+    present = None if case.seen is None else case.seen.present
+    findings = [*case.of(Code.IMAGE_SWAPPED), *case.of(Code.IMAGE_CHANGED)]
+    if case.seen is None or present is None or not findings or case.around.connection is None:
+        return
+    with surroundings.looking(case.seen.home, case.around.connection) as session:
+        try:
+            deeds = {one.deed for one in chains.iter_changes(session, present.configuration)}
+        except errors.HvmgrError:
+            return  # a chain that is not whole cannot be compared
+    if Deed.UNKNOWN not in deeds and deeds:
+        yield Cure(findings[0], f"take over what was done to the images of {case.seen.name}", partial(_together, case))
+    elif deeds and case.accept_present:
+        yield Cure(findings[0], f"take the disks of {case.seen.name} as they are now", partial(_accept, case))
+
+
+def _accept(case: Case) -> None:
+    with case.session() as session:
+        reconcile.bring_together(session, needs_present=False)
+        reconcile.accept_present(session)
 
 
 def noted(case: Case) -> Iterator[Cure]:

@@ -1,7 +1,8 @@
 """Cures for images: found again by id or record, names exchanged back, set aside, modes and owners, records.
 
 An image is found again when its own record says so (size, header, time), or when it carries the missing image's id or
-name, can be read as what it should be, and no record speaks against it. Two that fit are one too many.
+name, can be read as what it should be, has the size that its children have, and no record speaks against it. Two that fit
+are one too many, and without libvirt nobody knows whether another VM uses a file: then none is taken.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def reattach(case: Case) -> Iterator[Cure]:
         found = [] if missing is None else candidates(case, case.seen, Path(one.where), missing)
         if len(found) == 1:
             act = partial(_put_back, case, case.seen, Path(one.where), found[0])
-            yield Cure(one, f"put {found[0]} back to its name {one.where}", act)
+            is_sure = frozen.condition(case.layout, Path(one.where), file=found[0]) is Condition.UNCHANGED
+            by = "its record" if is_sure else "its id alone"
+            yield Cure(one, f"put {found[0]} back to its name {one.where} (known by {by})", act)
 
 
 def candidates(case: Case, seen: Survey, path: Path, missing: Missing) -> list[Path]:
@@ -45,7 +48,10 @@ def candidates(case: Case, seen: Survey, path: Path, missing: Missing) -> list[P
     needed = {os.path.realpath(one) for one in (*forest.named(), *forest.children())}
     files = [file for file in _near(seen, path) if os.path.realpath(file) not in needed]
     sure = [file for file in files if frozen.condition(seen.home.layout, path, file=file) is Condition.UNCHANGED]
-    fitting = [file for file in sure or files if (sure or _is_named(path, file)) and _fits(seen, path, missing, file)]
+    likely = sure or [
+        file for file in files if _is_named(path, file) and _has_size_of_children(seen, path, missing, file)
+    ]
+    fitting = [file for file in likely if _fits(seen, path, missing, file)]
     return [file for file in _each_once(fitting) if not _is_used(case, file)]
 
 
@@ -64,7 +70,15 @@ def _is_named(path: Path, file: Path) -> bool:
     """By the image's id in the name, by the whole name, or by the inode that an image outside had when it was frozen."""
     if _ID.findall(path.name):
         return _ID.findall(path.name)[-1] in file.name
-    return path.name in file.name or index.noted_path(file) == str(path)
+    return file.name == path.name or file.name.startswith(f"{path.name}.") or index.noted_path(file) == str(path)
+
+
+def _has_size_of_children(seen: Survey, path: Path, missing: Missing, file: Path) -> bool:
+    sizes = {header.size for header in seen.headers.values() if str(header.parent) == str(path)}
+    try:
+        return not sizes or images.read(file, missing.format).size in sizes
+    except errors.HvmgrError:
+        return False
 
 
 def _fits(seen: Survey, path: Path, missing: Missing, file: Path) -> bool:
@@ -82,9 +96,9 @@ def _fits(seen: Survey, path: Path, missing: Missing, file: Path) -> bool:
 
 
 def _is_used(case: Case, file: Path) -> bool:
-    """Whether another VM needs the file under the name that it has."""
+    """Whether another VM may need the file under the name that it has."""
     if case.around.connection is None or case.seen is None:
-        return False
+        return True
     with surroundings.looking(case.seen.home, case.around.connection) as session:
         return bool(strangers.of(session, [str(file)]))
 
@@ -119,7 +133,7 @@ def exchange(case: Case) -> Iterator[Cure]:
         done |= {path, true}
         if str(true) in case.seen.headers:
             yield Cure(one, f"exchange the names of {path} and {true}", partial(_exchange_true, case, path, true))
-        elif not _is_used(case, true):
+        elif case.layout.owns(str(path)) and not _is_used(case, true):
             yield Cure(one, f"set {path} aside and put {true} in its place", partial(_replace, case, path, true))
 
 

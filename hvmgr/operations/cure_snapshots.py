@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import saved_state
-from hvmgr.model import configuration
+from hvmgr.model import configuration, relocation
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.diagnosis import Code
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
@@ -41,11 +41,12 @@ def _from_memory(seen: Survey, file: Path) -> Configuration | None:
         saved = saved_state.read(memory)
         made = configuration.parse(saved.xml, source=str(memory))
         facts = made.metadata()
-        disks = vm_home.disks_of(made)
     except errors.HvmgrError:
         return None
     if not saved.complete or facts is None or made.uuid != seen.home.vm_id:
         return None
+    made = relocation.moved(made, facts.home, seen.home.path)  # the home may have been moved since
+    disks = vm_home.disks_of(made)
     if any(path not in seen.headers for path in disks.values()):
         return None
     made.strip_backing_chains()
@@ -54,8 +55,7 @@ def _from_memory(seen: Survey, file: Path) -> Configuration | None:
     if made.nvram is not None:
         made.set_nvram(nvram)
     record = _record(seen, file, facts, was_running=saved.was_running)
-    home = facts if seen.present is None else dataclasses.replace(facts, home=seen.home.path)
-    made.set_metadata(dataclasses.replace(home, snapshot=record))
+    made.set_metadata(dataclasses.replace(facts, home=seen.home.path, snapshot=record))
     return made
 
 

@@ -66,6 +66,7 @@ def _inside(seen: Survey, around: Surroundings, *, thorough: bool) -> Iterator[F
     place = list(domain_checks.place(seen, around))
     yield from place
     if Code.HOME_MOVED in {one.code for one in place} or _is_copy(seen, place):
+        yield from home_checks.damaged(seen)
         return  # all its paths lead elsewhere, so that nothing else means anything
     half_way = home_checks.named_by(seen.home.layout)
     for one in _parts(seen, around):
@@ -97,10 +98,9 @@ def _with_libvirt(seen: Survey, around: Surroundings) -> Iterator[Finding]:
     if seen.present is None:
         return
     yield from domain_checks.index(seen, seen.present, around)
-    if around.connection is None:
-        return
-    yield from domain_checks.domain(seen, seen.present, around)
-    yield from domain_checks.others(seen, around.connection)
+    if around.connection is not None:
+        yield from domain_checks.domain(seen, seen.present, around)
+        yield from domain_checks.others(seen, around)
 
 
 def _gives_away(around: Surroundings) -> bool:

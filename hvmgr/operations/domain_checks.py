@@ -8,14 +8,13 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host.domain import State
-from hvmgr.host.hypervisor import Connection
 from hvmgr.model import configuration, diagnosis, metadata
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
 from hvmgr.operations import image_checks, strangers, surroundings
 from hvmgr.operations.session import open_images
 from hvmgr.operations.surroundings import Known, Surroundings
-from hvmgr.storage import start_guard, survey, vm_home
+from hvmgr.storage import images, start_guard, survey, vm_home
 from hvmgr.storage.survey import Part, Survey
 
 # What the start guard of the hook finds and no other check here does.
@@ -162,8 +161,11 @@ def _managed_save(seen: Survey, known: Known) -> Iterator[Finding]:
 # --- others -----------------------------------------------------------------------------------------------------------
 
 
-def others(seen: Survey, connection: Connection) -> Iterator[Finding]:
-    """Other VMs that need or write images of this one."""
+def others(seen: Survey, around: Surroundings) -> Iterator[Finding]:
+    """Other VMs that need or write images of this one; counted in full only where there is something in common."""
+    if around.connection is None or not _has_something_in_common(seen, around):
+        return
+    connection = around.connection
     with surroundings.looking(seen.home, connection) as session:
         held = image_checks.frozen_images(seen.tree())
         writers = strangers.writers(session, held)
@@ -174,6 +176,19 @@ def others(seen: Survey, connection: Connection) -> Iterator[Finding]:
     for path, names in users.items():
         sentence = f"{path} is shared with {', '.join(names)}; it is not merged or removed as long as they need it"
         yield finding(Code.IMAGE_SHARED, sentence, path)
+
+
+def _has_something_in_common(seen: Survey, around: Surroundings) -> bool:
+    mine = {header.identity for header in seen.headers.values()}
+    for note in around.notes:
+        if note.entry is None or note.entry.vm_id == seen.home.vm_id:
+            continue
+        outside = (Path(path) for path in note.entry.outside)
+        if any(images.identity(path) in mine for path in outside if path.exists()):
+            return True
+        if any(Path(path).is_relative_to(note.entry.home) for path in seen.headers):
+            return True
+    return around.users.others(seen.home.vm_id, mine)
 
 
 def busy_images(seen: Survey, known: Known | None) -> set[str]:

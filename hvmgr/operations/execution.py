@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hvmgr import errors
@@ -38,6 +39,9 @@ DO: Mapping[type[Step], _Act] = {
     plan.MoveImage: image_steps.move,
     plan.RecordFrozen: image_steps.record,
     plan.MakeHome: file_steps.make_home,
+    plan.NoteUses: file_steps.note_uses,
+    plan.TakeFile: file_steps.take_file,
+    plan.DropOldName: file_steps.drop_old_name,
     plan.CopyFile: file_steps.copy_file,
     plan.CopyFolder: file_steps.copy_folder,
     plan.ReplaceFolder: file_steps.replace_folder,
@@ -59,6 +63,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.DiscardPresent: domain_steps.discard_present,
     plan.StartFrom: domain_steps.start_from,
     plan.RenameDomain: domain_steps.rename,
+    plan.ForgetLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.UndefineDomain: domain_steps.undefine,
 }
 
@@ -67,6 +72,8 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.FreezeImage: image_steps.unfreeze,
     plan.CopyImage: image_steps.uncopy,
     plan.MakeHome: file_steps.unmake_home,
+    plan.NoteUses: file_steps.unnote_uses,
+    plan.TakeFile: file_steps.untake_file,
     plan.CopyFile: file_steps.uncopy_file,
     plan.CopyFolder: file_steps.uncopy_folder,
     plan.MakeSnapshotFolder: file_steps.unmake_snapshot_folder,
@@ -154,6 +161,8 @@ def _hold_when_off(session: Session, one: Plan) -> bool:
 def _switch(session: Session, one: Plan) -> None:
     assert one.switch is not None
     try:
+        if isinstance(one.switch, plan.Define):
+            domain_steps.require_unedited(session)
         DO[type(one.switch)](session, one.switch)
     except errors.OutcomeUnknown:
         raise  # the journal stays open; the next command asks
@@ -185,13 +194,22 @@ def _finish(session: Session, one: Plan) -> None:
 
 
 def _do_finish(session: Session, one: Plan) -> None:
-    with session.interrupts.held_back():
+    with session.interrupts.held_back(), _finishing(session):
         for step in _still_to_finish(session, one):
             DO[type(step)](session, step)
         if any(isinstance(step, plan.RemoveHome) for step in one.finish):
             file_steps.remove_private(session)
         else:
             _end(session)
+
+
+@contextlib.contextmanager
+def _finishing(session: Session) -> Iterator[None]:
+    session.finishing = True
+    try:
+        yield
+    finally:
+        session.finishing = False
 
 
 def _still_to_finish(session: Session, one: Plan) -> tuple[Step, ...]:
@@ -202,8 +220,10 @@ def _still_to_finish(session: Session, one: Plan) -> tuple[Step, ...]:
 
 def _say_what_waits(session: Session, one: Plan) -> None:
     error, session.put_off = session.put_off, None
-    if session.interrupts.wanted and session.waiting:
+    if session.interrupts.wanted and not session.recovering:
         session.interrupts.clear()
+        if not session.waiting:
+            raise errors.Cancelled(f"stopped, but the {one.subject} was complete already", complete=True)
         error = errors.Cancelled("stopped")
     if error is None:
         return

@@ -95,12 +95,11 @@ def _paths(plan: Plan) -> Iterator[str]:
 def files(seen: Survey) -> Iterator[Finding]:
     """Configurations, folders and left-overs of a home."""
     layout = seen.home.layout
-    for fault in seen.faults:
-        if fault.file.suffix == ".xml":
-            yield _damaged(layout, fault)
+    yield from damaged(seen)
     for folder in layout.folders() if seen.present is not None else ():
         if not folder.is_dir():
             yield finding(Code.FOLDER_MISSING, f"the folder {folder} is missing", folder, repair=_BY_ITSELF)
+    yield from _written(seen)
     yield from _parents(seen)
     yield from _memory(seen)
     yield from _remains(layout)
@@ -113,6 +112,13 @@ def files(seen: Survey) -> Iterator[Finding]:
         if file.suffix != ".txt":
             sentence = f"{file} was set aside by an earlier repair; {file.name}.txt says why"
             yield finding(Code.QUARANTINED, sentence, file, repair="remove it when nobody misses it")
+
+
+def damaged(seen: Survey) -> Iterator[Finding]:
+    """Configurations that cannot be read."""
+    for fault in seen.faults:
+        if fault.file.suffix == ".xml":
+            yield _damaged(seen.home.layout, fault)
 
 
 def _damaged(layout: Layout, fault: survey.Fault) -> Finding:
@@ -129,6 +135,17 @@ def _damaged(layout: Layout, fault: survey.Fault) -> Finding:
         return finding(Code.UNDO_DAMAGED, sentence, file, repair="doctor --repair sets it aside; its images stay")
     repair = "doctor --repair makes it again from the snapshot's saved state, if it has one; else put the file back"
     return finding(Code.SNAPSHOT_DAMAGED, words, file, repair=repair)
+
+
+def _written(seen: Survey) -> Iterator[Finding]:
+    for part in seen.snapshots:
+        record = part.facts.snapshot
+        if record is not None and record.damaged:
+            sentence = (
+                f"{part.who} is damaged for good: others wrote to an image of its disk {', '.join(record.damaged)}"
+            )
+            repair = f"hvmgr snapshot delete '{seen.name}' '{record.name}'; what does not need it is whole"
+            yield finding(Code.SNAPSHOT_WRITTEN, sentence, part.file, repair=repair)
 
 
 def _parents(seen: Survey) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +56,12 @@ def _versions(facts: Capabilities) -> Iterator[Finding]:
 
 
 def _abilities(connection: Connection, facts: Capabilities) -> Iterator[Finding]:
+    user = facts.qemu_owner or (os.geteuid(), os.getegid())
     if not (facts.has_kvm and confinement.has_kvm()):
         yield _missing("kvm", "this host has no KVM: VMs are emulated, which is slow", "switch on virtualisation")
-    elif facts.qemu_owner is not None and not confinement.may_use_kvm(facts.qemu_owner):
+    elif not confinement.may_use_kvm(user):
         sentence = (
-            f"QEMU's user (uid {facts.qemu_owner[0]}) may not open /dev/kvm: "
+            f"QEMU's user (uid {user[0]}) may not open /dev/kvm: "
             "VMs are emulated, and each start of libvirt takes seconds longer"
         )
         yield finding(Code.KVM_CLOSED, sentence, "/dev/kvm", repair="add that user to the group of /dev/kvm")
@@ -117,7 +119,7 @@ def _index(around: Surroundings) -> Iterator[Finding]:
         if entry is None:
             sentence = f"{note.file} cannot be understood, so that the users of shared images are not all counted"
             yield finding(Code.INDEX_DAMAGED, sentence, note.file, repair="doctor --repair writes it again")
-        elif not entry.home.is_dir() or not is_home_like(entry.home):
+        elif entry.home not in around.folders and not is_home_like(entry.home):
             sentence = f"the index knows a VM '{entry.name}' whose home {entry.home} is gone"
             yield finding(Code.INDEX_STALE, sentence, note.file, repair=_put_back(entry.home), vm=entry.name)
 

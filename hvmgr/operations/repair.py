@@ -38,6 +38,7 @@ CURES: tuple[Callable[[Case], Iterator[Cure]], ...] = (
     cure_homes.interrupted,
     cure_homes.unreadable_journal,
     cure_homes.together,
+    cure_homes.explained,
     cure_images.records,
     cure_images.leaks,
     cure_homes.noted,
@@ -59,6 +60,7 @@ class Wish:
     """What the user allows beyond what is certain; ``thorough`` as for doctor."""
 
     accept_touched: bool = False
+    accept_present: bool = False
     thorough: bool = False
 
 
@@ -66,10 +68,10 @@ def repair(host: Host, vm: str | None, wish: Wish) -> list[Repaired]:
     """Everything that was done, in order; with the reporter's ``dry_run`` what would be done first, and nothing is."""
     around = surroundings.look(host)
     if vm is not None:
-        return list(_home(host, surroundings.find_folder(around, vm), wish, named=True))
+        return list(_home(host, around, surroundings.find_folder(around, vm), wish, named=True))
     done = list(_index(host, around))
     for folder in around.folders:
-        done += _home(host, folder, wish, named=False)
+        done += _home(host, around, folder, wish, named=False)
     return done
 
 
@@ -78,28 +80,27 @@ def _index(host: Host, around: Surroundings) -> Iterator[Repaired]:
         yield _carried_out(host, cure)
 
 
-def _home(host: Host, folder: Path, wish: Wish, *, named: bool) -> Iterator[Repaired]:
+def _home(host: Host, around: Surroundings, folder: Path, wish: Wish, *, named: bool) -> Iterator[Repaired]:
     tried: set[tuple[str, str]] = set()
-    while cures := _next_cures(host, folder, wish, tried, named=named):
+    while cures := _next_cures(_case(host, around, folder, wish, named=named), tried):
         for cure in cures:
             tried.add((cure.finding.code, cure.finding.where))
             yield _carried_out(host, cure)
+        around = surroundings.look(host)
 
 
-def _next_cures(host: Host, folder: Path, wish: Wish, tried: set[tuple[str, str]], *, named: bool) -> list[Cure]:
+def _next_cures(case: Case, tried: set[tuple[str, str]]) -> list[Cure]:
     """The cures of the first kind that has some; in a dry run, which changes nothing in between, those of all kinds."""
-    case = _case(host, folder, wish, named=named)
     chosen: list[Cure] = []
     for find in CURES:
         cures = [one for one in find(case) if (one.finding.code, one.finding.where) not in tried]
-        if cures and not host.reporter.dry_run:
+        if cures and not case.host.reporter.dry_run:
             return cures
         chosen += cures
     return chosen
 
 
-def _case(host: Host, folder: Path, wish: Wish, *, named: bool) -> Case:
-    around = surroundings.look(host)
+def _case(host: Host, around: Surroundings, folder: Path, wish: Wish, *, named: bool) -> Case:
     found = doctor.home(folder, around, thorough=wish.thorough) if folder.is_dir() else []
     if Code.OPERATION_RUNNING in {one.code for one in found}:
         found = []  # whoever works on it knows what he does
@@ -107,7 +108,16 @@ def _case(host: Host, folder: Path, wish: Wish, *, named: bool) -> Case:
         seen = surroundings.take(folder)
     except errors.HvmgrError:
         seen = None
-    return Case(host, around, folder, seen, tuple(found), named=named, accept_touched=wish.accept_touched)
+    return Case(
+        host,
+        around,
+        folder,
+        seen,
+        tuple(found),
+        named=named,
+        accept_touched=wish.accept_touched,
+        accept_present=wish.accept_present,
+    )
 
 
 def _carried_out(host: Host, cure: Cure) -> Repaired:

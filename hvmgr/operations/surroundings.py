@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from hvmgr.host.hypervisor import Capabilities, Connection
     from hvmgr.operations.host import Host
 
+Identity = tuple[int, int]  # device and inode
+
 
 @dataclass(frozen=True, slots=True)
 class Known:
@@ -46,6 +48,36 @@ class Known:
         """The home that the domain names, links resolved."""
         return None if self.facts is None else Path(os.path.realpath(self.facts.home))
 
+    def chains(self) -> set[Identity]:
+        """Every image that its disks reach, as the next start and as QEMU has them, as far as headers can be read."""
+        configurations = [self.configuration]
+        with contextlib.suppress(errors.HvmgrError):
+            if self.domain.is_active():
+                live = self.domain.xml(live=True)
+                configurations.append(configuration.parse(live, source=f"libvirt's live XML of {self.domain.name}"))
+        found: set[Identity] = set()
+        for one in configurations:
+            for path, fmt in vm_home.formats_of(one).items():
+                found |= survey.identities(path, fmt)
+        return found
+
+
+class Users:
+    """Which VMs of libvirt have something to do with which images, by device and inode; read when first asked."""
+
+    def __init__(self, domains: Mapping[str, Known]) -> None:
+        self._domains = domains
+        self._found: dict[Identity, set[str]] | None = None
+
+    def others(self, vm_id: str, images: Iterable[Identity]) -> bool:
+        """Whether another VM's chains reach one of these images."""
+        if self._found is None:
+            self._found = {}
+            for uuid, known in self._domains.items():
+                for one in known.chains():
+                    self._found.setdefault(one, set()).add(uuid)
+        return any(self._found.get(one, set()) - {vm_id} for one in images)
+
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
@@ -57,6 +89,7 @@ class Surroundings:
     capabilities: Capabilities | None
     failure: errors.HvmgrError | None
     domains: Mapping[str, Known]  # by id
+    users: Users = field(repr=False)
     notes: tuple[Note, ...]
     folders: tuple[Path, ...]  # of this connection's homes, whole or not
     homes: Mapping[str, tuple[Path, ...]]  # id to folders that claim it
@@ -94,6 +127,7 @@ def look(host: Host) -> Surroundings:
         capabilities=capabilities,
         failure=failure,
         domains=domains,
+        users=Users(domains),
         notes=notes,
         folders=folders,
         homes={vm_id: tuple(found) for vm_id, found in homes.items()},
@@ -125,9 +159,13 @@ def find_folder(around: Surroundings, name: str) -> Path:
 
 def is_home_like(folder: Path) -> bool:
     """Whether a folder is a home, or what is left of one; disks that a deleted VM left behind are none."""
+    if not folder.is_dir():
+        return False
     try:
         with durable.explained(folder):
-            return any((folder / name).is_dir() for name in (CONFIGURATIONS, SNAPSHOTS, PRIVATE))
+            if any((folder / name).is_dir() for name in (CONFIGURATIONS, PRIVATE)):
+                return True
+            return any(vm_home.is_id(file.stem) for file in (folder / SNAPSHOTS).glob("*.xml"))
     except errors.HvmgrError:
         return True  # nobody may look into it: that is a finding
 
@@ -150,11 +188,12 @@ def looking(home: VmHome, connection: Connection) -> Iterator[Session]:
 
 def _folders(host: Host, notes: tuple[Note, ...], domains: Mapping[str, Known]) -> tuple[Path, ...]:
     """Below the root, and where the index or libvirt's own configurations say that this connection has homes."""
-    below = sorted(one for one in host.root.iterdir() if one.is_dir()) if host.root.is_dir() else []
+    with durable.explained(host.root):
+        below = sorted(one for one in host.root.iterdir() if one.is_dir()) if host.root.is_dir() else []
     noted = [note.entry.home for note in notes if note.entry is not None and note.entry.uri == host.uri]
-    named = [known.home for known in domains.values() if known.home is not None]
-    found = [folder for folder in (*below, *noted, *named) if folder.is_dir() and is_home_like(folder)]
-    return tuple(dict.fromkeys(found))
+    named = [known.home for known in domains.values() if known.home is not None and known.home.is_dir()]
+    found = [folder for folder in (*below, *noted) if folder.is_dir() and is_home_like(folder)]
+    return tuple(dict.fromkeys((*found, *named)))
 
 
 def _configurations(folder: Path) -> list[Path]:

@@ -121,23 +121,29 @@ class _Case:
 
     def findings(self) -> Iterator[Finding]:
         """Everything that is found; what the files say between two steps of an operation means nothing."""
-        if not self.layout.home.is_dir():
-            yield self._error("home-missing", f"its home {self.layout.home} is not there", self.layout.home)
-            return
         try:
-            home = vm_home.open_home(self.layout.home)
-            if home.vm_id != self.layout.vm_id:
-                yield from self._writes_into(home)
-                return
-            operation = self._operation()
-            yield from operation
-            if not operation:
-                yield from self._disks(home)
-        except errors.NotFound:
-            sentence = f"its home {self.layout.home} holds no VM any more"
-            yield from self._operation() or [self._error("home-missing", sentence, self.layout.home)]
+            yield from self._look()
         except errors.HvmgrError as error:
             yield self._error("home-unreadable", str(error), self.layout.home)
+
+    def _look(self) -> Iterator[Finding]:
+        folder = self.layout.home
+        if not folder.is_dir():
+            yield self._error("home-missing", f"its home {folder} is not there", folder)
+            return
+        try:
+            home = vm_home.open_home(folder)
+        except errors.NotFound:  # also while a VM is made or deleted
+            yield from self._operation() or [
+                self._error("home-missing", f"its home {folder} holds no VM any more", folder)
+            ]
+            return
+        if home.vm_id != self.layout.vm_id:
+            yield from self._writes_into(home)
+        elif operation := self._operation():
+            yield from operation
+        else:
+            yield from self._disks(home)
 
     def _writes_into(self, home: VmHome) -> Iterator[Finding]:
         """A copy of a VM (``virt-clone``) still names the home of the one that it was copied from."""
@@ -183,11 +189,9 @@ class _Case:
         file = Path(path)
         if frozen.is_recorded(self.layout, file):
             return True
-        if not file.is_file():
+        if not file.is_file() or file.stat().st_mode & 0o7777 != frozen.FROZEN_MODE:
             return False
-        if self.layout.owns(path):
-            return file.stat().st_mode & 0o777 == frozen.FROZEN_MODE
-        return index.kept_mode(file) is not None
+        return self.layout.owns(path) or index.kept_mode(file) is not None
 
     def _chain(self, disk: Disk, top: str, bases: Mapping[str, _Base], *, is_known: bool) -> Iterator[Finding]:
         formats: dict[str, str] = {}
@@ -257,7 +261,8 @@ def _bases(home: VmHome, stored: Configuration) -> dict[str, _Base] | None:
     except errors.NotFound:
         return None
     slots = {record.id: record.slot for record in vm_home.require_facts(above).disks}
-    ids = {record.slot: record.id for record in facts.disks}
+    # A disk whose data was pulled from its snapshot's image by others stands apart from it, as the home then says.
+    ids = {record.slot: record.id for record in facts.disks if not getattr(record, "apart", False)}
     paths = vm_home.disks_of(above)
     found = {}
     for slot, working in vm_home.disks_of(stored).items():

@@ -6,6 +6,7 @@ and neither libvirt nor a lock is needed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,24 +91,22 @@ class Survey:
     def tree(self) -> Tree:
         """Both graphs as far as they could be read; a missing image is left out."""
         keeper = self.home.keepers()
-        forest = {
-            path: Image(
-                path,
-                None if header.parent is None else str(header.parent),
-                header.format,
-                header.size,
-                header.data,
-                keeper(path),
-            )
-            for path, header in self.headers.items()
-        }
+        by_identity: dict[tuple[int, int], list[str]] = {}
+        for path, header in self.headers.items():
+            by_identity.setdefault(header.identity, []).append(path)
+        others = vm_home.other_names(by_identity.values(), keeper)
+        forest = {}
+        for path, header in self.headers.items():
+            if path not in others:
+                parent = None if header.parent is None else others.get(str(header.parent), str(header.parent))
+                forest[path] = Image(path, parent, header.format, header.size, header.data, keeper(path))
         nodes = {}
         for one in self.snapshots:
             assert one.facts.snapshot is not None
             nodes[one.facts.snapshot.id] = Node(one.facts.snapshot.id, one.facts.snapshot.parent, one.disks)
         present = Leaf(None, {}) if self.present is None else Leaf(self.present.facts.parent, self.present.disks)
         undo = None if self.undo is None else Leaf(self.undo.facts.parent, self.undo.disks)
-        return Tree(images=forest, nodes=nodes, present=present, undo=undo)
+        return vm_home.with_own_names(Tree(images=forest, nodes=nodes, present=present, undo=undo), others)
 
 
 def configurations(folder: Path) -> list[Path]:
@@ -127,6 +126,25 @@ def take(home: VmHome) -> Survey:
     parts = [one for one in (present, undo) if one is not None] + list(snapshots)
     headers, missing = _images(layout, parts, faults)
     return Survey(home, present, undo, snapshots, headers, missing, tuple(faults))
+
+
+def identities(path: str, fmt: str) -> set[tuple[int, int]]:
+    """Device and inode of an image and of all below it, as far as headers can be read."""
+    found: set[tuple[int, int]] = set()
+    step: str | None = path
+    stated: str | None = fmt
+    while step is not None and stated is not None:
+        try:
+            header = images.read(Path(step), stated)
+        except errors.HvmgrError:
+            with contextlib.suppress(OSError):
+                found.add(images.identity(Path(step)))
+            break
+        if header.identity in found:
+            break
+        found.add(header.identity)
+        step, stated = (None if header.parent is None else str(header.parent)), header.backing_format
+    return found
 
 
 def _part(layout: Layout, file: Path, who: str, faults: list[Fault]) -> Part | None:

@@ -8,6 +8,7 @@ with the same size and time is not parsed again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import time
@@ -146,24 +147,33 @@ class VmHome:
         for one in snapshots:
             stated.update(one.formats)
         stated.update(formats_of(present, *([] if undo is None else [undo])))
-        found = self.load_images(stated)
+        found, others = self._load(stated)
         unstated = [path for path in _files(self.layout.bases) if path not in found]
         found |= self.load_images({path: images.probe(Path(path)) for path in unstated})
         nodes = {one.record.id: to_node(one) for one in snapshots}
         leaf = None if undo is None else to_leaf(undo)
-        return Tree(images=found, nodes=nodes, present=to_leaf(present), undo=leaf, strangers=strangers or {})
+        forest = Tree(images=found, nodes=nodes, present=to_leaf(present), undo=leaf, strangers=strangers or {})
+        return with_own_names(forest, others) if others else forest
 
     def present_tree(self) -> Tree:
         """Only the chains of the present: enough to create a snapshot, whatever the size of the tree."""
         present = self.present()
-        return Tree(images=self.load_images(formats_of(present)), nodes={}, present=to_leaf(present))
+        found, others = self._load(formats_of(present))
+        forest = Tree(images=found, nodes={}, present=to_leaf(present))
+        return with_own_names(forest, others) if others else forest
 
     def load_images(self, roots: Mapping[str, str]) -> dict[str, Image]:
         """The images (path to format) and all their parents. A format is what the configuration or the child states.
 
-        An image that is missing is left out: ``Tree.chain`` names it when it is needed.
+        An image that is missing is left out: ``Tree.chain`` names it when it is needed. A file that is met under
+        several names (hard links, bind mounts) is one image, by its name in the home where it has one there.
         """
+        return self._load(roots)[0]
+
+    def _load(self, roots: Mapping[str, str]) -> tuple[dict[str, Image], dict[str, str]]:
+        """The images, and the other names of those that were met under several, each with the one that counts."""
         found: dict[str, Image] = {}
+        by_identity: dict[tuple[int, int], list[str]] = {}
         keeper, resolve = self.keepers(), resolver()
         todo = list(roots.items())
         while todo:
@@ -184,7 +194,15 @@ class VmHome:
                     )
                 todo.append((parent, header.backing_format))
             found[path] = Image(path, parent, header.format, header.size, header.data, keeper(path))
-        return found
+            by_identity.setdefault(header.identity, []).append(path)
+        others = other_names(by_identity.values(), keeper) if len(by_identity) < len(found) else {}
+        if others:
+            found = {
+                path: dataclasses.replace(image, parent=others.get(image.parent or "", image.parent))
+                for path, image in found.items()
+                if path not in others
+            }
+        return found, others
 
     def keepers(self) -> Callable[[str], Keeper]:
         """Who an image belongs to, by its path."""
@@ -215,8 +233,11 @@ def open_home(path: Path) -> VmHome:
     return VmHome(Layout(home=path, vm_id=found[0].stem))
 
 
-def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None]) -> list[VmHome]:
-    """Every home directly below a root, in the order of the folders' names; ``left_out`` is told why one is not."""
+def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None] | None = None) -> list[VmHome]:
+    """Every home directly below a root, in the order of the folders' names.
+
+    ``left_out`` is told of one that cannot be opened, and why; without it that is raised.
+    """
     if not root.is_dir():
         return []
     homes = []
@@ -228,6 +249,8 @@ def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None]) -> 
         except errors.NotFound:
             continue  # no home
         except errors.HvmgrError as error:
+            if left_out is None:
+                raise
             left_out(error)
     return homes
 
@@ -316,6 +339,29 @@ def resolver() -> Callable[[str], str]:
         return canonical(resolved) if os.path.islink(resolved) else resolved
 
     return resolve
+
+
+def other_names(same: Iterable[list[str]], keeper: Callable[[str], Keeper]) -> dict[str, str]:
+    """Of files that were met under several names: every other name, with the one that counts, in the home if there is."""
+    others: dict[str, str] = {}
+    for paths in same:
+        first, *rest = sorted(paths, key=lambda one: (keeper(one) is Keeper.OUTSIDE, one))
+        others.update(dict.fromkeys(rest, first))
+    return others
+
+
+def with_own_names(forest: Tree, others: Mapping[str, str]) -> Tree:
+    """Snapshots and presents name each image as the forest does; ``others`` are other names for the same files."""
+
+    def own(disks: Mapping[str, str]) -> dict[str, str]:
+        return {slot: others.get(path, path) for slot, path in disks.items()}
+
+    return dataclasses.replace(
+        forest,
+        nodes={key: dataclasses.replace(node, disks=own(node.disks)) for key, node in forest.nodes.items()},
+        present=dataclasses.replace(forest.present, disks=own(forest.present.disks)),
+        undo=None if forest.undo is None else dataclasses.replace(forest.undo, disks=own(forest.undo.disks)),
+    )
 
 
 def _read_snapshot(file: str, resolve: Callable[[str], str]) -> SnapshotFile:

@@ -29,21 +29,35 @@ _CODES = (0, 1, 2, 3, 4, 5, 6, 8, 130)
 @click.option("--repair", is_flag=True, help="Put right what is safe to put right; nothing is ever deleted.")
 @click.option("--accept-touched", is_flag=True,
               help="With --repair: frozen images whose time alone differs are as they should be.")  # fmt: skip
+@click.option("--accept-present", is_flag=True,
+              help="With --repair and a VM: its disks are as they should be, although others changed their chains.")  # fmt: skip
 @click.option("--thorough", is_flag=True, help="Read the tables of every image too (qemu-img check); takes time.")
 @click.pass_context
-def command(context: click.Context, /, vm: str | None, *, repair: bool, accept_touched: bool, thorough: bool) -> None:
+def command(
+    context: click.Context,
+    /,
+    vm: str | None,
+    *,
+    repair: bool,
+    accept_touched: bool,
+    accept_present: bool,
+    thorough: bool,
+) -> None:
     """Say what is wrong with this host and its VMs, and put it right.
 
     VM is a name, an id, or the path of a home; without it, the host and every home are examined. The exit code is 0 when
     no error is left, else that of the worst one: damage before conflicts.
     """
     request: Request = context.obj
-    if accept_touched and not repair:
-        raise errors.UsageError("--accept-touched goes with --repair", hint="add --repair")
+    for given, option in ((accept_touched, "--accept-touched"), (accept_present, "--accept-present")):
+        if given and not repair:
+            raise errors.UsageError(f"{option} goes with --repair", hint="add --repair")
+    if accept_present and vm is None:
+        raise errors.UsageError("--accept-present needs the VM that is meant", hint="look at its disks first")
     done: list[Repaired] = []
     with request.host() as host:
         if repair:
-            done = host.repair(vm, accept_touched=accept_touched, thorough=thorough)
+            done = host.repair(vm, accept_touched=accept_touched, accept_present=accept_present, thorough=thorough)
         found = host.doctor(vm, thorough=thorough)
     changed = any(one.failure is None for one in done) and not request.dry_run
     if request.json:

@@ -10,6 +10,7 @@ from hvmgr import units
 from hvmgr.faces.cli import render
 
 if TYPE_CHECKING:
+    from hvmgr.errors import HvmgrError
     from hvmgr.model.finding import Finding
     from hvmgr.model.tree import Image, Tree
     from hvmgr.operations.repair import Repaired
@@ -24,6 +25,11 @@ Document = dict[str, Any]
 def show(document: Mapping[str, Any]) -> None:
     """The one document of this command."""
     render.put(_text(document))
+
+
+def failure(error: HvmgrError) -> Document:
+    """A failure inside a document about several things."""
+    return {"code": error.code, "message": error.message, "hint": error.hint, "facts": dict(error.facts)}
 
 
 def show_error(code: str, message: str, hint: str | None, facts: Mapping[str, object]) -> None:
@@ -53,6 +59,7 @@ def snapshot(one: Snapshot) -> Document:
         "parent": one.parent,
         "type": one.type.value,
         "has_state": one.has_state,
+        "damaged": list(one.damaged),
         "disks": dict(one.disks),
     }
 

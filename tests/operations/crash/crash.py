@@ -48,11 +48,11 @@ import qemu.qmp  # noqa: F401 - imported before the forks
 
 import hvmgr
 from hvmgr import errors
-from hvmgr.host import qmp, saved_state
+from hvmgr.host import libvirt_snapshots, qmp, saved_state
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration
 from hvmgr.model.tree import Tree
-from hvmgr.operations import creation, usage  # noqa: F401
+from hvmgr.operations import adoption, creation, usage  # noqa: F401
 from hvmgr.storage import durable, frozen, index, vm_home
 
 NAME = "web"
@@ -65,7 +65,8 @@ _MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d\.\d\d\.\d\d")
 _PART = re.compile(re.escape(durable.TEMPORARY) + "[0-9a-f]+")
 
 # What reaches the disk, and what libvirt is asked to change.
-_OS_ACTS = ("fsync", "rename", "replace", "unlink", "remove", "rmdir", "mkdir", "chmod", "fchmod", "chown", "fchown")
+_OS_ACTS = ("fsync", "rename", "replace", "unlink", "remove", "rmdir", "mkdir", "chmod", "fchmod", "chown", "fchown",
+            "link", "utime")  # fmt: skip
 _CONNECTION_ACTS = ("defineXMLFlags", "restoreFlags")
 _DOMAIN_ACTS = [
     "snapshotCreateXML",
@@ -88,7 +89,8 @@ class Shape:
     """A state and an operation on it. ``setup`` runs once and leaves the VM off, ``live`` after every reset.
 
     ``middle`` is the first part of an operation that is two of them: its result is a whole state, too. ``again``
-    says that the operation is run once more where a kill left the state before it.
+    says that the operation is run once more where a kill left the state before it; ``foreign``, that what others did
+    is taken over by whoever looks.
     """
 
     setup: Callable[[hvmgr.Host], object]
@@ -96,6 +98,7 @@ class Shape:
     live: Callable[[hvmgr.Host], object] | None = None
     middle: Callable[[hvmgr.Host], object] | None = None
     again: bool = False
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -212,6 +215,7 @@ class Counter:
             self._wrap(libvirt.virConnect, name)
         for name in _DOMAIN_ACTS:
             self._wrap(libvirt.virDomain, name)
+        self._wrap(libvirt.virDomainSnapshot, "delete")
         original = qmp.Session.execute
 
         def execute(session: qmp.Session, command: str, *args: object, **kwargs: object) -> object:
@@ -306,11 +310,18 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
         "domains": domains,
         "vms": sorted(known),
         "outside": _outside(place),
+        "libvirt snapshots": {one.name: libvirt_snapshots.names(one) for one in host.connection.domains()},
         "index": sorted((entry.name, _plain(place, str(entry.outside))) for entry in index.entries()),
     }
     if len(known) != 1:
         kept = sorted(place.homes.glob("*/Virtual Hard Disks/*"))
-        return {**seen, "folders": folders, "kept": [[path.name, standing_alone(path)] for path in kept]}
+        plain = {one.name: one.xml(live=False) for one in host.connection.domains()}
+        return {
+            **seen,
+            "plain": plain,
+            "folders": folders,
+            "kept": [[path.name, standing_alone(path)] for path in kept],
+        }
     vm = next(iter(known.values()))
     forest = vm.tree()
     labels = _labels(vm, forest)
@@ -398,7 +409,7 @@ def _listing(folder: Path, labels: dict[str, str]) -> list[str]:
 
 def _outside(place: Place) -> list[str]:
     """Images beside the home: name, mode, bytes."""
-    files = sorted(place.outside.iterdir()) if place.outside.is_dir() else []
+    files = sorted(file for file in place.outside.iterdir() if file.is_file()) if place.outside.is_dir() else []
     return [f"{file.name} {oct(file.stat().st_mode)} {_hash(file)}" for file in files]
 
 
@@ -557,7 +568,7 @@ class Run:
         outcome = next((name for name, state in self.states.items() if state == found), "neither")
         if outcome == "neither":
             self.failures.append(f"{what}: {self._difference(found)}; said {notices}")
-        self._is_fresh = outcome == "before" and not self.shape.again
+        self._is_fresh = outcome == "before" and not self.shape.again and not self.shape.foreign
         if outcome == "before" and self.shape.again:
             forked(lambda: self._victim(None))
             if self._described() != self.after:
@@ -595,7 +606,7 @@ class Run:
             for folder in (self.place.homes, self.place.index, self.place.outside):
                 if folder.exists():
                     copy_tree(folder, self.place.copies / folder.name)
-            texts = [domain.xml(live=False) for domain in host.connection.domains()]
+            texts = [(one.xml(live=False), _snapshots_of(one)) for one in host.connection.domains()]
             (self.place.copies / "domains.json").write_text(json.dumps(texts))
 
     def _reset(self) -> None:
@@ -605,8 +616,10 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 if (self.place.copies / folder.name).exists():
                     copy_tree(self.place.copies / folder.name, folder)
-            for text in json.loads((self.place.copies / "domains.json").read_text()):
-                host.connection.define(text)
+            for text, snapshots in json.loads((self.place.copies / "domains.json").read_text()):
+                domain = host.connection.define(text)
+                for xml, is_current in snapshots:
+                    libvirt_snapshots.redefine(domain, xml, current=is_current)
             if self.shape.live is not None:
                 self.shape.live(host)
 
@@ -664,6 +677,11 @@ def _one_difference(key: str, expected: object, found: object) -> str:
         lines = difflib.unified_diff(expected.splitlines(), found.splitlines(), "expected", "found", "", "", 1, "")
         return f"\n      {key}: " + "\n        ".join(lines)
     return f"\n      {key}: {expected} -> {found}"
+
+
+def _snapshots_of(domain: Domain) -> list[tuple[str, bool]]:
+    """libvirt's own snapshots, as they are put back at each reset."""
+    return [(one.xml, one.is_current) for one in libvirt_snapshots.list_all(domain)]
 
 
 def copy_tree(source: Path, target: Path) -> None:

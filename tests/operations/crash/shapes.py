@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import crash
 from crash import Shape, set_memory, specification, write_off, write_running
@@ -38,6 +39,7 @@ def take(host, name, pattern, offset="64k"):
 
 
 NAME = crash.NAME
+SLOT = "hda"  # of the only disk
 
 
 def line(host, *, disks=1):
@@ -158,6 +160,56 @@ def in_place(host):
     take(host, "one", 0x20)
 
 
+def virsh(*words):
+    subprocess.run(
+        ["virsh", "-q", "-c", "qemu:///system", *map(str, words)], check=True, timeout=60, capture_output=True
+    )
+
+
+def write_plain(host, pattern, at):
+    """What the guest of a VM that hvmgr does not know writes while it is off."""
+    domain = host.connection.find_domain_by_name(NAME)
+    path = etree.fromstring(domain.xml(live=False)).find("devices/disk/source").get("file")
+    command = ["qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {64 * at}k 64k", path]
+    subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+
+def not_ours(host):
+    """A VM of libvirt's own with three snapshots, the second with memory; each present has bytes of its own."""
+    folder = host.root.parent / "outside"
+    image = folder / "a.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(crash.DISK)], check=True, timeout=20)
+    (folder / "web.xml").write_text(
+        f"<domain type='qemu'><name>{NAME}</name><memory unit='MiB'>16</memory><os><type machine='pc'>hvm</type></os>"
+        f"<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>"
+        "<target dev='hda' bus='ide'/></disk><controller type='usb' model='none'/><memballoon model='none'/></devices>"
+        "</domain>"
+    )
+    virsh("define", folder / "web.xml")
+    write_plain(host, 0x10, 0)
+    virsh("snapshot-create-as", NAME, "one", "text of one", "--disk-only")
+    write_plain(host, 0x20, 1)
+    virsh("start", NAME)
+    virsh("snapshot-create-as", NAME, "two", "--memspec", folder / "two.memory")
+    virsh("destroy", NAME)
+    write_plain(host, 0x30, 2)
+    virsh("snapshot-create-as", NAME, "three", "--disk-only")
+    write_plain(host, 0x40, 3)
+
+
+def not_ours_running(host):
+    virsh("start", NAME)
+    write_running(host, 0x50, "384k")
+
+
+def adopt(host, **options):
+    host.adopt(NAME, hvmgr.AdoptOptions(**options))
+
+
+def adopt_elsewhere(host):
+    adopt(host, home=host.root.parent / "outside" / "home")
+
+
 def vm(host):
     return host.vm(NAME)
 
@@ -187,6 +239,67 @@ def two_disks(host):
     off(host, crash.DISK, crash.DISK)
 
 
+def with_overlay(host):
+    """Somebody put an overlay on the working image."""
+    line(host)
+    working = Path(vm(host).now().disks[SLOT])
+    overlay = working.with_suffix(".theirs")
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", working, "-F", "qcow2", overlay]
+    subprocess.run(command, check=True, timeout=20)
+    overlay.chmod(0o600)
+    point(host, overlay)
+
+
+def gone_on_in_frozen(host):
+    """Somebody committed the working image into the frozen one below it, and the VM went on there."""
+    line(host)
+    point(host, Path(snapshot(host, "three").disks[SLOT]), write=True)
+
+
+def pulled(host):
+    """Somebody pulled everything below into the working image."""
+    line(host)
+    working = vm(host).now().disks[SLOT]
+    below = snapshot(host, "three").disks[SLOT]
+    command = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", working, f"{working}.new"]
+    subprocess.run(command, check=True, timeout=20)
+    Path(f"{working}.new").rename(working)
+    Path(working).chmod(0o600)
+    assert Path(below).exists()
+
+
+def committed(host):
+    """Somebody ran qemu-img commit on the working image."""
+    line(host)
+    subprocess.run(["qemu-img", "commit", "-q", "-f", "qcow2", vm(host).now().disks[SLOT]], check=True, timeout=20)
+
+
+def point(host, path, *, write=False):
+    """What virsh edit does to the disk's source."""
+    if write:
+        path.chmod(0o600)
+        command = ["qemu-io", "-f", "qcow2", "-c", "write -P 0x99 256k 64k", str(path)]
+        subprocess.run(command, check=True, timeout=20, capture_output=True)
+    xml = host.connection.find_domain_by_name(NAME).xml(live=False)
+    host.connection.define(xml.replace(vm(host).now().disks[SLOT], str(path)))
+
+
+def look(host):
+    """Home and libvirt are brought together, and nothing else."""
+    with vm(host)._work():
+        pass
+
+
+FOREIGN = {
+    "foreign-overlay": Shape(with_overlay, new, middle=look, foreign=True),
+    "foreign-commit": Shape(gone_on_in_frozen, new, middle=look, foreign=True),
+    "foreign-commit-paused": Shape(
+        gone_on_in_frozen, lambda host: new(host, type="disk-only"), live=paused, middle=look, foreign=True
+    ),
+    "foreign-commit-below": Shape(committed, new, middle=look, foreign=True),
+    "foreign-pull": Shape(pulled, new, middle=look, foreign=True),
+}
+
 CHANGES = {
     "create-off": Shape(off, lambda host: new(host, notes="noted")),
     "create-undo-full": Shape(with_undo, new),
@@ -206,6 +319,8 @@ WHOLES = {
     "vm-create": Shape(lambda host: None, create, again=True),
     "vm-create-copy": Shape(source_image, lambda host: create(host, in_place=False), again=True),
     "vm-create-in-place": Shape(source_image, lambda host: create(host, in_place=True), again=True),
+    "vm-adopt": Shape(not_ours, adopt, again=True),
+    "vm-adopt-elsewhere": Shape(not_ours, adopt_elsewhere, again=True),
     "vm-delete": Shape(forked_tree, lambda host: vm(host).delete()),
     "vm-delete-with-disks": Shape(forked_tree, lambda host: vm(host).delete(with_disks=True)),
     "vm-delete-saved": Shape(line, lambda host: vm(host).delete(), live=saved),
@@ -227,6 +342,7 @@ MERGES = {
 }
 
 RUNNING = {
+    "running-adopt": Shape(not_ours, adopt, live=not_ours_running, again=True),
     "running-create": Shape(with_undo, new, live=running),
     "running-create-disk-only": Shape(with_undo, lambda host: new(host, type="disk-only"), live=running),
     "running-create-two-disks": Shape(two_disks, new, live=running),
@@ -252,4 +368,4 @@ BIG = {
     "big-delete-down": Shape(lambda host: big(host, below=12, above=6), delete("two")),
 }
 
-SHAPES = CHANGES | WHOLES | MERGES | RUNNING | BIG
+SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | BIG

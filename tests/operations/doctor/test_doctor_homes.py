@@ -396,3 +396,37 @@ def test_home_that_nobody_may_read_is_named(bench, vm, monkeypatch):
     monkeypatch.setattr(survey, "configurations", refuse)
     found = bench.host.doctor(str(vm.path))
     assert {str(one.code) for one in found} == {"home-unreadable"}
+
+
+def test_disks_that_a_deleted_vm_left_are_no_home(bench, vm):
+    def change(edited):
+        (disk,) = [one for one in edited.root.findall("devices/disk") if one.find("target").get("dev") == "hdb"]
+        disk.getparent().remove(disk)
+
+    bench.edit(vm, change)
+    assert vm.delete()
+    assert bench.codes() == set()
+
+
+def test_home_that_lost_all_but_its_disks_is_named_by_libvirt(bench):
+    vm = bench.make(4)
+    before = bench.photo(vm)
+    for folder in (vm.home.layout.private, vm.home.layout.configuration.parent, vm.home.layout.snapshots):
+        shutil.rmtree(folder)
+    assert bench.codes() == {"configuration-missing"}
+    bench.repair()
+    assert bench.photo(vm) == before
+    bench.healthy(vm)
+
+
+def test_moved_home_with_a_managed_save_is_not_settled(bench, vm):
+    bench.start(vm)
+    bench.domain(vm).managed_save()
+    new = vm.path.with_name("moved")
+    vm.path.rename(new)
+    done = bench.host.repair(str(new))
+    assert "managedsave-remove" in done[0].hint
+    new.rename(vm.path)
+    assert bench.domain(vm).has_managed_save()
+    bench.domain(vm).remove_managed_save()
+    bench.healthy(vm)

@@ -418,3 +418,44 @@ def test_index_that_lost_a_base_outside_is_rebuilt_from_the_home(bench):
     assert str(base) in bench.one("index-missing", vm).sentence
     assert bench.repair(vm) == ["index-missing"]
     assert index.entries()[0].outside == (str(base),)
+
+
+# --- what others did below the present --------------------------------------------------------------------------------
+
+
+def test_pulled_data_is_taken_over(bench, vm):
+    before, path = bench.photo(vm), working(vm)
+    bench.run("qemu-img", "rebase", "-f", "qcow2", "-b", "", path)
+    assert "image-swapped" in bench.codes(vm)
+    bench.repair(vm)
+    assert bench.photo(vm) == before
+    assert bench.codes(vm) == set()
+
+
+def test_committed_data_marks_the_snapshot_and_the_present_goes_on(bench, vm):
+    before, path, base = bench.photo(vm), working(vm), frozen_at(vm, "b")
+    base.chmod(0o600)
+    bench.run("qemu-img", "commit", "-d", "-f", "qcow2", path)
+    base.chmod(0o400)
+    assert bench.codes(vm) & {"image-changed", "image-touched"}
+    bench.repair(vm)
+    after = bench.photo(vm)
+    assert {name: after[name] for name in before if name[0] in "an"} == {
+        name: before[name] for name in before if name[0] in "an"
+    }
+    assert bench.codes(vm) == {"snapshot-written"}
+    vm.snapshot("b").delete()
+    assert bench.codes(vm) == set()
+
+
+def test_chain_that_nobody_can_explain_is_accepted_on_the_user_s_word(bench, vm):
+    path = working(vm)
+    bench.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "", path)
+    seen = bench.bytes_of(path)
+    assert "image-swapped" not in bench.repair(vm)
+    with pytest.raises(errors.Conflict):
+        vm.create_snapshot("c")
+    assert "image-swapped" in bench.repair(vm, accept_present=True)
+    assert bench.photo(vm)["now hda"] == seen
+    assert bench.codes(vm) == set()
+    vm.create_snapshot("c")

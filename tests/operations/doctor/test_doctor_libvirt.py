@@ -11,6 +11,7 @@ from hvmgr import errors
 from hvmgr.host import confinement
 from hvmgr.model import configuration
 from hvmgr.operations import host_checks, surroundings
+from hvmgr.storage import index
 
 MIB = 1 << 20
 
@@ -68,14 +69,26 @@ def test_disk_on_a_frozen_image_gets_a_fresh_child(bench, vm):
 
 
 def test_change_that_nobody_can_take_over_says_why(bench, vm):
-    frozen = Path(vm.snapshot("a").disks["hda"])
+    nowhere = bench.place / "nowhere.qcow2"
+    bench.edit(vm, lambda edited: edited.set_disk_source("hda", nowhere, "qcow2"))
+    (one,) = [one for one in bench.host.repair(str(vm.path)) if one.failure]
+    assert str(nowhere) in one.failure
+    assert bench.codes(vm) == {"disks-changed"}
+
+
+def test_snapshot_that_the_vm_wrote_to_is_marked_and_the_rest_is_whole(bench, vm):
+    before, frozen = bench.photo(vm), Path(vm.snapshot("b").disks["hda"])
     frozen.chmod(0o600)
     bench.write_image(frozen, 9, 3 * MIB)
     frozen.chmod(0o400)
     bench.edit(vm, lambda edited: edited.set_disk_source("hda", frozen, "qcow2"))
-    done = bench.host.repair(str(vm.path))
-    assert [one for one in done if one.failure]
-    assert {"image-frozen", "disks-changed"} <= bench.codes(vm)
+    bench.repair(vm)
+    assert bench.codes(vm) == {"snapshot-written"}
+    assert "snapshot delete 'web' 'b'" in bench.one("snapshot-written", vm).repair
+    after = bench.photo(vm)
+    assert {slot: after[f"a {slot}"] for slot in ("hda", "hdb")} == {
+        slot: before[f"a {slot}"] for slot in ("hda", "hdb")
+    }
 
 
 def test_metadata_that_an_edit_removed_comes_back(bench, vm):
@@ -161,27 +174,27 @@ def test_missing_memory_of_a_snapshot_is_told(bench, vm):
     vm.stop(force=True)
 
 
-@pytest.mark.parametrize("is_named", [True, False])
-def test_damaged_snapshot_is_made_again_from_its_memory(bench, vm, is_named):
+def test_damaged_snapshot_is_made_again_from_its_memory(bench, vm):
     bench.start(vm)
     snapshot = vm.create_snapshot("memory", notes="kept")
     vm.stop(force=True)
     before = bench.photo(vm)
     file = vm.home.layout.snapshot(snapshot.id)
     text = file.read_bytes()
-    file.write_bytes(text.replace(b"</domain>", b"") if is_named else text[:400])
-    assert bench.codes(vm) == {"snapshot-damaged"}
-    assert bench.repair(vm) == ["snapshot-damaged"]
-    (again,) = [one for one in vm.snapshots() if one.id == snapshot.id]
-    assert (again.parent, again.state, dict(again.disks)) == (snapshot.parent, snapshot.state, dict(snapshot.disks))
-    assert (again.name == "memory" and again.notes == "kept") if is_named else again.name.startswith("recovered ")
-    assert (vm.home.layout.private / "quarantine" / file.name).exists()
+    for damaged, is_named in ((text.replace(b"</domain>", b""), True), (text[:400], False)):
+        file.write_bytes(damaged)
+        assert bench.codes(vm) == {"snapshot-damaged"}
+        assert bench.repair(vm) == ["snapshot-damaged"]
+        (again,) = [one for one in vm.snapshots() if one.id == snapshot.id]
+        assert (again.parent, again.state, dict(again.disks)) == (snapshot.parent, snapshot.state, snapshot.disks)
+        assert again.name == "memory" if is_named else again.name.startswith("recovered ")
+        assert not is_named or again.notes == "kept"
+    assert (vm.home.layout.private / "quarantine" / f"{file.name}.2").read_bytes() == text[:400]
+    bench.run("virt-xml-validate", file, "domain")
     again.apply()
     assert bench.domain(vm).is_active()
     vm.stop(force=True)
-    photo = bench.photo(vm)
-    assert photo["now hda"] == before["memory hda"]
-    bench.run("virt-xml-validate", file, "domain")
+    assert bench.photo(vm)["now hda"] == before["memory hda"]
     bench.healthy(vm)
 
 
@@ -302,3 +315,28 @@ def test_abilities_that_are_missing_are_told(bench, machine, monkeypatch):
     machine({"proc/sys/vm/unprivileged_userfaultfd": "1\n"})
     found = {one.where for one in host_checks.examine(surroundings.look(bench.host)) if one.code == "ability-missing"}
     assert "background-snapshot" not in found
+
+
+# --- VMs that were adopted --------------------------------------------------------------------------------------------
+
+
+def test_adopted_vm_with_external_snapshots_is_healthy(bench):
+    base = bench.image("disk.qcow2", fill=(1,))
+    first = bench.image("disk.first", backing=(base, "qcow2"), fill=(2,))
+    text = f"""<domain type='qemu'><name>old</name><memory>65536</memory><os><type>hvm</type></os>
+      <devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{first}'/>
+      <target dev='hda' bus='ide'/></disk></devices></domain>"""
+    bench.host.connection.define(text)
+    vm = bench.host.adopt("old")
+    assert bench.codes() == set()
+    before = bench.photo(vm)
+    vm.create_snapshot("a")
+    bench.write(vm, 9)
+    assert bench.codes() == set()
+    assert bench.repair() == []
+    bench.domain(vm).undefine(keep_nvram=True, keep_tpm=True)
+    index.forget(vm.id)
+    bench.repair()
+    assert bench.photo(vm)["a hda"] == before["now hda"]
+    assert set(index.entries()[0].outside) == {str(base), str(first)}
+    bench.healthy(vm)
