@@ -161,13 +161,26 @@ def _waiting(seen: Survey, forest: Tree) -> Iterator[Finding]:
         yield finding(Code.DISK_DETACHED, sentence, path, repair="move it away if nobody needs it")
 
 
-def confined(seen: Survey) -> Iterator[Finding]:
-    """Images and homes that AppArmor or SELinux keep QEMU from, as far as files tell."""
+def confined(seen: Survey, models: frozenset[str] | None) -> Iterator[Finding]:
+    """Images and homes that AppArmor or SELinux keep QEMU from, as far as files tell.
+
+    ``models`` are those by which libvirt confines its guests; None when it cannot be asked, and any may be.
+    """
+    yield from _labelled(seen, models)
+    yield from _profiled(seen, models)
+
+
+def _labelled(seen: Survey, models: frozenset[str] | None) -> Iterator[Finding]:
+    if models is not None and "selinux" not in models:
+        return
     if confinement.has_selinux() and not confinement.is_labelled(seen.home.path):
         sentence = f"SELinux is on, and {seen.home.path} has no label that QEMU may use"
         repair = f"semanage fcontext -a -t virt_image_t '{seen.home.path}(/.*)?' && restorecon -R '{seen.home.path}'"
         yield finding(Code.SELINUX_LABEL, sentence, seen.home.path, repair=repair)
-    if not confinement.has_apparmor():
+
+
+def _profiled(seen: Survey, models: frozenset[str] | None) -> Iterator[Finding]:
+    if not confinement.has_apparmor() or (models is not None and "apparmor" not in models):
         return
     for path in seen.headers:
         verdict = confinement.apparmor_verdict(Path(path))

@@ -20,13 +20,19 @@ if TYPE_CHECKING:
 
 def require_role(connection: Connection) -> None:
     """Unsupported when this process cannot keep the images of this connection's VMs in order."""
+    if (missing := find_limit(connection)) is not None:
+        raise missing
+
+
+def find_limit(connection: Connection) -> errors.Unsupported | None:
+    """What this process lacks to change this connection's VMs."""
     from hvmgr.host.hypervisor import Driver
 
     if settings.is_root() or connection.driver is not Driver.SYSTEM:
-        return
+        return None
     owner = connection.capabilities().qemu_owner
     runs = "another user" if owner is None else access.name_of(owner[0])
-    raise errors.Unsupported(
+    return errors.Unsupported(
         f"{access.name_of(os.geteuid())} cannot change VMs on {connection.uri}: QEMU runs as {runs} there, "
         "and only root can keep the images and the saved memory of its VMs in order",
         hint="run it as root (sudo), or have VMs of your own with -c qemu:///session",

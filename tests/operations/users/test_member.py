@@ -59,5 +59,6 @@ def test_others_are_told_where_they_may_have_vms(user, system):
 
 def test_member_reads_what_there_is_to_be_read(user, system):
     member = person(user, system, [grp.getgrnam(GROUP).gr_gid])
-    found = {one["code"] for one in member.hvmgr("doctor")["findings"] if one["severity"] != "info"}
+    found = {one["code"]: one for one in member.hvmgr("doctor")["findings"] if one["severity"] != "info"}
     assert "libvirt-unreachable" not in found
+    assert "only root" in found["user-limited"]["sentence"]

@@ -37,6 +37,8 @@ class Host:
 HOSTS = {
     "libvirt-gives-nothing-away": Host(STATIC, "libvirt-qemu", "libvirt-qemu", ("--template", "generation2")),
     "another-user": Host(AS_NOBODY + STATIC, "nobody", "nobody"),
+}
+SIMPLER = {
     "root": Host('user = "root"\ngroup = "root"\n', "root", "root"),
     "owners-forgotten": Host("remember_owner = 0\n", "libvirt-qemu", "root"),
 }
@@ -138,6 +140,26 @@ def test_vm_lives_on_what_belongs_to_whom_it_should(make_shell, host):
     assert owners_of(images_of(home)) <= {host.made, host.after}
     check_modes(shell, home)
     assert [one for one in shell.hvmgr("doctor", "web")["findings"] if one["severity"] == "error"] == []
+
+
+@pytest.mark.parametrize("host", SIMPLER.values(), ids=SIMPLER)
+def test_vm_starts_again_on_what_libvirt_left(make_shell, host):
+    shell = make_shell(host.conf)
+    shell.make("web", *host.options)
+    home = shell.home("web")
+    assert owners_of(images_of(home)) == {host.made}
+    shell.write("web", 1)
+    shell.hvmgr("vm", "start", "web")
+    shell.hvmgr("vm", "stop", "web", "--force")
+    assert owners_of(images_of(home)) == {host.after}
+    shell.hvmgr("snapshot", "create", "web", "one")
+    shell.write("web", 2)
+    check_modes(shell, home)
+    shell.hvmgr("vm", "start", "web")
+    shell.hvmgr("vm", "stop", "web", "--force")
+    shell.hvmgr("snapshot", "delete", "web", "one")
+    assert shell.holds("web", 2)
+    assert owners_of(images_of(home)) <= {host.made, host.after}
 
 
 @pytest.fixture
