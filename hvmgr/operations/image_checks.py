@@ -108,9 +108,20 @@ def _modes(seen: Survey, forest: Tree, held: set[str], *, owner: Owner, dynamic:
             yield finding(Code.MODE_WRONG, sentence, path, repair=repair)
     if owner is None or os.geteuid() != 0:
         return
-    for image in wrong_owners(forest, owner, dynamic=dynamic):
-        sentence = f"{image} belongs to uid {image.stat().st_uid}; QEMU runs as uid {owner[0]}"
-        yield finding(Code.OWNER_WRONG, sentence, image, repair=f"chown {owner[0]}:{owner[1]} '{image}'")
+    for file in (*wrong_owners(forest, owner, dynamic=dynamic), *_nvram(seen, owner, dynamic=dynamic)):
+        sentence = f"{file} belongs to {access.name_of(file.stat().st_uid)}; QEMU runs as {access.name_of(owner[0])}"
+        yield finding(Code.OWNER_WRONG, sentence, file, repair=f"chown {owner[0]}:{owner[1]} '{file}'")
+    for image in forest.images.values():
+        if image.keeper is Keeper.OUTSIDE and (closed := access.closed_folder(Path(image.path), owner)) is not None:
+            sentence = f"QEMU's user ({access.name_of(owner[0])}) may not pass through {closed} to {image.path}"
+            yield finding(Code.WAY_CLOSED, sentence, closed, repair=f"chmod o+x '{closed}'")
+
+
+def _nvram(seen: Survey, owner: tuple[int, int], *, dynamic: bool) -> Iterator[Path]:
+    """The present's NVRAM, when QEMU's user would be shut out from it."""
+    path = None if seen.present is None else seen.present.configuration.nvram
+    if path is not None and path.is_file() and not access.may_own(path, owner, dynamic=dynamic):
+        yield path
 
 
 def wrong_modes(seen: Survey, forest: Tree, held: set[str]) -> Iterator[tuple[Path, int]]:

@@ -116,7 +116,7 @@ def test_vm_lives_on_what_belongs_to_whom_it_should(make_shell, host):
     shell = make_shell(host.conf)
     shell.make("web", *host.options)
     home = shell.home("web")
-    assert owners_of(images_of(home)) == {host.made}
+    assert owners_of([*images_of(home), *home.glob("Virtual Machines/*/*")]) == {host.made}
     check_modes(shell, home)
     shell.write("web", 1)
     shell.hvmgr("vm", "start", "web")
@@ -137,7 +137,7 @@ def test_vm_lives_on_what_belongs_to_whom_it_should(make_shell, host):
     shell.hvmgr("vm", "stop", "web", "--force")
     shell.hvmgr("snapshot", "delete", "web", "running")
     assert shell.holds("web", 2)
-    assert owners_of(images_of(home)) <= {host.made, host.after}
+    assert owners_of([*images_of(home), *home.glob("Virtual Machines/*/*")]) == {host.made}
     check_modes(shell, home)
     assert [one for one in shell.hvmgr("doctor", "web")["findings"] if one["severity"] == "error"] == []
 
@@ -160,6 +160,25 @@ def test_vm_starts_again_on_what_libvirt_left(make_shell, host):
     shell.hvmgr("snapshot", "delete", "web", "one")
     assert shell.holds("web", 2)
     assert owners_of(images_of(home)) <= {host.made, host.after}
+
+
+def test_vm_of_a_user_that_qemu_no_longer_has_is_given_to_the_new_one(make_shell):
+    shell = make_shell(STATIC)
+    shell.make("web", "--template", "generation2")
+    home = shell.home("web")
+    shell.hvmgr("vm", "start", "web")
+    shell.hvmgr("vm", "stop", "web", "--force")
+    shell.hvmgr("snapshot", "create", "web", "one")
+    shell.daemon.stop()
+    with (shell.daemon.root / "etc" / "qemu.conf").open("a") as file:
+        file.write(AS_NOBODY)
+    shell.daemon.start()
+    codes = [one["code"] for one in shell.hvmgr("doctor", "web")["findings"]]
+    assert codes.count("owner-wrong") == 3  # two images, the NVRAM
+    shell.hvmgr("doctor", "web", "--repair")
+    assert owners_of([*images_of(home), *files_of(home, "Virtual Machines/*/*")]) == {"nobody"}
+    shell.hvmgr("vm", "start", "web")
+    shell.hvmgr("vm", "stop", "web", "--force")
 
 
 @pytest.fixture
