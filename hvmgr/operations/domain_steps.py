@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from hvmgr import errors
@@ -332,6 +333,19 @@ def is_renamed(session: Session, step: plan.RenameDomain) -> bool:
     """Whether libvirt has the new name."""
     domain = session.find_domain()
     return domain is not None and domain.name == step.name
+
+
+def state_for_plan(domain: Domain) -> plan.RequireUnchanged:
+    """The step that finds the domain as it is now, or ends the plan."""
+    digest = hashlib.sha256(domain.xml(live=False).encode()).hexdigest()
+    return plan.RequireUnchanged(configuration=digest, snapshots=tuple(libvirt_snapshots.names(domain)))
+
+
+def require_unchanged(session: Session, step: plan.RequireUnchanged) -> None:
+    """The domain is what the plan was made from."""
+    domain = session.domain()
+    if state_for_plan(domain) != step:
+        raise errors.Conflict(f"{domain.name} was changed by somebody else meanwhile", hint="run the command again")
 
 
 def forget_libvirt_snapshot(session: Session, step: plan.ForgetLibvirtSnapshot) -> None:

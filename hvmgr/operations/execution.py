@@ -63,6 +63,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.DiscardPresent: domain_steps.discard_present,
     plan.StartFrom: domain_steps.start_from,
     plan.RenameDomain: domain_steps.rename,
+    plan.RequireUnchanged: domain_steps.require_unchanged,
     plan.ForgetLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.UndefineDomain: domain_steps.undefine,
 }
@@ -81,6 +82,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.SavePresent: domain_steps.unsave_present,
     plan.TakeManagedSave: domain_steps.untake_managed_save,
     plan.PointManagedSave: domain_steps.unpoint_managed_save,
+    plan.RequireUnchanged: lambda _session, _step: None,
     plan.DiscardPresent: lambda _session, _step: None,  # memory that was thrown away on request does not come back
     plan.StartFrom: domain_steps.unstart,
 }

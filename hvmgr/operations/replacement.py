@@ -192,15 +192,15 @@ def _require_true_view(session: Session) -> None:
         raise errors.Busy(f"libvirt or QEMU works on {domain.name}", hint="wait until that is done, then run it again")
     stored = vm_home.disks_of(session.home.present())
     for slot, path in vm_home.disks_of(live).items():
-        if stored.get(slot, path) != path:
-            raise errors.Conflict(
-                f"disk {slot}: the VM runs on {path}, its configuration has been edited to {stored[slot]}",
-                hint="stop it first, or give --discard-state to lose what it has in memory",
-                path=path,
-            )
         if path not in writing:
             raise errors.Conflict(
                 f"disk {slot}: QEMU does not write to {path}, as libvirt believes, so that its memory cannot be kept",
+                hint="stop it first, or give --discard-state to lose what it has in memory",
+                path=path,
+            )
+        if stored.get(slot, path) != path:
+            raise errors.Conflict(
+                f"disk {slot}: the VM runs on {path}, its configuration has been edited to {stored[slot]}",
                 hint="stop it first, or give --discard-state to lose what it has in memory",
                 path=path,
             )

@@ -192,7 +192,7 @@ class VM:
     def _complete(self) -> None:
         """A reader never waits; but what a dead command left open is not a state to show."""
         if journal.is_open(self.home.layout.journal) and not locks.is_held(self.home.layout.lock):
-            with self._work():
+            with self._work(needs_present=False):
                 pass
 
 
