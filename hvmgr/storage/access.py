@@ -1,7 +1,7 @@
 """Who may use a home: the way to it, the modes, owners and access lists of what lies in it.
 
-Folders are 0711 and files 0600 or 0400: QEMU's user can pass and nobody else can look. More for the owner's group is
-somebody's wish (members of a group that keep homes together) and stays.
+Folders are 0711 and files 0600 or 0400: QEMU's user can pass and nobody else can look. More for the owner's group alone is
+somebody's wish (members of a group that keep homes together) and stays; what is open to all came from a umask.
 
 Whether QEMU's user may do something is decided as the kernel does it (acl(5)): owner, access list, groups, others.
 """
@@ -19,7 +19,8 @@ from hvmgr import errors
 from hvmgr.host import confinement
 
 FOLDER_MODE = 0o711
-_OTHERS = 0o007
+FILE_MODE = 0o600
+_READ_WRITE_BY_ALL, _OTHERS = 0o006, 0o007
 
 READ, WRITE, SEARCH = 4, 2, 1  # the bits of a mode, and of an entry in an access list
 
@@ -100,15 +101,16 @@ def require_usable(path: Path, owner: Owner, *, dynamic: bool, writable: bool) -
 def right_folder_mode(path: Path) -> int | None:
     """The mode that a folder of a home has to have, when it has another one."""
     mode = stat.S_IMODE(path.stat().st_mode)
-    right = (mode & ~0o006) | FOLDER_MODE
+    right = FOLDER_MODE if mode & _READ_WRITE_BY_ALL else mode | FOLDER_MODE
     return None if mode == right else right
 
 
 def right_file_mode(path: Path) -> int | None:
-    """The mode that a file of a home has to have besides what images need, when it has another one."""
+    """The mode that a file of a home should have, when everybody may use it or its owner may not read it."""
     mode = stat.S_IMODE(path.stat().st_mode)
-    right = (mode & ~_OTHERS) | stat.S_IRUSR
-    return None if mode == right else right
+    if mode & _OTHERS or not mode & stat.S_IRUSR:
+        return FILE_MODE
+    return None
 
 
 def may_own(path: Path, owner: tuple[int, int], *, dynamic: bool) -> bool:

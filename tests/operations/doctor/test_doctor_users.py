@@ -6,6 +6,9 @@ import os
 
 import pytest
 
+from hvmgr import errors, settings
+from hvmgr.host.hypervisor import Driver
+
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's QEMU is the user")
 
 
@@ -21,13 +24,13 @@ def test_way_to_an_image_outside_that_was_closed_is_named(bench):
     assert one.repair == f"chmod o+x '{folder}'"
 
 
-def test_nvram_of_another_user_is_given_to_qemus(bench):
-    vm = bench.make(4)
-    present = vm.home.present()
-    if present.nvram is None:
-        pytest.skip("this VM has no NVRAM")
-    present.nvram.write_bytes(b"")
-    os.chown(present.nvram, 65534, 65534)
-    assert bench.codes(vm) == {"owner-wrong"}
-    assert bench.repair(vm) == ["owner-wrong"]
-    bench.healthy(vm)
+def test_ordinary_user_on_the_systems_connection_is_told_what_is_missing(bench, vm, monkeypatch):
+    before = vm.snapshots()
+    monkeypatch.setattr(bench.host.connection, "driver", Driver.SYSTEM)
+    monkeypatch.setattr(settings, "is_root", lambda: False)
+    one = bench.one("user-limited")
+    assert "only root can keep the images" in one.sentence
+    assert "qemu:///session" in one.repair
+    with pytest.raises(errors.Unsupported, match="only root"):
+        vm.create_snapshot("one")
+    assert vm.snapshots() == before
