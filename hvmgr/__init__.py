@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.release import Release
     from hvmgr.operations.repair import Repaired
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
@@ -38,6 +39,7 @@ __all__ = [
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Release",
     "Repaired",
     "Reporter",
     "SavedState",
@@ -60,6 +62,7 @@ _HOMES = {
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
+    "Release": "hvmgr.operations.release",
     "Repaired": "hvmgr.operations.repair",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",

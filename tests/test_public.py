@@ -24,6 +24,7 @@ PUBLIC = [
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Release",
     "Repaired",
     "Reporter",
     "SavedState",

@@ -140,7 +140,7 @@ def show_tree(vm: VM) -> None:
 def _tree_lines(vm: VM) -> tuple[list[_Line], list[str]]:
     snapshots, tree, usage = vm.snapshots(), vm.tree(), vm.usage()
     lines = [_Line("", clean(vm.name), style="bold"), *_branches(snapshots, tree, usage)]
-    return lines, _remarks(tree)
+    return lines, _remarks(vm.name, tree)
 
 
 def _branches(snapshots: list[Snapshot], tree: Tree, usage: Usage) -> Iterator[_Line]:
@@ -187,19 +187,26 @@ def _aligned(lines: list[_Line]) -> Iterator[tuple[str, str]]:
         yield text.rstrip(), line.style
 
 
-def _remarks(tree: Tree) -> list[str]:
+def _remarks(vm: str, tree: Tree) -> list[str]:
     """Images that no snapshot names: those that wait to be merged, and those that several children need."""
+    import shlex
+
+    from hvmgr.model import outside_images
     from hvmgr.model import tree as trees
 
     waiting = dict(trees.pending(tree))
+    to_name = outside_images.names_needed(tree)
     children = tree.children()
     remarks = []
     for path in trees.unnamed(tree):
         image = tree.images[path]
         size = units.format_size(image.data)
-        if path not in waiting and image.keeper is not trees.Keeper.IMAGES:
+        if path not in waiting and path not in to_name and image.keeper is not trees.Keeper.IMAGES:
             continue  # a base needs no name
-        if path in waiting:
+        if path in to_name:
+            words = " ".join(f"--image {shlex.quote(name)}" for name in to_name[path])
+            what = f"merged only by name: hvmgr snapshot merge {shlex.quote(vm)} {words}"
+        elif path in waiting:
             what = f"waits to be merged into {PurePath(waiting[path]).name}"
         else:
             what = f"kept for the {len(children[path])} images that stand on it"

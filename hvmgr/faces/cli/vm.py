@@ -34,6 +34,7 @@ _PATH = _Path()
 
 _ELSEWHERE = {
     "adopt": ("hvmgr.faces.cli.adopt:command", "Make hvmgr manage VMs that libvirt has already."),
+    "release": ("hvmgr.faces.cli.release:command", "Make a VM a plain domain of libvirt's again."),
 }
 
 
