@@ -104,6 +104,8 @@ def groups_of(uid: int, gid: int) -> set[int]:
     """The groups with which libvirt starts QEMU: the one it is told, and all that the user is in."""
     import pwd
 
+    if uid == os.geteuid():
+        return {gid, *os.getgroups()}  # our own: nothing is looked up, and nothing is known better
     try:
         user = pwd.getpwuid(uid)
     except KeyError:
