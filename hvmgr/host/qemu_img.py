@@ -147,6 +147,18 @@ def check(path: Path, fmt: str, *, repair_leaks: bool = False) -> CheckResult:
     )
 
 
+def name_parent(path: Path, *, parent: str, parent_format: str) -> None:
+    """The qcow2 image's header names this parent; nothing else of it changes, and the parent is not looked at."""
+    argv: list[str | Path] = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", parent_format, "-b", parent]
+    try:
+        process.run([*argv, path.absolute()], timeout_s=_INFO_S)
+    except errors.HostFailed as error:
+        words = error.facts.get("words")
+        if not words:
+            raise
+        raise qemu_errors.translated(str(words).removeprefix("qemu-img: "), path) from error
+
+
 def measure(path: Path, fmt: str, *, target: str, force_share: bool = False) -> Measure:
     """The space that the disk, chain and all, takes as one image of format ``target`` (qcow2 or raw)."""
     options = ["-f", fmt, "-O", target, *_share(force_share=force_share)]

@@ -274,6 +274,122 @@ class RemoveHome(Step):
         return "remove the home's configuration"
 
 
+# --- what comes from elsewhere --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MakeRoots(Step):
+    """Folders of the home that lie elsewhere: pairs (name in the home, folder), each behind a link."""
+
+    places: tuple[tuple[str, str], ...]
+
+    def describe(self) -> str:
+        return "make the folders " + ", ".join(folder for _, folder in self.places)
+
+
+@dataclass(frozen=True, slots=True)
+class CopyImages(Step):
+    """Images of another home: (source, target, SHA-256 or ''). ``hold`` are those that a VM here could begin to write."""
+
+    files: tuple[tuple[str, str, str], ...]
+    hold: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        return "copy " + ", ".join(_name(source) for source, _, _ in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class NameParent(Step):
+    """The header of an image names its parent anew; its guest-visible content is the same. ``before`` is the old name."""
+
+    path: str
+    parent: str
+    parent_format: str
+    before: str
+
+    def describe(self) -> str:
+        return f"let {_name(self.path)} name its parent {self.parent}"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyMemory(Step):
+    """A saved state under a new name, with another configuration in it."""
+
+    source: str
+    target: str
+    xml: str
+
+    def describe(self) -> str:
+        return f"copy the saved state {self.source} to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeMemory(Step):
+    """A saved state gets another configuration where it lies."""
+
+    path: str
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return f"write the configuration in {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeFile(Step):
+    """A text file gets another content, and can get its old one back."""
+
+    path: str
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return f"write {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RenameFile(Step):
+    """A file or folder gets another name."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"rename {self.source} to {_name(self.target)}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetModes(Step):
+    """Files and folders get the modes and the owner that a home has: (path, mode, mode before, uid and gid before)."""
+
+    modes: tuple[tuple[str, int, int, int, int], ...]
+
+    def describe(self) -> str:
+        return f"set the modes of {len(self.modes)} files"
+
+
+@dataclass(frozen=True, slots=True)
+class NoteUse(Step):
+    """It is known, before the VM is, which images outside its home it needs; ``beside`` says it at their source."""
+
+    name: str
+    outside: tuple[str, ...]
+    beside: str | None
+
+    def describe(self) -> str:
+        return f"note that {self.name} needs {len(self.outside)} images outside its home"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordGold(Step):
+    """Size, time and SHA-256 ('' when unknown) of images that are shared read-only are noted."""
+
+    images: tuple[tuple[str, str], ...]
+
+    def describe(self) -> str:
+        return f"note the state of {len(self.images)} shared images"
+
+
 # --- the domain -----------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import plan
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import domain_steps, file_steps, image_steps
+from hvmgr.operations import domain_steps, file_steps, image_steps, import_steps
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, journal
 
@@ -60,6 +60,16 @@ DO: Mapping[type[Step], _Act] = {
     plan.StartFrom: domain_steps.start_from,
     plan.RenameDomain: domain_steps.rename,
     plan.UndefineDomain: domain_steps.undefine,
+    plan.MakeRoots: import_steps.make_roots,
+    plan.CopyImages: import_steps.copy_images,
+    plan.NameParent: import_steps.name_parent,
+    plan.CopyMemory: import_steps.copy_memory,
+    plan.ChangeMemory: import_steps.change_memory,
+    plan.ChangeFile: import_steps.change_file,
+    plan.RenameFile: import_steps.rename_file,
+    plan.SetModes: import_steps.set_modes,
+    plan.NoteUse: import_steps.note_use,
+    plan.RecordGold: import_steps.record_gold,
 }
 
 UNDO: Mapping[type[Step], _Act] = {
@@ -76,6 +86,16 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.PointManagedSave: domain_steps.unpoint_managed_save,
     plan.DiscardPresent: lambda _session, _step: None,  # memory that was thrown away on request does not come back
     plan.StartFrom: domain_steps.unstart,
+    plan.WriteSnapshot: file_steps.unwrite_snapshot,
+    plan.MakeRoots: import_steps.unmake_roots,
+    plan.CopyImages: import_steps.uncopy_images,
+    plan.NameParent: import_steps.unname_parent,
+    plan.CopyMemory: import_steps.uncopy_memory,
+    plan.ChangeMemory: import_steps.unchange_memory,
+    plan.ChangeFile: import_steps.unchange_file,
+    plan.RenameFile: import_steps.unrename_file,
+    plan.SetModes: import_steps.unset_modes,
+    plan.NoteUse: import_steps.unnote_use,
 }
 
 HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {

@@ -77,6 +77,12 @@ def write_snapshot(session: Session, step: plan.WriteSnapshot) -> None:
     session.forget_uses()
 
 
+def unwrite_snapshot(session: Session, step: plan.WriteSnapshot) -> None:
+    """The snapshot is not in the tree; its folder is another step's matter."""
+    durable.remove(session.layout.snapshot(step.snapshot_id))
+    session.forget_uses()
+
+
 def _with_true_state(session: Session, step: plan.WriteSnapshot) -> str:
     """A snapshot whose memory did not come through is one without saved state."""
     snapshot = configuration.parse(step.xml, source="the plan")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from hvmgr import errors
 from hvmgr.model.layout import Layout
@@ -56,6 +57,17 @@ def record(layout: Layout, path: Path) -> None:
     _write(layout, path, {**facts, "size": state.st_size, "mtime_ns": state.st_mtime_ns})
 
 
+def record_hash(layout: Layout, path: Path, sha256: str) -> None:
+    """The bytes of a shared image are known by their SHA-256 too."""
+    _write(layout, path, {**(_read(layout, path) or {}), "sha256": sha256})
+
+
+def recorded_hash(layout: Layout, path: Path) -> str | None:
+    """What ``record_hash`` noted; None when it is not known."""
+    found = (_read(layout, path) or {}).get("sha256")
+    return str(found) if found else None
+
+
 def forget(layout: Layout, path: Path) -> None:
     """There is no record of the image."""
     durable.remove(_file(layout, path))
@@ -86,7 +98,7 @@ def _file(layout: Layout, path: Path) -> Path:
     return layout.frozen / ("outside-" + hashlib.sha256(os.fsencode(path)).hexdigest()[:32])
 
 
-def _read(layout: Layout, path: Path) -> dict[str, int] | None:
+def _read(layout: Layout, path: Path) -> dict[str, Any] | None:
     try:
         facts = json.loads(_file(layout, path).read_bytes())
     except (FileNotFoundError, ValueError):
@@ -94,5 +106,5 @@ def _read(layout: Layout, path: Path) -> dict[str, int] | None:
     return facts if isinstance(facts, dict) else None
 
 
-def _write(layout: Layout, path: Path, facts: dict[str, int]) -> None:
+def _write(layout: Layout, path: Path, facts: dict[str, Any]) -> None:
     durable.write_file(_file(layout, path), json.dumps(facts).encode())

@@ -1,0 +1,240 @@
+"""How the steps that bring a VM in from elsewhere are done and undone. Every one can see that it is done already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import stat
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host import qemu_img, saved_state
+from hvmgr.model import plan
+from hvmgr.model.progress import Progress
+from hvmgr.operations.session import Session
+from hvmgr.storage import durable, frozen, images, index
+
+_PIECE = 16 << 20
+
+
+def make_roots(_session: Session, step: plan.MakeRoots) -> None:
+    """Each folder is there, and the home's name for it leads to it."""
+    for name, folder in step.places:
+        place = Path(folder)
+        with durable.explained(place):
+            place.parent.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        durable.make_folder(place.parent)
+        durable.make_folder(place)
+        durable.link(Path(name), place)
+
+
+def unmake_roots(_session: Session, step: plan.MakeRoots) -> None:
+    """The names and the empty folders are gone."""
+    for name, folder in step.places:
+        if Path(name).is_symlink():
+            durable.remove(Path(name))
+        durable.remove_empty_folder(Path(folder))
+        durable.remove_empty_folder(Path(folder).parent)
+
+
+# --- images ---------------------------------------------------------------------------------------------------------
+
+
+def copy_images(session: Session, step: plan.CopyImages) -> None:
+    """Every copy is complete, on disk, and the bytes are those that were recorded."""
+    for path in step.hold:
+        session.hold(path, images.RAW)  # QEMU's lock; as raw, so that not even a header is written
+    total = sum(_length(Path(source)) for source, _, _ in step.files)
+    done = 0
+    for source, target, sha256 in step.files:
+        session.progress(Progress(done, total, "copy the disks"))
+        durable.copy_file(Path(source), Path(target), owner=session.owner)
+        if sha256:
+            require_hash(Path(target), sha256, named=source)
+        done += _length(Path(source))
+    session.progress(Progress(total, total, "copy the disks"))
+    session.release()
+
+
+def uncopy_images(_session: Session, step: plan.CopyImages) -> None:
+    """No copy is there."""
+    for _, target, _ in step.files:
+        durable.remove(Path(target))
+
+
+def require_hash(path: Path, sha256: str, *, named: str) -> None:
+    """Raises Corrupt when a file holds other bytes."""
+    if hash_of(path) != sha256:
+        raise errors.Corrupt(
+            f"{named} holds other bytes than were recorded", hint="get a whole copy of the file", path=named
+        )
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with durable.explained(path), path.open("rb", buffering=0) as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _length(path: Path) -> int:
+    with path.open("rb", buffering=0) as file:
+        return file.seek(0, os.SEEK_END)
+
+
+def name_parent(session: Session, step: plan.NameParent) -> None:
+    """The header names the parent."""
+    _name(session, Path(step.path), step.parent, step.parent_format)
+
+
+def unname_parent(session: Session, step: plan.NameParent) -> None:
+    """The header names what it named before, where the image is still there."""
+    if Path(step.path).exists():
+        _name(session, Path(step.path), step.before, step.parent_format)
+
+
+def _name(_session: Session, path: Path, parent: str, parent_format: str) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    durable.set_mode(path, mode | stat.S_IWUSR)
+    try:
+        qemu_img.name_parent(path, parent=parent, parent_format=parent_format)
+        durable.sync_file(path)
+    finally:
+        durable.set_mode(path, mode)
+
+
+# --- saved states, texts, modes -------------------------------------------------------------------------------------
+
+
+def copy_memory(session: Session, step: plan.CopyMemory) -> None:
+    """The copy is complete and on disk, with its own configuration in it."""
+    target = Path(step.target)
+    part = target.with_name(f"{durable.TEMPORARY}{target.name}")
+    durable.remove(part)
+    saved_state.rewritten(Path(step.source), part, step.xml)
+    durable.set_owner(part, session.owner)
+    durable.sync_file(part)
+    durable.rename(part, target)
+
+
+def uncopy_memory(_session: Session, step: plan.CopyMemory) -> None:
+    """The copy is not there."""
+    target = Path(step.target)
+    durable.remove(target.with_name(f"{durable.TEMPORARY}{target.name}"))
+    durable.remove(target)
+
+
+def change_memory(session: Session, step: plan.ChangeMemory) -> None:
+    """The saved state holds the new configuration."""
+    _put_xml(session, Path(step.path), step.after)
+
+
+def unchange_memory(session: Session, step: plan.ChangeMemory) -> None:
+    """The saved state holds the old configuration."""
+    _put_xml(session, Path(step.path), step.before)
+
+
+def _put_xml(session: Session, path: Path, xml: str) -> None:
+    mode = stat.S_IMODE(path.stat().st_mode)
+    durable.set_mode(path, mode | stat.S_IWUSR)
+    try:
+        saved_state.replace_xml(path, xml)
+    except errors.Conflict:  # no room: a larger one takes its place
+        copy_memory(session, plan.CopyMemory(source=str(path), target=str(path), xml=xml))
+    durable.sync_file(path)
+    durable.set_mode(path, mode)
+
+
+def change_file(session: Session, step: plan.ChangeFile) -> None:
+    """The file has the new content."""
+    durable.write_file(Path(step.path), step.after.encode())
+    session.forget_uses()
+
+
+def unchange_file(session: Session, step: plan.ChangeFile) -> None:
+    """The file has its old content."""
+    durable.write_file(Path(step.path), step.before.encode())
+    session.forget_uses()
+
+
+def rename_file(session: Session, step: plan.RenameFile) -> None:
+    """It has its new name."""
+    _rename(Path(step.source), Path(step.target))
+    session.forget_uses()
+
+
+def unrename_file(session: Session, step: plan.RenameFile) -> None:
+    """It has its old name again."""
+    _rename(Path(step.target), Path(step.source))
+    session.forget_uses()
+
+
+def _rename(source: Path, target: Path) -> None:
+    if source.exists():
+        if target.is_dir():
+            durable.remove_empty_folder(target)  # whoever takes the lock of a home makes its folders
+        durable.rename(source, target)
+
+
+def set_modes(session: Session, step: plan.SetModes) -> None:
+    """What lies in the folder is as in a home."""
+    for name, mode, _, _, _ in step.modes:
+        path = Path(name)
+        if path.is_dir():
+            durable.set_folder_mode(path, mode)
+        elif path.exists():
+            durable.set_owner(path, session.owner)
+            durable.set_mode(path, mode)
+
+
+def unset_modes(_session: Session, step: plan.SetModes) -> None:
+    """Modes and owners are as they were."""
+    for name, _, mode, uid, gid in reversed(step.modes):
+        path = Path(name)
+        if path.is_dir():
+            durable.set_folder_mode(path, mode)
+        elif path.exists():
+            durable.set_owner(path, (uid, gid))
+            durable.set_mode(path, mode)
+
+
+# --- shared images --------------------------------------------------------------------------------------------------
+
+
+def note_use(session: Session, step: plan.NoteUse) -> None:
+    """Whoever counts the users of these images finds the VM, from before it is there."""
+    layout = session.layout
+    index.record(index.Entry(layout.vm_id, step.name, layout.home, session.connection.uri, step.outside))
+    if step.beside is None:
+        return
+    facts = {"vm": layout.vm_id, "name": step.name, "home": str(layout.home), "host": socket.gethostname()}
+    try:
+        durable.make_folder(Path(step.beside), mode=0o755)
+        durable.write_file(_beside(session, step), json.dumps(facts).encode(), mode=0o644)
+    except errors.HvmgrError as error:  # a share that is read-only after all; this host's index has it
+        session.say(f"the use could not be noted beside the source: {error}")
+
+
+def unnote_use(session: Session, step: plan.NoteUse) -> None:
+    """Nobody needs them."""
+    index.forget(session.layout.vm_id)
+    if step.beside is not None and Path(step.beside).is_dir():
+        durable.remove(_beside(session, step))
+        durable.remove_empty_folder(Path(step.beside))
+
+
+def _beside(session: Session, step: plan.NoteUse) -> Path:
+    assert step.beside is not None
+    return Path(step.beside) / f"{session.layout.vm_id}.json"
+
+
+def record_gold(session: Session, step: plan.RecordGold) -> None:
+    """A later change of these shared images will be seen."""
+    for path, sha256 in step.images:
+        frozen.record(session.layout, Path(path))
+        if sha256:
+            frozen.record_hash(session.layout, Path(path), sha256)
