@@ -42,6 +42,16 @@ class Layout:
         return self.vm_folder / f"tpm_{change}"
 
     @property
+    def present_memory(self) -> Path:
+        """The saved state that the present of an export goes on from; a home leaves it to libvirt."""
+        return self.vm_folder / "memory.save"
+
+    @property
+    def present_tpm(self) -> Path:
+        """The TPM state of an export's present; a home leaves it to libvirt."""
+        return self.vm_folder / "tpm"
+
+    @property
     def snapshots(self) -> Path:
         """All snapshots' configurations."""
         return self.home / SNAPSHOTS
