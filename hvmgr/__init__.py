@@ -17,11 +17,14 @@ TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know t
 if TYPE_CHECKING:
     from hvmgr import errors
     from hvmgr.host.domain import State
+    from hvmgr.model.finding import Finding, Severity
+    from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.host import Host
+    from hvmgr.operations.import_plan import ImportPlan
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -29,12 +32,17 @@ if TYPE_CHECKING:
 __all__ = [
     "VM",
     "DiskSpecification",
+    "Finding",
     "Host",
+    "ImportOptions",
+    "ImportPlan",
+    "Mode",
     "NetworkSpecification",
     "Plan",
     "Progress",
     "Reporter",
     "SavedState",
+    "Severity",
     "Snapshot",
     "SnapshotType",
     "Specification",
@@ -47,12 +55,17 @@ __all__ = [
 _HOMES = {
     "VM": "hvmgr.operations.vm",
     "DiskSpecification": "hvmgr.model.specification",
+    "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
+    "ImportOptions": "hvmgr.model.import_options",
+    "ImportPlan": "hvmgr.operations.import_plan",
+    "Mode": "hvmgr.model.import_options",
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
+    "Severity": "hvmgr.model.finding",
     "Snapshot": "hvmgr.operations.vm",
     "SnapshotType": "hvmgr.model.metadata",
     "Specification": "hvmgr.model.specification",

@@ -18,12 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # The promise to importers: a name that is added or taken away is a line of CHANGELOG.md.
 PUBLIC = [
     "DiskSpecification",
+    "Finding",
     "Host",
+    "ImportOptions",
+    "ImportPlan",
+    "Mode",
     "NetworkSpecification",
     "Plan",
     "Progress",
     "Reporter",
     "SavedState",
+    "Severity",
     "Snapshot",
     "SnapshotType",
     "Specification",

@@ -78,6 +78,8 @@ class ImportOptions:
 
 def check(options: ImportOptions) -> None:
     """UsageError where parts do not go together: whatever would be ignored is named."""
+    if not isinstance(options.mode, Mode):
+        raise errors.UsageError(f"{options.mode!r} is no mode", hint=f"modes: {', '.join(Mode)}")
     if options.name is not None:
         specification.require_name(options.name)
     for text in (options.owner, *options.tags):

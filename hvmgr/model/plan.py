@@ -288,6 +288,18 @@ class MakeRoots(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class TakeHome(Step):
+    """A folder with a home's files becomes a home of this host; ``made`` are the folders that it lacks."""
+
+    home: str
+    vm_id: str
+    made: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"make {self.home} the home"
+
+
+@dataclass(frozen=True, slots=True)
 class CopyImages(Step):
     """Images of another home: (source, target, SHA-256 or ''). ``hold`` are those that a VM here could begin to write."""
 
@@ -360,7 +372,10 @@ class RenameFile(Step):
 
 @dataclass(frozen=True, slots=True)
 class SetModes(Step):
-    """Files and folders get the modes and the owner that a home has: (path, mode, mode before, uid and gid before)."""
+    """Files and folders get the modes and the owner that a home has: (path, mode, mode before, uid and gid before).
+
+    A uid of -1 leaves the owner alone.
+    """
 
     modes: tuple[tuple[str, int, int, int, int], ...]
 
@@ -534,7 +549,7 @@ class Plan:
     @property
     def makes_or_removes_home(self) -> bool:
         """Whether there is no VM before it, or none after it."""
-        return any(isinstance(step, MakeHome | RemoveHome) for step in self.steps())
+        return any(isinstance(step, MakeHome | TakeHome | RemoveHome) for step in self.steps())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document that ``from_json`` turns into an equal plan."""

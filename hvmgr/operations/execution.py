@@ -61,6 +61,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.RenameDomain: domain_steps.rename,
     plan.UndefineDomain: domain_steps.undefine,
     plan.MakeRoots: import_steps.make_roots,
+    plan.TakeHome: import_steps.take_home,
     plan.CopyImages: import_steps.copy_images,
     plan.NameParent: import_steps.name_parent,
     plan.CopyMemory: import_steps.copy_memory,
@@ -88,6 +89,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.StartFrom: domain_steps.unstart,
     plan.WriteSnapshot: file_steps.unwrite_snapshot,
     plan.MakeRoots: import_steps.unmake_roots,
+    plan.TakeHome: import_steps.untake_home,
     plan.CopyImages: import_steps.uncopy_images,
     plan.NameParent: import_steps.unname_parent,
     plan.CopyMemory: import_steps.uncopy_memory,
@@ -257,7 +259,7 @@ def _end(session: Session) -> None:
 def _end_undone(session: Session, one: Plan) -> None:
     """A home that was to be made leaves nothing behind."""
     _end(session)
-    if any(isinstance(step, plan.MakeHome) for step in one.prepare):
+    if any(isinstance(step, plan.MakeHome | plan.TakeHome) for step in one.prepare):
         file_steps.remove_private(session)
 
 

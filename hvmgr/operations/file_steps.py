@@ -38,6 +38,7 @@ def uncopy_file(_session: Session, step: plan.CopyFile) -> None:
 
 def copy_folder(_session: Session, step: plan.CopyFolder) -> None:
     """The copy is complete and on disk."""
+    durable.make_folder(Path(step.target).parent)  # libvirt's own for TPM states, on a host that never had one
     durable.copy_folder(Path(step.source), Path(step.target))
 
 
@@ -128,6 +129,10 @@ def remove_home(session: Session, _step: plan.RemoveHome) -> None:
     durable.remove_empty_folder(layout.images)
     durable.remove_empty_folder(layout.snapshots)
     durable.remove_empty_folder(layout.bases)
+    for name, place in layout.links():
+        if not place.exists():
+            durable.remove(name)
+            durable.remove_empty_folder(place.parent)
     durable.remove_empty_folder(layout.home / CONFIGURATIONS)
 
 

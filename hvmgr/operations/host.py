@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -28,7 +28,9 @@ from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.hypervisor import Connection
+    from hvmgr.model.import_options import ImportOptions
     from hvmgr.model.specification import Specification
+    from hvmgr.operations.import_plan import ImportPlan
     from hvmgr.operations.session import Session
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
@@ -113,11 +115,26 @@ class Host:
         path = Path(os.path.realpath(spec.home or self.root / spec.name))
         home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
         self._require_free(path)
-        with self._shared_images(spec), self._new_home(home) as session:
+        shared = [Path(os.path.realpath(one.path)) for one in spec.disks if one.in_place and one.path is not None]
+        with self.shared_images(shared), self.new_home(home) as session:
             plan = creation.plan_create(session, spec)
             session.require_approval(plan)
             execution.run(session, plan)
         return VM(self, home)
+
+    def plan_import(self, source: Path | str, options: ImportOptions | None = None) -> ImportPlan:
+        """An import of an export, a home or a domain's XML, to look at and change before it happens."""
+        from hvmgr.model.import_options import ImportOptions
+        from hvmgr.operations import import_plan
+
+        return import_plan.prepare(self, Path(source), options or ImportOptions())
+
+    def import_vm(self, source: Path | str, options: ImportOptions | None = None) -> VM:
+        """A VM out of an export, a home or a domain's XML; raises what stands in its way, and has then done nothing."""
+        from hvmgr.model.import_options import ImportOptions
+        from hvmgr.operations import importing
+
+        return importing.run(self, Path(source), options or ImportOptions())
 
     def _named(self) -> list[tuple[str, VmHome]]:
         """The homes, each with the name of its VM."""
@@ -156,14 +173,14 @@ class Host:
         """What a killed ``vm create`` or ``vm delete`` left is undone or completed, before anybody is shown it."""
         for folder in self._folders():
             if journal.is_open(Layout(home=folder, vm_id="").journal):
-                self._complete(folder)
+                self.complete(folder)
             elif vm_home.is_abandoned(folder):
                 with contextlib.suppress(
                     errors.HvmgrError
                 ):  # in use after all, or not ours to remove: no harm either way
                     vm_home.remove_remains(folder)
 
-    def _complete(self, folder: Path) -> None:
+    def complete(self, folder: Path) -> None:
         from hvmgr.operations import execution
 
         layout = Layout(home=folder, vm_id="")
@@ -171,21 +188,20 @@ class Host:
             return
         entry = journal.read(layout.journal)
         if entry is not None and entry.plan.makes_or_removes_home:
-            home = VmHome(Layout(home=folder, vm_id=entry.plan.vm_id))
+            home = VmHome(vm_home.layout_of(folder, entry.plan.vm_id))
             with self.session(home) as session:
                 execution.recover(session)
 
     def _require_free(self, path: Path) -> None:
         if not path.is_dir():
             return
-        self._complete(path)
+        self.complete(path)
         if path.is_dir() and not vm_home.holds_nothing(path):
             raise errors.Conflict(f"{path} exists already and is not empty", hint="choose another place with --home")
 
     @contextlib.contextmanager
-    def _shared_images(self, spec: Specification) -> Iterator[None]:
-        """Nobody else on this host counts, adds or removes users of the images that a new VM shares."""
-        paths = [Path(os.path.realpath(disk.path)) for disk in spec.disks if disk.in_place and disk.path is not None]
+    def shared_images(self, paths: Sequence[Path]) -> Iterator[None]:
+        """Nobody else on this host counts, adds or removes users of images that VMs are about to share."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(index.locked(paths, wait_s=self.wait_s))
             for entry in index.entries():
@@ -194,7 +210,7 @@ class Host:
             yield
 
     @contextlib.contextmanager
-    def _new_home(self, home: VmHome) -> Iterator[Session]:
+    def new_home(self, home: VmHome) -> Iterator[Session]:
         """The folders that the journal needs; they go again when the plan does not come through."""
         layout = home.layout
         with durable.explained(layout.home):

@@ -39,6 +39,18 @@ def unmake_roots(_session: Session, step: plan.MakeRoots) -> None:
         durable.remove_empty_folder(Path(folder).parent)
 
 
+def take_home(_session: Session, step: plan.TakeHome) -> None:
+    """No folder of a home is missing."""
+    for folder in step.made:
+        durable.make_folder(Path(folder))
+
+
+def untake_home(_session: Session, step: plan.TakeHome) -> None:
+    """The folders that were made are gone."""
+    for folder in reversed(step.made):
+        durable.remove_empty_folder(Path(folder))
+
+
 # --- images ---------------------------------------------------------------------------------------------------------
 
 
@@ -182,12 +194,13 @@ def _rename(source: Path, target: Path) -> None:
 
 def set_modes(session: Session, step: plan.SetModes) -> None:
     """What lies in the folder is as in a home."""
-    for name, mode, _, _, _ in step.modes:
+    for name, mode, _, uid, _ in step.modes:
         path = Path(name)
         if path.is_dir():
             durable.set_folder_mode(path, mode)
         elif path.exists():
-            durable.set_owner(path, session.owner)
+            if uid >= 0:
+                durable.set_owner(path, session.owner)
             durable.set_mode(path, mode)
 
 
@@ -198,7 +211,7 @@ def unset_modes(_session: Session, step: plan.SetModes) -> None:
         if path.is_dir():
             durable.set_folder_mode(path, mode)
         elif path.exists():
-            durable.set_owner(path, (uid, gid))
+            durable.set_owner(path, (uid, gid) if uid >= 0 else None)
             durable.set_mode(path, mode)
 
 
@@ -220,8 +233,7 @@ def note_use(session: Session, step: plan.NoteUse) -> None:
 
 
 def unnote_use(session: Session, step: plan.NoteUse) -> None:
-    """Nobody needs them."""
-    index.forget(session.layout.vm_id)
+    """Nothing is beside the source; the index forgets the VM with its home, which it leads to until then."""
     if step.beside is not None and Path(step.beside).is_dir():
         durable.remove(_beside(session, step))
         durable.remove_empty_folder(Path(step.beside))

@@ -208,7 +208,14 @@ def open_home(path: Path) -> VmHome:
         raise errors.NotFound(f"{path} is no VM home: there is no configuration in '{CONFIGURATIONS}'")
     if len(found) > 1:
         raise errors.Corrupt(f"{path} holds {len(found)} configurations; a home has one", path=str(path))
-    return VmHome(Layout(home=path, vm_id=found[0].stem))
+    return VmHome(layout_of(path, found[0].stem))
+
+
+def layout_of(path: Path, vm_id: str) -> Layout:
+    """The folders of a home, of which snapshots and bases may lie elsewhere behind a link."""
+    places = [path / SNAPSHOTS, path / BASES]
+    snapshots, bases = (Path(os.path.realpath(place)) if place.is_symlink() else None for place in places)
+    return Layout(home=path, vm_id=vm_id, snapshots_at=snapshots, bases_at=bases)
 
 
 def find_homes(root: Path) -> list[VmHome]:
