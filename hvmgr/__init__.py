@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
+    from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VM",
+    "AdoptOptions",
     "DiskSpecification",
     "Host",
     "NetworkSpecification",
@@ -46,6 +48,7 @@ __all__ = [
 
 _HOMES = {
     "VM": "hvmgr.operations.vm",
+    "AdoptOptions": "hvmgr.operations.adoption",
     "DiskSpecification": "hvmgr.model.specification",
     "Host": "hvmgr.operations.host",
     "NetworkSpecification": "hvmgr.model.specification",

@@ -29,6 +29,7 @@ from hvmgr.storage.vm_home import VmHome
 if TYPE_CHECKING:
     from hvmgr.host.hypervisor import Connection
     from hvmgr.model.specification import Specification
+    from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.session import Session
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
@@ -119,6 +120,32 @@ class Host:
             execution.run(session, plan)
         return VM(self, home)
 
+    def adoptable(self) -> list[str]:
+        """The names of libvirt's VMs that hvmgr does not manage, whether or not something is in the way of adopting."""
+        from hvmgr.operations import adoption_checks
+
+        self._complete_unfinished()
+        return [one.name for one in adoption_checks.unmanaged(self.connection.domains(), self.root)]
+
+    def adopt(self, name: str, options: AdoptOptions | None = None) -> VM:
+        """A VM of libvirt's, by name or id, gets a home; its disks stay, its external snapshots come along."""
+        from hvmgr.operations import adoption, execution
+
+        options = options or adoption.AdoptOptions()
+        self._complete_unfinished()
+        domain = adoption.find(self.connection, name)
+        path = Path(os.path.realpath(options.home or self.root / adoption.folder_name(domain)))
+        if path.is_dir():
+            self._complete(path)  # what a killed adoption left, wherever its home is
+        adoption.require_adoptable(domain, self.root)
+        home = VmHome(Layout(home=path, vm_id=domain.uuid))
+        self._require_free(path)
+        with self._new_home(home) as session, self._shared(adoption.image_paths(session, domain, options)):
+            plan = adoption.plan_adopt(session, domain, options)
+            session.require_approval(plan)
+            execution.run(session, plan)
+        return VM(self, home)
+
     def _named(self) -> list[tuple[str, VmHome]]:
         """The homes, each with the name of its VM."""
         found = []
@@ -153,7 +180,9 @@ class Host:
         ]
 
     def _complete_unfinished(self) -> None:
-        """What a killed ``vm create`` or ``vm delete`` left is undone or completed, before anybody is shown it."""
+        """What a killed ``vm create``, ``adopt`` or ``delete`` left is undone or completed, before anybody is shown it."""
+        if self.reporter.dry_run:
+            return
         for folder in self._folders():
             if journal.is_open(Layout(home=folder, vm_id="").journal):
                 self._complete(folder)
@@ -167,7 +196,7 @@ class Host:
         from hvmgr.operations import execution
 
         layout = Layout(home=folder, vm_id="")
-        if locks.is_held(layout.lock):
+        if self.reporter.dry_run or locks.is_held(layout.lock):
             return
         entry = journal.read(layout.journal)
         if entry is not None and entry.plan.makes_or_removes_home:
@@ -180,12 +209,18 @@ class Host:
             return
         self._complete(path)
         if path.is_dir() and not vm_home.holds_nothing(path):
-            raise errors.Conflict(f"{path} exists already and is not empty", hint="choose another place with --home")
+            what = "exists already and is not empty"
+            with contextlib.suppress(errors.HvmgrError):
+                what = f"exists already: it is the home of the VM '{vm_home.open_home(path).name}'"
+            raise errors.Conflict(f"{path} {what}", hint="choose another place with --home")
+
+    def _shared_images(self, spec: Specification) -> contextlib.AbstractContextManager[None]:
+        disks = [disk.path for disk in spec.disks if disk.in_place and disk.path is not None]
+        return self._shared([Path(os.path.realpath(path)) for path in disks])
 
     @contextlib.contextmanager
-    def _shared_images(self, spec: Specification) -> Iterator[None]:
+    def _shared(self, paths: list[Path]) -> Iterator[None]:
         """Nobody else on this host counts, adds or removes users of the images that a new VM shares."""
-        paths = [Path(os.path.realpath(disk.path)) for disk in spec.disks if disk.in_place and disk.path is not None]
         with contextlib.ExitStack() as stack:
             stack.enter_context(index.locked(paths, wait_s=self.wait_s))
             for entry in index.entries():

@@ -76,7 +76,9 @@ def append(path: Path, data: bytes) -> None:
     with explained(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
-            os.write(descriptor, data)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -91,6 +93,35 @@ def copy_file(source: Path, target: Path, *, mode: int = 0o600, owner: tuple[int
         os.ftruncate(descriptor, size)
         for start, end in data_ranges(reader.fileno(), size):
             copy_range(reader.fileno(), descriptor, start, end)
+
+
+def link_or_copy(source: Path, target: Path, *, owner: tuple[int, int] | None = None) -> None:
+    """``target`` is another name of the file ``source``, or a copy of it where a file cannot have two names.
+
+    A copy has the file's time of change, so that ``is_same_or_copy`` knows it.
+    """
+    with explained(target):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+            facts = source.stat()
+            copy_file(source, target, owner=owner)
+            os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+            sync_file(target)
+        else:
+            sync_folder(target.parent)
+
+
+def is_same_or_copy(one: Path, other: Path) -> bool:
+    """Whether two names are one file, or ``link_or_copy`` made one of the other and neither was changed since."""
+    first, second = one.stat(), other.stat()
+    if (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino):
+        return True
+    return (first.st_size, first.st_mtime_ns) == (second.st_size, second.st_mtime_ns)
 
 
 def copy_folder(source: Path, target: Path) -> None:
