@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import harness, snapshots
+from bench import beside_libvirt, harness, hook, snapshots
 from tests import private_libvirt
 
-SUITES = {"snapshots": snapshots.measure}
+SUITES = {"snapshots": snapshots.measure, "hook": hook.measure, "beside_libvirt": beside_libvirt.measure}
 
 
 def main(names: list[str]) -> None:

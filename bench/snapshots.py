@@ -84,7 +84,7 @@ class Bench:
 def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Result]:
     """All results of this suite."""
     scale = scale or Scale()
-    with _prepared() as bench:
+    with prepared() as bench:
         results: list[Result] = []
         for part in (_start_up, _off, _running, _large_tree, _merges):
             say(f"snapshots: {part.__name__.strip('_').replace('_', ' ')}")
@@ -93,11 +93,15 @@ def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Resu
 
 
 @contextlib.contextmanager
-def _prepared() -> Iterator[Bench]:
+def prepared(before: Callable[[Path], object] = lambda _: None) -> Iterator[Bench]:
+    """A libvirtd of our own; ``before`` sees its root before it starts."""
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         raise SystemExit("bench: needs root and libvirtd")
     CACHE.mkdir(parents=True, exist_ok=True)
-    with private_libvirt.roots(CACHE) as make, private_libvirt.daemon(make()) as daemon:
+    with contextlib.ExitStack() as stack:
+        root = stack.enter_context(private_libvirt.roots(CACHE))()
+        before(root)
+        daemon = stack.enter_context(private_libvirt.daemon(root))
         homes = daemon.root / "vms"
         homes.mkdir(mode=0o711)
         os.environ["HVMGR_INDEX"] = str(daemon.root / "index")

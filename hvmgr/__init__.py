@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
+    from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.import_plan import ImportPlan
     from hvmgr.operations.reporter import Reporter
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VM",
+    "AdoptOptions",
     "DiskSpecification",
     "Finding",
     "Host",
@@ -54,6 +56,7 @@ __all__ = [
 
 _HOMES = {
     "VM": "hvmgr.operations.vm",
+    "AdoptOptions": "hvmgr.operations.adoption",
     "DiskSpecification": "hvmgr.model.specification",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",

@@ -67,6 +67,14 @@ class Address:
     root: Path | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Volume:
+    """What a volume of a storage pool is on this host."""
+
+    path: Path
+    is_device: bool
+
+
 def parse_uri(uri: str) -> Address:
     """The address behind a URI; Unsupported when it is not QEMU on this host, UsageError when it is malformed."""
     parts = urlsplit(uri)
@@ -207,6 +215,25 @@ class Connection:
                     raise
                 return frozenset()
         return frozenset(network.name() for network in found)
+
+    def find_volume(self, pool: str, name: str) -> Volume | None:
+        """A volume of a storage pool that is a file or a block device; None for others and where there is none.
+
+        The embedded driver knows no pools.
+        """
+        libvirt = libvirt_door.library()
+        with libvirt_door.translated(f"look for the volume {name} of the pool {pool}"):
+            try:
+                found = self._handle.storagePoolLookupByName(pool).storageVolLookupByName(name)
+                kind, path = found.info()[0], found.path()
+            except libvirt.libvirtError as error:
+                absent = (libvirt.VIR_ERR_NO_STORAGE_POOL, libvirt.VIR_ERR_NO_STORAGE_VOL, libvirt.VIR_ERR_NO_SUPPORT)
+                if error.get_error_code() in absent:
+                    return None
+                raise
+        if kind not in (libvirt.VIR_STORAGE_VOL_FILE, libvirt.VIR_STORAGE_VOL_BLOCK):
+            return None
+        return Volume(Path(path), is_device=kind == libvirt.VIR_STORAGE_VOL_BLOCK)
 
     # Its domains
 

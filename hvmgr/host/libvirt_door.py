@@ -41,6 +41,12 @@ def library() -> Any:
     return libvirt
 
 
+def version() -> tuple[int, int]:
+    """The version of this host's libvirt library."""
+    number = int(library().getVersion())
+    return number // 1_000_000, number // 1000 % 1000
+
+
 def monitor_command(handle: Any, command: str, files: list[int] | None = None) -> str:
     """The answer of a running domain's QMP monitor to a JSON command, optionally with descriptors passed along."""
     library()

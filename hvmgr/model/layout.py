@@ -112,8 +112,13 @@ class Layout:
         return self.private / "journal"
 
     @property
+    def allowed_start(self) -> Path:
+        """There while one start passes the guard, whatever it finds."""
+        return self.private / "allow-start"
+
+    @property
     def frozen(self) -> Path:
-        """One record per frozen image: its size and time when it was frozen."""
+        """One record per frozen image: its size, header and time when it was frozen."""
         return self.private / "frozen"
 
     @property

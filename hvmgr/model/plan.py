@@ -172,6 +172,42 @@ class MakeHome(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class NoteUses(Step):
+    """The host-wide index knows the home of a new VM, and the images outside it that its snapshots and present need.
+
+    It comes first: a home outside the root, whose journal is open, is found by it.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"note who uses {len(self.paths)} image{'' if len(self.paths) == 1 else 's'}"
+
+
+@dataclass(frozen=True, slots=True)
+class TakeFile(Step):
+    """A state file that is somebody else's under a name of ours: the same file where that can be, else a copy."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"take {self.source} as {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class DropOldName(Step):
+    """The old name of a file that ``TakeFile`` took goes, when ``kept`` is that file or a whole copy of it."""
+
+    path: str
+    kept: str
+
+    def describe(self) -> str:
+        return f"remove the old name {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
 class CopyFile(Step):
     """A small state file (NVRAM, saved memory) under a new name."""
 
@@ -513,6 +549,16 @@ class RenameDomain(Step):
 
     def describe(self) -> str:
         return f"rename the VM to {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetLibvirtSnapshot(Step):
+    """libvirt's own note of a snapshot goes; images and memory stay."""
+
+    name: str
+
+    def describe(self) -> str:
+        return f"remove libvirt's note of its snapshot '{self.name}'"
 
 
 @dataclass(frozen=True, slots=True)

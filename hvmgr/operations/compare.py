@@ -19,9 +19,9 @@ from hvmgr.model.identity import Identity
 from hvmgr.model.import_options import ImportOptions, Mode
 from hvmgr.model.layout import Layout
 from hvmgr.model.maps import Maps, Used
-from hvmgr.operations import compare_host, compare_place, import_, import_steps, intake
+from hvmgr.operations import compare_host, compare_place, import_, intake
 from hvmgr.operations.session import Session
-from hvmgr.storage import source_home
+from hvmgr.storage import copy, source_home
 from hvmgr.storage.source_home import SourceHome, SourceSnapshot
 
 
@@ -187,5 +187,5 @@ def _sizes(source: SourceHome, needed: set[str], *, thorough: bool) -> Iterator[
                 path,
                 "name the right file with --disk or --path",
             )
-        elif thorough and listed.sha256 is not None and import_steps.hash_of(Path(path)) != listed.sha256:
+        elif thorough and listed.sha256 is not None and copy.sha256(Path(path)) != listed.sha256:
             yield found("wrong-hash", f"{path} holds other bytes than were recorded", path, "get a whole copy of it")

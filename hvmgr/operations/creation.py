@@ -43,7 +43,7 @@ def plan_create(session: Session, spec: Specification) -> Plan:
         raise errors.Conflict(f"libvirt has a VM '{spec.name}' already", hint="choose another name", id=other.uuid)
     if connection.find_domain(layout.vm_id) is not None:
         raise errors.Conflict(f"libvirt has a VM with the id {layout.vm_id} already")
-    _require_way(layout.home, session.owner)
+    require_way(layout.home, session.owner)
     kind = templates.load(spec.template)
     facts = host_facts(connection, spec, kind)
     for sentence in template.notes(kind, spec, facts):
@@ -180,7 +180,7 @@ def _require_readable(path: Path | None) -> None:
         raise errors.NotFound(f"there is no file {path}", hint="name an existing file")
 
 
-def _require_way(home: Path, owner: tuple[int, int] | None) -> None:
+def require_way(home: Path, owner: tuple[int, int] | None) -> None:
     """QEMU's user has to be able to search every folder above the home."""
     if owner is None or owner[0] == 0:
         return

@@ -38,6 +38,9 @@ DO: Mapping[type[Step], _Act] = {
     plan.MoveImage: image_steps.move,
     plan.RecordFrozen: image_steps.record,
     plan.MakeHome: file_steps.make_home,
+    plan.NoteUses: file_steps.note_uses,
+    plan.TakeFile: file_steps.take_file,
+    plan.DropOldName: file_steps.drop_old_name,
     plan.CopyFile: file_steps.copy_file,
     plan.CopyFolder: file_steps.copy_folder,
     plan.ReplaceFolder: file_steps.replace_folder,
@@ -59,6 +62,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.DiscardPresent: domain_steps.discard_present,
     plan.StartFrom: domain_steps.start_from,
     plan.RenameDomain: domain_steps.rename,
+    plan.ForgetLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.UndefineDomain: domain_steps.undefine,
     plan.MakeRoots: import_steps.make_roots,
     plan.TakeHome: import_steps.take_home,
@@ -78,6 +82,8 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.FreezeImage: image_steps.unfreeze,
     plan.CopyImage: image_steps.uncopy,
     plan.MakeHome: file_steps.unmake_home,
+    plan.NoteUses: file_steps.unnote_uses,
+    plan.TakeFile: file_steps.untake_file,
     plan.CopyFile: file_steps.uncopy_file,
     plan.CopyFolder: file_steps.uncopy_folder,
     plan.MakeSnapshotFolder: file_steps.unmake_snapshot_folder,
@@ -130,6 +136,8 @@ def recover(session: Session) -> bool:
         _empty_trash(session)
         return False
     one = entry.plan
+    if entry.start is not None:
+        journal.take_back_start(session.layout.journal)  # it was the dead command's, not ours
     session.recovering = True
     with session.interrupts.held_back():
         _wait_for_jobs(session)

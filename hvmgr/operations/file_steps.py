@@ -26,6 +26,36 @@ def unmake_home(session: Session, _step: plan.MakeHome) -> None:
             durable.remove_empty_folder(folder)
 
 
+def note_uses(session: Session, step: plan.NoteUses) -> None:
+    """The index knows the home and what it needs."""
+    index.record(index.Entry(session.home.vm_id, step.name, session.home.path, session.connection.uri, step.paths))
+
+
+def unnote_uses(_session: Session, _step: plan.NoteUses) -> None:
+    """Nothing yet: the index leads to the journal until that is gone, and ``remove_private`` then forgets the VM."""
+
+
+def take_file(session: Session, step: plan.TakeFile) -> None:
+    """The file has our name as well, or there is a copy of it."""
+    durable.link_or_copy(Path(step.source), Path(step.target), owner=session.owner)
+
+
+def untake_file(_session: Session, step: plan.TakeFile) -> None:
+    """Our name for it is gone."""
+    durable.remove(Path(step.target))
+
+
+def drop_old_name(session: Session, step: plan.DropOldName) -> None:
+    """The old name is gone, unless something else than what was taken has it by now."""
+    old, kept = Path(step.path), Path(step.kept)
+    if not old.exists():
+        return
+    if kept.exists() and durable.is_same_or_copy(old, kept):
+        durable.remove(old)
+    else:
+        session.say(f"{old} has changed since it was taken: it stays")
+
+
 def copy_file(session: Session, step: plan.CopyFile) -> None:
     """The copy is complete and on disk."""
     durable.copy_file(Path(step.source), Path(step.target), owner=session.owner)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hvmgr.host.hypervisor import Connection
     from hvmgr.model.import_options import ImportOptions
     from hvmgr.model.specification import Specification
+    from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.import_plan import ImportPlan
     from hvmgr.operations.session import Session
 
@@ -115,8 +116,7 @@ class Host:
         path = Path(os.path.realpath(spec.home or self.root / spec.name))
         home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
         self._require_free(path)
-        shared = [Path(os.path.realpath(one.path)) for one in spec.disks if one.in_place and one.path is not None]
-        with self.shared_images(shared), self.new_home(home) as session:
+        with self._shared_images(spec), self._new_home(home) as session:
             plan = creation.plan_create(session, spec)
             session.require_approval(plan)
             execution.run(session, plan)
@@ -135,6 +135,32 @@ class Host:
         from hvmgr.operations import importing
 
         return importing.run(self, Path(source), options or ImportOptions())
+
+    def adoptable(self) -> list[str]:
+        """The names of libvirt's VMs that hvmgr does not manage, whether or not something is in the way of adopting."""
+        from hvmgr.operations import adoption_checks
+
+        self._complete_unfinished()
+        return [one.name for one in adoption_checks.unmanaged(self.connection.domains(), self.root)]
+
+    def adopt(self, name: str, options: AdoptOptions | None = None) -> VM:
+        """A VM of libvirt's, by name or id, gets a home; its disks stay, its external snapshots come along."""
+        from hvmgr.operations import adoption, execution
+
+        options = options or adoption.AdoptOptions()
+        self._complete_unfinished()
+        domain = adoption.find(self.connection, name)
+        path = Path(os.path.realpath(options.home or self.root / adoption.folder_name(domain)))
+        if path.is_dir():
+            self._complete(path)  # what a killed adoption left, wherever its home is
+        adoption.require_adoptable(domain, self.root)
+        home = VmHome(Layout(home=path, vm_id=domain.uuid))
+        self._require_free(path)
+        with self._new_home(home) as session, self._shared(adoption.image_paths(session, domain, options)):
+            plan = adoption.plan_adopt(session, domain, options)
+            session.require_approval(plan)
+            execution.run(session, plan)
+        return VM(self, home)
 
     def _named(self) -> list[tuple[str, VmHome]]:
         """The homes, each with the name of its VM."""
@@ -170,21 +196,23 @@ class Host:
         ]
 
     def _complete_unfinished(self) -> None:
-        """What a killed ``vm create`` or ``vm delete`` left is undone or completed, before anybody is shown it."""
+        """What a killed ``vm create``, ``adopt`` or ``delete`` left is undone or completed, before anybody is shown it."""
+        if self.reporter.dry_run:
+            return
         for folder in self._folders():
             if journal.is_open(Layout(home=folder, vm_id="").journal):
-                self.complete(folder)
+                self._complete(folder)
             elif vm_home.is_abandoned(folder):
                 with contextlib.suppress(
                     errors.HvmgrError
                 ):  # in use after all, or not ours to remove: no harm either way
                     vm_home.remove_remains(folder)
 
-    def complete(self, folder: Path) -> None:
+    def _complete(self, folder: Path) -> None:
         from hvmgr.operations import execution
 
         layout = Layout(home=folder, vm_id="")
-        if locks.is_held(layout.lock):
+        if self.reporter.dry_run or locks.is_held(layout.lock):
             return
         entry = journal.read(layout.journal)
         if entry is not None and entry.plan.makes_or_removes_home:
@@ -195,13 +223,20 @@ class Host:
     def _require_free(self, path: Path) -> None:
         if not path.is_dir():
             return
-        self.complete(path)
+        self._complete(path)
         if path.is_dir() and not vm_home.holds_nothing(path):
-            raise errors.Conflict(f"{path} exists already and is not empty", hint="choose another place with --home")
+            what = "exists already and is not empty"
+            with contextlib.suppress(errors.HvmgrError):
+                what = f"exists already: it is the home of the VM '{vm_home.open_home(path).name}'"
+            raise errors.Conflict(f"{path} {what}", hint="choose another place with --home")
+
+    def _shared_images(self, spec: Specification) -> contextlib.AbstractContextManager[None]:
+        disks = [disk.path for disk in spec.disks if disk.in_place and disk.path is not None]
+        return self._shared([Path(os.path.realpath(path)) for path in disks])
 
     @contextlib.contextmanager
-    def shared_images(self, paths: Sequence[Path]) -> Iterator[None]:
-        """Nobody else on this host counts, adds or removes users of images that VMs are about to share."""
+    def _shared(self, paths: list[Path]) -> Iterator[None]:
+        """Nobody else on this host counts, adds or removes users of the images that a new VM shares."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(index.locked(paths, wait_s=self.wait_s))
             for entry in index.entries():
@@ -210,7 +245,7 @@ class Host:
             yield
 
     @contextlib.contextmanager
-    def new_home(self, home: VmHome) -> Iterator[Session]:
+    def _new_home(self, home: VmHome) -> Iterator[Session]:
         """The folders that the journal needs; they go again when the plan does not come through."""
         layout = home.layout
         with durable.explained(layout.home):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import socket
 import stat
 from pathlib import Path
@@ -14,9 +12,7 @@ from hvmgr.host import qemu_img, saved_state
 from hvmgr.model import plan
 from hvmgr.model.progress import Progress
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, frozen, images, index
-
-_PIECE = 16 << 20
+from hvmgr.storage import copy, durable, frozen, images, index
 
 
 def make_roots(_session: Session, step: plan.MakeRoots) -> None:
@@ -58,15 +54,18 @@ def copy_images(session: Session, step: plan.CopyImages) -> None:
     """Every copy is complete, on disk, and the bytes are those that were recorded."""
     for path in step.hold:
         session.hold(path, images.RAW)  # QEMU's lock; as raw, so that not even a header is written
-    total = sum(_length(Path(source)) for source, _, _ in step.files)
-    done = 0
+    jobs = [
+        copy.Job(Path(one), Path(target), hashed=bool(sha256), owner=session.owner)
+        for one, target, sha256 in step.files
+    ]
+    made = copy.copy_files(
+        jobs, on_progress=lambda done, total: session.progress(Progress(done, total, "copy the disks"))
+    )
     for source, target, sha256 in step.files:
-        session.progress(Progress(done, total, "copy the disks"))
-        durable.copy_file(Path(source), Path(target), owner=session.owner)
-        if sha256:
-            require_hash(Path(target), sha256, named=source)
-        done += _length(Path(source))
-    session.progress(Progress(total, total, "copy the disks"))
+        if sha256 and made[Path(target)].sha256 != sha256:
+            raise errors.Corrupt(
+                f"{source} holds other bytes than were recorded", hint="get a whole copy of the file", path=source
+            )
     session.release()
 
 
@@ -74,28 +73,6 @@ def uncopy_images(_session: Session, step: plan.CopyImages) -> None:
     """No copy is there."""
     for _, target, _ in step.files:
         durable.remove(Path(target))
-
-
-def require_hash(path: Path, sha256: str, *, named: str) -> None:
-    """Raises Corrupt when a file holds other bytes."""
-    if hash_of(path) != sha256:
-        raise errors.Corrupt(
-            f"{named} holds other bytes than were recorded", hint="get a whole copy of the file", path=named
-        )
-
-
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with durable.explained(path), path.open("rb", buffering=0) as file:
-        while piece := file.read(_PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def _length(path: Path) -> int:
-    with path.open("rb", buffering=0) as file:
-        return file.seek(0, os.SEEK_END)
 
 
 def name_parent(session: Session, step: plan.NameParent) -> None:

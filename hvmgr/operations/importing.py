@@ -59,7 +59,7 @@ def _make(host: Host, comparison: Comparison) -> VM:
     if comparison.options.mode is Mode.LINK:
         needed = intake.needed_images(comparison.source, comparison.snapshots)
         shared = [Path(image.path) for image in needed]
-    with _shared(host, comparison.source, shared), host.new_home(home) as session:
+    with _shared(host, comparison.source, shared), host._new_home(home) as session:  # noqa: SLF001 - the host as it makes any home
         taken = import_.take_in(
             session, comparison.source, comparison.options, comparison.identity, comparison.maps, comparison.used
         )
@@ -87,7 +87,7 @@ def _shared(host: Host, source: SourceHome, paths: list[Path]) -> Iterator[None]
         with index.locked(paths, wait_s=host.wait_s):
             yield
     else:
-        with host.shared_images(paths):
+        with host._shared(paths):  # noqa: SLF001 - as above
             yield
 
 
@@ -111,4 +111,4 @@ def _complete_target(host: Host, source: Path, options: ImportOptions) -> None:
     opened, _, _ = compare.read(source, options)
     layout = import_.target_layout(host.root, opened, options, opened.vm_id)
     if layout.home.is_dir() and layout.journal.exists():
-        host.complete(layout.home)
+        host._complete(layout.home)  # noqa: SLF001 - as above

@@ -172,7 +172,9 @@ def _require_same_disks(session: Session, present: Configuration) -> None:
     """A disk that was plugged in or out only until the VM stops has no place in a snapshot."""
     domain = session.domain()
     live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
-    running, stored = vm_home.disks_of(live), vm_home.disks_of(present)
+    left_out = {disk.slot for disk in present.disks() if not disk.takes_part}  # by a mark that the next start takes
+    running = {slot: path for slot, path in vm_home.disks_of(live).items() if slot not in left_out}
+    stored = vm_home.disks_of(present)
     for slot in sorted(running.keys() ^ stored.keys()):
         where = "only until the VM stops" if slot in running else "only after the next start"
         raise errors.Conflict(

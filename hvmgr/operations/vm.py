@@ -115,7 +115,7 @@ class VM:
         from hvmgr.operations import snapshots
 
         with self._work() as session:
-            plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=type))
+            plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=SnapshotType(type)))
             self._run(session, plan)
         return _snapshot(self, self.home.entry(snapshots.snapshot_of(plan)))
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import plan, specification, tree
+from hvmgr.model.configuration import Configuration
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Tree
 from hvmgr.operations import snapshots, undo_slot
 from hvmgr.operations.session import Session
+from hvmgr.storage import start_guard
 
 _POLL_S = 0.2
 
@@ -22,15 +24,31 @@ def start(session: Session) -> bool:
     state = domain.state()
     if state is State.RUNNING:
         return False
-    before = session.home.present_tree()
-    for path in before.present.disks.values():
-        before.chain(path)  # names a missing image before QEMU does
-    session.require_consent("vm start", f"start of {domain.name}")
     if state is State.PAUSED:
+        session.require_consent("vm start", f"start of {domain.name}")
         domain.resume()
-    else:
+        return True
+    present = session.home.present()
+    allowed = start_guard.is_allowed(session.layout)
+    if not allowed:
+        _require_startable(session, present)
+    session.require_consent("vm start", f"start of {domain.name}")
+    try:
         domain.start()
+    finally:
+        if allowed:
+            start_guard.use_up(present)  # where a hook is installed, it has done that
     return True
+
+
+def _require_startable(session: Session, present: Configuration) -> None:
+    """What the hook says where there is one, and before QEMU does: a missing image, a changed one."""
+    findings = start_guard.examine(present)
+    for finding in start_guard.refusals(findings):
+        kind = errors.NotFound if finding.code == "image-missing" else errors.Corrupt
+        raise kind(finding.sentence, hint=finding.repair, finding=finding.code, where=finding.where)
+    for finding in findings:
+        session.say(finding.sentence)
 
 
 def stop(session: Session, *, force: bool, timeout_s: float) -> bool:

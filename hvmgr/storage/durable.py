@@ -65,7 +65,7 @@ def sync_file(path: Path) -> None:
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
     """The file holds exactly ``data``: always the old content or the new one."""
-    with explained(path), _replacing(path, mode, owner) as descriptor:
+    with explained(path), replacing(path, mode, owner) as descriptor:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
@@ -76,7 +76,9 @@ def append(path: Path, data: bytes) -> None:
     with explained(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
         try:
-            os.write(descriptor, data)
+            view = memoryview(data)
+            while view:
+                view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -84,13 +86,42 @@ def append(path: Path, data: bytes) -> None:
 
 def copy_file(source: Path, target: Path, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
     """``target`` holds the bytes of ``source``, holes as holes; shared blocks where the file system can."""
-    with explained(target), source.open("rb") as reader, _replacing(target, mode, owner) as descriptor:
+    with explained(target), source.open("rb") as reader, replacing(target, mode, owner) as descriptor:
         size = os.fstat(reader.fileno()).st_size
         if not size:  # a block device has no length in its inode
             size = os.lseek(reader.fileno(), 0, os.SEEK_END)
         os.ftruncate(descriptor, size)
-        for start, end in _data_ranges(reader.fileno(), size):
-            _copy_range(reader.fileno(), descriptor, start, end)
+        for start, end in data_ranges(reader.fileno(), size):
+            copy_range(reader.fileno(), descriptor, start, end)
+
+
+def link_or_copy(source: Path, target: Path, *, owner: tuple[int, int] | None = None) -> None:
+    """``target`` is another name of the file ``source``, or a copy of it where a file cannot have two names.
+
+    A copy has the file's time of change, so that ``is_same_or_copy`` knows it.
+    """
+    with explained(target):
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            return
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+                raise
+            facts = source.stat()
+            copy_file(source, target, owner=owner)
+            os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+            sync_file(target)
+        else:
+            sync_folder(target.parent)
+
+
+def is_same_or_copy(one: Path, other: Path) -> bool:
+    """Whether two names are one file, or ``link_or_copy`` made one of the other and neither was changed since."""
+    first, second = one.stat(), other.stat()
+    if (first.st_dev, first.st_ino) == (second.st_dev, second.st_ino):
+        return True
+    return (first.st_size, first.st_mtime_ns) == (second.st_size, second.st_mtime_ns)
 
 
 def copy_folder(source: Path, target: Path) -> None:
@@ -208,9 +239,10 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, mode: int, owner: tuple[int, int] | None) -> Iterator[int]:
+def replacing(path: Path, mode: int, owner: tuple[int, int] | None) -> Iterator[int]:
+    """A descriptor, for reading and writing, of a new file that takes the name ``path`` when the block ends well."""
     part = path.with_name(f"{TEMPORARY}{_unique()}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
             yield descriptor
@@ -227,7 +259,8 @@ def _replacing(path: Path, mode: int, owner: tuple[int, int] | None) -> Iterator
     sync_folder(path.parent)
 
 
-def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a file has data: (start, end) of each run; the whole file where the file system knows no holes."""
     end = 0
     while end < size:
         try:
@@ -242,7 +275,8 @@ def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(end, size)
 
 
-def _copy_range(reader: int, writer: int, start: int, end: int) -> None:
+def copy_range(reader: int, writer: int, start: int, end: int) -> None:
+    """The same bytes at the same place, moved by the kernel where it can."""
     offset = start
     while offset < end:
         try:

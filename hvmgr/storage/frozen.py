@@ -1,6 +1,14 @@
-"""Frozen images: read-only, and remembered by size and time, so that a change by others is seen.
+"""Frozen images: read-only, and remembered by size, header and time, so that a change by others is seen.
 
-No record (a home that was moved, an older one) means unknown, not damaged.
+| condition | size   | header          | time      | what happened                                              |
+|-----------|--------|-----------------|-----------|------------------------------------------------------------|
+| UNKNOWN   |        |                 |           | there is no record: a home that was moved, an older one    |
+| UNCHANGED | same   | same            | same      | nothing                                                    |
+| TOUCHED   | same   | same or unknown | different | a file put back from a backup, or a write of data in place |
+| CHANGED   | one of both is different |           | somebody wrote to it, or it is another file                |
+
+A VM starts on a TOUCHED image, with a warning. What builds on an image (apply, undo, merge) wants it UNCHANGED or
+UNKNOWN: nobody can tell the two causes of TOUCHED apart from the file alone.
 """
 
 from __future__ import annotations
@@ -8,15 +16,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from hvmgr import errors
 from hvmgr.model.layout import Layout
-from hvmgr.storage import durable, index
+from hvmgr.storage import durable, images, index
 
 FROZEN_MODE = 0o400
 WORKING_MODE = 0o600
+
+
+class Condition(StrEnum):
+    """What became of an image since it was frozen; the table is at the head of the module."""
+
+    UNKNOWN = "unknown"
+    UNCHANGED = "unchanged"
+    TOUCHED = "touched"
+    CHANGED = "changed"
 
 
 def freeze(layout: Layout, path: Path) -> None:
@@ -49,12 +67,13 @@ def thaw(layout: Layout, path: Path) -> None:
 
 
 def record(layout: Layout, path: Path) -> None:
-    """The present size and time are what a frozen image has from now on."""
+    """The present size, header and time are what a frozen image has from now on."""
     if not path.is_file():
         return
     facts = _read(layout, path) or {}
     state = path.stat()
-    _write(layout, path, {**facts, "size": state.st_size, "mtime_ns": state.st_mtime_ns})
+    header = images.fingerprint(path)
+    _write(layout, path, {**facts, "size": state.st_size, "mtime_ns": state.st_mtime_ns, "header": header})
 
 
 def record_hash(layout: Layout, path: Path, sha256: str) -> None:
@@ -73,13 +92,25 @@ def forget(layout: Layout, path: Path) -> None:
     durable.remove(_file(layout, path))
 
 
-def is_changed(layout: Layout, path: Path) -> bool:
-    """Whether a frozen image provably is not what it was when it was frozen."""
+def is_recorded(layout: Layout, path: Path) -> bool:
+    """Whether an image is known to be frozen in this home; without a record nobody knows."""
+    return "size" in (_read(layout, path) or {})
+
+
+def condition(layout: Layout, path: Path) -> Condition:
+    """What became of an image since it was frozen; UNKNOWN for one that is missing, which others say."""
     facts = _read(layout, path)
     if facts is None or "size" not in facts or not path.is_file():
-        return False
+        return Condition.UNKNOWN
     state = path.stat()
-    return (state.st_size, state.st_mtime_ns) != (facts["size"], facts["mtime_ns"])
+    if state.st_size != facts["size"] or ("header" in facts and images.fingerprint(path) != facts["header"]):
+        return Condition.CHANGED
+    return Condition.UNCHANGED if state.st_mtime_ns == facts.get("mtime_ns") else Condition.TOUCHED
+
+
+def is_changed(layout: Layout, path: Path) -> bool:
+    """Whether the record of a frozen image no longer fits it, were it by the time alone."""
+    return condition(layout, path) in {Condition.TOUCHED, Condition.CHANGED}
 
 
 def require_unchanged(layout: Layout, path: Path) -> None:

@@ -6,6 +6,7 @@ their magic numbers where nobody states them, and never guessed for a file that 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import struct
@@ -34,6 +35,7 @@ _VHD_DYNAMIC, _VHD_DIFFERENCING, _VHD_FIXED = 3, 4, 2
 # QEMU takes the footer's size only from these creators, and from any with the largest geometry; else it takes CHS.
 _VHD_EXACT_CREATORS = (b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
 _VHD_LARGEST = 65535 * 16 * 255
+_VHD_HEADERS = 512 + 1024  # the footer's copy and the dynamic header, at the start of a dynamic VHD
 
 _FOREIGN_MAGICS = ((b"vhdxfile", "VHDX"), (b"KDMV", "VMDK"), (b"<<< ", "VDI"), (b"LUKS", "LUKS"), (b"QED\0", "QED"))
 
@@ -97,6 +99,37 @@ def read(path: Path, fmt: str) -> Header:
     raise errors.Unsupported(
         f"{path} has the format {fmt}", hint=f"convert it: qemu-img convert -f {fmt} -O qcow2 {path} NEW.qcow2"
     )
+
+
+def fingerprint(path: Path) -> str | None:
+    """A hash of all that the header says, which no write of data inside the image changes; None where there is none.
+
+    qcow2: the header, its extensions, the parent's name. VHD: both footers and the dynamic header. raw: None.
+    """
+    head, size, _ = _head(path)
+    if head.startswith(_QCOW2_MAGIC) and len(head) >= _QCOW2_HEADER.size:
+        said = _qcow2_header(path, head)
+    else:
+        footer = _vhd_footer_at_end(path, size)
+        if footer is None and not head.startswith(_VHD_COOKIE):
+            return None
+        said = (head[:_VHD_HEADERS] if head.startswith(_VHD_COOKIE) else b"") + (footer or b"")
+    return hashlib.sha256(said).hexdigest()
+
+
+def _qcow2_header(path: Path, head: bytes) -> bytes:
+    """The bytes of a header up to the end of what it says; as many as there are when it is damaged."""
+    fields = _QCOW2_HEADER.unpack_from(head)
+    backing_end = fields[2] + fields[3] if fields[2] else 0
+    position = _QCOW2_V3.unpack_from(head, 72)[4] if fields[1] >= 3 and len(head) >= 104 else 72
+    whole, _, _ = _head(path, _HEADER_MAX)
+    while position + 8 <= len(whole):
+        kind, length = struct.unpack_from(">II", whole, position)
+        position += 8
+        if kind == _EXTENSION_END:
+            break
+        position += (length + 7) // 8 * 8
+    return whole[: max(position, backing_end)]
 
 
 def _plain(path: Path, fmt: str, size: int, facts: os.stat_result) -> Header:

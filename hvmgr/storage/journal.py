@@ -6,11 +6,17 @@
 | plan                     | only new things were made                     | undoes them                               |
 | plan, ``switch`` line    | the switch was about to happen or happened    | looks, then undoes or completes           |
 | plan without a switch    | steps that may be repeated are under way      | completes it                              |
+
+Anywhere behind the plan, a line ``start`` names a start of the VM that the operation makes itself, for the start guard;
+``started`` takes it back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,15 +27,26 @@ from hvmgr.storage import durable
 if TYPE_CHECKING:
     from hvmgr.model.plan import Plan  # readers of homes ask whether a journal is open, and do without
 
-_SWITCH = b"switch\n"
+_SWITCH = b"switch"
+_START = b"start "
+_STARTED = b"started"
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A start of the VM that a command makes: its process id, and the images that the VM is going to write."""
+
+    process: int
+    images: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An open operation."""
+    """An open operation; ``start`` is one that it is about to make, or was when it died."""
 
     plan: Plan
     switch_reached: bool
+    start: Start | None = None
 
 
 def is_open(path: Path) -> bool:
@@ -50,7 +67,8 @@ def read(path: Path) -> Entry | None:
         document = json.loads(first)
     except ValueError as error:
         raise errors.Corrupt(f"the journal {path} is damaged: {error}", path=str(path)) from error
-    return Entry(plan=Plan.from_json(document), switch_reached=rest.startswith(_SWITCH))
+    lines = rest.split(b"\n")[:-1]  # a last line that was cut off says nothing
+    return Entry(plan=Plan.from_json(document), switch_reached=_SWITCH in lines, start=_last_start(lines))
 
 
 def begin(path: Path, plan: Plan) -> None:
@@ -62,7 +80,36 @@ def begin(path: Path, plan: Plan) -> None:
 
 def reach_switch(path: Path) -> None:
     """It is on disk that the switch comes next."""
-    durable.append(path, _SWITCH)
+    durable.append(path, _SWITCH + b"\n")
+
+
+@contextlib.contextmanager
+def start_named(path: Path, written: Iterable[str]) -> Iterator[None]:
+    """What is done in here may start the VM on these images, and on no others; nobody else may meanwhile."""
+    words = json.dumps({"process": os.getpid(), "images": sorted(written)}).encode()
+    durable.append(path, _START + words + b"\n")
+    try:
+        yield
+    finally:
+        take_back_start(path)
+
+
+def take_back_start(path: Path) -> None:
+    """No start is named any more; where a death cut a line off, this one stands on its own all the same."""
+    durable.append(path, b"\n" + _STARTED + b"\n")
+
+
+def _last_start(lines: list[bytes]) -> Start | None:
+    for line in reversed(lines):
+        if line == _STARTED:
+            return None
+        if line.startswith(_START):
+            try:
+                facts = json.loads(line.removeprefix(_START))
+                return Start(process=int(facts["process"]), images=frozenset(facts["images"]))
+            except (ValueError, KeyError, TypeError):
+                return None
+    return None
 
 
 def end(path: Path) -> None:

@@ -38,17 +38,23 @@ def held(path: Path, *, wait_s: float, what: str) -> Iterator[None]:
 
 def is_held(path: Path) -> bool:
     """Whether some process has the lock now."""
+    return holder(path) is not None
+
+
+def holder(path: Path) -> int | None:
+    """The id of the process that has the lock now, 0 when it has not said it yet; None when nobody has it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return True
+        number = os.pread(descriptor, 32, 0).strip()
+        return int(number) if number.isdigit() else 0
     finally:
         os.close(descriptor)
-    return False
+    return None
 
 
 def _take(descriptor: int, deadline: float, what: str) -> None:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import harness, snapshots
+from bench import beside_libvirt, harness, hook, snapshots
 from bench.harness import Result
 from hvmgr import units
 
@@ -60,3 +60,20 @@ def test_every_part_of_the_suite_measures():
     results = snapshots.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
     assert len(harness.table(results).splitlines()) == 2 + len(results)
+
+
+@pytest.mark.libvirtd
+def test_every_part_of_the_hook_measures():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    results = hook.measure(lambda _: None, snapshots.Scale(rounds=1, warm_up=0), length=2)
+    assert [result.what for result in results if result.ours > 0] == [result.what for result in results]
+    assert len(results) == 4
+
+
+@pytest.mark.libvirtd
+def test_adopting_is_measured():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    results = beside_libvirt.measure(lambda _: None, beside_libvirt.Scale(rounds=1, snapshots=2))
+    assert [result.what for result in results if not result.ours > 0] == []

@@ -47,6 +47,20 @@ class VmName(click.ParamType):  # type: ignore[type-arg]  # generic since click 
         return _proposals(ctx, incomplete, find)
 
 
+class LibvirtName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4, not before
+    """The name or id of a VM that libvirt has and hvmgr does not manage."""
+
+    name = "vm"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The names that ``--all`` would take."""
+
+        def find(host: Host) -> list[tuple[str, str]]:
+            return [(name, name) for name in host.adoptable()]
+
+        return _proposals(ctx, incomplete, find)
+
+
 class SnapshotName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4, not before
     """A snapshot's name or id."""
 

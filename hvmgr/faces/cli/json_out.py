@@ -10,6 +10,7 @@ from hvmgr import units
 from hvmgr.faces.cli import render
 
 if TYPE_CHECKING:
+    from hvmgr.errors import HvmgrError
     from hvmgr.model.tree import Image, Tree
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -22,6 +23,11 @@ Document = dict[str, Any]
 def show(document: Mapping[str, Any]) -> None:
     """The one document of this command."""
     render.put(_text(document))
+
+
+def failure(error: HvmgrError) -> Document:
+    """A failure inside a document about several things."""
+    return {"code": error.code, "message": error.message, "hint": error.hint, "facts": dict(error.facts)}
 
 
 def show_error(code: str, message: str, hint: str | None, facts: Mapping[str, object]) -> None:

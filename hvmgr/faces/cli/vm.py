@@ -32,7 +32,12 @@ class _Path(click.Path):
 _PATH = _Path()
 
 
-@click.group("vm", cls=Group)
+_ELSEWHERE = {
+    "adopt": ("hvmgr.faces.cli.adopt:command", "Make hvmgr manage VMs that libvirt has already."),
+}
+
+
+@click.group("vm", cls=Group, lazy=_ELSEWHERE)
 def command() -> None:
     """Make, list, start, stop, rename and delete VMs.
 

@@ -54,6 +54,9 @@ CASES = {
     "no-libvirt": (["vm", "start", "VM", "-c", "qemu+unix:///system?socket=/nowhere"], 8, "/nowhere"),
     "nothing-to-undo": (["snapshot", "undo", "VM"], 3, "there is nothing to undo"),
     "both-ways-to-delete": (["snapshot", "delete", "VM", "one", "--subtree", "--state-only"], 2, "exclude each other"),
+    "hook-for-ever": (["hook", "allow", "VM"], 2, "say so: --once"),
+    "hook-of-no-vm": (["hook", "allow", "nobody", "--once"], 3, "there is no VM 'nobody'"),
+    "hook-in-no-folder": (["hook", "install", "--dir", "/no/such/hooks"], 3, "there is no /no/such"),
     "shell-that-is-none": (["completion", "csh"], 2, "'csh' is not one of"),
 }
 

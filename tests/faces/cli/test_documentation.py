@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 import pytest
 
-from hvmgr.faces.cli import groups, root
+import hvmgr as package
+from hvmgr.faces.cli import groups
+from hvmgr.faces.cli import root as commands_root
 from hvmgr.faces.cli.request import Request
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,7 +22,7 @@ SHAPES = {
 BY_SLOT = "disks"  # a mapping whose keys are data, when it is no list
 
 
-def commands(command=root.command, context=None):
+def commands(command=commands_root.command, context=None):
     """Every command with its words, groups included."""
     context = context or click.Context(command, info_name="hvmgr", obj=Request())
     for name in command.list_commands(context):
@@ -87,7 +89,7 @@ def test_page_has_every_exit_code():
 
 
 def test_list_of_commands_says_what_each_command_says():
-    for name, (_, line) in root.COMMANDS.items():
+    for name, (_, line) in commands_root.COMMANDS.items():
         if f"hvmgr {name}" in COMMANDS:
             assert (COMMANDS[f"hvmgr {name}"].command.help or "").startswith(line.removesuffix(".")), name
 
@@ -101,6 +103,8 @@ SHAPED = {
     "vm list": ["vm", "list"],
     "vm show": ["vm", "show", "VM"],
     "vm create": ["vm", "create", "shaped", "--network", "none"],
+    "vm adopt several": ["vm", "adopt", "--all", "--dry-run"],
+    "vm adopt": ["vm", "adopt", "plain"],
     "snapshots": ["snapshot", "list", "VM"],
     "snapshot create": ["snapshot", "create", "VM", "more"],
     "snapshot notes": ["snapshot", "notes", "VM", "one"],
@@ -110,6 +114,9 @@ SHAPED = {
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
+    "hook install": ["hook", "install", "--dir", "DIR"],
+    "hook uninstall": ["hook", "uninstall", "--dir", "DIR"],
+    "hook allow": ["hook", "allow", "VM", "--once"],
     "config show": ["config", "show"],
     "completion": ["completion", "bash"],
     "version": ["version"],
@@ -118,16 +125,21 @@ SHAPED = {
 }
 
 
-def test_documents_have_exactly_the_documented_keys(hvmgr, branched):
+def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path):
+    with package.Host.open(root=root) as host:
+        host.connection.define(
+            "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
+        )
     assert set(SHAPED) == set(SHAPES)
+    meant = {"VM": branched, "DIR": tmp_path / "hooks"}
     for name, words in SHAPED.items():
-        answer = hvmgr(*(branched if word == "VM" else word for word in words), "--json")
+        answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
 
 
 def keys(value, name=""):
     """The shape of a document: names of keys, for lists that of their first item, for all else nothing."""
-    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans"):
+    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans", "ignored"):
         return None
     if isinstance(value, list):
         return [keys(value[0])] if value and not isinstance(value[0], str) else []

@@ -24,13 +24,20 @@ def crash_run(new_embed_root):
         yield lambda *arguments, **more: run_inside(daemon, *arguments, **more)
 
 
-def run_inside(daemon, *arguments, program="crash.py", timeout_s=280):
-    """What the program wrote; it has to end with 0."""
-    folder = daemon.root / "homes"
+def run_inside(daemon, *arguments, **more):
+    """What the program wrote below a daemon; it has to end with 0."""
+    return run_program(daemon.root, *arguments, before=daemon.enter, **more)
+
+
+def run_program(root, *arguments, program="crash.py", timeout_s=280, before=(), environment=None):
+    """What the program wrote, with its homes in ``root``; it has to end with 0."""
+    folder = root / "homes"
     folder.mkdir(mode=0o711, exist_ok=True)
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[2]), "HVMGR_CRASH_FOLDER": str(folder)}
-    command = [*daemon.enter, sys.executable, str(HERE / program), *map(str, arguments)]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=timeout_s, env=environment)
+    variables = os.environ | {"PYTHONPATH": str(HERE.parents[2]), "HVMGR_CRASH_FOLDER": str(folder)}
+    command = [*before, sys.executable, str(HERE / program), *map(str, arguments)]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=timeout_s, env=variables | (environment or {})
+    )
     print(done.stdout[-20000:], done.stderr[-5000:])
     assert done.returncode == 0, done.stdout[:6000] + done.stderr[-4000:]
     return done.stdout

@@ -4,10 +4,14 @@ Run as a program, inside the mount namespace of a libvirtd that nobody else uses
 
     python crash.py SHAPE [STRIDE [FIRST]]      kill before act FIRST, FIRST + STRIDE, … (default: every act)
     python crash.py SHAPE random COUNT SEED     kill at COUNT random moments
+    python crash.py SHAPE start COUNT           kill before COUNT acts (0: every act), then start the VM as virsh does
 
 For every kill: the VM is put into the shape's state, a forked child runs the operation and kills itself (SIGKILL, so
 that no ``finally`` helps) before its n-th act, another child opens the home through the public API and describes all
 that can be seen. The description has to equal that of the state before or of the state after, ids aside.
+
+With ``start``, libvirt starts the VM before any command of hvmgr's has looked at the home: either it runs on the bytes of
+the state before or after, as its own QEMU reads them, and what it writes reaches no snapshot, or libvirt refuses.
 
 Each of these processes is forked from one that has imported everything but holds neither libvirt nor a thread.
 """
@@ -28,6 +32,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -42,10 +47,12 @@ import libvirt
 import qemu.qmp  # noqa: F401 - imported before the forks
 
 import hvmgr
-from hvmgr.host import qmp, saved_state
+from hvmgr import errors
+from hvmgr.host import libvirt_snapshots, qmp, saved_state
+from hvmgr.host.domain import Domain
 from hvmgr.model import configuration
 from hvmgr.model.tree import Tree
-from hvmgr.operations import creation, usage  # noqa: F401
+from hvmgr.operations import adoption, creation, usage  # noqa: F401
 from hvmgr.storage import durable, frozen, index, vm_home
 
 NAME = "web"
@@ -58,7 +65,8 @@ _MOMENT = re.compile(r"\d{4}-\d\d-\d\d \d\d\.\d\d\.\d\d")
 _PART = re.compile(re.escape(durable.TEMPORARY) + "[0-9a-f]+")
 
 # What reaches the disk, and what libvirt is asked to change.
-_OS_ACTS = ("fsync", "rename", "replace", "unlink", "remove", "rmdir", "mkdir", "chmod", "fchmod", "chown", "fchown")
+_OS_ACTS = ("fsync", "rename", "replace", "unlink", "remove", "rmdir", "mkdir", "chmod", "fchmod", "chown", "fchown",
+            "link", "utime")  # fmt: skip
 _CONNECTION_ACTS = ("defineXMLFlags", "restoreFlags")
 _DOMAIN_ACTS = [
     "snapshotCreateXML",
@@ -205,6 +213,7 @@ class Counter:
             self._wrap(libvirt.virConnect, name)
         for name in _DOMAIN_ACTS:
             self._wrap(libvirt.virDomain, name)
+        self._wrap(libvirt.virDomainSnapshot, "delete")
         original = qmp.Session.execute
 
         def execute(session: qmp.Session, command: str, *args: object, **kwargs: object) -> object:
@@ -234,22 +243,23 @@ def opened(place: Place, notices: list[str] | None = None) -> Iterator[hvmgr.Hos
     """The host of this run."""
     os.environ["HVMGR_INDEX"] = str(place.index)
     reporter = hvmgr.Reporter(notice=(notices if notices is not None else []).append)
-    with hvmgr.Host.open("qemu:///system", root=place.homes, wait_s=20, reporter=reporter) as host:
+    uri = os.environ.get("HVMGR_CRASH_URI", "qemu:///system")
+    with hvmgr.Host.open(uri, root=place.homes, wait_s=20, reporter=reporter) as host:
         yield host
 
 
-def monitor(host: hvmgr.Host, line: str) -> str:
+def monitor(host: hvmgr.Host, line: str, *, name: str = NAME) -> str:
     """What the running VM's monitor says to a command for people."""
-    domain = host.connection.find_domain_by_name(NAME)
+    domain = host.connection.find_domain_by_name(name)
     return str(domain.monitor("human-monitor-command", command_line=line))
 
 
-def write_running(host: hvmgr.Host, pattern: int, offset: str = "0", *, disk: int = 0) -> None:
+def write_running(host: hvmgr.Host, pattern: int, offset: str = "0", *, disk: int = 0, name: str = NAME) -> None:
     """64 KiB of a byte on a disk of the running VM, flushed."""
-    domain = host.connection.find_domain_by_name(NAME)
+    domain = host.connection.find_domain_by_name(name)
     device = domain.monitor("query-block")[disk]["qdev"]
     for command in (f"write -P {pattern} {offset} 64k", "flush"):
-        answer = monitor(host, f'qemu-io -d {device} "{command}"')
+        answer = monitor(host, f'qemu-io -d {device} "{command}"', name=name)
         assert "rror" not in answer, answer
 
 
@@ -270,6 +280,23 @@ def get_memory(host: hvmgr.Host) -> str:
     return monitor(host, "i /b 0x3ff").strip()
 
 
+def guest_reads(domain: Domain) -> list[str]:
+    """What the running VM reads from each of its disks, through its own QEMU, in the words of ``content``."""
+    with tempfile.TemporaryDirectory(prefix="hv", dir="/tmp") as folder:
+        Path(folder).chmod(0o777)
+        socket = f"{folder}/nbd"
+        domain.monitor("nbd-server-start", addr={"type": "unix", "data": {"path": socket}})
+        found = []
+        for number, device in enumerate(domain.monitor("query-block")):
+            name = f"disk{number}"
+            if "inserted" in device:
+                node = device["inserted"]["node-name"]
+                domain.monitor("block-export-add", type="nbd", id=name, node_name=node, name=name)
+                found.append(_words(f"nbd+unix:///{name}?socket={socket}", "raw"))
+        domain.monitor("nbd-server-stop")
+        return found
+
+
 def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     """All that can be seen of the VM, without ids and times."""
     # An empty folder is not known to be ours; the next creation takes it.
@@ -281,11 +308,18 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
         "domains": domains,
         "vms": sorted(known),
         "outside": _outside(place),
+        "libvirt snapshots": {one.name: libvirt_snapshots.names(one) for one in host.connection.domains()},
         "index": sorted((entry.name, _plain(place, str(entry.outside))) for entry in index.entries()),
     }
     if len(known) != 1:
         kept = sorted(place.homes.glob("*/Virtual Hard Disks/*"))
-        return {**seen, "folders": folders, "kept": [[path.name, standing_alone(path)] for path in kept]}
+        plain = {one.name: one.xml(live=False) for one in host.connection.domains()}
+        return {
+            **seen,
+            "plain": plain,
+            "folders": folders,
+            "kept": [[path.name, standing_alone(path)] for path in kept],
+        }
     vm = next(iter(known.values()))
     forest = vm.tree()
     labels = _labels(vm, forest)
@@ -295,6 +329,11 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     }
     seen["present"] = [forest.present.parent and labels[forest.present.parent]]
     seen["state"] = vm.state()
+    seen["reads"] = {slot: content(forest, path) for slot, path in sorted(forest.present.disks.items())}
+    seen["frozen"] = {
+        _renamed(one.name, {}): {slot: content(forest, path) for slot, path in one.disks.items()}
+        for one in vm.snapshots()
+    }
     save = host.connection.managed_save_path(vm.name)
     seen["managed save"] = _managed_save(save, labels) if save.exists() else None
     seen["memory"] = get_memory(host) if vm.state() in ("running", "paused") else None
@@ -368,7 +407,7 @@ def _listing(folder: Path, labels: dict[str, str]) -> list[str]:
 
 def _outside(place: Place) -> list[str]:
     """Images beside the home: name, mode, bytes."""
-    files = sorted(place.outside.iterdir()) if place.outside.is_dir() else []
+    files = sorted(file for file in place.outside.iterdir() if file.is_file()) if place.outside.is_dir() else []
     return [f"{file.name} {oct(file.stat().st_mode)} {_hash(file)}" for file in files]
 
 
@@ -410,16 +449,20 @@ def standing_alone(path: Path) -> str:
 
 def _content(path: Path, fmt: str, key: tuple[str, ...]) -> str:
     if key not in _known:
-        target = Path(f"/dev/shm/hvmgr-crash-{os.getpid()}")
-        command = ["qemu-img", "convert", "-U", "-f", fmt, "-O", "raw", str(path), str(target)]
-        subprocess.run(command, check=True, capture_output=True, timeout=20)
-        data = target.read_bytes()
-        target.unlink()
-        pieces = [data[start : start + 65536] for start in range(0, len(data), 65536)]
-        _known[key] = " ".join(
-            f"{piece[0]:x}" if len(set(piece)) == 1 else hashlib.sha256(piece).hexdigest()[:8] for piece in pieces
-        )
+        _known[key] = _words(str(path), fmt)
     return _known[key]
+
+
+def _words(source: str, fmt: str) -> str:
+    target = Path(f"/dev/shm/hvmgr-crash-{os.getpid()}")
+    command = ["qemu-img", "convert", "-U", "-f", fmt, "-O", "raw", source, str(target)]
+    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    data = target.read_bytes()
+    target.unlink()
+    pieces = [data[start : start + 65536] for start in range(0, len(data), 65536)]
+    return " ".join(
+        f"{piece[0]:x}" if len(set(piece)) == 1 else hashlib.sha256(piece).hexdigest()[:8] for piece in pieces
+    )
 
 
 def checked(path: str, fmt: str) -> str:
@@ -477,6 +520,34 @@ class Run:
         _, _, session = forked(lambda: self._victim(None), kill_after_s=delay_s)
         self._judge(f"killed after {delay_s:.4f} s", session)
 
+    def start_at(self, number: int, name: str) -> None:
+        """One kill, and a start by libvirt alone: what the guest reads, and what becomes of what it writes."""
+        self._begin()
+        _, status, _ = forked(lambda: self._victim(number))
+        assert os.WIFSIGNALED(status), f"act {number} ({name}) was not reached"
+        try:
+            reads, _, _ = forked(self._start)
+            outcome = self._judge_start(reads)
+        except AssertionError as error:
+            self.failures.append(f"killed before act {number}, {name}, then started: {error}")
+            return
+        self.outcomes[outcome] = self.outcomes.get(outcome, 0) + 1
+
+    def _judge_start(self, reads: object) -> str:
+        wanted = [state for state in self.states.values() if "reads" in state]
+        if isinstance(reads, dict):
+            assert any(reads == state["reads"] for state in wanted), f"the guest reads {reads}, not {wanted}"
+        found = self._described()
+        if isinstance(reads, dict) and "reads" in found:
+            written = {
+                slot: f"{text.rpartition(' ')[0]} ee" if slot == min(reads) else text for slot, text in reads.items()
+            }
+            assert found["reads"] == written, f"the present holds {found['reads']}, not {written}"
+        if "frozen" in found:
+            frozen = [{**state["frozen"]} for state in wanted]
+            assert found["frozen"] in frozen, f"snapshots hold {found['frozen']}, not {frozen}"
+        return "refused" if reads is None else "ran"
+
     def _begin(self) -> None:
         """The state before; where a kill left exactly that, the next one goes on from there."""
         if not self._is_fresh:
@@ -533,7 +604,7 @@ class Run:
             for folder in (self.place.homes, self.place.index, self.place.outside):
                 if folder.exists():
                     copy_tree(folder, self.place.copies / folder.name)
-            texts = [domain.xml(live=False) for domain in host.connection.domains()]
+            texts = [(one.xml(live=False), _snapshots_of(one)) for one in host.connection.domains()]
             (self.place.copies / "domains.json").write_text(json.dumps(texts))
 
     def _reset(self) -> None:
@@ -543,8 +614,10 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
                 if (self.place.copies / folder.name).exists():
                     copy_tree(self.place.copies / folder.name, folder)
-            for text in json.loads((self.place.copies / "domains.json").read_text()):
-                host.connection.define(text)
+            for text, snapshots in json.loads((self.place.copies / "domains.json").read_text()):
+                domain = host.connection.define(text)
+                for xml, is_current in snapshots:
+                    libvirt_snapshots.redefine(domain, xml, current=is_current)
             if self.shape.live is not None:
                 self.shape.live(host)
 
@@ -560,6 +633,22 @@ class Run:
             counter.install()
             self.shape.act(host)
         return counter.names
+
+    def _start(self) -> dict[str, str] | None:
+        """What the VM reads that somebody started, who knows nothing of hvmgr; None when libvirt did not start it."""
+        with opened(self.place) as host:
+            for domain in host.connection.domains():
+                if not domain.is_active():
+                    try:
+                        domain.start()
+                    except errors.HvmgrError:
+                        return None
+                disks = vm_home.disks_of(configuration.parse(domain.xml(live=True), source="libvirt"))
+                reads = dict(zip(sorted(disks), guest_reads(domain), strict=True))
+                write_running(host, 0xEE, "960k", name=domain.name)
+                domain.destroy()
+                return reads
+        return None
 
     def _recover(self) -> dict[str, object]:
         notices: list[str] = []
@@ -586,6 +675,11 @@ def _one_difference(key: str, expected: object, found: object) -> str:
         lines = difflib.unified_diff(expected.splitlines(), found.splitlines(), "expected", "found", "", "", 1, "")
         return f"\n      {key}: " + "\n        ".join(lines)
     return f"\n      {key}: {expected} -> {found}"
+
+
+def _snapshots_of(domain: Domain) -> list[tuple[str, bool]]:
+    """libvirt's own snapshots, as they are put back at each reset."""
+    return [(one.xml, one.is_current) for one in libvirt_snapshots.list_all(domain)]
 
 
 def copy_tree(source: Path, target: Path) -> None:
@@ -628,6 +722,12 @@ def main() -> int:
         for moment in moments:
             run.kill_after(moment)
         done = len(moments)
+    elif how[:1] == ["start"]:
+        count = int(how[1]) or len(names)
+        numbers = [1 + (2 * index + 1) * len(names) // (2 * count) for index in range(count)]
+        for number in numbers:
+            run.start_at(number, names[number - 1])
+        done = len(numbers)
     else:
         stride, first = (int(how[0]) if how else 1), (int(how[1]) if len(how) > 1 else 1)
         numbers = range(first, len(names) + 1, stride)

@@ -158,6 +158,56 @@ def in_place(host):
     take(host, "one", 0x20)
 
 
+def virsh(*words):
+    subprocess.run(
+        ["virsh", "-q", "-c", "qemu:///system", *map(str, words)], check=True, timeout=60, capture_output=True
+    )
+
+
+def write_plain(host, pattern, at):
+    """What the guest of a VM that hvmgr does not know writes while it is off."""
+    domain = host.connection.find_domain_by_name(NAME)
+    path = etree.fromstring(domain.xml(live=False)).find("devices/disk/source").get("file")
+    command = ["qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {64 * at}k 64k", path]
+    subprocess.run(command, check=True, capture_output=True, timeout=20)
+
+
+def not_ours(host):
+    """A VM of libvirt's own with three snapshots, the second with memory; each present has bytes of its own."""
+    folder = host.root.parent / "outside"
+    image = folder / "a.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(crash.DISK)], check=True, timeout=20)
+    (folder / "web.xml").write_text(
+        f"<domain type='qemu'><name>{NAME}</name><memory unit='MiB'>16</memory><os><type machine='pc'>hvm</type></os>"
+        f"<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>"
+        "<target dev='hda' bus='ide'/></disk><controller type='usb' model='none'/><memballoon model='none'/></devices>"
+        "</domain>"
+    )
+    virsh("define", folder / "web.xml")
+    write_plain(host, 0x10, 0)
+    virsh("snapshot-create-as", NAME, "one", "text of one", "--disk-only")
+    write_plain(host, 0x20, 1)
+    virsh("start", NAME)
+    virsh("snapshot-create-as", NAME, "two", "--memspec", folder / "two.memory")
+    virsh("destroy", NAME)
+    write_plain(host, 0x30, 2)
+    virsh("snapshot-create-as", NAME, "three", "--disk-only")
+    write_plain(host, 0x40, 3)
+
+
+def not_ours_running(host):
+    virsh("start", NAME)
+    write_running(host, 0x50, "384k")
+
+
+def adopt(host, **options):
+    host.adopt(NAME, hvmgr.AdoptOptions(**options))
+
+
+def adopt_elsewhere(host):
+    adopt(host, home=host.root.parent / "outside" / "home")
+
+
 def vm(host):
     return host.vm(NAME)
 
@@ -206,6 +256,8 @@ WHOLES = {
     "vm-create": Shape(lambda host: None, create, again=True),
     "vm-create-copy": Shape(source_image, lambda host: create(host, in_place=False), again=True),
     "vm-create-in-place": Shape(source_image, lambda host: create(host, in_place=True), again=True),
+    "vm-adopt": Shape(not_ours, adopt, again=True),
+    "vm-adopt-elsewhere": Shape(not_ours, adopt_elsewhere, again=True),
     "vm-delete": Shape(forked_tree, lambda host: vm(host).delete()),
     "vm-delete-with-disks": Shape(forked_tree, lambda host: vm(host).delete(with_disks=True)),
     "vm-delete-saved": Shape(line, lambda host: vm(host).delete(), live=saved),
@@ -227,6 +279,7 @@ MERGES = {
 }
 
 RUNNING = {
+    "running-adopt": Shape(not_ours, adopt, live=not_ours_running, again=True),
     "running-create": Shape(with_undo, new, live=running),
     "running-create-disk-only": Shape(with_undo, lambda host: new(host, type="disk-only"), live=running),
     "running-create-two-disks": Shape(two_disks, new, live=running),

@@ -20,6 +20,8 @@ WHOLES = [
     "vm-create",
     "vm-create-copy",
     "vm-create-in-place",
+    "vm-adopt",
+    "vm-adopt-elsewhere",
     "vm-delete",
     "vm-delete-with-disks",
     "vm-delete-saved",

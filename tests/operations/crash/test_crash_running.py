@@ -22,6 +22,7 @@ RUNNING = [
     "running-undo",
     "running-delete",
     "running-delete-other-branch",
+    "running-adopt",
 ]
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]

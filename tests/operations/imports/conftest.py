@@ -10,8 +10,7 @@ import pytest
 import hvmgr
 from hvmgr.model import manifest
 from hvmgr.model.metadata import SavedState
-from hvmgr.operations import import_steps
-from hvmgr.storage import source_home
+from hvmgr.storage import copy, source_home
 from tests.operations.rules.conftest import Bench, place, run  # noqa: F401 - a fixture
 
 
@@ -54,7 +53,7 @@ class Exchange(Bench):
             manifest.Image(
                 file=inside(one.path), format=one.format, size=one.size, bytes=one.length, path=one.recorded,
                 parent=None if one.parent is None else inside(one.parent),
-                sha256=import_steps.hash_of(Path(one.path)),
+                sha256=copy.sha256(Path(one.path)),
             )
             for one in source.images.values()
         )  # fmt: skip

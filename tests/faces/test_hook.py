@@ -1,0 +1,267 @@
+"""The hook as libvirt runs it: a program of its own, with an XML on stdin. The starts themselves: test_start_hook.py."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hvmgr import errors
+from hvmgr.faces import hook
+from hvmgr.host import libvirt_door
+from hvmgr.model import metadata
+from hvmgr.operations import start_hook
+from hvmgr.storage import start_guard
+
+ROOT = Path(__file__).resolve().parents[2]
+FOREIGN = b"<domain type='kvm'><name>web</name><uuid>11111111-2222-4333-8444-555555555555</uuid></domain>"
+ELEMENT = (
+    b"<metadata><hvmgr:vm xmlns:hvmgr='urn:hvmgr:vm:1' format='1' home='/no/such/home' uri='qemu:///system'"
+    b" created='2026-11-21T13:03:05.000000Z'/></metadata>"
+)
+OURS = FOREIGN.replace(b"</uuid>", b"</uuid>" + ELEMENT)
+MANY = b"<a/>" * 2_600_000  # 10 MB
+
+
+class Unread(io.BytesIO):
+    def read(self, *_):
+        raise AssertionError("nobody has to read this")
+
+
+def answer(xml, *, operation="prepare", name="web"):
+    return hook.main([name, operation, "begin", "-"], xml if isinstance(xml, io.BytesIO) else io.BytesIO(xml))
+
+
+@pytest.fixture
+def said(capsys):
+    """What the hook said: one line, or nothing."""
+
+    def get():
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.count("\n") == (1 if told.err else 0)
+        return told.err
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "operation", ["start", "started", "stopped", "release", "restore", "migrate", "reconnect", "attach", "new-one", ""]
+)
+def test_every_phase_but_prepare_passes_unread(operation, said):
+    assert answer(Unread(OURS), operation=operation) == 0
+    assert said() == ""
+
+
+@pytest.mark.parametrize("arguments", [[], ["web"]])
+def test_too_few_arguments_pass(arguments):
+    assert hook.main(arguments, Unread(OURS)) == 0
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [
+        FOREIGN,
+        b"",
+        b"<domain",
+        b"\xff\xfe\x00",
+        b"<!DOCTYPE a [<!ENTITY b 'c'>]><domain>&b;</domain>",
+        FOREIGN[:-9] + MANY + b"</domain>",
+        bytes(20 << 20),
+        FOREIGN.replace(b"<name>", b"<description>not urn:hvmgr:vm:1</description><name>"),
+    ],
+    ids=["plain", "empty", "broken", "no-text", "doctype", "10-MB", "20-MiB-of-nothing", "mentions-us"],
+)
+def test_vm_that_is_not_ours_passes(xml, said):
+    assert answer(xml) == 0
+    assert said() == ""
+
+
+@pytest.mark.parametrize(
+    ("xml", "why"),
+    [
+        (OURS, "its home /no/such/home is not there; hvmgr --root /no/such doctor --repair web"),
+        (OURS[:-5], "libvirt's XML, line 1, column"),
+        (b"<!DOCTYPE a>" + OURS, "has a DOCTYPE"),
+        (b"<?xml version='1.0' encoding='klingon'?>" + OURS, "not XML"),
+        (b"<?xml version='1.0' encoding='utf-8'?>" + OURS.replace(b"web", b"w\xe9b"), "not XML"),
+        (OURS.decode().encode("utf-16"), "its home /no/such/home is not there"),
+        (OURS[:-9] + MANY + b"</domain>", "its home /no/such/home is not there"),
+        (OURS + b" " * (16 << 20), "its XML is larger than 16 MiB"),
+        (OURS.replace(b"format='1'", b"format='2'"), "was written by a newer hvmgr"),
+        (OURS.replace(b" home='/no/such/home'", b""), "hvmgr's <vm> has no home"),
+        (OURS.replace(b"<name>web</name>", b""), "no <name>"),
+        (OURS.replace(b"/no/such/home", b"/no/such&#10;/home"), r"its home /no/such\n/home is not there"),
+    ],
+    ids=[
+        "no-home", "cut-off", "doctype", "unknown-encoding", "wrong-encoding", "utf-16", "10-MB", "17-MB", "newer",
+        "no-attribute", "no-name", "line-feed",
+    ],
+)  # fmt: skip
+def test_vm_of_ours_is_refused_in_one_line(xml, why, said):
+    assert answer(xml) == 1
+    line = said()
+    assert line.startswith("hvmgr: web must not start: ")
+    assert why in line
+
+
+def test_defect_is_a_refusal_with_a_way_out(monkeypatch, said):
+    monkeypatch.setattr(start_guard, "examine", lambda _: 1 / 0)
+    assert answer(OURS) == 1
+    line = said()
+    assert "a defect in hvmgr's hook: ZeroDivisionError" in line
+    assert "to start it all the same: hvmgr hook allow --once web" in line
+
+
+def test_nobody_listening_changes_no_answer(monkeypatch):
+    with open(os.devnull) as unwritable:
+        monkeypatch.setattr(sys, "stderr", unwritable)
+        assert answer(OURS) == 1
+
+
+def test_mark_is_the_namespace():
+    assert hook._MARK == metadata.NAMESPACE
+
+
+# --- as a program -----------------------------------------------------------------------------------------------------
+
+
+def modules_after(xml):
+    program = (
+        f"import sys, io; sys.path.insert(0, {str(ROOT)!r}); from hvmgr.faces import hook\n"
+        f"hook.main(['web', 'prepare', 'begin', '-'], io.BytesIO({xml!r})); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", program], check=True, capture_output=True, text=True)
+    return {name.partition(".")[0] for name in done.stdout.split()}, set(done.stdout.split())
+
+
+def test_foreign_vm_costs_no_import():
+    tops, names = modules_after(FOREIGN)
+    assert not tops & {"lxml", "dataclasses", "re", "json", "pathlib", "hashlib", "subprocess"}
+    assert not {name for name in names if name.startswith("hvmgr.") and not name.startswith("hvmgr.faces")} - {
+        "hvmgr.version"
+    }
+
+
+def test_vm_of_ours_is_judged_without_libvirt(tmp_path):
+    """A whole examination, of a home that is there."""
+    tops, _ = modules_after(OURS.replace(b"/no/such/home", os.fsencode(tmp_path)))
+    assert "lxml" in tops
+    assert not tops & {"libvirt", "libvirtmod", "qemu", "rich", "click", "yaml", "subprocess", "asyncio"}
+
+
+@pytest.fixture
+def script(tmp_path):
+    return start_hook.install(tmp_path / "hooks").path
+
+
+def run(script, xml, operation="prepare"):
+    argv = [script, "web", operation, "begin", "-"]
+    environment = {"LC_ALL": "C", "PATH": "/usr/bin:/bin"}  # what libvirt gives
+    return subprocess.run(argv, input=xml, capture_output=True, check=False, env=environment, timeout=30)
+
+
+def test_script_answers(script):
+    assert run(script, FOREIGN).returncode == 0
+    assert run(script, OURS, "started").returncode == 0
+    refused = run(script, OURS)
+    assert (refused.returncode, refused.stdout) == (1, b"")
+    assert b"its home /no/such/home is not there" in refused.stderr
+
+
+def test_script_speaks_of_names_beyond_ascii(script):
+    refused = run(script, OURS.replace(b"/no/such/home", "/no/Zürich".encode()))
+    assert refused.returncode == 1
+    assert b"its home /no/Z" in refused.stderr
+
+
+def test_other_phases_and_other_vms_pass_in_well_under_a_tenth_of_a_second(script):
+    for xml, operation in ((OURS, "started"), (FOREIGN, "prepare")):
+        seconds = []
+        for _ in range(9):
+            start = time.perf_counter()
+            run(script, xml, operation)
+            seconds.append(time.perf_counter() - start)
+        assert min(seconds) < 0.05, seconds
+
+
+@pytest.mark.parametrize("gone", ["python", "hook"])
+def test_script_lets_everything_pass_when_hvmgr_is_gone(script, gone):
+    lines = script.read_text().splitlines(keepends=True)
+    script.write_text("".join(f"{gone}=/no/such\n" if line.startswith(f"{gone}=") else line for line in lines))
+    assert run(script, OURS).returncode == 0
+
+
+def test_half_removed_hvmgr_lets_everything_pass(tmp_path):
+    faces = tmp_path / "hvmgr" / "faces"
+    faces.mkdir(parents=True)
+    (tmp_path / "hvmgr" / "__init__.py").touch()
+    (faces / "hook.py").write_bytes(Path(hook.__file__).read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", faces / "hook.py", "web", "prepare", "begin", "-"],
+        input=OURS, capture_output=True, check=False, timeout=30,
+    )  # fmt: skip
+    assert done.returncode == 0
+    assert b"web was not examined" in done.stderr
+
+
+# --- installing -------------------------------------------------------------------------------------------------------
+
+
+def test_install_twice_changes_nothing_the_second_time(tmp_path):
+    first = start_hook.install(tmp_path)
+    assert (first.changed, first.alone) == (True, True)
+    assert first.path == tmp_path / "qemu.d" / "50-hvmgr"
+    assert first.path.stat().st_mode & 0o777 == 0o755
+    assert start_hook.is_installed(tmp_path)
+    before = first.path.stat()
+    assert not start_hook.install(tmp_path).changed
+    assert first.path.stat() == before
+
+
+def test_install_mends_mode_and_content(tmp_path):
+    path = start_hook.install(tmp_path).path
+    path.chmod(0o644)
+    assert start_hook.install(tmp_path).changed
+    path.write_text(path.read_text() + "# of an older hvmgr\n")
+    assert not start_hook.is_installed(tmp_path)
+    assert start_hook.install(tmp_path).changed
+    assert start_hook.is_installed(tmp_path)
+
+
+def test_foreign_file_of_that_name_stays(tmp_path):
+    path = start_hook.path_in(tmp_path)
+    path.parent.mkdir()
+    path.write_text("#!/bin/sh\nexit 0\n")
+    for act in (start_hook.install, start_hook.uninstall):
+        with pytest.raises(errors.Conflict, match="is not hvmgr's"):
+            act(tmp_path)
+    assert path.read_text() == "#!/bin/sh\nexit 0\n"
+
+
+def test_other_hooks_stay(tmp_path):
+    other = tmp_path / "qemu.d" / "10-other"
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\n")
+    other.chmod(0o755)
+    assert not start_hook.install(tmp_path).alone
+    assert start_hook.uninstall(tmp_path).changed
+    assert list(tmp_path.rglob("*")) == [other.parent, other]
+    assert not start_hook.uninstall(tmp_path).changed
+
+
+def test_old_libvirt_is_unsupported(tmp_path, monkeypatch):
+    monkeypatch.setattr(libvirt_door, "version", lambda: (6, 4))
+    with pytest.raises(errors.Unsupported, match=r"libvirt 6\.4 runs no scripts in qemu\.d: that came with 6\.5"):
+        start_hook.install(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_writes_nothing(tmp_path):
+    assert start_hook.install(tmp_path / "hooks", dry_run=True).changed
+    assert list(tmp_path.iterdir()) == []
