@@ -135,6 +135,9 @@ def prepare(host: Host, source: Path, options: ImportOptions) -> ImportPlan:
         for one in opened.snapshots
     ]
     known = {one.id for one in snapshots}
+    if options.without_snapshots:
+        parents = [one.record.parent for one in opened.snapshots] + [opened.facts.parent if opened.facts else None]
+        missing |= {one for one in parents if one is not None}
     snapshots += [PlannedSnapshot(id=one, name="(missing)", keep=False) for one in sorted(missing - known)]
     return ImportPlan(
         host=host,
