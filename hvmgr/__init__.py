@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.import_plan import ImportPlan
+    from hvmgr.operations.importing import CloneOptions
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "VM",
     "AdoptOptions",
+    "CloneOptions",
     "DiskSpecification",
     "Finding",
     "Host",
@@ -57,6 +59,7 @@ __all__ = [
 _HOMES = {
     "VM": "hvmgr.operations.vm",
     "AdoptOptions": "hvmgr.operations.adoption",
+    "CloneOptions": "hvmgr.operations.importing",
     "DiskSpecification": "hvmgr.model.specification",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The promise to importers: a name that is added or taken away is a line of CHANGELOG.md.
 PUBLIC = [
     "AdoptOptions",
+    "CloneOptions",
     "DiskSpecification",
     "Finding",
     "Host",

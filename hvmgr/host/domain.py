@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -226,6 +227,24 @@ class Domain:
         xml = _snapshot_xml(children, others, memory)
         with libvirt_door.translated(f"switch the disks of {self.name}", changing=True):
             self._run_job(lambda handle: handle.snapshotCreateXML(xml, flags), progress)
+
+    def pull(self, slot: str, *, progress: Progress | None = None) -> None:
+        """Brings everything below the image that a running domain writes into that image; the guest goes on meanwhile.
+
+        An interrupt stops it: what was pulled stays, and the parent is still needed.
+        """
+        with libvirt_door.translated(f"pull the data of disk {slot} of {self.name}", changing=True):
+            handle = self._handle()
+            handle.blockPull(slot, 0, 0)
+            try:
+                while info := handle.blockJobInfo(slot, 0):
+                    if progress is not None:
+                        progress(info["cur"], info["end"])
+                    time.sleep(_POLL_S)
+            except BaseException:
+                with contextlib.suppress(libvirt_door.library().libvirtError):
+                    handle.blockJobAbort(slot, 0)
+                raise
 
     def writable_files(self) -> set[Path]:
         """Files that its guest's disks write to, asked from QEMU itself; empty when it is off.

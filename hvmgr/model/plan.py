@@ -441,6 +441,60 @@ class RecordGold(Step):
         return f"note the state of {len(self.images)} shared images"
 
 
+@dataclass(frozen=True, slots=True)
+class MakeFolders(Step):
+    """Folders outside the home that is worked on, parents first."""
+
+    folders: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"make the folders of {self.folders[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFile(Step):
+    """A new text file."""
+
+    path: str
+    text: str
+
+    def describe(self) -> str:
+        return f"write {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeManagedSave(Step):
+    """libvirt's managed save gets another configuration."""
+
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return "point the saved state of the VM to its new place"
+
+
+@dataclass(frozen=True, slots=True)
+class SettleHome(Step):
+    """The VM's home is another folder from now on: configuration, index, and the records of frozen images there."""
+
+    home: str
+    frozen: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"write the configuration into {self.home}"
+
+
+@dataclass(frozen=True, slots=True)
+class PullDisk(Step):
+    """A running VM's working image takes in all that is below it."""
+
+    slot: str
+    path: str
+
+    def describe(self) -> str:
+        return f"pull the data of disk {self.slot} into {_name(self.path)}"
+
+
 # --- the domain -----------------------------------------------------------------------------------------------------
 
 

@@ -36,7 +36,7 @@ def findings(connection: Connection, comparison: Comparison) -> Iterator[Finding
     if options.mode is Mode.LINK:
         yield from _link_findings(comparison, owner)
     for folder in {comparison.layout.home, *(place for _, place in comparison.layout.links())}:
-        yield from _way_findings(folder, owner)
+        yield from way_findings(folder, owner)
 
 
 def _identity_findings(connection: Connection, comparison: Comparison) -> Iterator[Finding]:
@@ -111,11 +111,16 @@ def _space_findings(comparison: Comparison) -> Iterator[Finding]:
         first, total = by_device.get(folder.stat().st_dev, (folder, 0))
         by_device[folder.stat().st_dev] = (first, total + size)
     for folder, size in by_device.values():
-        facts = os.statvfs(folder)
-        free = facts.f_bavail * facts.f_frsize
-        if size + _MARGIN > free:
-            sentence = f"the copies need {units.format_size(size)}, {folder} has {units.format_size(free)} free"
-            yield found("no-space", sentence, folder, "free space there, or --vm-path, --disk-path, --snapshot-path")
+        yield from space_finding(folder, size)
+
+
+def space_finding(folder: Path, size: int) -> Iterator[Finding]:
+    """Whether this much more fits where a folder lies."""
+    facts = os.statvfs(folder)
+    free = facts.f_bavail * facts.f_frsize
+    if size + _MARGIN > free:
+        sentence = f"the copies need {units.format_size(size)}, {folder} has {units.format_size(free)} free"
+        yield found("no-space", sentence, folder, "free space there, or --vm-path, --disk-path, --snapshot-path")
 
 
 def _link_findings(comparison: Comparison, owner: tuple[int, int] | None) -> Iterator[Finding]:
@@ -131,10 +136,11 @@ def _link_findings(comparison: Comparison, owner: tuple[int, int] | None) -> Ite
             yield found("source-writable", f"{path} can still be written", path, repair)
         if not _may(facts, owner, 0o4) and read_only:
             yield found("not-readable", f"QEMU's user cannot read {path}", path, "export it anew, or use --mode copy")
-        yield from _way_findings(path.parent, owner)
+        yield from way_findings(path.parent, owner)
 
 
-def _way_findings(folder: Path, owner: tuple[int, int] | None) -> Iterator[Finding]:
+def way_findings(folder: Path, owner: tuple[int, int] | None) -> Iterator[Finding]:
+    """The first folder above this one that QEMU's user may not pass."""
     for step in reversed(folder.parents):
         if not step.is_dir():
             return

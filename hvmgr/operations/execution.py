@@ -20,7 +20,7 @@ from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import plan
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import domain_steps, file_steps, image_steps, import_steps
+from hvmgr.operations import domain_steps, file_steps, image_steps, import_steps, move_steps
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, journal
 
@@ -65,6 +65,11 @@ DO: Mapping[type[Step], _Act] = {
     plan.ForgetLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.UndefineDomain: domain_steps.undefine,
     plan.MakeRoots: import_steps.make_roots,
+    plan.MakeFolders: move_steps.make_folders,
+    plan.WriteFile: move_steps.write_file,
+    plan.ChangeManagedSave: move_steps.change_managed_save,
+    plan.SettleHome: move_steps.settle_home,
+    plan.PullDisk: move_steps.pull_disk,
     plan.TakeHome: import_steps.take_home,
     plan.CopyImages: import_steps.copy_images,
     plan.NameParent: import_steps.name_parent,
@@ -95,6 +100,10 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.StartFrom: domain_steps.unstart,
     plan.WriteSnapshot: file_steps.unwrite_snapshot,
     plan.MakeRoots: import_steps.unmake_roots,
+    plan.MakeFolders: move_steps.unmake_folders,
+    plan.WriteFile: move_steps.unwrite_file,
+    plan.ChangeManagedSave: move_steps.unchange_managed_save,
+    plan.PullDisk: lambda _session, _step: None,  # the image holds the same, whoever holds it
     plan.TakeHome: import_steps.untake_home,
     plan.CopyImages: import_steps.uncopy_images,
     plan.NameParent: import_steps.unname_parent,

@@ -174,7 +174,8 @@ def remove_private(session: Session) -> None:
             durable.remove_folder(entry)
         elif entry not in (layout.journal, layout.lock):
             durable.remove(entry)
-    index.forget(layout.vm_id)  # it leads to homes outside the root, and so to their journals
+    if all(one.home == layout.home for one in index.entries() if one.vm_id == layout.vm_id):  # not of a VM that moved
+        index.forget(layout.vm_id)  # it leads to homes outside the root, and so to their journals
     durable.remove(layout.journal)  # as long as something else is there, so is the journal that removes it
     durable.remove_folder(layout.private)
     durable.remove_empty_folder(layout.home)

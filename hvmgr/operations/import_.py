@@ -180,7 +180,7 @@ def tpm_of(connection: Connection, source: SourceHome) -> Path | None:
     if source.tpm is not None:
         return source.tpm
     folder = connection.tpm_folder(source.vm_id)
-    return folder if source.trusted and folder.is_dir() else None
+    return folder if source.trusted and source.is_present and folder.is_dir() else None
 
 
 def _managed_save(session: Session, taken: Intake, disks: dict[str, tuple[str, str]], nvram: Path | None) -> list[Step]:

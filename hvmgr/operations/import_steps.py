@@ -66,7 +66,6 @@ def copy_images(session: Session, step: plan.CopyImages) -> None:
             raise errors.Corrupt(
                 f"{source} holds other bytes than were recorded", hint="get a whole copy of the file", path=source
             )
-    session.release()
 
 
 def uncopy_images(_session: Session, step: plan.CopyImages) -> None:

@@ -6,11 +6,13 @@ Opening the source is repeated under the locks, so that what was compared is wha
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
+from hvmgr.model import configuration
 from hvmgr.model.import_options import ImportOptions, Mode
 from hvmgr.operations import compare, execution, import_, intake
 from hvmgr.operations.compare import Comparison
@@ -112,3 +114,59 @@ def _complete_target(host: Host, source: Path, options: ImportOptions) -> None:
     layout = import_.target_layout(host.root, opened, options, opened.vm_id)
     if layout.home.is_dir() and layout.journal.exists():
         host._complete(layout.home)  # noqa: SLF001 - as above
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CloneOptions:
+    """How a VM is cloned: from its present or from ``snapshot``; ``linked`` shares the snapshot's images."""
+
+    snapshot: str | None = None
+    linked: bool = False
+    without_snapshots: bool = False
+    without_state: bool = False
+    keep_macs: bool = False
+    networks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    vm_path: Path | None = None
+    owner: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+def clone(vm: VM, name: str, how: CloneOptions) -> VM:
+    """Another VM like this one; it goes on from the snapshot's saved state when that has one."""
+    if how.linked and how.snapshot is None:
+        raise errors.UsageError(
+            "a linked clone shares the images of a snapshot",
+            hint=f"take one, and name it: hvmgr snapshot create '{vm.name}'; then --snapshot SNAP",
+        )
+    options = ImportOptions(
+        name=name,
+        mode=Mode.LINK if how.linked else Mode.COPY,
+        keep_macs=how.keep_macs,
+        without_state=how.without_state,
+        without_snapshots=how.without_snapshots,
+        networks=how.networks,
+        vm_path=how.vm_path,
+        owner=how.owner,
+        tags=how.tags,
+    )
+    snapshot_id = None if how.snapshot is None else vm.snapshot(how.snapshot).id
+    vm.now()  # sets right what a dead command left
+    host = vm.host
+    with vm.home.locked(wait_s=host.wait_s):
+        source = source_home.open_source(vm.path, own=True)
+        if snapshot_id is not None:
+            one = next(each for each in source.snapshots if each.record.id == snapshot_id)
+            source = source_home.at_snapshot(source, one)
+        else:
+            source = _with_managed_save(host, source)
+        comparison = compare.examine(host.connection, host.root, source, options)
+        return carry_out(host, comparison)
+
+
+def _with_managed_save(host: Host, source: SourceHome) -> SourceHome:
+    """A VM that is saved is cloned with its saved memory."""
+    domain = host.connection.find_domain(source.vm_id)
+    if domain is None or domain.is_active() or not domain.has_managed_save():
+        return source
+    saved = configuration.parse(domain.managed_save_xml(), source="the managed save")
+    return dataclasses.replace(source, memory=host.connection.managed_save_path(domain.name), saved=saved)

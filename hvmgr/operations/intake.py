@@ -49,6 +49,7 @@ class Intake:
     def present(self, *, change: str, nvram: Path | None, disks: Mapping[str, tuple[str, str]]) -> Configuration:
         """The present as it will be defined; ``disks`` are (path, format) by slot."""
         changed = self._changed(self.source.present, disks, nvram)
+        _eject_missing(changed)  # an apply does the same with a snapshot's
         facts = self._facts(self.source.present)
         changed.set_metadata(dataclasses.replace(facts, change=change, snapshot=None))
         return changed
@@ -96,7 +97,6 @@ class Intake:
         self.identity.impress(changed)
         if one.nvram is not None and nvram is not None:
             changed.set_nvram(nvram)
-        _eject_missing(changed)
         return changed
 
     def _facts(self, one: Configuration) -> Metadata:

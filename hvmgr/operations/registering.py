@@ -58,7 +58,7 @@ def plan_register(session: Session, comparison: Comparison, change: str) -> Plan
     source, layout = comparison.source, session.layout
     taken = _take_in(session, comparison)
     renames = list(_renames(taken))
-    disks = _disks(taken, source.disks)
+    disks = disks_of(taken, source.disks)
     nvram = _moved_nvram(taken, source.present.nvram)
     prepare: list[Step] = [
         plan.SetModes(modes=tuple(_modes(taken))),
@@ -68,7 +68,7 @@ def plan_register(session: Session, comparison: Comparison, change: str) -> Plan
         *_parents(taken),
         *_memories(taken),
     ]
-    finish: list[Step] = [plan.WritePresent(), plan.RecordFrozen(paths=tuple(sorted(_frozen(taken))))]
+    finish: list[Step] = [plan.WritePresent(), plan.RecordFrozen(paths=tuple(sorted(frozen_of(taken))))]
     finish += [plan.RemoveFile(path=str(layout.home / name)) for name in (manifest.FILE, manifest.SUMS)]
     state, rest = _state_of_present(session, taken, disks, nvram)
     return Plan(
@@ -109,7 +109,8 @@ def _renamed(path: Path, old: Layout, new: Layout) -> Path:
     return path
 
 
-def _disks(taken: Intake, disks: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def disks_of(taken: Intake, disks: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+    """Disks by slot as (path, format), under their new names."""
     return {slot: (taken.places[path], taken.source.images[path].format) for slot, path in disks.items()}
 
 
@@ -154,7 +155,7 @@ def _texts(taken: Intake) -> Iterator[Step]:
             yield plan.ChangeFile(path=str(path), before=before, after=after)
     undo = taken.source.undo
     if undo is not None:
-        disks = _disks(taken, {slot: path for slot, path in taken.source.undo_disks.items() if path in taken.places})
+        disks = disks_of(taken, {slot: path for slot, path in taken.source.undo_disks.items() if path in taken.places})
         text = taken.undo(undo, disks, _moved_nvram(taken, undo.nvram)).to_xml()
         yield plan.ChangeFile(path=str(layout.undo), before=taken.source.layout.undo.read_text("utf-8"), after=text)
 
@@ -183,7 +184,7 @@ def _memories(taken: Intake) -> Iterator[Step]:
         if one.memory is None or one.saved is None:
             continue
         new_id = taken.identity.snapshot(one.record.id) or one.record.id
-        disks = _disks(taken, one.disks)
+        disks = disks_of(taken, one.disks)
         after = taken.saved(one.saved, one.configuration, disks, taken.layout.snapshot_nvram(new_id))
         before = saved_state.read(one.memory).xml
         if before != after:
@@ -214,7 +215,7 @@ def _state_of_present(
 # --- modes ----------------------------------------------------------------------------------------------------------
 
 
-def _frozen(taken: Intake) -> set[str]:
+def frozen_of(taken: Intake) -> set[str]:
     """Images of the home that a snapshot or a child needs, under their new names."""
     source = taken.source
     needed = {image.parent for image in source.images.values() if image.parent is not None}
@@ -225,7 +226,7 @@ def _frozen(taken: Intake) -> set[str]:
 def _modes(taken: Intake) -> Iterator[tuple[str, int, int, int, int]]:
     """What an export's read-only files and folders become."""
     source, old = taken.source, taken.source.layout
-    frozen_now = _frozen(taken)
+    frozen_now = frozen_of(taken)
     for folder in _folders(source):
         yield _mode(folder, _FOLDER, with_owner=False)
     for path, image in source.images.items():

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.plan import Plan
     from hvmgr.operations.host import Host
+    from hvmgr.operations.importing import CloneOptions
     from hvmgr.operations.session import Session
     from hvmgr.operations.usage import Usage
 
@@ -173,6 +174,31 @@ class VM:
         with self._work() as session:
             self._run(session, vms.plan_delete(session, with_disks=with_disks))
         return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
+
+    def clone(self, name: str, options: CloneOptions | None = None) -> VM:
+        """Another VM like this one, from its present or from a snapshot, with ids and addresses of its own."""
+        from hvmgr.operations import importing
+
+        return importing.clone(self, name, options or importing.CloneOptions())
+
+    def move(self, folder: Path | str) -> VM:
+        """The VM, off or saved, with another home: ``folder``, or in it under the old name when it is there already."""
+        from hvmgr.operations import moving
+
+        target = moving.target_of(Path(folder), self.path)
+        with self._work() as session:
+            self._run(session, moving.plan_move(session, target))
+        return VM(self.host, vm_home.open_home(target))
+
+    def localize(self, slot: str) -> bool:
+        """The disk, in every state, needs no image outside the home any more; whether that is a change."""
+        from hvmgr.operations import localizing
+
+        with self._work() as session:
+            plan = localizing.plan_localize(session, slot)
+            if plan is not None:
+                self._run(session, plan)
+        return plan is not None
 
     @contextlib.contextmanager
     def _work(self) -> Iterator[Session]:

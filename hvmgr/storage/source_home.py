@@ -73,6 +73,7 @@ class SourceHome:
     is_export: bool
     is_home: bool
     trusted: bool
+    is_present: bool = True  # False: seen as it was at a snapshot
 
     @property
     def vm_id(self) -> str:
@@ -129,6 +130,7 @@ def at_snapshot(source: SourceHome, snapshot: SourceSnapshot) -> SourceHome:
         undo=None,
         undo_disks={},
         missing=(),
+        is_present=False,
     )
 
 
@@ -172,9 +174,11 @@ def open_source(
     disks: tuple[Entry, ...] = (),
     used: Used | None = None,
     snapshots_from: Path | None = None,
+    own: bool = False,
 ) -> SourceHome:
     """Everything that the source holds, as far as it can be read; ``used`` learns which lines of maps were followed.
 
+    A home of this host is believed: one that the index knows, or that the caller works on (``own``).
     ``snapshots_from`` is a second folder in which snapshots that the source itself lacks are looked for.
     """
     folder, file = find_configuration(source, vm)
@@ -186,7 +190,7 @@ def open_source(
         paths=paths,
         by_slot=disks,
         used=used or Used(),
-        trusted=not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries()),
+        trusted=own or (not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries())),
     )
     return _Reader(folder, file, present, finder, snapshots_from).read()
 

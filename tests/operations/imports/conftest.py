@@ -77,6 +77,7 @@ class Exchange(Bench):
         files = {
             path: (path.lstat().st_mode, None if path.is_dir() else path.lstat().st_mtime_ns)
             for path in self.place.rglob("*")
+            if path.name != "lock"
         }
         return files, [domain.name for domain in self.host.connection.domains()]
 
