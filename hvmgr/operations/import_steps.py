@@ -85,7 +85,7 @@ def unname_parent(session: Session, step: plan.NameParent) -> None:
         _name(session, Path(step.path), step.before, step.parent_format)
 
 
-def _name(_session: Session, path: Path, parent: str, parent_format: str) -> None:
+def _name(session: Session, path: Path, parent: str, parent_format: str) -> None:
     mode = stat.S_IMODE(path.stat().st_mode)
     durable.set_mode(path, mode | stat.S_IWUSR)
     try:
@@ -93,6 +93,7 @@ def _name(_session: Session, path: Path, parent: str, parent_format: str) -> Non
         durable.sync_file(path)
     finally:
         durable.set_mode(path, mode)
+    frozen.refresh(session.layout, path)  # whoever planned this has seen that the image was what it should be
 
 
 # --- saved states, texts, modes -------------------------------------------------------------------------------------

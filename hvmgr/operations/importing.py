@@ -79,6 +79,9 @@ def _run(session: Session, plan: Plan) -> None:
 def _note_home(session: Session, comparison: Comparison) -> None:
     """A home that is not below the root is found by the next command even when this one dies at once."""
     layout = session.layout
+    for entry in index.entries():
+        if entry.home == layout.home:
+            index.forget(entry.vm_id)  # of an import that died before it began
     index.record(index.Entry(layout.vm_id, comparison.identity.name, layout.home, session.connection.uri, ()))
 
 

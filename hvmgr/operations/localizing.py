@@ -43,6 +43,8 @@ def plan_localize(session: Session, slot: str) -> Plan | None:
     _require_space(session, outside)
     places = _places(session, before, outside, slot)
     children = [one for one in before.images.values() if one.parent in places and one.path not in places]
+    for one in children:
+        frozen.require_unchanged(layout, Path(one.path))
     pulled = active and any(one.path in places for one in before.chain(working)[1:])
     change, after = session.new_id(), present.copy()
     facts = vm_home.require_facts(present)
@@ -68,7 +70,7 @@ def plan_localize(session: Session, slot: str) -> Plan | None:
         plan_id=change,
         vm_id=home.vm_id,
         operation="disk localize",
-        subject=f"disk {slot} of {present.name} made independent",
+        subject=f"localization of disk {slot} of {present.name}",
         prepare=tuple(prepare),
         switch=plan.Define(xml=after.to_xml()),
         finish=(plan.WritePresent(), plan.RecordFrozen(paths=tuple(frozen_now)), *_forget_use(layout.vm_id, outside)),

@@ -19,8 +19,9 @@ def make_folders(_session: Session, step: plan.MakeFolders) -> None:
 
 
 def unmake_folders(_session: Session, step: plan.MakeFolders) -> None:
-    """Those that are empty are gone."""
+    """Those that are empty but for what a death leaves are gone."""
     for folder in reversed(step.folders):
+        durable.sweep(Path(folder))
         durable.remove_empty_folder(Path(folder))
 
 

@@ -20,7 +20,7 @@ from hvmgr.operations import execution, import_
 from hvmgr.operations.intake import Intake
 from hvmgr.operations.session import Session
 from hvmgr.operations.vm import VM
-from hvmgr.storage import durable, frozen, index, locks
+from hvmgr.storage import durable, frozen, locks
 from hvmgr.storage.source_home import SourceHome
 from hvmgr.storage.vm_home import VmHome
 
@@ -44,7 +44,6 @@ def run(host: Host, comparison: Comparison) -> VM:
     layout = home.layout
     durable.make_folder(layout.private)
     with locks.held(layout.lock, wait_s=host.wait_s, what=f"the VM in {home.path}"):
-        index.record(index.Entry(layout.vm_id, comparison.identity.name, home.path, host.connection.uri, ()))
         session = Session(home, host.connection, host.reporter, wait_s=host.wait_s)
         try:
             execution.run(session, one)
@@ -60,7 +59,9 @@ def plan_register(session: Session, comparison: Comparison, change: str) -> Plan
     renames = list(_renames(taken))
     disks = disks_of(taken, source.disks)
     nvram = _moved_nvram(taken, source.present.nvram)
+    outside = tuple(path for path, image in source.images.items() if not image.inside)
     prepare: list[Step] = [
+        plan.NoteUse(name=taken.identity.name, outside=outside, beside=None),  # so that the journal here is found
         plan.SetModes(modes=tuple(_modes(taken))),
         *renames,
         plan.TakeHome(home=str(layout.home), vm_id=layout.vm_id, made=tuple(_lacking(source.layout, layout))),

@@ -17,6 +17,7 @@ COMMANDS = {
     "snapshot": (f"{_HERE}.snapshot:command", "Take, show, apply, undo, merge and delete snapshots."),
     "import": (f"{_HERE}.import_:import_command", "Make a VM out of an export, a VM home, or a domain's XML."),
     "compare": (f"{_HERE}.import_:compare", "Report what an import would find in its way, and change nothing."),
+    "disk": (f"{_HERE}.disk:command", "Work on the disks of a VM, each named by its slot."),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),
     "config": (f"{_HERE}.config:command", "Show the settings and where they come from."),

@@ -34,6 +34,8 @@ _PATH = _Path()
 
 _ELSEWHERE = {
     "adopt": ("hvmgr.faces.cli.adopt:command", "Make hvmgr manage VMs that libvirt has already."),
+    "clone": ("hvmgr.faces.cli.relocate:clone", "Make another VM like this one, with ids and addresses of its own."),
+    "move": ("hvmgr.faces.cli.relocate:move", "Give a VM that is off or saved another home."),
 }
 
 

@@ -105,6 +105,9 @@ SHAPED = {
     "vm create": ["vm", "create", "shaped", "--network", "none"],
     "vm adopt several": ["vm", "adopt", "--all", "--dry-run"],
     "vm adopt": ["vm", "adopt", "plain"],
+    "import": ["import", "HOME", "--name", "imported"],
+    "compare": ["compare", "HOME"],
+    "disk localize": ["disk", "localize", "VM", "vda"],
     "snapshots": ["snapshot", "list", "VM"],
     "snapshot create": ["snapshot", "create", "VM", "more"],
     "snapshot notes": ["snapshot", "notes", "VM", "one"],
@@ -131,7 +134,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
         )
     assert set(SHAPED) == set(SHAPES)
-    meant = {"VM": branched, "DIR": tmp_path / "hooks"}
+    meant = {"VM": branched, "DIR": tmp_path / "hooks", "HOME": root / branched}
     for name, words in SHAPED.items():
         answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
