@@ -87,6 +87,7 @@ def take_in(
         new_id=session.new_id,
         snapshots=snapshots,
         places=places,
+        emulators=session.connection.capabilities().emulators,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Intake:
     snapshots: tuple[SourceSnapshot, ...]
     places: Mapping[str, str]
     known: frozenset[str] = frozenset()  # snapshots that are at the target already
+    emulators: Mapping[str, Path] = field(default_factory=dict)  # this host's, by architecture
 
     # -- configurations ------------------------------------------------------------------------------------------------
 
@@ -95,9 +96,17 @@ class Intake:
         for slot, (path, fmt) in disks.items():
             changed.set_disk_source(slot, Path(path), fmt)
         self.identity.impress(changed)
+        self._set_emulator(changed)
         if one.nvram is not None and nvram is not None:
             changed.set_nvram(nvram)
         return changed
+
+    def _set_emulator(self, changed: Configuration) -> None:
+        """Distributions put QEMU into different places: where the source's is not, this host's own is."""
+        element = changed.root.find("devices/emulator")
+        own = self.emulators.get(changed.arch or "")
+        if element is not None and own is not None and not Path((element.text or "").strip()).exists():
+            element.text = str(own)
 
     def _facts(self, one: Configuration) -> Metadata:
         old = one.metadata()

@@ -99,6 +99,7 @@ def _take_in(session: Session, comparison: Comparison) -> Intake:
         new_id=session.new_id,
         snapshots=comparison.snapshots,
         places=places,
+        emulators=session.connection.capabilities().emulators,
     )
 
 

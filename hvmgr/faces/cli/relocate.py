@@ -36,7 +36,7 @@ class _Folder(click.Path):
 @click.option("--owner", metavar="NAME", help="Whom the VM belongs to.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word to find the VM by. Repeatable.")
 @click.pass_obj
-def clone(request: Request, vm: str, name: str, **options: Any) -> None:
+def clone(request: Request, /, vm: str, name: str, **options: Any) -> None:
     """Make another VM like this one, with ids and addresses of its own.
 
     The VM has to be off or saved, or a snapshot of it is named. A clone of a snapshot with saved memory goes on from there

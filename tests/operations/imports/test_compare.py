@@ -75,6 +75,12 @@ class TestHost:
         source = edit(bench.take_away(branched), lambda text: text.replace("arch='x86_64'", "arch='vax'"))
         assert bench.codes(source) == ["emulator-missing"]
 
+    def test_emulator_of_another_distribution(self, bench, branched):
+        source = bench.take_away(branched)
+        edit(source, lambda text: re.sub("<emulator>[^<]*", "<emulator>/usr/libexec/qemu-kvm", text))
+        assert bench.codes(source) == []
+        assert "/usr/libexec" not in bench.bring(source).home.present().to_xml()
+
     def test_missing_media_empty_their_drive_and_missing_kernels_do_not_pass(self, bench):
         vm = bench.make(4, cdrom=bench.image("cd.iso", fmt="raw"))
         source = bench.take_away(vm)
