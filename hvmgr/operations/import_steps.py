@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import stat
@@ -86,6 +87,8 @@ def unname_parent(session: Session, step: plan.NameParent) -> None:
 
 
 def _name(session: Session, path: Path, parent: str, parent_format: str) -> None:
+    if images.read(path, images.QCOW2).backing == parent:
+        return
     mode = stat.S_IMODE(path.stat().st_mode)
     durable.set_mode(path, mode | stat.S_IWUSR)
     try:
@@ -123,11 +126,15 @@ def change_memory(session: Session, step: plan.ChangeMemory) -> None:
 
 
 def unchange_memory(session: Session, step: plan.ChangeMemory) -> None:
-    """The saved state holds the old configuration."""
-    _put_xml(session, Path(step.path), step.before)
+    """The saved state holds the old configuration; one that has its old name still was not reached."""
+    if Path(step.path).exists():
+        _put_xml(session, Path(step.path), step.before)
 
 
 def _put_xml(session: Session, path: Path, xml: str) -> None:
+    with contextlib.suppress(errors.Corrupt):  # torn by a death
+        if saved_state.read(path).xml == xml:
+            return
     mode = stat.S_IMODE(path.stat().st_mode)
     durable.set_mode(path, mode | stat.S_IWUSR)
     try:
@@ -145,8 +152,9 @@ def change_file(session: Session, step: plan.ChangeFile) -> None:
 
 
 def unchange_file(session: Session, step: plan.ChangeFile) -> None:
-    """The file has its old content."""
-    durable.write_file(Path(step.path), step.before.encode())
+    """The file has its old content; one that has its old name still was not reached."""
+    if Path(step.path).exists():
+        durable.write_file(Path(step.path), step.before.encode())
     session.forget_uses()
 
 

@@ -52,7 +52,8 @@ def plan_localize(session: Session, slot: str) -> Plan | None:
         _point(after, slot, before.images[working], places)
     after.set_metadata(dataclasses.replace(facts, change=change))
     prepare: list[Step] = [plan.PullDisk(slot=slot, path=working)] if pulled else []
-    prepare.append(plan.CopyImages(files=tuple((path, target, "") for path, target in places.items())))
+    hashes = {path: frozen.recorded_hash(layout, Path(path)) or "" for path in places}
+    prepare.append(plan.CopyImages(files=tuple((path, target, hashes[path]) for path, target in places.items())))
     prepare += [
         _named(session, places[path], before.images[path], places)
         for path in places

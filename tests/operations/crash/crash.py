@@ -419,6 +419,10 @@ def _outside(place: Place) -> list[str]:
 
 
 def _digest(file: Path) -> str:
+    if file.suffix == ".save":
+        state = saved_state.read(file)
+        text, stream = _renamed(state.xml, {}), file.read_bytes()[state.data_offset :]
+        return hashlib.sha256(text.encode() + stream).hexdigest()[:16]
     if file.suffix not in (".xml", ".json"):
         return _hash(file)
     return hashlib.sha256(_renamed(file.read_text(), {}).encode()).hexdigest()[:16]
