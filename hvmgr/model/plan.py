@@ -325,10 +325,14 @@ class Define(Step):
 
 @dataclass(frozen=True, slots=True)
 class SwitchDisks(Step):
-    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved."""
+    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved.
+
+    With ``quiesce`` the guest's own file systems are at rest at that instant; its agent sees to that.
+    """
 
     children: tuple[tuple[str, str], ...]
     memory: str | None
+    quiesce: bool = False
 
     def describe(self) -> str:
         what = "memory and disks" if self.memory else "disks"

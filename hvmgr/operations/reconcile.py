@@ -25,7 +25,7 @@ from hvmgr.model.metadata import DiskRecord, Metadata
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations import domain_steps, execution
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, images, journal, vm_home
+from hvmgr.storage import durable, frozen, images, journal, vm_home
 
 
 def bring_together(session: Session) -> None:
@@ -33,6 +33,8 @@ def bring_together(session: Session) -> None:
     if session.dry_run and journal.is_open(session.layout.journal):
         raise _needs_a_real_run("an interrupted operation is open")
     execution.recover(session)
+    if not session.dry_run:
+        durable.remove_folder(session.layout.export)  # of an export that died
     if not session.layout.configuration.exists():
         raise errors.NotFound(f"there is no VM in {session.home.path} any more")
     found = session.find_domain()

@@ -23,6 +23,7 @@ from hvmgr.storage.vm_home import SnapshotEntry, VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
+    from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.plan import Plan
     from hvmgr.operations.host import Host
     from hvmgr.operations.session import Session
@@ -165,6 +166,17 @@ class VM:
 
         with self._work() as session:
             self._run(session, vms.plan_rename(session, name))
+
+    def export(self, dest: Path | str, options: ExportOptions | None = None) -> Path:
+        """The VM, or one snapshot of it, as a folder below ``dest`` that is complete in itself; that folder.
+
+        The VM is only read, and may run. An interrupted export goes on when it is called again.
+        """
+        from hvmgr.model.export_options import ExportOptions
+        from hvmgr.operations import export_
+
+        with self._work() as session:
+            return export_.export(session, Path(dest), options or ExportOptions())
 
     def delete(self, *, with_disks: bool = False) -> list[str]:
         """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""

@@ -199,6 +199,16 @@ def set_mode(path: Path, mode: int) -> None:
             sync_file(path)
 
 
+def set_folder_mode(path: Path, mode: int, owner: tuple[int, int] | None = None) -> None:
+    """The folder has the mode, and the owner where this process may give it away."""
+    with explained(path):
+        if owner is not None and os.geteuid() == 0:
+            os.chown(path, *owner)
+        if path.stat().st_mode & 0o7777 != mode:
+            path.chmod(mode)
+        sync_folder(path)
+
+
 def set_owner(path: Path, owner: tuple[int, int] | None) -> None:
     """The file belongs to ``owner`` (uid, gid), where this process may give it away."""
     with explained(path):
