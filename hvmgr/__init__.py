@@ -17,6 +17,8 @@ TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know t
 if TYPE_CHECKING:
     from hvmgr import errors
     from hvmgr.host.domain import State
+    from hvmgr.model.export_options import ExportOptions
+    from hvmgr.model.finding import Finding, Severity
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
@@ -31,12 +33,15 @@ __all__ = [
     "VM",
     "AdoptOptions",
     "DiskSpecification",
+    "ExportOptions",
+    "Finding",
     "Host",
     "NetworkSpecification",
     "Plan",
     "Progress",
     "Reporter",
     "SavedState",
+    "Severity",
     "Snapshot",
     "SnapshotType",
     "Specification",
@@ -50,12 +55,15 @@ _HOMES = {
     "VM": "hvmgr.operations.vm",
     "AdoptOptions": "hvmgr.operations.adoption",
     "DiskSpecification": "hvmgr.model.specification",
+    "ExportOptions": "hvmgr.model.export_options",
+    "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
+    "Severity": "hvmgr.model.finding",
     "Snapshot": "hvmgr.operations.vm",
     "SnapshotType": "hvmgr.model.metadata",
     "Specification": "hvmgr.model.specification",

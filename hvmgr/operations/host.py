@@ -28,6 +28,7 @@ from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.hypervisor import Connection
+    from hvmgr.model.finding import Finding
     from hvmgr.model.specification import Specification
     from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.session import Session
@@ -145,6 +146,12 @@ class Host:
             session.require_approval(plan)
             execution.run(session, plan)
         return VM(self, home)
+
+    def verify(self, folder: Path | str) -> list[Finding]:
+        """What is wrong with an export, the worst first; nothing when it is whole. It needs no libvirt."""
+        from hvmgr.operations import verification
+
+        return verification.verify(Path(folder), on_progress=self.reporter.progress)
 
     def _named(self) -> list[tuple[str, VmHome]]:
         """The homes, each with the name of its VM."""
