@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.repair import Repaired
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -39,6 +40,7 @@ __all__ = [
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Repaired",
     "Reporter",
     "SavedState",
     "Severity",
@@ -61,6 +63,7 @@ _HOMES = {
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
+    "Repaired": "hvmgr.operations.repair",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
     "Severity": "hvmgr.model.finding",

@@ -259,6 +259,19 @@ class Domain:
                         self.monitor("blockdev-del", node_name=one)
                         names.discard(one)
 
+    def name_parent(self, child: Path, parent: Path) -> None:
+        """Makes QEMU write into the header of an image that it has open what the image stands on."""
+        nodes = self.monitor("query-named-block-nodes", flat=True)
+        files = [node["node-name"] for node in nodes if node["drv"] == "file" and _path(node["file"]) == child]
+        name = files[0].replace("-storage", "-format")
+        self.monitor("change-backing-file", device=name, image_node_name=name, backing_file=os.fspath(parent))
+
+    def flush_disks(self) -> None:
+        """Makes QEMU write the tables of its disks' images to their files, for those who read them from outside."""
+        for node in sorted(_nodes_below(self.monitor("query-blockstats"))):
+            if node.endswith("-format"):
+                self.monitor("human-monitor-command", command_line=f"qemu-io {node} flush")
+
     def blocked_reasons(self) -> list[str]:
         """Why QEMU could not save its memory now, in QEMU's words; empty when nothing is in the way."""
         return [str(reason) for reason in self.monitor("query-migrate").get("blocked-reasons", [])]

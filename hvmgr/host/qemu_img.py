@@ -1,4 +1,4 @@
-"""What qemu-img tells about an image (``info``, ``map``, ``check``, ``measure``), and what it does to copies.
+"""What qemu-img tells about an image (``info``, ``map``, ``check``, ``measure``, ``same``), and what it does to copies.
 
 It changes nothing else: ``name_parent`` writes a header, ``flatten`` makes a new image.
 
@@ -27,6 +27,8 @@ _PROGRESS_S = 0.1
 
 # qemu-img-check(1): 0 sound, 2 corrupt, 3 leaks only, 63 not supported by the format.
 _CHECK_CODES = (0, 2, 3)
+# qemu-img(1), compare: 0 the same, 1 not; more is a failure.
+_COMPARE_CODES = (0, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,20 @@ def _taken(path: Path) -> int:
         return path.stat().st_blocks * 512
     except FileNotFoundError:
         return 0
+
+
+def same(first: tuple[Path, str], second: tuple[Path, str], *, force_share: bool = False) -> bool:
+    """Whether two images (path, format), chains and all, show a guest the same bytes; the longer one may end in zeros."""
+    formats = ["-f", first[1], "-F", second[1]]
+    argv: list[str | Path] = ["qemu-img", "compare", *formats, *_share(force_share=force_share)]
+    argv += [first[0].absolute(), second[0].absolute()]
+    try:
+        return process.run(argv, timeout_s=_SCAN_S, ok_codes=_COMPARE_CODES).code == 0
+    except errors.HostFailed as error:
+        words = error.facts.get("words")
+        if not words:
+            raise
+        raise qemu_errors.translated(str(words).removeprefix("qemu-img: "), first[0]) from error
 
 
 def _run(path: Path, verb: str, options: Sequence[str], *, timeout_s: float, ok_codes: Sequence[int] = (0,)) -> Any:

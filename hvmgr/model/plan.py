@@ -425,6 +425,20 @@ class RenameDomain(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class RequireUnchanged(Step):
+    """Nobody changed the domain or took a snapshot of it since the plan was made; else the plan ends here.
+
+    ``configuration`` is the SHA-256 of libvirt's inactive XML, ``snapshots`` are the names that libvirt knows.
+    """
+
+    configuration: str
+    snapshots: tuple[str, ...]
+
+    def describe(self) -> str:
+        return "see that nobody changed the VM meanwhile"
+
+
+@dataclass(frozen=True, slots=True)
 class ForgetLibvirtSnapshot(Step):
     """libvirt's own note of a snapshot goes; images and memory stay."""
 

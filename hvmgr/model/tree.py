@@ -176,7 +176,7 @@ def plan_go_on(tree: Tree, children: Mapping[str, str]) -> Change:
     _require_fitting(tree, tree.present.disks, children)
     created, freeze, images = _children_of(tree, tree.present.disks, children)
     after = dataclasses.replace(tree, images=images, present=Leaf(parent=tree.present.parent, disks=dict(children)))
-    return Change(after=after, prepare=(*created, *freeze))
+    return Change(after=after, prepare=created + freeze)
 
 
 def plan_apply(tree: Tree, snapshot_id: str, children: Mapping[str, str], *, keep_undo: bool = True) -> Change:

@@ -63,7 +63,7 @@ def end(session: Session) -> None:
 def _plan(session: Session, *, with_memory: bool, quiesce: bool) -> Plan:
     present, state, layout = session.home.present(), session.state(), session.layout
     snapshots.require_own_disks(session, present)
-    snapshots.require_same_disks(session, present)
+    snapshots.require_same_disks(session, present, with_memory=with_memory)
     if with_memory:
         snapshots.require_memory(session, present)
     if quiesce:

@@ -157,7 +157,7 @@ class VM:
         """The VM is off; whether that is a change. ``force`` is like pulling the plug."""
         from hvmgr.operations import vms
 
-        with self._work() as session:
+        with self._work(needs_present=False) as session:
             return vms.stop(session, force=force, timeout_s=timeout_s)
 
     def rename(self, name: str) -> None:
@@ -187,11 +187,12 @@ class VM:
         return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
 
     @contextlib.contextmanager
-    def _work(self) -> Iterator[Session]:
+    def _work(self, *, needs_present: bool = True) -> Iterator[Session]:
+        """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present."""
         from hvmgr.operations import reconcile
 
         with self.host.session(self.home) as session:
-            reconcile.bring_together(session)
+            reconcile.bring_together(session, needs_present=needs_present)
             yield session
 
     def _run(self, session: Session, plan: Plan) -> None:
@@ -203,7 +204,7 @@ class VM:
     def _complete(self) -> None:
         """A reader never waits; but what a dead command left open is not a state to show."""
         if journal.is_open(self.home.layout.journal) and not locks.is_held(self.home.layout.lock):
-            with self._work():
+            with self._work(needs_present=False):
                 pass
 
 
@@ -219,6 +220,7 @@ class Snapshot:
     parent: str | None
     type: SnapshotType
     state: SavedState
+    damaged: tuple[str, ...]
     entry: SnapshotEntry = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -244,7 +246,7 @@ class Snapshot:
 
         how = replacement.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         first = None
-        with self.vm._work() as session:  # noqa: SLF001 - one module, one idea
+        with self.vm._work(needs_present=snapshot_first) as session:  # noqa: SLF001 - one module, one idea
             replacement.plan_apply(session, self.id, how)  # refuses before anything is done
             if snapshot_first:
                 plan = snapshots.plan_create(session, snapshots.Wish())
@@ -270,14 +272,14 @@ class Snapshot:
         """The snapshot has another name."""
         from hvmgr.operations import snapshots
 
-        with self.vm._work() as session:  # noqa: SLF001
+        with self.vm._work(needs_present=False) as session:  # noqa: SLF001
             snapshots.describe(session, self.id, name=name)
 
     def set_notes(self, notes: str) -> None:
         """The snapshot has other notes."""
         from hvmgr.operations import snapshots
 
-        with self.vm._work() as session:  # noqa: SLF001
+        with self.vm._work(needs_present=False) as session:  # noqa: SLF001
             snapshots.describe(session, self.id, notes=notes)
 
 
@@ -292,5 +294,6 @@ def _snapshot(vm: VM, entry: SnapshotEntry) -> Snapshot:
         parent=record.parent,
         type=record.type,
         state=record.state,
+        damaged=record.damaged,
         entry=entry,
     )

@@ -16,6 +16,7 @@ COMMANDS = {
     "vm": (f"{_HERE}.vm:command", "Make, list, start, stop, rename and delete VMs."),
     "snapshot": (f"{_HERE}.snapshot:command", "Take, show, apply, undo, merge and delete snapshots."),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
+    "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),
     "config": (f"{_HERE}.config:command", "Show the settings and where they come from."),
     "completion": (f"{_HERE}.completion:command", "Print the completion script of a shell."),

@@ -117,6 +117,7 @@ SHAPED = {
     "hook install": ["hook", "install", "--dir", "DIR"],
     "hook uninstall": ["hook", "uninstall", "--dir", "DIR"],
     "hook allow": ["hook", "allow", "VM", "--once"],
+    "doctor": ["doctor", "VM", "--repair"],
     "config show": ["config", "show"],
     "completion": ["completion", "bash"],
     "version": ["version"],
@@ -125,6 +126,16 @@ SHAPED = {
 }
 
 
+@pytest.fixture
+def ailing(branched, root):
+    """A VM with something to repair, and something that stays: for lists that must not be empty."""
+    (home,) = [one for one in root.iterdir() if one.name == branched]
+    (home / "Virtual Machines").chmod(0o755)
+    (home / "stray").write_text("nobody knows it")
+    return branched
+
+
+@pytest.mark.usefixtures("ailing")
 def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path):
     with package.Host.open(root=root) as host:
         host.connection.define(
