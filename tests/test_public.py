@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PUBLIC = [
     "AdoptOptions",
     "DiskSpecification",
+    "ExportOptions",
     "Finding",
     "Host",
     "NetworkSpecification",

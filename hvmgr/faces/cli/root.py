@@ -15,6 +15,14 @@ _HERE = "hvmgr.faces.cli"
 COMMANDS = {
     "vm": (f"{_HERE}.vm:command", "Make, list, start, stop, rename and delete VMs."),
     "snapshot": (f"{_HERE}.snapshot:command", "Take, show, apply, undo, merge and delete snapshots."),
+    "export": (
+        f"{_HERE}.exchange:export",
+        "Write a VM with its snapshots to a folder below DEST that is complete in itself.",
+    ),
+    "verify": (
+        f"{_HERE}.exchange:verify",
+        "Check an export against its manifest: every byte, every chain, every configuration.",
+    ),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),

@@ -111,6 +111,8 @@ SHAPED = {
     "snapshot apply": ["snapshot", "apply", "VM", "one"],
     "snapshot undo": ["snapshot", "undo", "VM"],
     "snapshot merge": ["snapshot", "merge", "VM"],
+    "export": ["export", "VM", "OUT", "--no-checksums"],
+    "verify": ["verify", "OUT"],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -142,7 +144,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
         )
     assert set(SHAPED) == set(SHAPES)
-    meant = {"VM": branched, "DIR": tmp_path / "hooks"}
+    meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out"}
     for name, words in SHAPED.items():
         answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
