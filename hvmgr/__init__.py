@@ -17,6 +17,7 @@ TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know t
 if TYPE_CHECKING:
     from hvmgr import errors
     from hvmgr.host.domain import State
+    from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
     from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
     from hvmgr.operations.import_plan import ImportPlan
     from hvmgr.operations.importing import CloneOptions
+    from hvmgr.operations.repair import Repaired
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -36,6 +38,7 @@ __all__ = [
     "AdoptOptions",
     "CloneOptions",
     "DiskSpecification",
+    "ExportOptions",
     "Finding",
     "Host",
     "ImportOptions",
@@ -44,6 +47,7 @@ __all__ = [
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Repaired",
     "Reporter",
     "SavedState",
     "Severity",
@@ -61,6 +65,7 @@ _HOMES = {
     "AdoptOptions": "hvmgr.operations.adoption",
     "CloneOptions": "hvmgr.operations.importing",
     "DiskSpecification": "hvmgr.model.specification",
+    "ExportOptions": "hvmgr.model.export_options",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
     "ImportOptions": "hvmgr.model.import_options",
@@ -69,6 +74,7 @@ _HOMES = {
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
+    "Repaired": "hvmgr.operations.repair",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
     "Severity": "hvmgr.model.finding",

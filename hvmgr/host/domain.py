@@ -31,6 +31,8 @@ _POLL_S = 0.1
 # virDomainUndefineFlags with (keep) TPM came with this libvirt (major * 1000000 + minor * 1000 + release)
 _TPM_FLAGS_SINCE = 8_009_000
 
+_AGENT = "org.qemu.guest_agent.0"
+
 
 class State(StrEnum):
     """What a domain does at present."""
@@ -211,12 +213,14 @@ class Domain:
         *,
         others: Iterable[str] = (),
         memory: Path | None = None,
+        quiesce: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Makes a running domain write to these existing qcow2 children, all slots at one instant.
 
         ``others`` names every slot that stays as it is. With ``memory`` the state of that instant goes into a new
-        save file; the guest stands still meanwhile. On an error no disk has been switched.
+        save file; the guest stands still meanwhile. With ``quiesce`` (and without memory) the guest agent puts
+        the guest's file systems to rest for it. On an error no disk has been switched.
         """
         assert children or memory is not None
         libvirt = libvirt_door.library()
@@ -224,6 +228,8 @@ class Domain:
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         if memory is None:
             flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+        if quiesce:
+            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE
         xml = _snapshot_xml(children, others, memory)
         with libvirt_door.translated(f"switch the disks of {self.name}", changing=True):
             self._run_job(lambda handle: handle.snapshotCreateXML(xml, flags), progress)
@@ -272,9 +278,27 @@ class Domain:
                         self.monitor("blockdev-del", node_name=one)
                         names.discard(one)
 
+    def name_parent(self, child: Path, parent: Path) -> None:
+        """Makes QEMU write into the header of an image that it has open what the image stands on."""
+        nodes = self.monitor("query-named-block-nodes", flat=True)
+        files = [node["node-name"] for node in nodes if node["drv"] == "file" and _path(node["file"]) == child]
+        name = files[0].replace("-storage", "-format")
+        self.monitor("change-backing-file", device=name, image_node_name=name, backing_file=os.fspath(parent))
+
+    def flush_disks(self) -> None:
+        """Makes QEMU write the tables of its disks' images to their files, for those who read them from outside."""
+        for node in sorted(_nodes_below(self.monitor("query-blockstats"))):
+            if node.endswith("-format"):
+                self.monitor("human-monitor-command", command_line=f"qemu-io {node} flush")
+
     def blocked_reasons(self) -> list[str]:
         """Why QEMU could not save its memory now, in QEMU's words; empty when nothing is in the way."""
         return [str(reason) for reason in self.monitor("query-migrate").get("blocked-reasons", [])]
+
+    def has_agent(self) -> bool:
+        """Whether an agent inside its guest answers libvirt."""
+        channels = etree.fromstring(self.xml(live=True).encode()).findall("devices/channel/target")
+        return any(one.get("name") == _AGENT and one.get("state") == "connected" for one in channels)
 
     def has_job(self) -> bool:
         """Whether libvirt works on it (save, migration, …) or QEMU has a block job for it."""

@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import fcntl
 import os
+import re
 import struct
 import threading
 import time
@@ -204,6 +205,15 @@ class Connection:
             return Path("/var/lib/libvirt/swtpm") / uuid
         return _user_config() / "qemu" / "swtpm" / uuid
 
+    def has_dynamic_ownership(self) -> bool:
+        """Whether libvirt gives images to QEMU's user at a start: its default, unless qemu.conf says otherwise."""
+        etc = Path("/etc/libvirt") if self._root is None else self._root / "etc"
+        try:
+            text = (etc / "qemu.conf").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return True
+        return re.search(r"^\s*dynamic_ownership\s*=\s*0", text, re.MULTILINE) is None
+
     def active_networks(self) -> frozenset[str]:
         """The names of libvirt's networks that are up; none where the connection has no network driver."""
         libvirt = libvirt_door.library()
@@ -323,6 +333,19 @@ class Connection:
         if self.driver is Driver.SYSTEM:
             return Path("/var/lib/libvirt/qemu") / name
         return _user_config() / session
+
+
+def has_definition(uri: str, uuid: str) -> bool:
+    """Whether another libvirt of this host keeps a configuration of this domain, by its files: it is not asked."""
+    address = parse_uri(uri)
+    if address.root is not None:
+        folder = address.root / "etc" / "qemu"
+    else:
+        folder = Path("/etc/libvirt/qemu") if address.driver is Driver.SYSTEM else _user_config() / "qemu"
+    try:
+        return any(f"<uuid>{uuid}</uuid>" in file.read_text("utf-8", "replace") for file in folder.glob("*.xml"))
+    except OSError:
+        return True  # nobody may look: it cannot be ruled out
 
 
 def _open_daemon(address: Address) -> Any:

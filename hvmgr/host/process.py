@@ -131,7 +131,7 @@ def spawned(
     *thread* that entered the block, which therefore has to stay until the block ends. Ctrl-C of the
     terminal does not reach it. ``stderr_to`` is an open file; without one its messages are kept aside.
     """
-    _require(argv)
+    require(os.fspath(argv[0]))
     command = shlex.join(os.fspath(word) for word in argv)
     with contextlib.ExitStack() as stack:
         stderr = stderr_to or stack.enter_context(tempfile.TemporaryFile(prefix="hvmgr-"))
@@ -193,7 +193,7 @@ def _started(
     stderr: int | IO[bytes],
     pass_fds: Sequence[int] = (),
 ) -> Iterator[subprocess.Popen[bytes]]:
-    _require(argv)
+    require(os.fspath(argv[0]))
     try:
         # A group of its own: Ctrl-C of the terminal reaches us alone, and we decide.
         process = subprocess.Popen(
@@ -209,8 +209,8 @@ def _started(
             raise
 
 
-def _require(argv: Sequence[str | Path]) -> None:
-    program = os.fspath(argv[0])
+def require(program: str) -> None:
+    """Unsupported when a program is not installed; the hint names its package."""
     if shutil.which(program, path=_environment()["PATH"]) is None:
         package = _PACKAGES.get(Path(program).name)
         hint = f"install it, on Debian with: apt install {package}" if package else f"install '{program}'"

@@ -249,6 +249,18 @@ class Daemon:
         self._run_job("block-commit", arguments, what=f"commit {top.path.name}", path=base.path)
         self.flush(base)
 
+    def drop_bitmaps(self, node: Node) -> list[str]:
+        """Remove the dirty bitmaps of an image that is open for writing, and give their names.
+
+        After a commit into it they would tell a backup tool less than what changed.
+        """
+        nodes = self._query("query-named-block-nodes", {"flat": True})
+        found = next(one for one in nodes if one["node-name"] == node.name).get("dirty-bitmaps", [])
+        names = [str(one["name"]) for one in found]
+        for name in names:
+            self._execute("block-dirty-bitmap-remove", {"node": node.name, "name": name}, node.path)
+        return names
+
     # -- bytes ----------------------------------------------------------------------------------------------------
 
     def write_zeroes(self, node: Node, ranges: Sequence[tuple[int, int]]) -> None:

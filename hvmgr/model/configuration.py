@@ -181,6 +181,11 @@ class Configuration:
         """The disk in this slot."""
         return next((disk for disk in self.disks() if disk.slot == slot), None)
 
+    def backing_file(self, slot: str) -> str | None:
+        """The file below the image of a disk, in an XML where libvirt resolved the chain; None when it is not said."""
+        source = self._require_disk(slot).find("backingStore/source")
+        return None if source is None else source.get("file") or source.get("dev")
+
     def nics(self) -> tuple[Nic, ...]:
         """All network interfaces in the order of the XML; a MAC that libvirt has yet to choose is ''."""
         return tuple(_nic(element) for element in self._root.findall("devices/interface"))
@@ -266,6 +271,10 @@ class Configuration:
         for element in disk.findall("source"):
             xml_tree.remove(element)
         disk.set("type", "file")
+
+    def remove_disk(self, slot: str) -> None:
+        """The VM has no disk in this slot."""
+        xml_tree.remove(self._require_disk(slot))
 
     def set_mac(self, old: str, new: str) -> None:
         """Give one network interface another address."""
@@ -378,6 +387,17 @@ def metadata_of(data: bytes, *, source: str) -> Metadata | None:
         with contextlib.suppress(errors.Corrupt):  # said again below, with the line in the whole file
             return metadata_element.read(xml_tree.parse(found[0], source=source), source=source)
     return parse(data, source=source).metadata()
+
+
+def salvage_metadata(data: bytes) -> Metadata | None:
+    """hvmgr's facts in a file that is damaged elsewhere; None when they are not whole either."""
+    found = _FRAGMENT.findall(data)
+    if len(found) != 1:
+        return None
+    try:
+        return metadata_element.read(xml_tree.parse(found[0], source="the damaged file"), source="the damaged file")
+    except errors.HvmgrError:
+        return None
 
 
 def same(first: bytes | str, second: bytes | str) -> bool:

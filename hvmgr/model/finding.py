@@ -30,3 +30,4 @@ class Finding:
     sentence: str
     where: str
     repair: str | None = None
+    vm: str | None = None  # the VM that it concerns: its name, or its folder where nobody can read the name

@@ -127,6 +127,11 @@ class Layout:
         return self.private / "trash"
 
     @property
+    def export(self) -> Path:
+        """Memory, NVRAM and TPM state of a running VM while it is exported."""
+        return self.private / "export"
+
+    @property
     def put_away(self) -> Path:
         """Memory of a running present while an apply replaces it."""
         return self.private / "present.save"

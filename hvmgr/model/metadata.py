@@ -5,9 +5,10 @@
               change="UUID"                                                         the plan that last changed the disks
               owner="anna">                                                         absent when nobody was named
       <hvmgr:tag name="shop"/>                                                      as many as there are
-      <hvmgr:disk slot="vda" id="UUID" image="UUID"/>                               image: absent when unnamed
+      <hvmgr:disk slot="vda" id="UUID" image="UUID" apart="yes"/>                   image: absent when unnamed
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
-                      state="none|running|paused" automatic="no" parent="SNAPSHOT-ID">
+                      state="none|running|paused" automatic="no" parent="SNAPSHOT-ID"
+                      damaged="vda vdb">                    the disks that others wrote below it; absent when it is whole
         <hvmgr:notes>…</hvmgr:notes>
       </hvmgr:snapshot>                                                             only in Snapshots/<id>.xml
     </hvmgr:vm>
@@ -60,16 +61,23 @@ class SavedState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DiskRecord:
-    """A disk keeps its id for life; the slot is where it is plugged in at present."""
+    """A disk keeps its id for life; the slot is where it is plugged in at present.
+
+    ``apart``: others gave it another chain, found whole, than the one below the snapshot above the present.
+    """
 
     slot: str
     id: str
     image: str | None = None
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRecord:
-    """What a snapshot is called, when and how it was taken, and its parent in the tree (None: a root)."""
+    """What a snapshot is called, when and how it was taken, and its parent in the tree (None: a root).
+
+    ``damaged`` names the slots whose images somebody wrote after they were frozen, for good: an image has one past.
+    """
 
     id: str
     name: str
@@ -79,6 +87,7 @@ class SnapshotRecord:
     parent: str | None = None
     automatic: bool = False
     notes: str = ""
+    damaged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +129,12 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
         created=_value(vm, "created", source, units.from_rfc3339),
         parent=vm.get("parent"),
         disks=tuple(
-            DiskRecord(_text(disk, "slot", source), _text(disk, "id", source), disk.get("image") or None)
+            DiskRecord(
+                _text(disk, "slot", source),
+                _text(disk, "id", source),
+                disk.get("image") or None,
+                disk.get("apart") == "yes",
+            )
             for disk in vm.findall(_DISK)
         ),
         snapshot=None if snapshot is None else _read_snapshot(snapshot, source),
@@ -141,7 +155,8 @@ def write(vm: etree._Element, facts: Metadata) -> None:
         for tag in facts.tags:
             _set(etree.SubElement(vm, _TAG), name=tag)
         for disk in facts.disks:
-            _set(etree.SubElement(vm, _DISK), slot=disk.slot, id=disk.id, image=disk.image)
+            apart = "yes" if disk.apart else None
+            _set(etree.SubElement(vm, _DISK), slot=disk.slot, id=disk.id, image=disk.image, apart=apart)
         if facts.snapshot is not None:
             _write_snapshot(etree.SubElement(vm, _SNAPSHOT), facts.snapshot)
     except ValueError as error:  # lxml's word for characters that no XML can hold
@@ -161,12 +176,14 @@ def _read_snapshot(element: etree._Element, source: str) -> SnapshotRecord:
         parent=element.get("parent"),
         automatic=element.get("automatic") == "yes",
         notes=element.findtext(_NOTES) or "",
+        damaged=tuple(element.get("damaged", "").split()),
     )
 
 
 def _write_snapshot(element: etree._Element, facts: SnapshotRecord) -> None:
     _set(element, id=facts.id, name=facts.name, created=units.to_rfc3339(facts.created), type=facts.type)
     _set(element, state=facts.state, automatic="yes" if facts.automatic else "no", parent=facts.parent)
+    _set(element, damaged=" ".join(facts.damaged) or None)
     if facts.notes:
         etree.SubElement(element, _NOTES).text = facts.notes
 

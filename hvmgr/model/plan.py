@@ -510,10 +510,14 @@ class Define(Step):
 
 @dataclass(frozen=True, slots=True)
 class SwitchDisks(Step):
-    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved."""
+    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved.
+
+    With ``quiesce`` the guest's own file systems are at rest at that instant; its agent sees to that.
+    """
 
     children: tuple[tuple[str, str], ...]
     memory: str | None
+    quiesce: bool = False
 
     def describe(self) -> str:
         what = "memory and disks" if self.memory else "disks"
@@ -603,6 +607,20 @@ class RenameDomain(Step):
 
     def describe(self) -> str:
         return f"rename the VM to {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class RequireUnchanged(Step):
+    """Nobody changed the domain or took a snapshot of it since the plan was made; else the plan ends here.
+
+    ``configuration`` is the SHA-256 of libvirt's inactive XML, ``snapshots`` are the names that libvirt knows.
+    """
+
+    configuration: str
+    snapshots: tuple[str, ...]
+
+    def describe(self) -> str:
+        return "see that nobody changed the VM meanwhile"
 
 
 @dataclass(frozen=True, slots=True)

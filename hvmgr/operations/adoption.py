@@ -20,10 +20,10 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, Metadata, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Leaf, Node, Tree
-from hvmgr.operations import adoption_checks, creation, libvirt_history, snapshots
+from hvmgr.operations import adoption_checks, domain_steps, libvirt_history, snapshots
 from hvmgr.operations.libvirt_history import Past, Wishes
 from hvmgr.operations.session import Session
-from hvmgr.storage import images, vm_home
+from hvmgr.storage import access, images, vm_home
 
 _ID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -69,7 +69,8 @@ def image_paths(session: Session, domain: Domain, options: AdoptOptions) -> list
 def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
     """The home of a domain that libvirt has, with a snapshot for each one of libvirt's."""
     layout, name = session.layout, domain.name
-    creation.require_way(layout.home, session.owner)
+    as_read = domain_steps.state_for_plan(domain)  # first: whatever is read below is this or later
+    access.require_way(layout.home, session.owner)
     wishes = _wishes(session, domain, options)
     present = wishes.present
     pasts = libvirt_history.read(session, domain, wishes)
@@ -107,6 +108,7 @@ def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
             plan.NoteUses(name=name, paths=tuple(forest.images)),
             plan.MakeHome(home=str(layout.home), vm_id=layout.vm_id),
             *_states(session, present, pasts),
+            as_read,
         ),
         switch=plan.Define(xml=present.to_xml()),
         finish=(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from hvmgr.model.template import HostFacts, Template
 from hvmgr.model.tree import Leaf, Tree
 from hvmgr.operations import strangers
 from hvmgr.operations.session import Session
-from hvmgr.storage import images, templates, vm_home
+from hvmgr.storage import access, images, templates, vm_home
 
 _QEMU_FORMATS = {"vhd": images.VPC}
 _SUFFIXES = {images.QCOW2: ".qcow2", images.VPC: ".vhd", images.RAW: ".img"}
@@ -43,7 +42,7 @@ def plan_create(session: Session, spec: Specification) -> Plan:
         raise errors.Conflict(f"libvirt has a VM '{spec.name}' already", hint="choose another name", id=other.uuid)
     if connection.find_domain(layout.vm_id) is not None:
         raise errors.Conflict(f"libvirt has a VM with the id {layout.vm_id} already")
-    require_way(layout.home, session.owner)
+    access.require_way(layout.home, session.owner)
     kind = templates.load(spec.template)
     facts = host_facts(connection, spec, kind)
     for sentence in template.notes(kind, spec, facts):
@@ -178,25 +177,6 @@ def _require_space(layout: Layout, placed: dict[str, _Placed]) -> None:
 def _require_readable(path: Path | None) -> None:
     if path is not None and not path.is_file():
         raise errors.NotFound(f"there is no file {path}", hint="name an existing file")
-
-
-def require_way(home: Path, owner: tuple[int, int] | None) -> None:
-    """QEMU's user has to be able to search every folder above the home."""
-    if owner is None or owner[0] == 0:
-        return
-    for folder in reversed(home.parents):
-        if not folder.is_dir():
-            return
-        facts = folder.stat()
-        needed = (
-            stat.S_IXUSR if facts.st_uid == owner[0] else stat.S_IXGRP if facts.st_gid == owner[1] else stat.S_IXOTH
-        )
-        if not facts.st_mode & needed:
-            raise errors.Conflict(
-                f"QEMU's user (uid {owner[0]}) may not pass through {folder}",
-                hint=f"let it: chmod o+x '{folder}', or choose another place with --home",
-                path=str(folder),
-            )
 
 
 def _new_mac() -> str:

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import libvirt_snapshots, saved_state
-from hvmgr.host.domain import State
+from hvmgr.host.domain import Domain, State
 from hvmgr.model import configuration, plan
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, frozen, images, index, journal, start_guard, vm_home
 
 
 def define(session: Session, step: plan.Define) -> None:
-    """libvirt's inactive configuration is the new one."""
-    session.connection.define(step.xml)
+    """libvirt's inactive configuration is the new one; after the switch what others changed meanwhile stays in it."""
+    domain = session.find_domain() if session.finishing else None
+    session.connection.define(step.xml if domain is None else _with_edits(session, domain.xml(live=False), step.xml))
+
+
+def _with_edits(session: Session, now: str, wanted: str) -> str:
+    """libvirt's configuration of this moment with the disks and the facts of the plan."""
+    merged = configuration.parse(now, source="libvirt")
+    target = configuration.parse(wanted, source="the journal")
+    facts = target.metadata()
+    if facts is None or configuration.same(now, wanted):
+        return wanted
+    merged.set_metadata(facts)
+    merged.strip_backing_chains()
+    for disk in target.disks():
+        mine = merged.find_disk(disk.slot)
+        if mine is not None and mine.takes_part and disk.source is not None and mine.source != disk.source:
+            merged.set_disk_source(disk.slot, Path(disk.source), disk.format or images.RAW)
+    if target.nvram is not None and merged.nvram is not None and merged.nvram != target.nvram:
+        merged.set_nvram(target.nvram)
+    if not configuration.same(merged.to_xml(), wanted):
+        session.say("kept a change that was made to the VM outside hvmgr in the meantime")
+    return merged.to_xml()
+
+
+def require_unedited(session: Session) -> None:
+    """Nobody changed libvirt's configuration since the plan was made: defining the new one would lose that."""
+    domain = session.find_domain()
+    if domain is None or session.known_xml is None:
+        return
+    if not configuration.same(domain.xml(live=False), session.known_xml):
+        raise errors.Conflict(
+            f"the configuration of {domain.name} was changed outside hvmgr in the meantime",
+            hint="run the command again",
+        )
 
 
 def is_defined(session: Session, step: plan.Define) -> bool:
@@ -31,6 +65,7 @@ def write_present(session: Session, _step: plan.WritePresent) -> None:
     """The home says what libvirt says, and the index what the home says."""
     xml = session.domain().xml(live=False)
     durable.write_file(session.layout.configuration, xml.encode())
+    session.known_xml = xml
     session.forget_uses()
     note_in_index(session)
 
@@ -52,6 +87,7 @@ def switch_disks(session: Session, step: plan.SwitchDisks) -> None:
     children = {slot: Path(path) for slot, path in step.children}
     live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
     others = [disk.slot for disk in live.disks() if disk.slot not in children]
+    _require_parents(domain, live, children)
     memory = None if step.memory is None else Path(step.memory)
 
     def report(done: int, total: int) -> None:
@@ -59,9 +95,38 @@ def switch_disks(session: Session, step: plan.SwitchDisks) -> None:
 
         session.progress(Progress(done, total, "save the memory"))
 
-    domain.switch_disks(children, others=others, memory=memory, progress=report)
+    domain.switch_disks(children, others=others, memory=memory, quiesce=step.quiesce, progress=report)
     if not is_switched(session, step):
         raise errors.OutcomeUnknown("libvirt says that the disks were switched, QEMU does not write to the new ones")
+    name_true_parents(session, domain, children)
+
+
+def _require_parents(domain: Domain, live: configuration.Configuration, children: dict[str, Path]) -> None:
+    """The VM still writes to the images on which the new ones were put."""
+    running = vm_home.disks_of(live)
+    for slot, child in children.items():
+        if running.get(slot) != str(images.read(child, images.QCOW2).parent):
+            raise errors.Conflict(
+                f"disk {slot} of {domain.name} was switched to {running.get(slot)} in the meantime",
+                hint="run the command again",
+            )
+
+
+def name_true_parents(session: Session, domain: Domain, children: dict[str, Path]) -> None:
+    """The headers name what the images of a running VM really stand on.
+
+    Somebody may have switched the disks just before we did, onto an image that our new ones know nothing of.
+    """
+    live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
+    running = vm_home.disks_of(live)
+    for slot, child in children.items():
+        below = live.backing_file(slot) if running.get(slot) == str(child) else None
+        if below is None or not Path(below).exists():
+            continue
+        header = images.read(child, images.QCOW2)
+        if header.parent is not None and images.identity(header.parent) != images.identity(Path(below)):
+            domain.name_parent(child, Path(below))
+            session.say(f"disk {slot} was switched to {below} by somebody else at the same time; it goes on above that")
 
 
 def is_switched(session: Session, step: plan.SwitchDisks) -> bool:
@@ -268,6 +333,19 @@ def is_renamed(session: Session, step: plan.RenameDomain) -> bool:
     """Whether libvirt has the new name."""
     domain = session.find_domain()
     return domain is not None and domain.name == step.name
+
+
+def state_for_plan(domain: Domain) -> plan.RequireUnchanged:
+    """The step that finds the domain as it is now, or ends the plan."""
+    digest = hashlib.sha256(domain.xml(live=False).encode()).hexdigest()
+    return plan.RequireUnchanged(configuration=digest, snapshots=tuple(libvirt_snapshots.names(domain)))
+
+
+def require_unchanged(session: Session, step: plan.RequireUnchanged) -> None:
+    """The domain is what the plan was made from."""
+    domain = session.domain()
+    if state_for_plan(domain) != step:
+        raise errors.Conflict(f"{domain.name} was changed by somebody else meanwhile", hint="run the command again")
 
 
 def forget_libvirt_snapshot(session: Session, step: plan.ForgetLibvirtSnapshot) -> None:

@@ -12,8 +12,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from hvmgr import errors
@@ -62,6 +63,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.DiscardPresent: domain_steps.discard_present,
     plan.StartFrom: domain_steps.start_from,
     plan.RenameDomain: domain_steps.rename,
+    plan.RequireUnchanged: domain_steps.require_unchanged,
     plan.ForgetLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.UndefineDomain: domain_steps.undefine,
     plan.MakeRoots: import_steps.make_roots,
@@ -96,6 +98,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.SavePresent: domain_steps.unsave_present,
     plan.TakeManagedSave: domain_steps.untake_managed_save,
     plan.PointManagedSave: domain_steps.unpoint_managed_save,
+    plan.RequireUnchanged: lambda _session, _step: None,
     plan.DiscardPresent: lambda _session, _step: None,  # memory that was thrown away on request does not come back
     plan.StartFrom: domain_steps.unstart,
     plan.WriteSnapshot: file_steps.unwrite_snapshot,
@@ -191,6 +194,8 @@ def _hold_when_off(session: Session, one: Plan) -> bool:
 def _switch(session: Session, one: Plan) -> None:
     assert one.switch is not None
     try:
+        if isinstance(one.switch, plan.Define):
+            domain_steps.require_unedited(session)
         DO[type(one.switch)](session, one.switch)
     except errors.OutcomeUnknown:
         raise  # the journal stays open; the next command asks
@@ -222,13 +227,22 @@ def _finish(session: Session, one: Plan) -> None:
 
 
 def _do_finish(session: Session, one: Plan) -> None:
-    with session.interrupts.held_back():
+    with session.interrupts.held_back(), _finishing(session):
         for step in _still_to_finish(session, one):
             DO[type(step)](session, step)
         if any(isinstance(step, plan.RemoveHome) for step in one.finish):
             file_steps.remove_private(session)
         else:
             _end(session)
+
+
+@contextlib.contextmanager
+def _finishing(session: Session) -> Iterator[None]:
+    session.finishing = True
+    try:
+        yield
+    finally:
+        session.finishing = False
 
 
 def _still_to_finish(session: Session, one: Plan) -> tuple[Step, ...]:
@@ -239,8 +253,10 @@ def _still_to_finish(session: Session, one: Plan) -> tuple[Step, ...]:
 
 def _say_what_waits(session: Session, one: Plan) -> None:
     error, session.put_off = session.put_off, None
-    if session.interrupts.wanted and session.waiting:
+    if session.interrupts.wanted and not session.recovering:
         session.interrupts.clear()
+        if not session.waiting:
+            raise errors.Cancelled(f"stopped, but the {one.subject} was complete already", complete=True)
         error = errors.Cancelled("stopped")
     if error is None:
         return

@@ -28,10 +28,12 @@ from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.hypervisor import Connection
+    from hvmgr.model.finding import Finding
     from hvmgr.model.import_options import ImportOptions
     from hvmgr.model.specification import Specification
     from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.import_plan import ImportPlan
+    from hvmgr.operations.repair import Repaired
     from hvmgr.operations.session import Session
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
@@ -136,6 +138,34 @@ class Host:
 
         return importing.run(self, Path(source), options or ImportOptions())
 
+    def doctor(self, vm: str | None = None, *, thorough: bool = False) -> list[Finding]:
+        """What is wrong with this host and its homes, or with one VM (name, id, or path of its home); worst first.
+
+        Nothing is changed. ``thorough`` has ``qemu-img check`` read every image, which takes time.
+        """
+        from hvmgr.operations import doctor
+
+        return doctor.examine(self, vm, thorough=thorough)
+
+    def repair(
+        self,
+        vm: str | None = None,
+        *,
+        accept_touched: bool = False,
+        accept_present: bool = False,
+        thorough: bool = False,
+    ) -> list[Repaired]:
+        """Puts right what doctor finds, as far as that is safe; what was done, in order. Nothing is ever deleted.
+
+        ``accept_touched``: frozen images whose time alone differs are taken as they are, after a check.
+        ``accept_present``: so are working images that no longer stand on what their snapshot froze. With the
+        reporter's ``dry_run`` nothing is done, and what is returned would be done first.
+        """
+        from hvmgr.operations import repair
+
+        wish = repair.Wish(accept_touched=accept_touched, accept_present=accept_present, thorough=thorough)
+        return repair.repair(self, vm, wish)
+
     def adoptable(self) -> list[str]:
         """The names of libvirt's VMs that hvmgr does not manage, whether or not something is in the way of adopting."""
         from hvmgr.operations import adoption_checks
@@ -162,6 +192,12 @@ class Host:
             execution.run(session, plan)
         return VM(self, home)
 
+    def verify(self, folder: Path | str) -> list[Finding]:
+        """What is wrong with an export, the worst first; nothing when it is whole. It needs no libvirt."""
+        from hvmgr.operations import verification
+
+        return verification.verify(Path(folder), on_progress=self.reporter.progress)
+
     def _named(self) -> list[tuple[str, VmHome]]:
         """The homes, each with the name of its VM."""
         found = []
@@ -169,12 +205,15 @@ class Host:
             try:
                 found.append((home.name, home))
             except errors.HvmgrError as error:
-                self.reporter.notice(f"left out: {error}")
+                self._leave_out(error)
         return found
+
+    def _leave_out(self, error: errors.HvmgrError) -> None:
+        self.reporter.notice(f"left out: {error}")
 
     def _homes(self) -> list[VmHome]:
         """Homes below the root, and those that the index knows elsewhere for this connection."""
-        homes = {home.vm_id: home for home in vm_home.find_homes(self.root)}
+        homes = {home.vm_id: home for home in vm_home.find_homes(self.root, left_out=self._leave_out)}
         for folder in self._folders_elsewhere():
             with contextlib.suppress(errors.HvmgrError):
                 home = vm_home.open_home(folder)

@@ -106,7 +106,7 @@ def merge_up(session: Session, step: plan.MergeUp) -> None:
     child, parent = Path(step.child), Path(step.parent)
     if _has_to_wait(session, child, parent):
         return
-    if not parent.exists() or images.read(child, images.QCOW2).parent != parent:
+    if not _is_on(child, parent):
         _settle(session, child)
         _stands_on(session, step)
         return
@@ -119,6 +119,14 @@ def merge_up(session: Session, step: plan.MergeUp) -> None:
     durable.sync_file(child)
     _stands_on(session, step)
     _settle(session, child)
+
+
+def _is_on(child: Path, parent: Path) -> bool:
+    """Whether the parent is still there and the child's header names it, by whatever path."""
+    below = images.read(child, images.QCOW2).parent
+    return (
+        below is not None and parent.exists() and below.exists() and images.identity(below) == images.identity(parent)
+    )
 
 
 def _stands_on(session: Session, step: plan.MergeUp) -> None:
@@ -160,7 +168,7 @@ def merge_down(session: Session, step: plan.MergeDown) -> None:
     child, parent = Path(step.child), Path(step.parent)
     if _has_to_wait(session, child, parent):
         return
-    if not parent.exists() or images.read(child, images.QCOW2).parent != parent:
+    if not _is_on(child, parent):
         _settle(session, child)
         return
     below = images.read(parent, images.QCOW2).parent
@@ -183,6 +191,8 @@ def _commit(session: Session, child: Path, parent: Path) -> None:
     try:
         nodes.append(daemon.open(parent, images.QCOW2, writable=True))
         nodes.append(daemon.open(child, images.QCOW2, writable=True, backing=nodes[0]))
+        if names := daemon.drop_bitmaps(nodes[0]):
+            session.say(f"{parent}: the dirty bitmaps {', '.join(names)} of a backup tool are gone with the merge")
         daemon.commit(nodes[1], nodes[0])
         durable.sync_file(parent)
         if session.is_active():

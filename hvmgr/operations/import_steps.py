@@ -92,7 +92,7 @@ def _name(session: Session, path: Path, parent: str, parent_format: str) -> None
     mode = stat.S_IMODE(path.stat().st_mode)
     durable.set_mode(path, mode | stat.S_IWUSR)
     try:
-        qemu_img.name_parent(path, parent=parent, parent_format=parent_format)
+        qemu_img.name_parent(path, parent, parent_format)
         durable.sync_file(path)
     finally:
         durable.set_mode(path, mode)

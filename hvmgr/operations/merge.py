@@ -13,7 +13,7 @@ from hvmgr.model import plan, tree
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
-from hvmgr.operations import snapshots, undo_slot
+from hvmgr.operations import chains, snapshots, undo_slot
 from hvmgr.operations.session import Session
 from hvmgr.storage import frozen, images, vm_home
 
@@ -34,7 +34,8 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         if node.parent != before.nodes[node.snapshot_id].parent
     ]
     if change.after.present.parent != before.present.parent:
-        present.set_metadata(dataclasses.replace(facts, parent=change.after.present.parent))
+        disks = chains.set_apart(facts.disks, _apart_above(session, before, change.after.present.parent))
+        present.set_metadata(dataclasses.replace(facts, parent=change.after.present.parent, disks=disks))
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
     finish += change.finish
@@ -110,10 +111,37 @@ def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change
         reasons = {path: _reason_against_merging(session, Path(path)) for path in sorted(touched)}
         unfit = {path: reason for path, reason in reasons.items() if reason is not None}
         if not unfit:
+            _say_what_is_lent(session, change.after)
             return change
         closed |= unfit.keys()
         for path, reason in unfit.items():
             session.say(f"{path} {reason}: it is not merged")
+
+
+def _say_what_is_lent(session: Session, after: Tree) -> None:
+    """Images that would be merged if nobody else needed them, with the names of those who do."""
+    lent = {path: after.strangers[path] for path in after.strangers if after.strangers[path]}
+    if not lent:
+        return
+    alone = dataclasses.replace(after, strangers={})
+    for parent, child in tree.pending(alone):
+        users = [name for top, names in lent.items() if {parent, child} & _below(after, top) for name in names]
+        if users:
+            session.say(f"{parent} is not merged: it is needed by {', '.join(dict.fromkeys(users))}")
+
+
+def _below(forest: Tree, path: str) -> set[str]:
+    return dataclasses.replace(forest, strangers={path: ("it",)}).lent()
+
+
+def _apart_above(session: Session, before: Tree, heir: str | None) -> set[str]:
+    """Disks of the present whose chains were changed by others since the snapshot that now comes above it."""
+    apart: set[str] = set()
+    step = before.present.parent
+    while step is not None and step != heir:
+        apart |= {one.id for one in vm_home.require_facts(session.home.snapshot(step)).disks if one.apart}
+        step = before.nodes[step].parent
+    return {one.slot for one in session.home.facts().disks if one.id in apart}
 
 
 def _reason_against_merging(session: Session, path: Path) -> str | None:

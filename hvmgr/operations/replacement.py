@@ -13,9 +13,9 @@ from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import snapshots, undo_slot
+from hvmgr.operations import snapshots, strangers, undo_slot
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, vm_home
+from hvmgr.storage import vm_home
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +34,12 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
     facts, record = vm_home.require_facts(present), snapshots.record_of(target)
     before = snapshots.whole_tree(session)
     node = tree.require_node(before, snapshot_id)
-    for path in node.disks.values():
-        for image in before.chain(path):
-            frozen.require_unchanged(layout, Path(image.path))
+    _require_undamaged(record, present)
+    snapshots.require_whole(session, before, node.disks)
     children = {slot: str(layout.image(slot, session.new_id())) for slot in node.disks}
     change = tree.plan_apply(before, snapshot_id, children, keep_undo=how.keep_undo)
     snapshots.warn_of_depth(session, change.after)
+    strangers.say_what_bitmaps_lose(session)
     change_id = session.new_id()
     after = target.copy()
     _become_present(session, after, present)
@@ -57,7 +57,7 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
             uri=facts.uri,
             created=facts.created,
             parent=snapshot_id,
-            disks=target_facts.disks,
+            disks=snapshots.together(target_facts.disks),
             change=change_id,
             owner=facts.owner,  # who owns the VM does not change with time
             tags=facts.tags,
@@ -98,9 +98,7 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
     assert undo is not None
     facts = vm_home.require_facts(present)
     undo_facts = vm_home.require_facts(undo)
-    for path in vm_home.disks_of(undo).values():
-        for image in before.chain(path)[1:]:
-            frozen.require_unchanged(session.layout, Path(image.path))
+    snapshots.require_whole(session, before, vm_home.disks_of(undo), skip=1)
     change_id = session.new_id()
     after = undo.copy()
     _become_present(session, after, present)
@@ -124,6 +122,17 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
         ),
         hold=snapshots.working(before),
     )
+
+
+def _require_undamaged(record: SnapshotRecord, present: Configuration) -> None:
+    if record.damaged:
+        raise errors.Corrupt(
+            f"snapshot '{record.name}' is damaged: an image of its disk {', '.join(record.damaged)} was written outside "
+            "hvmgr after it was taken",
+            hint=f"apply another one; this one can be deleted: hvmgr snapshot delete {present.name} '{record.name}'",
+            snapshot=record.id,
+            disks=list(record.damaged),
+        )
 
 
 def _tpm_becomes(session: Session, copy: Path, *, may_be_blank: bool) -> list[Step]:
@@ -181,10 +190,19 @@ def _require_true_view(session: Session) -> None:
     domain = session.domain()
     live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
     writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
+    if domain.has_job():
+        raise errors.Busy(f"libvirt or QEMU works on {domain.name}", hint="wait until that is done, then run it again")
+    stored = vm_home.disks_of(session.home.present())
     for slot, path in vm_home.disks_of(live).items():
         if path not in writing:
             raise errors.Conflict(
                 f"disk {slot}: QEMU does not write to {path}, as libvirt believes, so that its memory cannot be kept",
+                hint="stop it first, or give --discard-state to lose what it has in memory",
+                path=path,
+            )
+        if stored.get(slot, path) != path:
+            raise errors.Conflict(
+                f"disk {slot}: the VM runs on {path}, its configuration has been edited to {stored[slot]}",
                 hint="stop it first, or give --discard-state to lose what it has in memory",
                 path=path,
             )

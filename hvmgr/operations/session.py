@@ -72,6 +72,9 @@ class Session:
         self.connection = connection
         self.wait_s = wait_s
         self.recovering = False
+        self.finishing = False
+        self.known_xml: str | None = None  # libvirt's configuration as the plans of this session know it
+        self.doubt: errors.HvmgrError | None = None  # what others did to the present that nobody can explain
         self.waiting: set[str] = set()  # images whose merge has to wait: nothing may remove them
         self.put_off: errors.HvmgrError | None = None  # why a merge was put off, said when all else is done
         self._reporter = reporter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,12 +13,12 @@ from hvmgr.host import saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
-from hvmgr.model.metadata import SavedState, SnapshotRecord, SnapshotType
+from hvmgr.model.metadata import DiskRecord, SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Tree
 from hvmgr.operations import strangers, undo_slot
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, images, vm_home
+from hvmgr.storage import durable, frozen, images, vm_home
 
 NAME_LENGTH = 100
 
@@ -48,10 +49,12 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     undo = home.undo()
     before = present_tree(session) if undo is None else whole_tree(session)
     snapshot_id, change_id, moment = session.new_id(), session.new_id(), session.now()
-    _require_own_disks(session, present)
+    require_own_disks(session, present)
     children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
     change = tree.plan_create(before, snapshot_id, children)
     warn_of_depth(session, change.after)
+    if state not in (State.RUNNING, State.PAUSED):  # a running QEMU carries them over to the new images
+        strangers.say_what_bitmaps_lose(session)
     saved = _state_to_save(session, state, wish.type, present)
     record = SnapshotRecord(
         id=snapshot_id,
@@ -69,7 +72,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
     after = present.copy()
     point_disks(after, children)
-    after.set_metadata(dataclasses.replace(facts, parent=snapshot_id, change=change_id))
+    after.set_metadata(dataclasses.replace(facts, parent=snapshot_id, change=change_id, disks=together(facts.disks)))
 
     creates = [step for step in change.prepare if isinstance(step, plan.CreateImage)]
     freezes = [step for step in change.prepare if isinstance(step, plan.FreezeImage)]
@@ -145,14 +148,14 @@ def _state_to_save(session: Session, state: State, wanted: SnapshotType, present
             return SavedState.NONE
         was_running = saved_state.read(session.connection.managed_save_path(present.name)).was_running
         return SavedState.RUNNING if was_running else SavedState.PAUSED
-    _require_same_disks(session, present)
+    require_same_disks(session, present, with_memory=wanted is not SnapshotType.DISK_ONLY)
     if wanted is SnapshotType.DISK_ONLY:
         return SavedState.NONE
-    _require_memory(session, present)
+    require_memory(session, present)
     return SavedState.RUNNING if state is State.RUNNING else SavedState.PAUSED
 
 
-def _require_own_disks(session: Session, present: Configuration) -> None:
+def require_own_disks(session: Session, present: Configuration) -> None:
     """A disk that is frozen under a VM that writes it loses that VM's data."""
     for disk in present.disks():
         if disk.takes_part and disk.shareable:
@@ -168,19 +171,25 @@ def _require_own_disks(session: Session, present: Configuration) -> None:
         )
 
 
-def _require_same_disks(session: Session, present: Configuration) -> None:
-    """A disk that was plugged in or out only until the VM stops has no place in a snapshot."""
+def require_same_disks(session: Session, present: Configuration, *, with_memory: bool) -> None:
+    """A disk that is there only until the VM stops, or only after that, has no place in a snapshot."""
     domain = session.domain()
     live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
     left_out = {disk.slot for disk in present.disks() if not disk.takes_part}  # by a mark that the next start takes
     running = {slot: path for slot, path in vm_home.disks_of(live).items() if slot not in left_out}
     stored = vm_home.disks_of(present)
-    for slot in sorted(running.keys() ^ stored.keys()):
-        where = "only until the VM stops" if slot in running else "only after the next start"
+    for slot in sorted(stored.keys() - running.keys()):
         raise errors.Conflict(
-            f"disk {slot} is attached {where}",
-            hint="make it the same in both: virsh attach-disk or detach-disk --config",
+            f"disk {slot} is attached only after the next start",
+            hint="make it the same in both: virsh attach-disk --live or detach-disk --config",
         )
+    for slot in sorted(running.keys() - stored.keys()):
+        if with_memory:
+            raise errors.Conflict(
+                f"disk {slot} is attached only until the VM stops and takes no part, so that saved memory would not fit it",
+                hint="make it the same in both: virsh attach-disk or detach-disk --config; or give --type disk-only",
+            )
+        session.say(f"disk {slot} is attached only until the VM stops: it takes no part in the snapshot")
     writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
     for slot, path in stored.items():
         if running[slot] != path or path not in writing:
@@ -193,7 +202,8 @@ def _require_same_disks(session: Session, present: Configuration) -> None:
         raise errors.Busy(f"libvirt or QEMU works on {domain.name}", hint="wait until that is done, then run it again")
 
 
-def _require_memory(session: Session, present: Configuration) -> None:
+def require_memory(session: Session, present: Configuration) -> None:
+    """The running VM's memory can be saved, and would fit its frozen disks."""
     hint = "take the disks alone with --type disk-only, or stop the VM first"
     for disk in present.disks():
         if disk.device in ("disk", "lun") and not disk.readonly and not disk.takes_part:
@@ -246,11 +256,39 @@ def describe(session: Session, snapshot_id: str, *, name: str | None = None, not
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
-def whole_tree(session: Session) -> Tree:
-    """Both graphs with every user on this host."""
+def whole_tree(session: Session, *, with_libvirts: bool = True) -> Tree:
+    """Both graphs with every user on this host; ``with_libvirts`` own snapshots and dirty bitmaps of this VM too.
+
+    While nobody can tell what belongs to the present, every image counts as used.
+    """
     alone = session.home.tree()
     ours = [image.path for image in alone.images.values() if image.keeper is not tree.Keeper.OUTSIDE]
-    return dataclasses.replace(alone, strangers=strangers.of(session, ours))
+    users = strangers.of(session, ours)
+    if with_libvirts:
+        for path, names in strangers.libvirts_own(session, alone).items():
+            users[path] = (*users.get(path, ()), *names)
+    if session.doubt is not None:
+        users = {**dict.fromkeys(alone.images, ("a disk that was changed outside hvmgr",)), **users}
+    return dataclasses.replace(alone, strangers=users)
+
+
+def require_whole(session: Session, before: Tree, disks: Mapping[str, str], *, skip: int = 0) -> None:
+    """The images of these disks (without the first ``skip`` of each chain) are what they were; Corrupt names who is hurt."""
+    for path in disks.values():
+        for image in before.chain(path)[skip:]:
+            if not frozen.is_changed(session.layout, Path(image.path)):
+                continue
+            hurt = [
+                f"'{session.home.entry(node.snapshot_id).record.name}'"
+                for node in before.nodes.values()
+                if any(image in before.chain(one) for one in node.disks.values())
+            ]
+            raise errors.Corrupt(
+                f"{image.path} was changed after it was frozen; the snapshots that need it are damaged: {', '.join(hurt)}",
+                hint="put the file back from a backup, or delete those snapshots; others can be applied",
+                path=image.path,
+                snapshots=hurt,
+            )
 
 
 def present_tree(session: Session) -> Tree:
@@ -264,6 +302,11 @@ def record_of(snapshot: Configuration) -> SnapshotRecord:
     if record is None:
         raise errors.Corrupt(f"{snapshot.source} is no snapshot", path=snapshot.source)
     return record
+
+
+def together(disks: Iterable[DiskRecord]) -> tuple[DiskRecord, ...]:
+    """The records of disks that stand on the images of the snapshot above them again."""
+    return tuple(dataclasses.replace(one, apart=False) for one in disks)
 
 
 def point_disks(target: Configuration, children: dict[str, str]) -> None:

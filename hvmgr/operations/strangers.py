@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors
+from hvmgr.host import libvirt_snapshots
 from hvmgr.host.domain import Domain
-from hvmgr.model import configuration
+from hvmgr.host.libvirt_snapshots import Listed
+from hvmgr.model import configuration, libvirt_snapshot
+from hvmgr.model.layout import BASES, SNAPSHOTS
+from hvmgr.model.tree import Tree
 from hvmgr.operations.session import Session
 from hvmgr.storage import images, index, vm_home
 from hvmgr.storage.index import Entry
@@ -20,10 +26,11 @@ def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     others = [domain for domain in session.connection.domains() if domain.uuid != session.home.vm_id]
     if not others and all(entry.vm_id == session.home.vm_id for entry in index.entries()):
         return {}  # a large tree is not looked at for nobody
-    mine = _by_identity(paths)
+    own = _Own.of(paths)
+    mine = own.paths
     found: dict[str, list[str]] = {}
-    for entry in _candidates(session, mine):
-        for one in mine.keys() & _needed_by(entry, mine):
+    for entry in _candidates(session, own):
+        for one in mine.keys() & _needed_by(entry, own):
             found.setdefault(mine[one], []).append(entry.name)
     for domain in others:
         for path in _images_of(session, domain):
@@ -33,11 +40,52 @@ def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
 
 
+def libvirts_own(session: Session, forest: Tree) -> dict[str, tuple[str, ...]]:
+    """For each image of this VM the snapshots and dirty bitmaps (checkpoints) of libvirt's own that need it.
+
+    A bitmap goes on through every image that a disk writes to: without one of them a backup tool's next increment
+    would be wrong, so that the whole present counts.
+    """
+    domain = session.find_domain()
+    if domain is None:
+        return {}
+    mine = _by_identity(forest.images)
+    found: dict[str, list[str]] = {}
+    for listed in libvirt_snapshots.list_all(domain):
+        for path in _named_by(listed, domain):
+            ours = mine.get(images.identity(Path(path))) if Path(path).exists() else None
+            if ours is not None:
+                found.setdefault(ours, []).append(f"libvirt's snapshot '{listed.name}'")
+    for name in libvirt_snapshots.bitmap_names(domain):
+        for path in forest.present.disks.values():
+            found.setdefault(path, []).append(f"libvirt's checkpoint '{name}'")
+    return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
+
+
+def say_what_bitmaps_lose(session: Session) -> None:
+    """libvirt's checkpoints do not go on in the images that the VM is about to get while it is off."""
+    domain = session.find_domain()
+    for name in [] if domain is None else libvirt_snapshots.bitmap_names(domain):
+        session.say(
+            f"libvirt's checkpoint '{name}' ends here: the next backup has to be a full one; "
+            f"let libvirt forget it: virsh checkpoint-delete {session.home.name} {name} --metadata"
+        )
+
+
+def _named_by(listed: Listed, domain: Domain) -> Iterator[str]:
+    one = libvirt_snapshot.parse(listed.xml, source=f"libvirt's snapshot {listed.name} of {domain.name}")
+    yield from one.went_on().values()
+    for then in (one.configuration, one.inactive):
+        if then is not None:
+            yield from (disk.source for disk in then.disks() if disk.takes_part and disk.source is not None)
+
+
 def writers(session: Session, paths: Iterable[str]) -> dict[str, str]:
     """For each of these images the name of another VM that writes it, or would after an undo, if there is one."""
-    mine = _by_identity(paths)
+    own = _Own.of(paths)
+    mine = own.paths
     found: dict[str, str] = {}
-    for name, theirs in _written(session, mine):
+    for name, theirs in _written(session, own):
         for one in theirs:
             ours = mine.get(images.identity(Path(one))) if Path(one).exists() else None
             if ours is not None:
@@ -45,24 +93,55 @@ def writers(session: Session, paths: Iterable[str]) -> dict[str, str]:
     return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """Images by what they are; where each lies, whatever the way to it is called; and which have other names."""
+
+    paths: dict[Identity, str]
+    folders: dict[Path, frozenset[Identity]]
+    linked: frozenset[Identity]
+
+    @classmethod
+    def of(cls, paths: Iterable[str]) -> _Own:
+        found = _by_identity(paths)
+        folders = {folder: _folders_above(folder) for folder in {Path(path).parent for path in found.values()}}
+        return cls(found, folders, frozenset(one for one, path in found.items() if _has_other_names(path)))
+
+
 def _by_identity(paths: Iterable[str]) -> dict[Identity, str]:
     return {images.identity(Path(path)): path for path in paths if Path(path).exists()}
 
 
-def _candidates(session: Session, mine: Mapping[Identity, str]) -> Iterator[Entry]:
+def _folders_above(folder: Path) -> frozenset[Identity]:
+    return frozenset(images.identity(one) for one in (folder, *folder.parents))
+
+
+def _has_other_names(path: str) -> bool:
+    facts = Path(path).stat()
+    return stat.S_ISREG(facts.st_mode) and facts.st_nlink > 1
+
+
+def _candidates(session: Session, mine: _Own) -> Iterator[Entry]:
     """Other VMs that have, or once had, something to do with these images: the index only ever adds."""
     for entry in index.entries():
         if entry.vm_id == session.home.vm_id:
             continue
-        if mine.keys() & _by_identity(entry.outside).keys() or _inside(entry, mine):
+        if mine.paths.keys() & _by_identity(entry.outside).keys() or _inside(entry, mine):
             yield entry
 
 
-def _inside(entry: Entry, mine: Mapping[Identity, str]) -> set[Identity]:
-    return {one for one, path in mine.items() if Path(path).is_relative_to(entry.home)}
+def _inside(entry: Entry, mine: _Own) -> set[Identity]:
+    """What lies in a home, also when it is named by a way that a bind mount made, or by a hard link elsewhere."""
+    home = images.identity(entry.home)
+    found = {one for one, path in mine.paths.items() if home in mine.folders[Path(path).parent]}
+    if mine.linked - found:
+        folders = (entry.home / BASES, entry.home / SNAPSHOTS / entry.vm_id)
+        files = [str(file) for folder in folders if folder.is_dir() for file in folder.iterdir()]
+        found |= mine.linked & _by_identity(files).keys()
+    return found
 
 
-def _needed_by(entry: Entry, mine: Mapping[Identity, str]) -> set[Identity]:
+def _needed_by(entry: Entry, mine: _Own) -> set[Identity]:
     """What a home needs today, by its own files; one that cannot be read may need all that it ever had."""
     try:
         forest = vm_home.open_home(entry.home).tree()
@@ -72,7 +151,7 @@ def _needed_by(entry: Entry, mine: Mapping[Identity, str]) -> set[Identity]:
     return set(_by_identity(path for path in forest.images if path in names or below.get(path)))
 
 
-def _written(session: Session, mine: Mapping[Identity, str]) -> Iterator[tuple[str, list[str]]]:
+def _written(session: Session, mine: _Own) -> Iterator[tuple[str, list[str]]]:
     for domain in session.connection.domains():
         if domain.uuid != session.home.vm_id:
             parsed = configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}")

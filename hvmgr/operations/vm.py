@@ -23,6 +23,7 @@ from hvmgr.storage.vm_home import SnapshotEntry, VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
+    from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.plan import Plan
     from hvmgr.operations.host import Host
     from hvmgr.operations.importing import CloneOptions
@@ -157,7 +158,7 @@ class VM:
         """The VM is off; whether that is a change. ``force`` is like pulling the plug."""
         from hvmgr.operations import vms
 
-        with self._work() as session:
+        with self._work(needs_present=False) as session:
             return vms.stop(session, force=force, timeout_s=timeout_s)
 
     def rename(self, name: str) -> None:
@@ -166,6 +167,17 @@ class VM:
 
         with self._work() as session:
             self._run(session, vms.plan_rename(session, name))
+
+    def export(self, dest: Path | str, options: ExportOptions | None = None) -> Path:
+        """The VM, or one snapshot of it, as a folder below ``dest`` that is complete in itself; that folder.
+
+        The VM is only read, and may run. An interrupted export goes on when it is called again.
+        """
+        from hvmgr.model.export_options import ExportOptions
+        from hvmgr.operations import export_
+
+        with self._work() as session:
+            return export_.export(session, Path(dest), options or ExportOptions())
 
     def delete(self, *, with_disks: bool = False) -> list[str]:
         """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
@@ -201,11 +213,12 @@ class VM:
         return plan is not None
 
     @contextlib.contextmanager
-    def _work(self) -> Iterator[Session]:
+    def _work(self, *, needs_present: bool = True) -> Iterator[Session]:
+        """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present."""
         from hvmgr.operations import reconcile
 
         with self.host.session(self.home) as session:
-            reconcile.bring_together(session)
+            reconcile.bring_together(session, needs_present=needs_present)
             yield session
 
     def _run(self, session: Session, plan: Plan) -> None:
@@ -217,7 +230,7 @@ class VM:
     def _complete(self) -> None:
         """A reader never waits; but what a dead command left open is not a state to show."""
         if journal.is_open(self.home.layout.journal) and not locks.is_held(self.home.layout.lock):
-            with self._work():
+            with self._work(needs_present=False):
                 pass
 
 
@@ -233,6 +246,7 @@ class Snapshot:
     parent: str | None
     type: SnapshotType
     state: SavedState
+    damaged: tuple[str, ...]
     entry: SnapshotEntry = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -258,7 +272,7 @@ class Snapshot:
 
         how = replacement.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         first = None
-        with self.vm._work() as session:  # noqa: SLF001 - one module, one idea
+        with self.vm._work(needs_present=snapshot_first) as session:  # noqa: SLF001 - one module, one idea
             replacement.plan_apply(session, self.id, how)  # refuses before anything is done
             if snapshot_first:
                 plan = snapshots.plan_create(session, snapshots.Wish())
@@ -284,14 +298,14 @@ class Snapshot:
         """The snapshot has another name."""
         from hvmgr.operations import snapshots
 
-        with self.vm._work() as session:  # noqa: SLF001
+        with self.vm._work(needs_present=False) as session:  # noqa: SLF001
             snapshots.describe(session, self.id, name=name)
 
     def set_notes(self, notes: str) -> None:
         """The snapshot has other notes."""
         from hvmgr.operations import snapshots
 
-        with self.vm._work() as session:  # noqa: SLF001
+        with self.vm._work(needs_present=False) as session:  # noqa: SLF001
             snapshots.describe(session, self.id, notes=notes)
 
 
@@ -306,5 +320,6 @@ def _snapshot(vm: VM, entry: SnapshotEntry) -> Snapshot:
         parent=record.parent,
         type=record.type,
         state=record.state,
+        damaged=record.damaged,
         entry=entry,
     )

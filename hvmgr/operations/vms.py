@@ -103,7 +103,9 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
     present, state = home.present(), session.state()
     if state not in (State.OFF, State.SAVED):
         raise errors.Conflict(f"{present.name} is {state}", hint=f"stop it first: hvmgr vm stop {present.name}")
-    before = snapshots.whole_tree(session)
+    before = snapshots.whole_tree(
+        session, with_libvirts=False
+    )  # libvirt forgets the VM, and with it what it kept of it
     _require_no_strangers(before)
     nodes = list(before.nodes)
     finish: list[Step] = [

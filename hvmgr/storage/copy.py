@@ -21,7 +21,7 @@ import hashlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -337,6 +337,19 @@ class _Hasher(threading.Thread):
             self._free.put(buffer)
 
 
-def total_work(paths: Iterable[Path]) -> int:
-    """About how many bytes a copy of these files reads."""
-    return sum(_allocated(path) for path in paths)
+def can_share(source: Path, folder: Path) -> bool:
+    """Whether a copy of the file in this folder would share its blocks: it then takes no space and no time."""
+    try:
+        if source.stat().st_dev != folder.stat().st_dev:
+            return False
+        reader = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            trial = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
+            try:
+                return _share(reader, trial)
+            finally:
+                os.close(trial)
+        finally:
+            os.close(reader)
+    except OSError:
+        return False

@@ -17,6 +17,7 @@ from hvmgr import errors
 
 TEMPORARY = ".hvmgr-part-"
 _COPY_PIECE = 16 << 20
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 
 
 @contextlib.contextmanager
@@ -161,6 +162,28 @@ def rename(source: Path, target: Path) -> None:
             sync_folder(source.parent)
 
 
+def exchange(first: Path, second: Path) -> None:
+    """Two files of one file system have each other's name, both at one instant.
+
+    Unsupported where the file system cannot do that; nothing was changed then.
+    """
+    import ctypes  # as rare as this is
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    with explained(first):
+        names = [os.fsencode(one) for one in (first, second)]
+        if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) != 0:
+            number = ctypes.get_errno()
+            if number in (errno.EINVAL, errno.ENOSYS):
+                raise errors.Unsupported(
+                    f"this file system cannot exchange the names of {first} and {second}",
+                    hint="rename them by hand, by way of a third name",
+                )
+            raise OSError(number, os.strerror(number), str(first))
+        for folder in {first.parent, second.parent}:
+            sync_folder(folder)
+
+
 def remove(path: Path) -> None:
     """The file is not there; it need not have been."""
     with explained(path):
@@ -192,19 +215,21 @@ def remove_empty_folder(path: Path) -> None:
 
 
 def set_mode(path: Path, mode: int) -> None:
-    """The file has the mode, lastingly; a device keeps its own."""
+    """The file or folder has the mode, lastingly; a device keeps its own."""
     with explained(path):
-        if path.is_file() and path.stat().st_mode & 0o7777 != mode:
+        if (path.is_file() or path.is_dir()) and path.stat().st_mode & 0o7777 != mode:
             path.chmod(mode)
             sync_file(path)
 
 
-def set_folder_mode(path: Path, mode: int) -> None:
-    """The folder has the mode, lastingly."""
+def set_folder_mode(path: Path, mode: int, owner: tuple[int, int] | None = None) -> None:
+    """The folder has the mode, and the owner where this process may give it away."""
     with explained(path):
+        if owner is not None and os.geteuid() == 0:
+            os.chown(path, *owner)
         if path.stat().st_mode & 0o7777 != mode:
             path.chmod(mode)
-            sync_folder(path)
+        sync_folder(path)
 
 
 def link(path: Path, target: Path) -> None:

@@ -103,13 +103,16 @@ def is_recorded(layout: Layout, path: Path) -> bool:
     return "size" in (_read(layout, path) or {})
 
 
-def condition(layout: Layout, path: Path) -> Condition:
-    """What became of an image since it was frozen; UNKNOWN for one that is missing, which others say."""
-    facts = _read(layout, path)
-    if facts is None or "size" not in facts or not path.is_file():
+def condition(layout: Layout, path: Path, *, file: Path | None = None) -> Condition:
+    """What became of an image since it was frozen; UNKNOWN for one that is missing, which others say.
+
+    ``file`` is looked at in its place: whether that one is the image, under another name.
+    """
+    facts, file = _read(layout, path), file or path
+    if facts is None or "size" not in facts or not file.is_file():
         return Condition.UNKNOWN
-    state = path.stat()
-    if state.st_size != facts["size"] or ("header" in facts and images.fingerprint(path) != facts["header"]):
+    state = file.stat()
+    if state.st_size != facts["size"] or ("header" in facts and images.fingerprint(file) != facts["header"]):
         return Condition.CHANGED
     return Condition.UNCHANGED if state.st_mtime_ns == facts.get("mtime_ns") else Condition.TOUCHED
 

@@ -29,25 +29,47 @@ class Entry:
     outside: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One file of the index; ``entry`` is None when it is damaged."""
+
+    file: Path
+    entry: Entry | None
+
+
 def entries() -> list[Entry]:
-    """Every VM that hvmgr knows on this host and whose home is still there."""
+    """Every VM that hvmgr knows on this host and whose home is still there.
+
+    The homes are the truth; a damaged note is skipped, and written again by the next operation.
+    """
+    return [note.entry for note in notes() if note.entry is not None and note.entry.home.is_dir()]
+
+
+def notes() -> list[Note]:
+    """Every file that the index has of a VM, damaged and outdated ones too."""
     folder = settings.index_folder() / "homes"
-    found = []
-    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
-        try:
-            facts = json.loads(file.read_bytes())
-            entry = Entry(
-                vm_id=file.stem,
-                name=str(facts["name"]),
-                home=Path(facts["home"]),
-                uri=str(facts["uri"]),
-                outside=tuple(facts["outside"]),
-            )
-        except (ValueError, KeyError, TypeError, OSError):
-            continue  # the homes are the truth; a damaged note is written again by the next operation
-        if entry.home.is_dir():
-            found.append(entry)
-    return found
+    return [Note(file, _read(file)) for file in (sorted(folder.glob("*.json")) if folder.is_dir() else ())]
+
+
+def set_aside(note: Note) -> Path:
+    """The index no longer counts on this file; it is kept in a folder beside the others."""
+    target = _make_folder("quarantine") / note.file.name
+    durable.rename(note.file, target)
+    return target
+
+
+def _read(file: Path) -> Entry | None:
+    try:
+        facts = json.loads(file.read_bytes())
+        return Entry(
+            vm_id=file.stem,
+            name=str(facts["name"]),
+            home=Path(facts["home"]),
+            uri=str(facts["uri"]),
+            outside=tuple(map(str, facts["outside"])),
+        )
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
 
 
 def record(entry: Entry) -> None:
@@ -78,6 +100,15 @@ def kept_mode(path: Path) -> int | None:
     try:
         facts = json.loads(_mode_file(settings.index_folder() / "modes", path).read_bytes())
         return int(facts["mode"])
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
+def noted_path(file: Path) -> str | None:
+    """The path that an image outside all homes had when it was frozen, by its inode."""
+    try:
+        facts = json.loads(_mode_file(settings.index_folder() / "modes", file).read_bytes())
+        return str(facts["path"])
     except (ValueError, KeyError, TypeError, OSError):
         return None
 

@@ -262,7 +262,7 @@ def _bases(home: VmHome, stored: Configuration) -> dict[str, _Base] | None:
         return None
     slots = {record.id: record.slot for record in vm_home.require_facts(above).disks}
     # A disk whose data was pulled from its snapshot's image by others stands apart from it, as the home then says.
-    ids = {record.slot: record.id for record in facts.disks if not getattr(record, "apart", False)}
+    ids = {record.slot: record.id for record in facts.disks if not record.apart}
     paths = vm_home.disks_of(above)
     found = {}
     for slot, working in vm_home.disks_of(stored).items():

@@ -8,6 +8,7 @@ with the same size and time is not parsed again.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 import time
@@ -86,7 +87,7 @@ class VmHome:
 
     def present(self) -> Configuration:
         """The present configuration."""
-        return _parse(self.layout.configuration)
+        return parse_file(self.layout.configuration)
 
     def facts(self) -> Metadata:
         """hvmgr's own facts of the present."""
@@ -95,13 +96,13 @@ class VmHome:
     def undo(self) -> Configuration | None:
         """The configuration in the undo slot."""
         try:
-            return _parse(self.layout.undo)
+            return parse_file(self.layout.undo)
         except errors.NotFound:
             return None
 
     def snapshot(self, snapshot_id: str) -> Configuration:
         """The configuration of one snapshot."""
-        return _parse(self.layout.snapshot(snapshot_id))
+        return parse_file(self.layout.snapshot(snapshot_id))
 
     def snapshots(self) -> list[SnapshotFile]:
         """All snapshots with their disks, oldest first."""
@@ -121,7 +122,7 @@ class VmHome:
         if not self.layout.snapshots.is_dir():
             return
         with os.scandir(self.layout.snapshots) as entries:
-            paths = [entry.path for entry in entries if entry.name.endswith(".xml") and _is_id(entry.name[:-4])]
+            paths = [entry.path for entry in entries if entry.name.endswith(".xml") and is_id(entry.name[:-4])]
         for path in paths:
             with contextlib.suppress(errors.NotFound):  # removed while we read
                 yield read(path)
@@ -142,29 +143,38 @@ class VmHome:
     def tree(self, *, strangers: Mapping[str, tuple[str, ...]] | None = None) -> Tree:
         """Both graphs, complete."""
         snapshots, present, undo = self.snapshots(), self.present(), self.undo()
-        stated = {path: images.QCOW2 for path in _files(self.layout.images) if _OURS.fullmatch(os.path.basename(path))}
+        stated = {path: images.QCOW2 for path in _files(self.layout.images) if is_ours(os.path.basename(path))}
         for one in snapshots:
             stated.update(one.formats)
-        stated.update(_formats(present, *([] if undo is None else [undo])))
-        found = self.load_images(stated)
+        stated.update(formats_of(present, *([] if undo is None else [undo])))
+        found, others = self._load(stated)
         unstated = [path for path in _files(self.layout.bases) if path not in found]
         found |= self.load_images({path: images.probe(Path(path)) for path in unstated})
         nodes = {one.record.id: to_node(one) for one in snapshots}
         leaf = None if undo is None else to_leaf(undo)
-        return Tree(images=found, nodes=nodes, present=to_leaf(present), undo=leaf, strangers=strangers or {})
+        forest = Tree(images=found, nodes=nodes, present=to_leaf(present), undo=leaf, strangers=strangers or {})
+        return with_own_names(forest, others) if others else forest
 
     def present_tree(self) -> Tree:
         """Only the chains of the present: enough to create a snapshot, whatever the size of the tree."""
         present = self.present()
-        return Tree(images=self.load_images(_formats(present)), nodes={}, present=to_leaf(present))
+        found, others = self._load(formats_of(present))
+        forest = Tree(images=found, nodes={}, present=to_leaf(present))
+        return with_own_names(forest, others) if others else forest
 
     def load_images(self, roots: Mapping[str, str]) -> dict[str, Image]:
         """The images (path to format) and all their parents. A format is what the configuration or the child states.
 
-        An image that is missing is left out: ``Tree.chain`` names it when it is needed.
+        An image that is missing is left out: ``Tree.chain`` names it when it is needed. A file that is met under
+        several names (hard links, bind mounts) is one image, by its name in the home where it has one there.
         """
+        return self._load(roots)[0]
+
+    def _load(self, roots: Mapping[str, str]) -> tuple[dict[str, Image], dict[str, str]]:
+        """The images, and the other names of those that were met under several, each with the one that counts."""
         found: dict[str, Image] = {}
-        keeper, resolve = self._keepers(), resolver()
+        by_identity: dict[tuple[int, int], list[str]] = {}
+        keeper, resolve = self.keepers(), resolver()
         todo = list(roots.items())
         while todo:
             path, fmt = todo.pop()
@@ -184,15 +194,23 @@ class VmHome:
                     )
                 todo.append((parent, header.backing_format))
             found[path] = Image(path, parent, header.format, header.size, header.data, keeper(path))
-        return found
+            by_identity.setdefault(header.identity, []).append(path)
+        others = other_names(by_identity.values(), keeper) if len(by_identity) < len(found) else {}
+        if others:
+            found = {
+                path: dataclasses.replace(image, parent=others.get(image.parent or "", image.parent))
+                for path, image in found.items()
+                if path not in others
+            }
+        return found, others
 
-    def _keepers(self) -> Callable[[str], Keeper]:
+    def keepers(self) -> Callable[[str], Keeper]:
         """Who an image belongs to, by its path."""
         ours, bases = str(self.layout.images), str(self.layout.bases)
 
         def keeper(path: str) -> Keeper:
             folder, name = os.path.split(path)
-            if folder == ours and _OURS.fullmatch(name):
+            if folder == ours and is_ours(name):
                 return Keeper.IMAGES
             return Keeper.BASES if folder == bases else Keeper.OUTSIDE
 
@@ -203,11 +221,15 @@ def open_home(path: Path) -> VmHome:
     """The home in a folder; NotFound when it is none, Corrupt when it is more than one."""
     path = Path(os.path.realpath(path))
     configurations = path / CONFIGURATIONS
-    found = [file for file in configurations.glob("*.xml") if _is_id(file.stem)] if configurations.is_dir() else []
+    found = [file for file in configurations.glob("*.xml") if is_id(file.stem)] if configurations.is_dir() else []
     if not found:
         raise errors.NotFound(f"{path} is no VM home: there is no configuration in '{CONFIGURATIONS}'")
     if len(found) > 1:
-        raise errors.Corrupt(f"{path} holds {len(found)} configurations; a home has one", path=str(path))
+        raise errors.Corrupt(
+            f"{path} holds {len(found)} configurations; a home has one",
+            hint=f"see which one is the VM's: hvmgr doctor '{path}'",
+            path=str(path),
+        )
     return VmHome(layout_of(path, found[0].stem))
 
 
@@ -218,15 +240,25 @@ def layout_of(path: Path, vm_id: str) -> Layout:
     return Layout(home=path, vm_id=vm_id, snapshots_at=snapshots, bases_at=bases)
 
 
-def find_homes(root: Path) -> list[VmHome]:
-    """Every home directly below a root, in the order of the folders' names."""
+def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None] | None = None) -> list[VmHome]:
+    """Every home directly below a root, in the order of the folders' names.
+
+    ``left_out`` is told of one that cannot be opened, and why; without it that is raised.
+    """
     if not root.is_dir():
         return []
     homes = []
     for folder in sorted(root.iterdir()):
-        if (folder / CONFIGURATIONS).is_dir():
-            with contextlib.suppress(errors.NotFound):
-                homes.append(open_home(folder))
+        try:
+            with durable.explained(folder):
+                if (folder / CONFIGURATIONS).is_dir():
+                    homes.append(open_home(folder))
+        except errors.NotFound:
+            continue  # no home
+        except errors.HvmgrError as error:
+            if left_out is None:
+                raise
+            left_out(error)
     return homes
 
 
@@ -275,6 +307,16 @@ def disks_of(present: Configuration) -> dict[str, str]:
     return {slot: canonical(source) for slot, source, _ in _iter_disks(present)}
 
 
+def is_id(text: str) -> bool:
+    """Whether a text is an id as file names have them."""
+    return _ID.fullmatch(text) is not None
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file has the name of a differencing image that hvmgr made."""
+    return _OURS.fullmatch(name) is not None
+
+
 def to_leaf(present: Configuration) -> Leaf:
     """The place of a present in the tree, and its working images."""
     return Leaf(parent=require_facts(present).parent, disks=disks_of(present))
@@ -304,6 +346,29 @@ def resolver() -> Callable[[str], str]:
         return canonical(resolved) if os.path.islink(resolved) else resolved
 
     return resolve
+
+
+def other_names(same: Iterable[list[str]], keeper: Callable[[str], Keeper]) -> dict[str, str]:
+    """Of files that were met under several names: every other name, with the one that counts, in the home if there is."""
+    others: dict[str, str] = {}
+    for paths in same:
+        first, *rest = sorted(paths, key=lambda one: (keeper(one) is Keeper.OUTSIDE, one))
+        others.update(dict.fromkeys(rest, first))
+    return others
+
+
+def with_own_names(forest: Tree, others: Mapping[str, str]) -> Tree:
+    """Snapshots and presents name each image as the forest does; ``others`` are other names for the same files."""
+
+    def own(disks: Mapping[str, str]) -> dict[str, str]:
+        return {slot: others.get(path, path) for slot, path in disks.items()}
+
+    return dataclasses.replace(
+        forest,
+        nodes={key: dataclasses.replace(node, disks=own(node.disks)) for key, node in forest.nodes.items()},
+        present=dataclasses.replace(forest.present, disks=own(forest.present.disks)),
+        undo=None if forest.undo is None else dataclasses.replace(forest.undo, disks=own(forest.undo.disks)),
+    )
 
 
 def _read_snapshot(file: str, resolve: Callable[[str], str]) -> SnapshotFile:
@@ -348,7 +413,8 @@ def _read(file: str) -> bytes:
         return reader.read()
 
 
-def _parse(file: Path) -> Configuration:
+def parse_file(file: Path) -> Configuration:
+    """The configuration in a file; NotFound, or Corrupt with line and column."""
     return configuration.parse(_read(str(file)), source=str(file))
 
 
@@ -359,7 +425,8 @@ def _iter_disks(one: Configuration) -> Iterator[_Disk]:
             yield disk.slot, disk.source, disk.format or images.RAW
 
 
-def _formats(*configurations: Configuration) -> dict[str, str]:
+def formats_of(*configurations: Configuration) -> dict[str, str]:
+    """The formats that configurations state for the images of their disks."""
     return {canonical(source): fmt for one in configurations for _, source, fmt in _iter_disks(one)}
 
 
@@ -367,7 +434,3 @@ def _files(folder: Path) -> Iterable[str]:
     if not folder.is_dir():
         return []
     return sorted(entry.path for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
-
-
-def _is_id(text: str) -> bool:
-    return _ID.fullmatch(text) is not None

@@ -11,7 +11,9 @@ from hvmgr.faces.cli import render
 
 if TYPE_CHECKING:
     from hvmgr.errors import HvmgrError
+    from hvmgr.model.finding import Finding
     from hvmgr.model.tree import Image, Tree
+    from hvmgr.operations.repair import Repaired
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
 
@@ -57,6 +59,7 @@ def snapshot(one: Snapshot) -> Document:
         "parent": one.parent,
         "type": one.type.value,
         "has_state": one.has_state,
+        "damaged": list(one.damaged),
         "disks": dict(one.disks),
     }
 
@@ -102,4 +105,29 @@ def space(of: VM, usage: Usage, tree: Tree) -> Document:
             for one in usage.snapshots
         ],
         "images": [image(one) for one in tree.images.values()],
+    }
+
+
+def finding(one: Finding) -> Document:
+    """What doctor found."""
+    return {
+        "code": str(one.code),
+        "severity": one.severity.value,
+        "sentence": one.sentence,
+        "where": one.where,
+        "repair": one.repair,
+        "vm": one.vm,
+    }
+
+
+def repaired(one: Repaired) -> Document:
+    """What doctor put right, or tried to; ``failure`` is null when it came through."""
+    about = one.finding
+    return {
+        "code": str(about.code),
+        "where": about.where,
+        "vm": about.vm,
+        "done": one.done,
+        "failure": one.failure,
+        "hint": one.hint,
     }

@@ -107,7 +107,9 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def state_of(one: Snapshot) -> str:
-    """What a snapshot brings back: a running, paused or switched off VM, or nothing but its disks."""
+    """What a snapshot brings back: a running, paused or switched off VM, nothing but its disks, or nothing at all."""
+    if one.damaged:
+        return "damaged"
     if one.type.value == "disk-only":
         return "disk-only"
     return "off" if one.state.value == "none" else one.state.value

@@ -114,12 +114,15 @@ SHAPED = {
     "snapshot apply": ["snapshot", "apply", "VM", "one"],
     "snapshot undo": ["snapshot", "undo", "VM"],
     "snapshot merge": ["snapshot", "merge", "VM"],
+    "export": ["export", "VM", "OUT", "--no-checksums"],
+    "verify": ["verify", "OUT"],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
     "hook install": ["hook", "install", "--dir", "DIR"],
     "hook uninstall": ["hook", "uninstall", "--dir", "DIR"],
     "hook allow": ["hook", "allow", "VM", "--once"],
+    "doctor": ["doctor", "VM", "--repair"],
     "config show": ["config", "show"],
     "completion": ["completion", "bash"],
     "version": ["version"],
@@ -128,13 +131,23 @@ SHAPED = {
 }
 
 
+@pytest.fixture
+def ailing(branched, root):
+    """A VM with something to repair, and something that stays: for lists that must not be empty."""
+    (home,) = [one for one in root.iterdir() if one.name == branched]
+    (home / "Virtual Machines").chmod(0o755)
+    (home / "stray").write_text("nobody knows it")
+    return branched
+
+
+@pytest.mark.usefixtures("ailing")
 def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path):
     with package.Host.open(root=root) as host:
         host.connection.define(
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
         )
     assert set(SHAPED) == set(SHAPES)
-    meant = {"VM": branched, "DIR": tmp_path / "hooks", "HOME": root / branched}
+    meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out", "HOME": root / branched}
     for name, words in SHAPED.items():
         answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvmgr import errors
+from hvmgr.model import plan
 from hvmgr.model.metadata import SavedState, SnapshotType
 
 pytestmark = pytest.mark.libvirtd
@@ -222,3 +223,20 @@ def test_present_that_writes_to_a_frozen_image_is_refused(place):
         place.host.adopt("web")
     assert f"qemu-img create -f qcow2 -b '{base}'" in failure.value.hint
     assert place.state_of("web") == before
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_snapshot_that_somebody_takes_meanwhile_is_not_lost(place, at_step, running):
+    """The configuration that was read before would put the VM back on an image that is frozen now."""
+    place.define("web", ("vda", "qcow2", place.image("a.qcow2", fill=1)))
+    place.virsh("snapshot-create-as", "web", "one", "--disk-only")
+    if running:
+        place.virsh("start", "web")
+    at_step(plan.MakeSnapshotFolder, before=lambda: place.virsh("snapshot-create-as", "web", "two", "--disk-only"))
+    with pytest.raises(errors.Conflict, match="changed by somebody else meanwhile"):
+        place.host.adopt("web")
+    assert place.snapshots("web") == ["one", "two"]
+    assert not (place.folder / "homes" / "web").exists()
+    vm = place.host.adopt("web")
+    assert [one.name for one in vm.snapshots()] == ["one", "two"]
+    place.check(vm)

@@ -89,7 +89,8 @@ class Shape:
     """A state and an operation on it. ``setup`` runs once and leaves the VM off, ``live`` after every reset.
 
     ``middle`` is the first part of an operation that is two of them: its result is a whole state, too. ``again``
-    says that the operation is run once more where a kill left the state before it.
+    says that the operation is run once more where a kill left the state before it; ``foreign``, that what others did
+    is taken over by whoever looks.
     """
 
     setup: Callable[[hvmgr.Host], object]
@@ -97,6 +98,7 @@ class Shape:
     live: Callable[[hvmgr.Host], object] | None = None
     middle: Callable[[hvmgr.Host], object] | None = None
     again: bool = False
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -583,7 +585,7 @@ class Run:
         outcome = next((name for name, state in self.states.items() if state == found), "neither")
         if outcome == "neither":
             self.failures.append(f"{what}: {self._difference(found)}; said {notices}")
-        self._is_fresh = outcome == "before" and not self.shape.again
+        self._is_fresh = outcome == "before" and not self.shape.again and not self.shape.foreign
         if outcome == "before" and self.shape.again:
             forked(lambda: self._victim(None))
             if self._described() != self.after:

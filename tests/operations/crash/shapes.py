@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import crash
 from crash import Shape, set_memory, specification, write_off, write_running
@@ -38,6 +39,7 @@ def take(host, name, pattern, offset="64k"):
 
 
 NAME = crash.NAME
+SLOT = "hda"  # of the only disk
 
 
 def line(host, *, disks=1):
@@ -237,6 +239,67 @@ def two_disks(host):
     off(host, crash.DISK, crash.DISK)
 
 
+def with_overlay(host):
+    """Somebody put an overlay on the working image."""
+    line(host)
+    working = Path(vm(host).now().disks[SLOT])
+    overlay = working.with_suffix(".theirs")
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", working, "-F", "qcow2", overlay]
+    subprocess.run(command, check=True, timeout=20)
+    overlay.chmod(0o600)
+    point(host, overlay)
+
+
+def gone_on_in_frozen(host):
+    """Somebody committed the working image into the frozen one below it, and the VM went on there."""
+    line(host)
+    point(host, Path(snapshot(host, "three").disks[SLOT]), write=True)
+
+
+def pulled(host):
+    """Somebody pulled everything below into the working image."""
+    line(host)
+    working = vm(host).now().disks[SLOT]
+    below = snapshot(host, "three").disks[SLOT]
+    command = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", working, f"{working}.new"]
+    subprocess.run(command, check=True, timeout=20)
+    Path(f"{working}.new").rename(working)
+    Path(working).chmod(0o600)
+    assert Path(below).exists()
+
+
+def committed(host):
+    """Somebody ran qemu-img commit on the working image."""
+    line(host)
+    subprocess.run(["qemu-img", "commit", "-q", "-f", "qcow2", vm(host).now().disks[SLOT]], check=True, timeout=20)
+
+
+def point(host, path, *, write=False):
+    """What virsh edit does to the disk's source."""
+    if write:
+        path.chmod(0o600)
+        command = ["qemu-io", "-f", "qcow2", "-c", "write -P 0x99 256k 64k", str(path)]
+        subprocess.run(command, check=True, timeout=20, capture_output=True)
+    xml = host.connection.find_domain_by_name(NAME).xml(live=False)
+    host.connection.define(xml.replace(vm(host).now().disks[SLOT], str(path)))
+
+
+def look(host):
+    """Home and libvirt are brought together, and nothing else."""
+    with vm(host)._work():
+        pass
+
+
+FOREIGN = {
+    "foreign-overlay": Shape(with_overlay, new, middle=look, foreign=True),
+    "foreign-commit": Shape(gone_on_in_frozen, new, middle=look, foreign=True),
+    "foreign-commit-paused": Shape(
+        gone_on_in_frozen, lambda host: new(host, type="disk-only"), live=paused, middle=look, foreign=True
+    ),
+    "foreign-commit-below": Shape(committed, new, middle=look, foreign=True),
+    "foreign-pull": Shape(pulled, new, middle=look, foreign=True),
+}
+
 CHANGES = {
     "create-off": Shape(off, lambda host: new(host, notes="noted")),
     "create-undo-full": Shape(with_undo, new),
@@ -365,4 +428,4 @@ BIG = {
     "big-delete-down": Shape(lambda host: big(host, below=12, above=6), delete("two")),
 }
 
-SHAPES = CHANGES | WHOLES | MERGES | RUNNING | IMPORTS | BIG
+SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | IMPORTS | BIG

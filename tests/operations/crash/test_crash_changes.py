@@ -28,6 +28,8 @@ WHOLES = [
     "vm-delete-in-place",
 ]
 
+FOREIGN = ["foreign-overlay", "foreign-commit", "foreign-commit-paused", "foreign-commit-below", "foreign-pull"]
+
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 
 
@@ -39,3 +41,8 @@ def test_killed_change_is_undone_or_completed(crash_run, shape, every):
 @pytest.mark.parametrize("shape", WHOLES)
 def test_killed_creation_or_deletion_of_a_vm_is_undone_or_completed(crash_run, shape, every):
     crash_run(shape, every(5))
+
+
+@pytest.mark.parametrize("shape", FOREIGN)
+def test_killed_take_over_of_what_others_did_is_undone_or_completed(crash_run, shape, every):
+    crash_run(shape, every(19 if shape.endswith("paused") else 9))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -14,12 +15,14 @@ import pytest
 from lxml import etree
 
 import hvmgr
+from hvmgr import errors
 from hvmgr.host import qemu_img
 from hvmgr.host.domain import State
 from hvmgr.model import configuration
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.tree import Keeper
 from hvmgr.storage import durable, vm_home
+from tests import private_libvirt
 
 MIB = 1 << 20
 PIECE = 64 << 10
@@ -124,8 +127,8 @@ class Bench:
         result = change(edited)
         self.host.connection.define((result or edited).to_xml())
 
-    def start(self, vm):
-        """Runs it, without a screen: libvirts that know nothing of each other quarrel about VNC ports."""
+    def without_screen(self, vm):
+        """Nobody looks, and libvirts that know nothing of each other quarrel about VNC ports."""
 
         def change(edited):
             devices = edited.root.find("devices")
@@ -134,9 +137,18 @@ class Bench:
                     devices.remove(device)
             etree.SubElement(etree.SubElement(devices, "video"), "model", type="none")
 
+        self.edit(vm, change)
+
+    def start(self, vm):
+        """Runs it."""
         if self.domain(vm).state() is State.OFF:
-            self.edit(vm, change)
+            self.without_screen(vm)
         vm.start()
+
+    def disk(self, vm, slot="hda", *, live=False):
+        """The image that libvirt shows for a disk."""
+        shown = configuration.parse(self.domain(vm).xml(live=live), source="libvirt")
+        return vm_home.disks_of(shown).get(slot)
 
     def write(self, vm, pattern, offset=0, *, slot="hda", length=PIECE):
         """What the guest writes while it runs; it is off again afterwards."""
@@ -211,9 +223,60 @@ def place():
 
 
 @pytest.fixture
-def bench(connection, place):
+def uri(connection):
+    """The libvirt that the VMs live on; a module with a daemon of its own overrides it."""
+    return connection.uri
+
+
+@pytest.fixture
+def bench(uri, place):
     """A host without VMs."""
-    bench = Bench(place, connection.uri)
+    bench = Bench(place, uri)
     yield bench
+    with contextlib.suppress(errors.HvmgrError):
+        for domain in bench.host.connection.domains():
+            domain.destroy()
+            if bench.host.connection.find_domain(domain.uuid) is not None:
+                domain.undefine(keep_nvram=False, keep_tpm=False)
     for host in bench.hosts:
         host.close()
+
+
+@pytest.fixture(scope="module")
+def daemon(new_embed_root, require_program):
+    """One libvirtd for all tests here."""
+    require_program("libvirtd")
+    with private_libvirt.daemon(new_embed_root()) as running:
+        yield running
+
+
+@pytest.fixture
+def virsh(daemon):
+    """``virsh(…)``: what it says; it has to succeed unless ``refused`` names a part of its refusal."""
+
+    def run(*arguments, refused=None):
+        command = ["virsh", "-q", "-c", daemon.uri, *map(str, arguments)]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        if refused is None:
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+        else:
+            assert done.returncode != 0
+            assert refused in done.stderr, done.stderr
+        return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def guest(bench, virsh):
+    """``guest(vm, …)``: what its guest writes, running or off; the guest itself has no system."""
+
+    def write(vm, pattern, offset, slot="hda"):
+        if vm.state() is State.OFF:
+            bench.write(vm, pattern, offset, slot=slot)
+            return
+        device = bench.domain(vm).monitor("query-block")
+        name = next(one["qdev"] for one in device if one.get("inserted") and slot[-1] in "ab")
+        virsh("qemu-monitor-command", vm.name, "--hmp", f'qemu-io -d {name} "write -P {pattern} {offset} 64k"')
+
+    return write
