@@ -255,7 +255,8 @@ class _Reader:
         is_home = self.file.parent.name == CONFIGURATIONS
         told = self._manifest()
         if told is not None:
-            self.finder.listed = {str(self.folder / one.file): one for one in told.images}
+            here = {str(self.folder / one.file): one for one in told.images}
+            self.finder.listed = {one.path: one for one in told.images} | here
         if is_home and present.uuid != self.file.stem:
             self._problem("damaged", f"{self.file} is the configuration of {present.uuid}", self.file)
         layout = Layout(home=self.folder, vm_id=present.uuid)
@@ -266,9 +267,9 @@ class _Reader:
         self.finder.check_cycles()
         undo = self._undo(layout) if is_home else None
         undo_disks = {} if undo is None else self.finder.disks(undo)
-        memory = self._file(layout.vm_folder / "memory.save")
+        memory = self._file(layout.present_memory)
         change = None if facts is None else facts.change
-        tpm = self._folder(layout.vm_folder / "tpm") or (change and self._folder(layout.tpm_copy(change))) or None
+        tpm = self._folder(layout.present_tpm) or (change and self._folder(layout.tpm_copy(change))) or None
         return SourceHome(
             folder=self.folder,
             file=self.file,

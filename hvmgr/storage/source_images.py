@@ -57,7 +57,7 @@ class Finder:
     by_slot: tuple[Entry, ...]
     used: Used
     trusted: bool
-    listed: Mapping[str, manifest.Image] = field(default_factory=dict)  # by the place in the folder
+    listed: Mapping[str, manifest.Image] = field(default_factory=dict)  # by the place in the folder, and where it was
     expected: dict[str, manifest.Image] = field(default_factory=dict)  # by the place where it was found
     images: dict[str, SourceImage] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
@@ -126,16 +126,17 @@ class Finder:
         named = os.path.normpath(os.path.join(os.path.dirname(recorded), backing))
         beside = os.path.normpath(os.path.join(os.path.dirname(child), backing))
         if maps.map_path(named, self.paths)[1] is None and not os.path.isabs(backing) and os.path.exists(beside):
-            listed = self.listed.get(beside)
+            place = beside if self._is_inside(beside) else os.path.realpath(beside)
+            listed = self.listed.get(beside) or self.listed.get(named) or self.listed.get(self._moved(named))
             if listed is not None:
-                self.expected[beside] = listed
-            return beside if self._is_inside(beside) else os.path.realpath(beside), named
+                self.expected[place] = listed
+            return place, named
         return self.locate(named), named
 
     def locate(self, recorded: str) -> str:
         """Where a file of the home is now: as the maps say, moved with the home, or as recorded."""
         moved = self._moved(recorded)
-        listed = self.listed.get(moved)
+        listed = self.listed.get(moved) or self.listed.get(recorded)
         original = recorded if listed is None else listed.path
         found = moved if self._is_inside(moved) else os.path.realpath(moved)
         for name in dict.fromkeys((recorded, moved, original)):
