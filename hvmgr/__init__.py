@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
     from hvmgr.operations.import_plan import ImportPlan
     from hvmgr.operations.importing import CloneOptions
+    from hvmgr.operations.release import Release
     from hvmgr.operations.repair import Repaired
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
@@ -47,6 +48,7 @@ __all__ = [
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Release",
     "Repaired",
     "Reporter",
     "SavedState",
@@ -74,6 +76,7 @@ _HOMES = {
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
+    "Release": "hvmgr.operations.release",
     "Repaired": "hvmgr.operations.repair",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",

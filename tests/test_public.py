@@ -29,6 +29,7 @@ PUBLIC = [
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Release",
     "Repaired",
     "Reporter",
     "SavedState",

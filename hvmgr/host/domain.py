@@ -205,6 +205,13 @@ class Domain:
         with libvirt_door.translated(f"change the managed save of {self.name}", changing=True):
             self._handle().managedSaveDefineXML(xml, 0)
 
+    def forget_live_metadata(self, namespace: str) -> None:
+        """The live XML holds no metadata element of this namespace; fine when it had none."""
+        libvirt = libvirt_door.library()
+        element, live = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_LIVE
+        with libvirt_door.translated(f"change the metadata of {self.name}", changing=True):
+            self._handle().setMetadata(element, None, None, namespace, live)
+
     # Disks of a running domain
 
     def switch_disks(

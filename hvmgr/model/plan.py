@@ -126,6 +126,44 @@ class RemoveImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class CompleteImage(Step):
+    """A new image that stands alone and holds all that the guest sees of ``source``; nobody starts the VM meanwhile."""
+
+    source: str
+    target: str
+    size: int
+
+    def describe(self) -> str:
+        return f"make the complete image {_name(self.target)} of {_name(self.source)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertInternal(Step):
+    """A new differencing image on ``parent`` shows what a snapshot inside ``source`` shows; compared before it counts."""
+
+    source: str
+    snapshot_id: str
+    name: str
+    target: str
+    parent: str
+    parent_format: str
+
+    def describe(self) -> str:
+        return f"make an image of the snapshot '{self.name}' inside {_name(self.source)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DropInternal(Step):
+    """A snapshot inside an image goes, and what it held; what a guest sees of the image stays."""
+
+    path: str
+    name: str
+
+    def describe(self) -> str:
+        return f"remove the snapshot '{self.name}' from inside {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
 class CopyImage(Step):
     """A file's bytes under a new name; holes stay holes."""
 
@@ -495,6 +533,14 @@ class PullDisk(Step):
         return f"pull the data of disk {self.slot} into {_name(self.path)}"
 
 
+@dataclass(frozen=True, slots=True)
+class LeaveHome(Step):
+    """hvmgr's own files in a home go; what holds a guest's data stays, and so do its folders."""
+
+    def describe(self) -> str:
+        return "remove hvmgr's own files from the home"
+
+
 # --- the domain -----------------------------------------------------------------------------------------------------
 
 
@@ -634,6 +680,36 @@ class ForgetLibvirtSnapshot(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class NoteLibvirtSnapshot(Step):
+    """libvirt gets a note of a snapshot that hvmgr took; images and memory stay where they are."""
+
+    name: str
+    xml: str
+    is_current: bool
+
+    def describe(self) -> str:
+        return f"give libvirt a note of the snapshot '{self.name}'"
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseDomain(Step):
+    """libvirt's inactive configuration becomes ``xml``, in which hvmgr has no part any more."""
+
+    xml: str
+
+    def describe(self) -> str:
+        return "define the configuration without hvmgr's part in libvirt"
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetMetadata(Step):
+    """The running or saved VM, too, holds nothing of hvmgr's."""
+
+    def describe(self) -> str:
+        return "take hvmgr's part off the running or saved VM"
+
+
+@dataclass(frozen=True, slots=True)
 class UndefineDomain(Step):
     """libvirt forgets the VM; files stay."""
 
@@ -667,7 +743,7 @@ class Plan:
     @property
     def makes_or_removes_home(self) -> bool:
         """Whether there is no VM before it, or none after it."""
-        return any(isinstance(step, MakeHome | TakeHome | RemoveHome) for step in self.steps())
+        return any(isinstance(step, MakeHome | TakeHome | RemoveHome | LeaveHome) for step in self.steps())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document that ``from_json`` turns into an equal plan."""

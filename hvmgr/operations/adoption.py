@@ -6,6 +6,7 @@ it; what libvirt knows of snapshots is forgotten at the very end, when every one
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,12 @@ from hvmgr import errors, units
 from hvmgr.host.domain import Domain, State
 from hvmgr.host.hypervisor import Connection
 from hvmgr.model import adoptee, configuration, names, plan
+from hvmgr.model.adoptee import Internal
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, Metadata, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Leaf, Node, Tree
-from hvmgr.operations import adoption_checks, domain_steps, libvirt_history, snapshots
+from hvmgr.operations import adoption_checks, domain_steps, internal_snapshots, libvirt_history, snapshots
 from hvmgr.operations.libvirt_history import Past, Wishes
 from hvmgr.operations.session import Session
 from hvmgr.storage import access, images, vm_home
@@ -30,10 +32,17 @@ _ID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 @dataclass(frozen=True, slots=True)
 class AdoptOptions:
-    """How a domain is adopted: where its home is made, and the slots of disks that snapshots do not concern."""
+    """How a domain is adopted: where its home is made, and the slots of disks that snapshots do not concern.
+
+    ``internal`` says what becomes of snapshots inside the images: each an image of its own, or removed.
+    """
 
     home: Path | None = None
     exclude_disks: tuple[str, ...] = ()
+    internal: Internal = Internal.REFUSE
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "internal", Internal(self.internal))  # the plain word is as good
 
 
 def find(connection: Connection, name: str) -> Domain:
@@ -62,7 +71,7 @@ def require_adoptable(domain: Domain, root: Path) -> None:
 def image_paths(session: Session, domain: Domain, options: AdoptOptions) -> list[Path]:
     """Every image that the VM would bring along, so that nobody else changes its users meanwhile."""
     wishes = _wishes(session, domain, options)
-    pasts = libvirt_history.read(session, domain, wishes)
+    pasts = libvirt_history.read(session, domain, wishes, internal=options.internal)
     return [Path(path) for path in session.home.load_images(_formats(wishes.present, pasts))]
 
 
@@ -73,9 +82,12 @@ def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
     access.require_way(layout.home, session.owner)
     wishes = _wishes(session, domain, options)
     present = wishes.present
-    pasts = libvirt_history.read(session, domain, wishes)
+    pasts = libvirt_history.read(session, domain, wishes, internal=options.internal)
     forest = _forest(session, present, pasts)
-    _check(session, domain, wishes, pasts, forest)
+    _check(session, domain, wishes, pasts, forest, internal=options.internal)
+    made = _of_internal(session, domain, wishes, forest, options.internal)
+    pasts = libvirt_history.in_order((*pasts, *made.pasts))
+    forest = _with(forest, pasts, made)
     _say_what_is_special(session, domain, present, pasts, options)
     parents = libvirt_history.place(pasts, forest)
     libvirt_history.say_what_differs(session, pasts, parents)
@@ -97,7 +109,7 @@ def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
         plan.WriteSnapshot(snapshot_id=past.id, xml=_snapshot_xml(session, past, facts, parents[past.id], ids))
         for past in pasts
     ]
-    frozen = tuple(dict.fromkeys(path for past in pasts for path in past.images.values()))
+    frozen = tuple(dict.fromkeys([*(path for past in pasts for path in past.images.values()), *_blanks(made)]))
     is_off = session.state() in (State.OFF, State.SAVED)
     return Plan(
         plan_id=change,
@@ -105,18 +117,20 @@ def plan_adopt(session: Session, domain: Domain, options: AdoptOptions) -> Plan:
         operation="vm adopt",
         subject=f"adoption of {name}",
         prepare=(
-            plan.NoteUses(name=name, paths=tuple(forest.images)),
+            plan.NoteUses(name=name, paths=tuple(path for path in forest.images if not layout.owns(path))),
             plan.MakeHome(home=str(layout.home), vm_id=layout.vm_id),
+            *made.prepare,
             *_states(session, present, pasts),
             as_read,
         ),
         switch=plan.Define(xml=present.to_xml()),
         finish=(
             *written,
-            *(plan.FreezeImage(path=path) for path in frozen if adoption_checks.can_change_mode(path)),
+            *made.finish,
+            *(plan.FreezeImage(path=path) for path in frozen if _can_be_frozen(path, made)),
             plan.WritePresent(),
             plan.RecordFrozen(paths=frozen),
-            *(plan.ForgetLibvirtSnapshot(name=past.libvirt_name) for past in reversed(pasts)),
+            *(plan.ForgetLibvirtSnapshot(name=past.libvirt_name) for past in reversed(pasts) if not past.is_internal),
             *_drop_old_names(session, pasts),
         ),
         hold=snapshots.working(forest) if is_off else (),
@@ -156,12 +170,40 @@ def _forest(session: Session, present: Configuration, pasts: Sequence[Past]) -> 
     )
 
 
-def _check(session: Session, domain: Domain, wishes: Wishes, pasts: Sequence[Past], forest: Tree) -> None:
+def _of_internal(
+    session: Session, domain: Domain, wishes: Wishes, forest: Tree, internal: Internal
+) -> internal_snapshots.Conversion:
+    if internal is Internal.REFUSE:
+        return internal_snapshots.Conversion()
+    inside = internal_snapshots.find(domain, forest)
+    if internal is Internal.DROP:
+        return internal_snapshots.drop(session, domain, inside)
+    return internal_snapshots.convert(session, domain, wishes, forest, inside)
+
+
+def _with(forest: Tree, pasts: Sequence[Past], made: internal_snapshots.Conversion) -> Tree:
+    """The forest with the images that are yet to be made."""
+    nodes = {past.id: Node(snapshot_id=past.id, parent=None, disks=past.images) for past in pasts}
+    return dataclasses.replace(forest, images={**forest.images, **{one.path: one for one in made.images}}, nodes=nodes)
+
+
+def _blanks(made: internal_snapshots.Conversion) -> list[str]:
+    return [image.path for image in made.images if image.parent is None]
+
+
+def _can_be_frozen(path: str, made: internal_snapshots.Conversion) -> bool:
+    return path in {image.path for image in made.images} or adoption_checks.can_change_mode(path)
+
+
+def _check(
+    session: Session, domain: Domain, wishes: Wishes, pasts: Sequence[Past], forest: Tree, *, internal: Internal
+) -> None:
     name, present = domain.name, wishes.present
     adoption_checks.require_chains(name, present, forest)
     adoption_checks.require_distinct(name, forest.present.disks)
     adoption_checks.require_pasts(name, pasts, forest)
-    adoption_checks.require_plain_images(forest.named(), forest)
+    if internal is Internal.REFUSE:
+        adoption_checks.require_plain_images(forest.named(), forest)
     adoption_checks.require_writable(name, forest.present.disks)
     adoption_checks.require_own(name, forest.named())
     adoption_checks.require_sole_writer(session, name, forest)

@@ -9,11 +9,12 @@ from hvmgr import errors
 from hvmgr.host import libvirt_snapshots, saved_state
 from hvmgr.host.domain import Domain, State
 from hvmgr.model import configuration, plan
+from hvmgr.model.metadata import NAMESPACE
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, frozen, images, index, journal, start_guard, vm_home
 
 
-def define(session: Session, step: plan.Define) -> None:
+def define(session: Session, step: plan.Define | plan.ReleaseDomain) -> None:
     """libvirt's inactive configuration is the new one; after the switch what others changed meanwhile stays in it."""
     domain = session.find_domain() if session.finishing else None
     session.connection.define(step.xml if domain is None else _with_edits(session, domain.xml(live=False), step.xml))
@@ -348,7 +349,31 @@ def require_unchanged(session: Session, step: plan.RequireUnchanged) -> None:
         raise errors.Conflict(f"{domain.name} was changed by somebody else meanwhile", hint="run the command again")
 
 
-def forget_libvirt_snapshot(session: Session, step: plan.ForgetLibvirtSnapshot) -> None:
+def note_libvirt_snapshot(session: Session, step: plan.NoteLibvirtSnapshot) -> None:
+    """libvirt knows the snapshot."""
+    libvirt_snapshots.redefine(session.domain(), step.xml, current=step.is_current)
+
+
+def is_released(session: Session, _step: plan.ReleaseDomain) -> bool:
+    """Whether libvirt's configuration of the VM holds nothing of hvmgr's any more."""
+    domain = session.find_domain()
+    return domain is not None and configuration.parse(domain.xml(live=False), source="libvirt").metadata() is None
+
+
+def forget_metadata(session: Session, _step: plan.ForgetMetadata) -> None:
+    """What runs, and what libvirt saved of it, holds nothing of hvmgr's either."""
+    domain = session.find_domain()
+    if domain is None:
+        return  # somebody has undefined it since
+    if domain.is_active():
+        domain.forget_live_metadata(NAMESPACE)
+    elif domain.has_managed_save():
+        saved = configuration.parse(domain.managed_save_xml(), source="the managed save")
+        if saved.metadata() is not None:
+            domain.define_managed_save_xml(saved.without_metadata().to_xml())
+
+
+def forget_libvirt_snapshot(session: Session, step: plan.ForgetLibvirtSnapshot | plan.NoteLibvirtSnapshot) -> None:
     """libvirt does not know its snapshot."""
     libvirt_snapshots.forget(session.domain(), step.name)
 

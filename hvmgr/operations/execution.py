@@ -35,6 +35,9 @@ DO: Mapping[type[Step], _Act] = {
     plan.MergeDown: image_steps.merge_down,
     plan.Flatten: image_steps.flatten,
     plan.RemoveImage: image_steps.remove,
+    plan.CompleteImage: image_steps.complete,
+    plan.ConvertInternal: image_steps.convert_internal,
+    plan.DropInternal: image_steps.drop_internal,
     plan.CopyImage: image_steps.copy,
     plan.MoveImage: image_steps.move,
     plan.RecordFrozen: image_steps.record,
@@ -52,6 +55,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.ReplaceFile: file_steps.replace_file,
     plan.RemoveFile: file_steps.remove_file,
     plan.RemoveHome: file_steps.remove_home,
+    plan.LeaveHome: file_steps.leave_home,
     plan.Define: domain_steps.define,
     plan.WritePresent: domain_steps.write_present,
     plan.SwitchDisks: domain_steps.switch_disks,
@@ -65,6 +69,9 @@ DO: Mapping[type[Step], _Act] = {
     plan.RenameDomain: domain_steps.rename,
     plan.RequireUnchanged: domain_steps.require_unchanged,
     plan.ForgetLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
+    plan.NoteLibvirtSnapshot: domain_steps.note_libvirt_snapshot,
+    plan.ReleaseDomain: domain_steps.define,
+    plan.ForgetMetadata: domain_steps.forget_metadata,
     plan.UndefineDomain: domain_steps.undefine,
     plan.MakeRoots: import_steps.make_roots,
     plan.MakeFolders: move_steps.make_folders,
@@ -87,6 +94,8 @@ DO: Mapping[type[Step], _Act] = {
 UNDO: Mapping[type[Step], _Act] = {
     plan.CreateImage: image_steps.uncreate,
     plan.FreezeImage: image_steps.unfreeze,
+    plan.CompleteImage: image_steps.uncopy,
+    plan.ConvertInternal: image_steps.uncopy,
     plan.CopyImage: image_steps.uncopy,
     plan.MakeHome: file_steps.unmake_home,
     plan.NoteUses: file_steps.unnote_uses,
@@ -94,6 +103,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.CopyFile: file_steps.uncopy_file,
     plan.CopyFolder: file_steps.uncopy_folder,
     plan.MakeSnapshotFolder: file_steps.unmake_snapshot_folder,
+    plan.NoteLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.Suspend: domain_steps.resume,
     plan.SavePresent: domain_steps.unsave_present,
     plan.TakeManagedSave: domain_steps.untake_managed_save,
@@ -122,9 +132,11 @@ HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
     plan.Define: domain_steps.is_defined,
     plan.SwitchDisks: domain_steps.is_switched,
     plan.RenameDomain: domain_steps.is_renamed,
+    plan.ReleaseDomain: domain_steps.is_released,
     plan.UndefineDomain: domain_steps.is_undefined,
 }
 
+_HOME_ENDS = (plan.RemoveHome, plan.LeaveHome)
 _STOPPING = (plan.SavePresent, plan.TakeManagedSave, plan.DiscardPresent)
 
 _JOB_WAIT_S = 60.0
@@ -194,7 +206,7 @@ def _hold_when_off(session: Session, one: Plan) -> bool:
 def _switch(session: Session, one: Plan) -> None:
     assert one.switch is not None
     try:
-        if isinstance(one.switch, plan.Define):
+        if isinstance(one.switch, plan.Define | plan.ReleaseDomain):
             domain_steps.require_unedited(session)
         DO[type(one.switch)](session, one.switch)
     except errors.OutcomeUnknown:
@@ -230,7 +242,7 @@ def _do_finish(session: Session, one: Plan) -> None:
     with session.interrupts.held_back(), _finishing(session):
         for step in _still_to_finish(session, one):
             DO[type(step)](session, step)
-        if any(isinstance(step, plan.RemoveHome) for step in one.finish):
+        if any(isinstance(step, _HOME_ENDS) for step in one.finish):
             file_steps.remove_private(session)
         else:
             _end(session)
@@ -247,7 +259,7 @@ def _finishing(session: Session) -> Iterator[None]:
 
 def _still_to_finish(session: Session, one: Plan) -> tuple[Step, ...]:
     """The finishing steps; of a home whose configuration is gone, its removal is all that is left to do."""
-    removal = tuple(step for step in one.finish if isinstance(step, plan.RemoveHome))
+    removal = tuple(step for step in one.finish if isinstance(step, _HOME_ENDS))
     return removal if removal and not session.layout.configuration.exists() else one.finish
 
 

@@ -166,6 +166,25 @@ def remove_home(session: Session, _step: plan.RemoveHome) -> None:
     durable.remove_empty_folder(layout.home / CONFIGURATIONS)
 
 
+def leave_home(session: Session, _step: plan.LeaveHome) -> None:
+    """Of hvmgr's nothing is left but the journal; whatever holds data of a guest is where it was.
+
+    The configuration goes first, as in ``remove_home``.
+    """
+    layout = session.layout
+    durable.remove(layout.configuration)
+    durable.remove(layout.undo)
+    for file in vm_home.snapshot_files(layout):
+        durable.remove(file)
+    durable.remove_folder(layout.frozen)
+    for folder in (layout.snapshots, layout.vm_folder):
+        for inner in folder.iterdir() if folder.is_dir() else ():
+            durable.remove_empty_folder(inner)
+        durable.remove_empty_folder(folder)
+    durable.remove_empty_folder(layout.bases)
+    durable.remove_empty_folder(layout.home / CONFIGURATIONS)
+
+
 def remove_private(session: Session) -> None:
     """The journal and the lock are gone, and the home when nothing else is in it."""
     layout = session.layout

@@ -173,6 +173,13 @@ class Host:
         self._complete_unfinished()
         return [one.name for one in adoption_checks.unmanaged(self.connection.domains(), self.root)]
 
+    def internal_snapshots(self, name: str) -> list[str]:
+        """The names of the snapshots inside the images of a VM of libvirt's: what adopting it would convert or drop."""
+        from hvmgr.operations import adoption, internal_snapshots
+
+        domain = adoption.find(self.connection, name)
+        return internal_snapshots.names(domain, VmHome(Layout(home=self.root / domain.uuid, vm_id=domain.uuid)))
+
     def adopt(self, name: str, options: AdoptOptions | None = None) -> VM:
         """A VM of libvirt's, by name or id, gets a home; its disks stay, its external snapshots come along."""
         from hvmgr.operations import adoption, execution

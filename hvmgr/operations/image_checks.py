@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hvmgr import errors, units
 from hvmgr.host import confinement, qemu_img
-from hvmgr.model import tree
+from hvmgr.model import outside_images, tree
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
 from hvmgr.model.tree import Keeper, Tree
@@ -147,9 +147,14 @@ def _waiting(seen: Survey, forest: Tree) -> Iterator[Finding]:
         size = units.format_size(forest.images[path].data)
         sentence = f"{path} ({size}) waits to be merged with {Path(child).name}"
         yield finding(Code.MERGE_PENDING, sentence, path, repair=f"hvmgr snapshot merge '{seen.name}'")
+    by_name = outside_images.names_needed(forest)
+    for path, names in by_name.items():
+        words = " ".join(f"--image '{name}'" for name in names)
+        sentence = f"{path} has no name and one child, and is merged only by name: others made it, or what stands on it"
+        yield finding(Code.IMAGE_UNNAMED, sentence, path, repair=f"hvmgr snapshot merge '{seen.name}' {words}")
     children = forest.children()
     for path in tree.unnamed(forest):
-        if path not in waiting and forest.images[path].keeper is Keeper.IMAGES:
+        if path not in waiting and path not in by_name and forest.images[path].keeper is Keeper.IMAGES:
             sentence = f"{path} has no name; it is kept for the {len(children[path])} images that stand on it"
             yield finding(Code.IMAGE_UNNAMED, sentence, path)
     for path in tree.detached(forest):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import qemu_img
+from hvmgr.host import internal_snapshots, qemu_img
 from hvmgr.host.storage_daemon import Node
 from hvmgr.model import plan
 from hvmgr.operations import strangers
@@ -82,7 +83,56 @@ def copy(session: Session, step: plan.CopyImage) -> None:
     durable.copy_file(Path(step.source), Path(step.target), owner=session.owner)
 
 
-def uncopy(_session: Session, step: plan.CopyImage) -> None:
+def complete(session: Session, step: plan.CompleteImage) -> None:
+    """The new image is on disk; QEMU's lock on the old one stays ours until the switch, so that nothing is missed."""
+    path = Path(step.target)
+    below = session.hold_whole(step.source)
+    daemon = session.daemon
+    daemon.create_qcow2(path, size=step.size, backing=(step.source, below.fmt))
+    node = daemon.open(path, images.QCOW2, writable=True, backing=below)
+    try:
+        daemon.stream(node, base=None, backing_file=None)
+    finally:
+        daemon.close(node)
+    durable.set_owner(path, session.owner)
+    durable.sync_file(path)
+    durable.sync_folder(path.parent)
+
+
+def convert_internal(session: Session, step: plan.ConvertInternal) -> None:
+    """The image is on disk, and QEMU reads the same from it as from the snapshot inside the other one."""
+    source, target = Path(step.source), Path(step.target)
+    backing = (name_of_parent(session, target, step.parent), step.parent_format)
+    internal_snapshots.extract(source, step.snapshot_id, target, backing=backing)
+    if not internal_snapshots.is_same(source, step.snapshot_id, target):
+        raise errors.Corrupt(
+            f"the snapshot '{step.name}' inside {source} reads otherwise than the image that was made of it",
+            hint=f"check it: qemu-img check '{source}'",
+            path=step.source,
+        )
+    durable.set_mode(target, frozen.WORKING_MODE)
+    durable.set_owner(target, session.owner)
+    durable.sync_file(target)
+    durable.sync_folder(target.parent)
+
+
+def drop_internal(session: Session, step: plan.DropInternal) -> None:
+    """The snapshot inside the image is gone; one that a VM has opened meanwhile keeps it, and that is said."""
+    path = Path(step.path)
+    if step.name not in {one.name for one in images.internal_snapshots(path)}:
+        return
+    try:
+        internal_snapshots.delete(path, step.name)
+    except errors.Conflict as error:
+        session.say(
+            f"the snapshot '{step.name}' stays inside {path} ({error}); when the VM is off: "
+            f"qemu-img snapshot -d '{step.name}' '{path}'"
+        )
+        return
+    durable.sync_file(path)
+
+
+def uncopy(_session: Session, step: plan.CopyImage | plan.CompleteImage | plan.ConvertInternal) -> None:
     """The copy is not there."""
     durable.remove(Path(step.target))
 
@@ -111,7 +161,7 @@ def merge_up(session: Session, step: plan.MergeUp) -> None:
         _stands_on(session, step)
         return
     try:
-        with session.interrupts.let_through():
+        with _without_strangers(session, child, parent), session.interrupts.let_through():
             _stream(session, step, child, parent)
     except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
         _put_off(session, error, child, parent)
@@ -123,10 +173,10 @@ def merge_up(session: Session, step: plan.MergeUp) -> None:
 
 def _is_on(child: Path, parent: Path) -> bool:
     """Whether the parent is still there and the child's header names it, by whatever path."""
+    if not parent.exists():
+        return False  # merged before; the child may have been moved away since
     below = images.read(child, images.QCOW2).parent
-    return (
-        below is not None and parent.exists() and below.exists() and images.identity(below) == images.identity(parent)
-    )
+    return below is not None and below.exists() and images.identity(below) == images.identity(parent)
 
 
 def _stands_on(session: Session, step: plan.MergeUp) -> None:
@@ -234,6 +284,14 @@ def remove(session: Session, step: plan.RemoveImage) -> None:
         return
     if step.path in session.waiting or session.uses.is_used(step.path):
         return
+    if session.layout.owns(step.path):
+        _remove(session, path)
+    else:
+        _remove_outside(session, path)
+    session.uses.removed(step.path)
+
+
+def _remove(session: Session, path: Path) -> None:
     _make_writable(session, path)
     node = session.daemon.open(path, images.RAW, writable=True)  # QEMU's lock; a damaged header does not matter
     try:
@@ -241,7 +299,33 @@ def remove(session: Session, step: plan.RemoveImage) -> None:
     finally:
         session.daemon.close(node)
     frozen.forget(session.layout, path)
-    session.uses.removed(step.path)
+
+
+def _remove_outside(session: Session, path: Path) -> None:
+    """The image goes at once: the trash may lie on another file system. Whoever came to need it in between keeps it."""
+    try:
+        with _without_strangers(session, path):
+            _make_writable(session, path)
+            node = session.daemon.open(path, images.RAW, writable=True)
+            try:
+                index.forget_mode(path)
+                durable.remove(path)
+            finally:
+                session.daemon.close(node)
+    except errors.Conflict as error:
+        session.say(f"{path} was merged and is kept: {error}")
+        _thaw(session, path)
+    frozen.forget(session.layout, path)
+
+
+@contextlib.contextmanager
+def _without_strangers(session: Session, *paths: Path) -> Iterator[None]:
+    """Of these images no other VM needs those outside the home, nor comes to need them; Conflict when one does."""
+    outside = [path for path in paths if not session.layout.owns(str(path))]
+    with index.locked(outside, wait_s=session.wait_s):
+        for path, names in (strangers.of(session, map(str, outside)) if outside else {}).items():
+            raise errors.Conflict(f"{path} is needed by {', '.join(names)}", path=path, users=list(names))
+        yield
 
 
 def _unwritten(child: Path, offset: int, length: int) -> list[tuple[int, int]]:
@@ -261,7 +345,7 @@ def _unwritten(child: Path, offset: int, length: int) -> list[tuple[int, int]]:
 
 def _make_writable(session: Session, *paths: Path) -> None:
     for path in paths:
-        durable.set_mode(path, frozen.WORKING_MODE)
+        frozen.make_writable(session.layout, path)
         if session.recovering:
             qemu_img.check(path, images.QCOW2, repair_leaks=True)
 
@@ -270,10 +354,13 @@ def _settle(session: Session, path: Path) -> None:
     """Mode and record are what the image's users need."""
     if not path.exists():
         return
-    durable.set_owner(path, session.owner)
+    if session.layout.owns(str(path)):
+        durable.set_owner(path, session.owner)
     if session.uses.is_frozen(str(path)):
         frozen.freeze(session.layout, path)
         _record_or_forget(session, path)
+    elif not session.layout.owns(str(path)):
+        frozen.thaw(session.layout, path)
     else:
         durable.set_mode(path, frozen.WORKING_MODE)
         frozen.forget(session.layout, path)

@@ -17,6 +17,7 @@ from hvmgr import errors
 from hvmgr.host import libvirt_snapshots, saved_state
 from hvmgr.host.domain import Domain
 from hvmgr.model import adoptee, libvirt_snapshot
+from hvmgr.model.adoptee import Internal
 from hvmgr.model.configuration import Configuration, Disk
 from hvmgr.model.libvirt_snapshot import Kind, LibvirtSnapshot, Moment
 from hvmgr.model.metadata import SavedState, SnapshotType
@@ -48,6 +49,7 @@ class Past:
     images: Mapping[str, str]
     formats: Mapping[str, str]
     went_on: Mapping[str, str]
+    is_internal: bool = False  # its images were made of what lay inside others: nothing stands on them
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +60,52 @@ class Wishes:
     excluded: frozenset[str]
 
 
-def read(session: Session, domain: Domain, wishes: Wishes) -> tuple[Past, ...]:
-    """Every snapshot that libvirt has of the domain, oldest first; what cannot become one of hvmgr's is refused by name."""
-    listed = libvirt_snapshots.list_all(domain)
-    parsed = [libvirt_snapshot.parse(one.xml, source=f"libvirt's snapshot '{one.name}'") for one in listed]
-    require_no_internal(domain, parsed)
+def read(session: Session, domain: Domain, wishes: Wishes, *, internal: Internal = Internal.REFUSE) -> tuple[Past, ...]:
+    """Every external snapshot that libvirt has of the domain, oldest first; what cannot become one of hvmgr's is refused.
+
+    So are internal ones, by name, unless something else is to become of them.
+    """
+    listed = noted(domain)
+    if internal is Internal.REFUSE:
+        require_no_internal(domain, [snapshot for snapshot, _ in listed])
     found = [
-        _past(session, domain, snapshot, wishes, is_current=one.is_current)
-        for one, snapshot in zip(listed, parsed, strict=True)
+        _past(session, domain, snapshot, wishes, is_current=is_current)
+        for snapshot, is_current in listed
+        if not snapshot.is_internal
     ]
-    return _in_order(sorted(found, key=lambda past: past.created))
+    return in_order(found)
+
+
+def noted(domain: Domain) -> list[tuple[LibvirtSnapshot, bool]]:
+    """All that libvirt says of snapshots, parents first; and whether it is the current one."""
+    return [
+        (libvirt_snapshot.parse(one.xml, source=f"libvirt's snapshot '{one.name}'"), one.is_current)
+        for one in libvirt_snapshots.list_all(domain)
+    ]
+
+
+def in_order(pasts: Iterable[Past]) -> tuple[Past, ...]:
+    """Oldest first; of one second, which is all that libvirt knows, parents before their children."""
+    found = list(pasts)
+    known = {past.libvirt_name: past for past in found}
+
+    def depth(past: Past) -> int:
+        above: set[str] = set()
+        while past.parent in known and past.parent not in above:
+            above.add(past.parent)
+            past = known[past.parent]
+        return len(above)
+
+    return _in_order(sorted(found, key=lambda past: (int(past.created.timestamp()), depth(past), past.created)))
+
+
+def configuration_of(session: Session, snapshot: LibvirtSnapshot, wishes: Wishes) -> Configuration:
+    """The VM's configuration at a snapshot, as its next start would have taken it."""
+    assert snapshot.configuration is not None
+    live = snapshot.configuration.copy()
+    resolve_volumes(session, live, excluded=wishes.excluded)
+    _leave_out(live, wishes)
+    return _at_rest(session, snapshot, live, wishes)
 
 
 def require_no_internal(domain: Domain, parsed: Iterable[LibvirtSnapshot]) -> None:
@@ -86,17 +124,23 @@ def place(pasts: Sequence[Past], forest: Tree) -> dict[str, str | None]:
     Of the older snapshots on whose images this one stands in every disk that both have, the nearest; of several at the
     same distance the one that libvirt names. With no disk in common libvirt's word counts.
     """
-    ids = {past.libvirt_name: past.id for past in pasts}
-    return {
-        past.id: _nearest(forest, past.images, pasts[:number], ids.get(past.parent or ""))
-        for number, past in enumerate(pasts)
-    }
+    known = {past.libvirt_name: past for past in pasts}
+    found: dict[str, str | None] = {}
+    for number, past in enumerate(pasts):
+        said = known.get(past.parent or "")
+        if said is not None and said in pasts[:number] and (past.is_internal or said.is_internal):
+            found[past.id] = said.id  # images that were made of what lay inside others tell nothing
+        else:
+            found[past.id] = _nearest(forest, past.images, pasts[:number], None if said is None else said.id)
+    return found
 
 
 def place_of_present(pasts: Sequence[Past], forest: Tree) -> str | None:
     """The snapshot below which the present is."""
-    current = next((past.id for past in pasts if past.is_current), None)
-    return _nearest(forest, forest.present.disks, pasts, current)
+    current = next((past for past in pasts if past.is_current), None)
+    if current is not None and current.is_internal:
+        return current.id
+    return _nearest(forest, forest.present.disks, pasts, None if current is None else current.id)
 
 
 def abandoned(pasts: Sequence[Past], forest: Tree) -> list[tuple[str, Past]]:
@@ -145,11 +189,7 @@ def _past(session: Session, domain: Domain, snapshot: LibvirtSnapshot, wishes: W
         _require_whole(domain, snapshot, disk, wishes)
     paths, formats = _disks(live)
     memory = _memory(domain, snapshot)
-    name = _fitting(snapshot.name)
-    notes = snapshot.description
-    if name != snapshot.name:
-        session.say(f"libvirt's snapshot '{snapshot.name}' has a name that is no name here: it becomes '{name}'")
-        notes = f"{snapshot.name}\n{notes}".strip()
+    name, notes = fitting(session, snapshot.name, snapshot.description)
     return Past(
         id=session.new_id(),
         libvirt_name=snapshot.name,
@@ -253,6 +293,15 @@ def _state(memory: Path | None) -> SavedState:
     if memory is None:
         return SavedState.NONE
     return SavedState.RUNNING if saved_state.read(memory).was_running else SavedState.PAUSED
+
+
+def fitting(session: Session, libvirt_name: str, notes: str) -> tuple[str, str]:
+    """The name as hvmgr allows it, and the notes, which keep libvirt's name where it is another one."""
+    name = _fitting(libvirt_name)
+    if name == libvirt_name:
+        return name, notes
+    session.say(f"libvirt's snapshot '{libvirt_name}' has a name that is no name here: it becomes '{name}'")
+    return name, f"{libvirt_name}\n{notes}".strip()
 
 
 def _fitting(name: str) -> str:

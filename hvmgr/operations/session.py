@@ -185,6 +185,15 @@ class Session:
         """
         self._held.append(self.daemon.open(Path(path), fmt, writable=True, detached_backing=True))
 
+    def hold_whole(self, path: str) -> Node:
+        """A held image, now with the parents that its header names, for one who reads it."""
+        old = next(node for node in self._held if str(node.path) == path)
+        self._held.remove(old)
+        self.daemon.close(old)
+        node = self.daemon.open(Path(path), old.fmt, writable=True)  # who was quicker has the lock, and this fails
+        self._held.append(node)
+        return node
+
     def release(self) -> None:
         """Let go of all held images."""
         for node in reversed(self._held):

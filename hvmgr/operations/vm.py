@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from hvmgr.model.plan import Plan
     from hvmgr.operations.host import Host
     from hvmgr.operations.importing import CloneOptions
+    from hvmgr.operations.release import Release
     from hvmgr.operations.session import Session
     from hvmgr.operations.usage import Usage
 
@@ -137,12 +138,15 @@ class VM:
         snapshot.apply(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         return snapshot
 
-    def merge(self) -> bool:
-        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were."""
+    def merge(self, images: Sequence[Path | str] = ()) -> bool:
+        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were.
+
+        ``images`` names differencing images that were made outside hvmgr: they are merged as well, and removed.
+        """
         from hvmgr.operations import merge
 
         with self._work() as session:
-            plan = merge.plan_merge(session)
+            plan = merge.plan_merge(session, [Path(image) for image in images])
             if plan.finish:
                 self._run(session, plan)
         return bool(plan.finish)
@@ -211,6 +215,25 @@ class VM:
             if plan is not None:
                 self._run(session, plan)
         return plan is not None
+
+    def foresee_release(self, *, flatten: bool = False) -> Release:
+        """What ``release`` would make of the VM; nothing is changed."""
+        from hvmgr.operations import release
+
+        self._complete()
+        return release.foresee(self.home, flatten=flatten)
+
+    def release(self, *, flatten: bool = False) -> Release:
+        """The VM is a plain domain of libvirt's, and hvmgr knows nothing of it; its files stay where they are.
+
+        A line of snapshots becomes libvirt's own; with ``flatten`` the present is one complete image per disk instead.
+        """
+        from hvmgr.operations import release
+
+        with self._work() as session:
+            made = release.of(session, flatten=flatten)
+            self._run(session, release.plan_release(session, flatten=flatten))
+        return made
 
     @contextlib.contextmanager
     def _work(self, *, needs_present: bool = True) -> Iterator[Session]:

@@ -45,9 +45,18 @@ def freeze(layout: Layout, path: Path) -> None:
     if mode == FROZEN_MODE:
         return
     if not layout.owns(str(path)):
-        _write(layout, path, {"mode": mode})
-        index.keep_mode(path, mode)
+        own = (_read(layout, path) or {}).get("mode", mode)  # known already when a merge has made it writable meanwhile
+        _write(layout, path, {"mode": own})
+        index.keep_mode(path, own)
     durable.set_mode(path, FROZEN_MODE)
+
+
+def make_writable(layout: Layout, path: Path) -> None:
+    """A merge may write the image; ``freeze`` or ``thaw`` ends that. One outside the home keeps the rest of its mode."""
+    if layout.owns(str(path)):
+        durable.set_mode(path, WORKING_MODE)
+    elif path.is_file():
+        durable.set_mode(path, path.stat().st_mode & 0o7777 | 0o200)
 
 
 def thaw(layout: Layout, path: Path) -> None:

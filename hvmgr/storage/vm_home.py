@@ -262,6 +262,11 @@ def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None] | No
     return homes
 
 
+def snapshot_files(layout: Layout) -> list[Path]:
+    """The configurations of all snapshots, readable or not."""
+    return [file for file in sorted(layout.snapshots.glob("*.xml")) if is_id(file.stem)]
+
+
 def holds_nothing(path: Path) -> bool:
     """Whether a folder is empty but for the empty folders of a home, and for what dies with a command before its plan."""
     known = {PRIVATE, CONFIGURATIONS, SNAPSHOTS, BASES}

@@ -100,6 +100,7 @@ def space(of: VM, usage: Usage, tree: Tree) -> Document:
         "pending": usage.pending,
         "outside": usage.outside,
         "orphans": [{"path": path, "size": size} for path, size in usage.orphans],
+        "by_name": [{"path": path, "size": size} for path, size in usage.by_name],
         "snapshots": [
             {"id": one.snapshot_id, "name": one.name, "images": one.images, "memory": one.memory}
             for one in usage.snapshots

@@ -36,6 +36,7 @@ _ELSEWHERE = {
     "adopt": ("hvmgr.faces.cli.adopt:command", "Make hvmgr manage VMs that libvirt has already."),
     "clone": ("hvmgr.faces.cli.relocate:clone", "Make another VM like this one, with ids and addresses of its own."),
     "move": ("hvmgr.faces.cli.relocate:move", "Give a VM that is off or saved another home."),
+    "release": ("hvmgr.faces.cli.release:command", "Make a VM a plain domain of libvirt's again."),
 }
 
 
