@@ -17,13 +17,17 @@ TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know t
 if TYPE_CHECKING:
     from hvmgr import errors
     from hvmgr.host.domain import State
+    from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
+    from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.adoption import AdoptOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.import_plan import ImportPlan
+    from hvmgr.operations.importing import CloneOptions
     from hvmgr.operations.release import Release
     from hvmgr.operations.repair import Repaired
     from hvmgr.operations.reporter import Reporter
@@ -33,9 +37,14 @@ if TYPE_CHECKING:
 __all__ = [
     "VM",
     "AdoptOptions",
+    "CloneOptions",
     "DiskSpecification",
+    "ExportOptions",
     "Finding",
     "Host",
+    "ImportOptions",
+    "ImportPlan",
+    "Mode",
     "NetworkSpecification",
     "Plan",
     "Progress",
@@ -56,9 +65,14 @@ __all__ = [
 _HOMES = {
     "VM": "hvmgr.operations.vm",
     "AdoptOptions": "hvmgr.operations.adoption",
+    "CloneOptions": "hvmgr.operations.importing",
     "DiskSpecification": "hvmgr.model.specification",
+    "ExportOptions": "hvmgr.model.export_options",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
+    "ImportOptions": "hvmgr.model.import_options",
+    "ImportPlan": "hvmgr.operations.import_plan",
+    "Mode": "hvmgr.model.import_options",
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",

@@ -18,9 +18,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # The promise to importers: a name that is added or taken away is a line of CHANGELOG.md.
 PUBLIC = [
     "AdoptOptions",
+    "CloneOptions",
     "DiskSpecification",
+    "ExportOptions",
     "Finding",
     "Host",
+    "ImportOptions",
+    "ImportPlan",
+    "Mode",
     "NetworkSpecification",
     "Plan",
     "Progress",

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,8 @@ _POLL_S = 0.1
 
 # virDomainUndefineFlags with (keep) TPM came with this libvirt (major * 1000000 + minor * 1000 + release)
 _TPM_FLAGS_SINCE = 8_009_000
+
+_AGENT = "org.qemu.guest_agent.0"
 
 
 class State(StrEnum):
@@ -217,12 +220,14 @@ class Domain:
         *,
         others: Iterable[str] = (),
         memory: Path | None = None,
+        quiesce: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Makes a running domain write to these existing qcow2 children, all slots at one instant.
 
         ``others`` names every slot that stays as it is. With ``memory`` the state of that instant goes into a new
-        save file; the guest stands still meanwhile. On an error no disk has been switched.
+        save file; the guest stands still meanwhile. With ``quiesce`` (and without memory) the guest agent puts
+        the guest's file systems to rest for it. On an error no disk has been switched.
         """
         assert children or memory is not None
         libvirt = libvirt_door.library()
@@ -230,9 +235,29 @@ class Domain:
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         if memory is None:
             flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
+        if quiesce:
+            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE
         xml = _snapshot_xml(children, others, memory)
         with libvirt_door.translated(f"switch the disks of {self.name}", changing=True):
             self._run_job(lambda handle: handle.snapshotCreateXML(xml, flags), progress)
+
+    def pull(self, slot: str, *, progress: Progress | None = None) -> None:
+        """Brings everything below the image that a running domain writes into that image; the guest goes on meanwhile.
+
+        An interrupt stops it: what was pulled stays, and the parent is still needed.
+        """
+        with libvirt_door.translated(f"pull the data of disk {slot} of {self.name}", changing=True):
+            handle = self._handle()
+            handle.blockPull(slot, 0, 0)
+            try:
+                while info := handle.blockJobInfo(slot, 0):
+                    if progress is not None:
+                        progress(info["cur"], info["end"])
+                    time.sleep(_POLL_S)
+            except BaseException:
+                with contextlib.suppress(libvirt_door.library().libvirtError):
+                    handle.blockJobAbort(slot, 0)
+                raise
 
     def writable_files(self) -> set[Path]:
         """Files that its guest's disks write to, asked from QEMU itself; empty when it is off.
@@ -276,6 +301,11 @@ class Domain:
     def blocked_reasons(self) -> list[str]:
         """Why QEMU could not save its memory now, in QEMU's words; empty when nothing is in the way."""
         return [str(reason) for reason in self.monitor("query-migrate").get("blocked-reasons", [])]
+
+    def has_agent(self) -> bool:
+        """Whether an agent inside its guest answers libvirt."""
+        channels = etree.fromstring(self.xml(live=True).encode()).findall("devices/channel/target")
+        return any(one.get("name") == _AGENT and one.get("state") == "connected" for one in channels)
 
     def has_job(self) -> bool:
         """Whether libvirt works on it (save, migration, …) or QEMU has a block job for it."""

@@ -1,4 +1,6 @@
-"""What qemu-img tells about an image: ``info``, ``map``, ``check``, ``measure`` and ``same``; it changes nothing else.
+"""What qemu-img tells about an image (``info``, ``map``, ``check``, ``measure``, ``same``), and what it does to copies.
+
+It changes nothing else: ``name_parent`` writes a header, ``flatten`` makes a new image.
 
 The format is always stated, never guessed. A differencing VHD must not get here: QEMU ignores its parent.
 Raises everywhere: NotFound, Corrupt for a file of another format, Conflict when another process writes to it,
@@ -15,12 +17,13 @@ from hvmgr import errors
 from hvmgr.host import process, qemu_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 # Metadata only, yet a check reads all tables of an image from a slow disk.
 _INFO_S = 60.0
 _SCAN_S = 3600.0
+_PROGRESS_S = 0.1
 
 # qemu-img-check(1): 0 sound, 2 corrupt, 3 leaks only, 63 not supported by the format.
 _CHECK_CODES = (0, 2, 3)
@@ -156,6 +159,62 @@ def measure(path: Path, fmt: str, *, target: str, force_share: bool = False) -> 
     return Measure(answer["required"], answer["fully-allocated"], answer.get("bitmaps", 0))
 
 
+def name_parent(path: Path, parent: str, parent_fmt: str) -> None:
+    """The header of a qcow2 image names another parent; neither that nor the image's data is looked at."""
+    argv: list[str | Path] = [
+        "qemu-img",
+        "rebase",
+        "-u",
+        "-f",
+        "qcow2",
+        "-b",
+        parent,
+        "-F",
+        parent_fmt,
+        path.absolute(),
+    ]
+    _translated(argv, path)
+
+
+def flatten(
+    path: Path,
+    fmt: str,
+    target: Path,
+    *,
+    target_fmt: str,
+    force_share: bool = False,
+    on_progress: Callable[[int], None] | None = None,
+) -> None:
+    """All that a guest would read from the image, chain and all, in a new image of the format qcow2, raw or vpc.
+
+    What reads as zeros is not written. Two to three times as fast as a job of the storage daemon (QEMU 7.2). A VHD has
+    exactly the size of the disk. ``on_progress`` gets the bytes that the target takes so far, some ten times a second;
+    when it raises, the program is stopped. A target that is not complete does not stay.
+    """
+    options = ["-o", "subformat=dynamic,force_size=on"] if target_fmt == "vpc" else []
+    argv: list[str | Path] = ["qemu-img", "convert", "-W", "-m", "16", "-f", fmt, "-O", target_fmt, *options]
+    argv += [*_share(force_share=force_share), path.absolute(), target.absolute()]
+    try:
+        with process.spawned(argv) as program:
+            while (code := program.wait(_PROGRESS_S)) is None:
+                if on_progress is not None:
+                    on_progress(_taken(target))
+            if code != 0:
+                words = program.stderr_text().strip().removeprefix("qemu-img: ")
+                culprit = target if "No space" in words else path
+                raise qemu_errors.translated(words or f"qemu-img ended with {code}", culprit)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+
+
+def _taken(path: Path) -> int:
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
 def same(first: tuple[Path, str], second: tuple[Path, str], *, force_share: bool = False) -> bool:
     """Whether two images (path, format), chains and all, show a guest the same bytes; the longer one may end in zeros."""
     formats = ["-f", first[1], "-F", second[1]]
@@ -173,14 +232,19 @@ def same(first: tuple[Path, str], second: tuple[Path, str], *, force_share: bool
 def _run(path: Path, verb: str, options: Sequence[str], *, timeout_s: float, ok_codes: Sequence[int] = (0,)) -> Any:
     # Absolute: a name that starts with "-" or holds a ":" would mean something else.
     argv: list[str | Path] = ["qemu-img", verb, "--output=json", *options, path.absolute()]
+    return json.loads(_translated(argv, path, timeout_s=timeout_s, ok_codes=ok_codes))
+
+
+def _translated(
+    argv: Sequence[str | Path], path: Path, *, timeout_s: float = _INFO_S, ok_codes: Sequence[int] = (0,)
+) -> bytes:
     try:
-        completed = process.run(argv, timeout_s=timeout_s, ok_codes=ok_codes)
+        return process.run(argv, timeout_s=timeout_s, ok_codes=ok_codes).stdout
     except errors.HostFailed as error:
         words = error.facts.get("words")
         if not words:
             raise
         raise qemu_errors.translated(str(words).removeprefix("qemu-img: "), path) from error
-    return json.loads(completed.stdout)
 
 
 def _share(*, force_share: bool) -> list[str]:

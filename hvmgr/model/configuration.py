@@ -277,6 +277,10 @@ class Configuration:
             xml_tree.remove(element)
         disk.set("type", "file")
 
+    def remove_disk(self, slot: str) -> None:
+        """The VM has no disk in this slot."""
+        xml_tree.remove(self._require_disk(slot))
+
     def set_mac(self, old: str, new: str) -> None:
         """Give one network interface another address."""
         self._require_nic(old).set("address", new)

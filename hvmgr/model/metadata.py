@@ -2,7 +2,9 @@
 
     <hvmgr:vm xmlns:hvmgr="urn:hvmgr:vm:1" format="1" home="/var/lib/hvmgr/web" uri="qemu:///system"
               created="2026-11-21T13:03:05.000000Z" parent="SNAPSHOT-ID"            parent: absent at the root
-              change="UUID">                                                        the plan that last changed the disks
+              change="UUID"                                                         the plan that last changed the disks
+              owner="anna">                                                         absent when nobody was named
+      <hvmgr:tag name="shop"/>                                                      as many as there are
       <hvmgr:disk slot="vda" id="UUID" image="UUID" apart="yes"/>                   image: absent when unnamed
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
                       state="none|running|paused" automatic="no" parent="SNAPSHOT-ID"
@@ -36,6 +38,7 @@ _VM = f"{{{NAMESPACE}}}vm"
 _DISK = f"{{{NAMESPACE}}}disk"
 _SNAPSHOT = f"{{{NAMESPACE}}}snapshot"
 _NOTES = f"{{{NAMESPACE}}}notes"
+_TAG = f"{{{NAMESPACE}}}tag"
 
 T = TypeVar("T")
 
@@ -102,6 +105,8 @@ class Metadata:
     disks: tuple[DiskRecord, ...] = ()
     snapshot: SnapshotRecord | None = None
     change: str | None = None
+    owner: str | None = None
+    tags: tuple[str, ...] = ()
 
 
 def find_element(metadata: etree._Element | None) -> etree._Element | None:
@@ -134,16 +139,21 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
         ),
         snapshot=None if snapshot is None else _read_snapshot(snapshot, source),
         change=vm.get("change"),
+        owner=vm.get("owner"),
+        tags=tuple(_text(tag, "name", source) for tag in vm.findall(_TAG)),
     )
 
 
 def write(vm: etree._Element, facts: Metadata) -> None:
     """Make the element say exactly these facts; what hvmgr does not know in it stays."""
-    for child in [*vm.findall(_DISK), *vm.findall(_SNAPSHOT)]:
+    for child in [*vm.findall(_TAG), *vm.findall(_DISK), *vm.findall(_SNAPSHOT)]:
         vm.remove(child)
     try:
         _set(vm, format=str(FORMAT), home=str(facts.home), uri=facts.uri)
         _set(vm, created=units.to_rfc3339(facts.created), parent=facts.parent, change=facts.change)
+        _set(vm, owner=facts.owner)
+        for tag in facts.tags:
+            _set(etree.SubElement(vm, _TAG), name=tag)
         for disk in facts.disks:
             apart = "yes" if disk.apart else None
             _set(etree.SubElement(vm, _DISK), slot=disk.slot, id=disk.id, image=disk.image, apart=apart)

@@ -348,6 +348,191 @@ class RemoveHome(Step):
         return "remove the home's configuration"
 
 
+# --- what comes from elsewhere --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MakeRoots(Step):
+    """Folders of the home that lie elsewhere: pairs (name in the home, folder), each behind a link."""
+
+    places: tuple[tuple[str, str], ...]
+
+    def describe(self) -> str:
+        return "make the folders " + ", ".join(folder for _, folder in self.places)
+
+
+@dataclass(frozen=True, slots=True)
+class TakeHome(Step):
+    """A folder with a home's files becomes a home of this host; ``made`` are the folders that it lacks."""
+
+    home: str
+    vm_id: str
+    made: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"make {self.home} the home"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyImages(Step):
+    """Images of another home: (source, target, SHA-256 or ''). ``hold`` are those that a VM here could begin to write."""
+
+    files: tuple[tuple[str, str, str], ...]
+    hold: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        return "copy " + ", ".join(_name(source) for source, _, _ in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class NameParent(Step):
+    """The header of an image names its parent anew; its guest-visible content is the same. ``before`` is the old name."""
+
+    path: str
+    parent: str
+    parent_format: str
+    before: str
+
+    def describe(self) -> str:
+        return f"let {_name(self.path)} name its parent {self.parent}"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyMemory(Step):
+    """A saved state under a new name, with another configuration in it."""
+
+    source: str
+    target: str
+    xml: str
+
+    def describe(self) -> str:
+        return f"copy the saved state {self.source} to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeMemory(Step):
+    """A saved state gets another configuration where it lies."""
+
+    path: str
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return f"write the configuration in {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeFile(Step):
+    """A text file gets another content, and can get its old one back."""
+
+    path: str
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return f"write {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RenameFile(Step):
+    """A file or folder gets another name."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"rename {self.source} to {_name(self.target)}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetModes(Step):
+    """Files and folders get the modes and the owner that a home has: (path, mode, mode before, uid and gid before).
+
+    A uid of -1 leaves the owner alone.
+    """
+
+    modes: tuple[tuple[str, int, int, int, int], ...]
+
+    def describe(self) -> str:
+        return f"set the modes of {len(self.modes)} files"
+
+
+@dataclass(frozen=True, slots=True)
+class NoteUse(Step):
+    """It is known, before the VM is, which images outside its home it needs; ``beside`` says it at their source."""
+
+    name: str
+    outside: tuple[str, ...]
+    beside: str | None
+
+    def describe(self) -> str:
+        return f"note that {self.name} needs {len(self.outside)} images outside its home"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordGold(Step):
+    """Size, time and SHA-256 ('' when unknown) of images that are shared read-only are noted."""
+
+    images: tuple[tuple[str, str], ...]
+
+    def describe(self) -> str:
+        return f"note the state of {len(self.images)} shared images"
+
+
+@dataclass(frozen=True, slots=True)
+class MakeFolders(Step):
+    """Folders outside the home that is worked on, parents first."""
+
+    folders: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"make the folders of {self.folders[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFile(Step):
+    """A new text file."""
+
+    path: str
+    text: str
+
+    def describe(self) -> str:
+        return f"write {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeManagedSave(Step):
+    """libvirt's managed save gets another configuration."""
+
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return "point the saved state of the VM to its new place"
+
+
+@dataclass(frozen=True, slots=True)
+class SettleHome(Step):
+    """The VM's home is another folder from now on: configuration, index, and the records of frozen images there."""
+
+    home: str
+    frozen: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"write the configuration into {self.home}"
+
+
+@dataclass(frozen=True, slots=True)
+class PullDisk(Step):
+    """A running VM's working image takes in all that is below it."""
+
+    slot: str
+    path: str
+
+    def describe(self) -> str:
+        return f"pull the data of disk {self.slot} into {_name(self.path)}"
+
+
 @dataclass(frozen=True, slots=True)
 class LeaveHome(Step):
     """hvmgr's own files in a home go; what holds a guest's data stays, and so do its folders."""
@@ -371,10 +556,14 @@ class Define(Step):
 
 @dataclass(frozen=True, slots=True)
 class SwitchDisks(Step):
-    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved."""
+    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved.
+
+    With ``quiesce`` the guest's own file systems are at rest at that instant; its agent sees to that.
+    """
 
     children: tuple[tuple[str, str], ...]
     memory: str | None
+    quiesce: bool = False
 
     def describe(self) -> str:
         what = "memory and disks" if self.memory else "disks"
@@ -554,7 +743,7 @@ class Plan:
     @property
     def makes_or_removes_home(self) -> bool:
         """Whether there is no VM before it, or none after it."""
-        return any(isinstance(step, MakeHome | RemoveHome | LeaveHome) for step in self.steps())
+        return any(isinstance(step, MakeHome | TakeHome | RemoveHome | LeaveHome) for step in self.steps())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document that ``from_json`` turns into an equal plan."""

@@ -172,6 +172,14 @@ def plan_create(tree: Tree, snapshot_id: str, children: Mapping[str, str]) -> Ch
     return Change(after=after, prepare=(*created, *freeze), finish=emptied.finish)
 
 
+def plan_go_on(tree: Tree, children: Mapping[str, str]) -> Change:
+    """The present goes on in new ``children`` (slot to path); what it wrote so far is frozen, and no snapshot names it."""
+    _require_fitting(tree, tree.present.disks, children)
+    created, freeze, images = _children_of(tree, tree.present.disks, children)
+    after = dataclasses.replace(tree, images=images, present=Leaf(parent=tree.present.parent, disks=dict(children)))
+    return Change(after=after, prepare=created + freeze)
+
+
 def plan_apply(tree: Tree, snapshot_id: str, children: Mapping[str, str], *, keep_undo: bool = True) -> Change:
     """The present becomes new ``children`` of a snapshot's images; the old present goes into the undo slot."""
     node = require_node(tree, snapshot_id)

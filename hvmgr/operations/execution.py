@@ -21,7 +21,7 @@ from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import plan
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import domain_steps, file_steps, image_steps
+from hvmgr.operations import domain_steps, file_steps, image_steps, import_steps, move_steps
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, journal
 
@@ -73,6 +73,22 @@ DO: Mapping[type[Step], _Act] = {
     plan.ReleaseDomain: domain_steps.define,
     plan.ForgetMetadata: domain_steps.forget_metadata,
     plan.UndefineDomain: domain_steps.undefine,
+    plan.MakeRoots: import_steps.make_roots,
+    plan.MakeFolders: move_steps.make_folders,
+    plan.WriteFile: move_steps.write_file,
+    plan.ChangeManagedSave: move_steps.change_managed_save,
+    plan.SettleHome: move_steps.settle_home,
+    plan.PullDisk: move_steps.pull_disk,
+    plan.TakeHome: import_steps.take_home,
+    plan.CopyImages: import_steps.copy_images,
+    plan.NameParent: import_steps.name_parent,
+    plan.CopyMemory: import_steps.copy_memory,
+    plan.ChangeMemory: import_steps.change_memory,
+    plan.ChangeFile: import_steps.change_file,
+    plan.RenameFile: import_steps.rename_file,
+    plan.SetModes: import_steps.set_modes,
+    plan.NoteUse: import_steps.note_use,
+    plan.RecordGold: import_steps.record_gold,
 }
 
 UNDO: Mapping[type[Step], _Act] = {
@@ -95,6 +111,21 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.RequireUnchanged: lambda _session, _step: None,
     plan.DiscardPresent: lambda _session, _step: None,  # memory that was thrown away on request does not come back
     plan.StartFrom: domain_steps.unstart,
+    plan.WriteSnapshot: file_steps.unwrite_snapshot,
+    plan.MakeRoots: import_steps.unmake_roots,
+    plan.MakeFolders: move_steps.unmake_folders,
+    plan.WriteFile: move_steps.unwrite_file,
+    plan.ChangeManagedSave: move_steps.unchange_managed_save,
+    plan.PullDisk: lambda _session, _step: None,  # the image holds the same, whoever holds it
+    plan.TakeHome: import_steps.untake_home,
+    plan.CopyImages: import_steps.uncopy_images,
+    plan.NameParent: import_steps.unname_parent,
+    plan.CopyMemory: import_steps.uncopy_memory,
+    plan.ChangeMemory: import_steps.unchange_memory,
+    plan.ChangeFile: import_steps.unchange_file,
+    plan.RenameFile: import_steps.unrename_file,
+    plan.SetModes: import_steps.unset_modes,
+    plan.NoteUse: import_steps.unnote_use,
 }
 
 HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
@@ -273,7 +304,7 @@ def _end(session: Session) -> None:
 def _end_undone(session: Session, one: Plan) -> None:
     """A home that was to be made leaves nothing behind."""
     _end(session)
-    if any(isinstance(step, plan.MakeHome) for step in one.prepare):
+    if any(isinstance(step, plan.MakeHome | plan.TakeHome) for step in one.prepare):
         file_steps.remove_private(session)
 
 

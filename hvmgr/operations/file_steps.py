@@ -70,6 +70,7 @@ def uncopy_file(_session: Session, step: plan.CopyFile) -> None:
 
 def copy_folder(_session: Session, step: plan.CopyFolder) -> None:
     """The copy is complete and on disk."""
+    durable.make_folder(Path(step.target).parent)  # libvirt's own for TPM states, on a host that never had one
     durable.copy_folder(Path(step.source), Path(step.target))
 
 
@@ -106,6 +107,12 @@ def write_snapshot(session: Session, step: plan.WriteSnapshot) -> None:
         if file.is_file():
             durable.sync_file(file)
     durable.write_file(session.layout.snapshot(step.snapshot_id), _with_true_state(session, step).encode())
+    session.forget_uses()
+
+
+def unwrite_snapshot(session: Session, step: plan.WriteSnapshot) -> None:
+    """The snapshot is not in the tree; its folder is another step's matter."""
+    durable.remove(session.layout.snapshot(step.snapshot_id))
     session.forget_uses()
 
 
@@ -154,6 +161,10 @@ def remove_home(session: Session, _step: plan.RemoveHome) -> None:
     durable.remove_empty_folder(layout.images)
     durable.remove_empty_folder(layout.snapshots)
     durable.remove_empty_folder(layout.bases)
+    for name, place in layout.links():
+        if not place.exists():
+            durable.remove(name)
+            durable.remove_empty_folder(place.parent)
     durable.remove_empty_folder(layout.home / CONFIGURATIONS)
 
 
@@ -184,7 +195,8 @@ def remove_private(session: Session) -> None:
             durable.remove_folder(entry)
         elif entry not in (layout.journal, layout.lock):
             durable.remove(entry)
-    index.forget(layout.vm_id)  # it leads to homes outside the root, and so to their journals
+    if all(one.home == layout.home for one in index.entries() if one.vm_id == layout.vm_id):  # not of a VM that moved
+        index.forget(layout.vm_id)  # it leads to homes outside the root, and so to their journals
     durable.remove(layout.journal)  # as long as something else is there, so is the journal that removes it
     durable.remove_folder(layout.private)
     durable.remove_empty_folder(layout.home)

@@ -29,8 +29,10 @@ from hvmgr.storage.vm_home import VmHome
 if TYPE_CHECKING:
     from hvmgr.host.hypervisor import Connection
     from hvmgr.model.finding import Finding
+    from hvmgr.model.import_options import ImportOptions
     from hvmgr.model.specification import Specification
     from hvmgr.operations.adoption import AdoptOptions
+    from hvmgr.operations.import_plan import ImportPlan
     from hvmgr.operations.repair import Repaired
     from hvmgr.operations.session import Session
 
@@ -122,6 +124,20 @@ class Host:
             execution.run(session, plan)
         return VM(self, home)
 
+    def plan_import(self, source: Path | str, options: ImportOptions | None = None) -> ImportPlan:
+        """An import of an export, a home or a domain's XML, to look at and change before it happens."""
+        from hvmgr.model.import_options import ImportOptions
+        from hvmgr.operations import import_plan
+
+        return import_plan.prepare(self, Path(source), options or ImportOptions())
+
+    def import_vm(self, source: Path | str, options: ImportOptions | None = None) -> VM:
+        """A VM out of an export, a home or a domain's XML; raises what stands in its way, and has then done nothing."""
+        from hvmgr.model.import_options import ImportOptions
+        from hvmgr.operations import importing
+
+        return importing.run(self, Path(source), options or ImportOptions())
+
     def doctor(self, vm: str | None = None, *, thorough: bool = False) -> list[Finding]:
         """What is wrong with this host and its homes, or with one VM (name, id, or path of its home); worst first.
 
@@ -183,6 +199,12 @@ class Host:
             execution.run(session, plan)
         return VM(self, home)
 
+    def verify(self, folder: Path | str) -> list[Finding]:
+        """What is wrong with an export, the worst first; nothing when it is whole. It needs no libvirt."""
+        from hvmgr.operations import verification
+
+        return verification.verify(Path(folder), on_progress=self.reporter.progress)
+
     def _named(self) -> list[tuple[str, VmHome]]:
         """The homes, each with the name of its VM."""
         found = []
@@ -240,7 +262,7 @@ class Host:
             return
         entry = journal.read(layout.journal)
         if entry is not None and entry.plan.makes_or_removes_home:
-            home = VmHome(Layout(home=folder, vm_id=entry.plan.vm_id))
+            home = VmHome(vm_home.layout_of(folder, entry.plan.vm_id))
             with self.session(home) as session:
                 execution.recover(session)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,11 +33,8 @@ def create(session: Session, step: plan.CreateImage) -> None:
 
 
 def name_of_parent(session: Session, child: Path, parent: str) -> str:
-    """What a header says: relative within the home, absolute to the outside, never something like a protocol."""
-    if not (session.layout.owns(parent) and session.layout.owns(str(child))):
-        return parent
-    name = os.path.relpath(parent, child.parent)
-    return f"./{name}" if ":" in name.split("/", 1)[0] else name
+    """What a header says of its parent."""
+    return session.layout.parent_name(child, parent)
 
 
 def uncreate(session: Session, step: plan.CreateImage) -> None:

@@ -30,7 +30,7 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.operations import chains, domain_steps, execution, takeover
 from hvmgr.operations.chains import Deed
 from hvmgr.operations.session import Session
-from hvmgr.storage import journal, vm_home
+from hvmgr.storage import durable, journal, vm_home
 
 
 def bring_together(session: Session, *, needs_present: bool = True) -> None:
@@ -41,6 +41,8 @@ def bring_together(session: Session, *, needs_present: bool = True) -> None:
     if session.dry_run and journal.is_open(session.layout.journal):
         raise _needs_a_real_run("an interrupted operation is open")
     execution.recover(session)
+    if not session.dry_run:
+        durable.remove_folder(session.layout.export)  # of an export that died
     if not session.layout.configuration.exists():
         raise errors.NotFound(f"there is no VM in {session.home.path} any more")
     domain = _require_domain(session)

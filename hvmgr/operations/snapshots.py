@@ -49,7 +49,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     undo = home.undo()
     before = present_tree(session) if undo is None else whole_tree(session)
     snapshot_id, change_id, moment = session.new_id(), session.new_id(), session.now()
-    _require_own_disks(session, present)
+    require_own_disks(session, present)
     children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
     change = tree.plan_create(before, snapshot_id, children)
     warn_of_depth(session, change.after)
@@ -148,14 +148,14 @@ def _state_to_save(session: Session, state: State, wanted: SnapshotType, present
             return SavedState.NONE
         was_running = saved_state.read(session.connection.managed_save_path(present.name)).was_running
         return SavedState.RUNNING if was_running else SavedState.PAUSED
-    _require_same_disks(session, present, with_memory=wanted is not SnapshotType.DISK_ONLY)
+    require_same_disks(session, present, with_memory=wanted is not SnapshotType.DISK_ONLY)
     if wanted is SnapshotType.DISK_ONLY:
         return SavedState.NONE
-    _require_memory(session, present)
+    require_memory(session, present)
     return SavedState.RUNNING if state is State.RUNNING else SavedState.PAUSED
 
 
-def _require_own_disks(session: Session, present: Configuration) -> None:
+def require_own_disks(session: Session, present: Configuration) -> None:
     """A disk that is frozen under a VM that writes it loses that VM's data."""
     for disk in present.disks():
         if disk.takes_part and disk.shareable:
@@ -171,7 +171,7 @@ def _require_own_disks(session: Session, present: Configuration) -> None:
         )
 
 
-def _require_same_disks(session: Session, present: Configuration, *, with_memory: bool) -> None:
+def require_same_disks(session: Session, present: Configuration, *, with_memory: bool) -> None:
     """A disk that is there only until the VM stops, or only after that, has no place in a snapshot."""
     domain = session.domain()
     live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
@@ -202,7 +202,8 @@ def _require_same_disks(session: Session, present: Configuration, *, with_memory
         raise errors.Busy(f"libvirt or QEMU works on {domain.name}", hint="wait until that is done, then run it again")
 
 
-def _require_memory(session: Session, present: Configuration) -> None:
+def require_memory(session: Session, present: Configuration) -> None:
+    """The running VM's memory can be saved, and would fit its frozen disks."""
     hint = "take the disks alone with --type disk-only, or stop the VM first"
     for disk in present.disks():
         if disk.device in ("disk", "lun") and not disk.readonly and not disk.takes_part:

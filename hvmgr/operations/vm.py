@@ -23,8 +23,10 @@ from hvmgr.storage.vm_home import SnapshotEntry, VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
+    from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.plan import Plan
     from hvmgr.operations.host import Host
+    from hvmgr.operations.importing import CloneOptions
     from hvmgr.operations.release import Release
     from hvmgr.operations.session import Session
     from hvmgr.operations.usage import Usage
@@ -170,6 +172,17 @@ class VM:
         with self._work() as session:
             self._run(session, vms.plan_rename(session, name))
 
+    def export(self, dest: Path | str, options: ExportOptions | None = None) -> Path:
+        """The VM, or one snapshot of it, as a folder below ``dest`` that is complete in itself; that folder.
+
+        The VM is only read, and may run. An interrupted export goes on when it is called again.
+        """
+        from hvmgr.model.export_options import ExportOptions
+        from hvmgr.operations import export_
+
+        with self._work() as session:
+            return export_.export(session, Path(dest), options or ExportOptions())
+
     def delete(self, *, with_disks: bool = False) -> list[str]:
         """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
         from hvmgr.operations import vms
@@ -177,6 +190,31 @@ class VM:
         with self._work() as session:
             self._run(session, vms.plan_delete(session, with_disks=with_disks))
         return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
+
+    def clone(self, name: str, options: CloneOptions | None = None) -> VM:
+        """Another VM like this one, from its present or from a snapshot, with ids and addresses of its own."""
+        from hvmgr.operations import importing
+
+        return importing.clone(self, name, options or importing.CloneOptions())
+
+    def move(self, folder: Path | str) -> VM:
+        """The VM, off or saved, with another home: ``folder``, or in it under the old name when it is there already."""
+        from hvmgr.operations import moving
+
+        target = moving.target_of(Path(folder), self.path)
+        with self._work() as session:
+            self._run(session, moving.plan_move(session, target))
+        return VM(self.host, vm_home.open_home(target))
+
+    def localize(self, slot: str) -> bool:
+        """The disk, in every state, needs no image outside the home any more; whether that is a change."""
+        from hvmgr.operations import localizing
+
+        with self._work() as session:
+            plan = localizing.plan_localize(session, slot)
+            if plan is not None:
+                self._run(session, plan)
+        return plan is not None
 
     def foresee_release(self, *, flatten: bool = False) -> Release:
         """What ``release`` would make of the VM; nothing is changed."""

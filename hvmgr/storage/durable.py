@@ -66,7 +66,7 @@ def sync_file(path: Path) -> None:
 
 def write_file(path: Path, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
     """The file holds exactly ``data``: always the old content or the new one."""
-    with explained(path), _replacing(path, mode, owner) as descriptor:
+    with explained(path), replacing(path, mode, owner) as descriptor:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
@@ -87,13 +87,13 @@ def append(path: Path, data: bytes) -> None:
 
 def copy_file(source: Path, target: Path, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
     """``target`` holds the bytes of ``source``, holes as holes; shared blocks where the file system can."""
-    with explained(target), source.open("rb") as reader, _replacing(target, mode, owner) as descriptor:
+    with explained(target), source.open("rb") as reader, replacing(target, mode, owner) as descriptor:
         size = os.fstat(reader.fileno()).st_size
         if not size:  # a block device has no length in its inode
             size = os.lseek(reader.fileno(), 0, os.SEEK_END)
         os.ftruncate(descriptor, size)
-        for start, end in _data_ranges(reader.fileno(), size):
-            _copy_range(reader.fileno(), descriptor, start, end)
+        for start, end in data_ranges(reader.fileno(), size):
+            copy_range(reader.fileno(), descriptor, start, end)
 
 
 def link_or_copy(source: Path, target: Path, *, owner: tuple[int, int] | None = None) -> None:
@@ -222,6 +222,27 @@ def set_mode(path: Path, mode: int) -> None:
             sync_file(path)
 
 
+def set_folder_mode(path: Path, mode: int, owner: tuple[int, int] | None = None) -> None:
+    """The folder has the mode, and the owner where this process may give it away."""
+    with explained(path):
+        if owner is not None and os.geteuid() == 0:
+            os.chown(path, *owner)
+        if path.stat().st_mode & 0o7777 != mode:
+            path.chmod(mode)
+        sync_folder(path)
+
+
+def link(path: Path, target: Path) -> None:
+    """``path`` is a symbolic link to the folder ``target``; an empty folder of that name makes place for it."""
+    with explained(path):
+        if path.is_symlink() and os.readlink(path) == os.fspath(target):
+            return
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        path.symlink_to(target)
+        sync_folder(path.parent)
+
+
 def set_owner(path: Path, owner: tuple[int, int] | None) -> None:
     """The file belongs to ``owner`` (uid, gid), where this process may give it away."""
     with explained(path):
@@ -243,9 +264,10 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path, mode: int, owner: tuple[int, int] | None) -> Iterator[int]:
+def replacing(path: Path, mode: int, owner: tuple[int, int] | None) -> Iterator[int]:
+    """A descriptor, for reading and writing, of a new file that takes the name ``path`` when the block ends well."""
     part = path.with_name(f"{TEMPORARY}{_unique()}")
-    descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
             yield descriptor
@@ -262,7 +284,8 @@ def _replacing(path: Path, mode: int, owner: tuple[int, int] | None) -> Iterator
     sync_folder(path.parent)
 
 
-def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where a file has data: (start, end) of each run; the whole file where the file system knows no holes."""
     end = 0
     while end < size:
         try:
@@ -277,7 +300,8 @@ def _data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(end, size)
 
 
-def _copy_range(reader: int, writer: int, start: int, end: int) -> None:
+def copy_range(reader: int, writer: int, start: int, end: int) -> None:
+    """The same bytes at the same place, moved by the kernel where it can."""
     offset = start
     while offset < end:
         try:

@@ -89,6 +89,23 @@ def record(layout: Layout, path: Path) -> None:
     _write(layout, path, {**facts, "size": state.st_size, "mtime_ns": state.st_mtime_ns, "header": header})
 
 
+def refresh(layout: Layout, path: Path) -> None:
+    """An image whose header a step of a plan has written: its record, where there is one, is that of now."""
+    if "size" in (_read(layout, path) or {}):
+        record(layout, path)
+
+
+def record_hash(layout: Layout, path: Path, sha256: str) -> None:
+    """The bytes of a shared image are known by their SHA-256 too."""
+    _write(layout, path, {**(_read(layout, path) or {}), "sha256": sha256})
+
+
+def recorded_hash(layout: Layout, path: Path) -> str | None:
+    """What ``record_hash`` noted; None when it is not known."""
+    found = (_read(layout, path) or {}).get("sha256")
+    return str(found) if found else None
+
+
 def forget(layout: Layout, path: Path) -> None:
     """There is no record of the image."""
     durable.remove(_file(layout, path))

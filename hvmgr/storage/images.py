@@ -295,3 +295,8 @@ def _head(path: Path, length: int = _HEADER_READ) -> tuple[bytes, int, os.stat_r
 
 def _allocated(facts: os.stat_result) -> int:
     return facts.st_blocks * 512
+
+
+def length(path: Path) -> int:
+    """The bytes of the file or device, whatever is in them."""
+    return _head(path, 0)[1]

@@ -15,6 +15,17 @@ _HERE = "hvmgr.faces.cli"
 COMMANDS = {
     "vm": (f"{_HERE}.vm:command", "Make, list, start, stop, rename and delete VMs."),
     "snapshot": (f"{_HERE}.snapshot:command", "Take, show, apply, undo, merge and delete snapshots."),
+    "export": (
+        f"{_HERE}.exchange:export",
+        "Write a VM with its snapshots to a folder below DEST that is complete in itself.",
+    ),
+    "verify": (
+        f"{_HERE}.exchange:verify",
+        "Check an export against its manifest: every byte, every chain, every configuration.",
+    ),
+    "import": (f"{_HERE}.import_:import_command", "Make a VM out of an export, a VM home, or a domain's XML."),
+    "compare": (f"{_HERE}.import_:compare", "Report what an import would find in its way, and change nothing."),
+    "disk": (f"{_HERE}.disk:command", "Work on the disks of a VM, each named by its slot."),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),

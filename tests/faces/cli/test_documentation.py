@@ -105,12 +105,17 @@ SHAPED = {
     "vm create": ["vm", "create", "shaped", "--network", "none"],
     "vm adopt several": ["vm", "adopt", "--all", "--dry-run"],
     "vm adopt": ["vm", "adopt", "plain"],
+    "import": ["import", "HOME", "--name", "imported"],
+    "compare": ["compare", "HOME"],
+    "disk localize": ["disk", "localize", "VM", "vda"],
     "snapshots": ["snapshot", "list", "VM"],
     "snapshot create": ["snapshot", "create", "VM", "more"],
     "snapshot notes": ["snapshot", "notes", "VM", "one"],
     "snapshot apply": ["snapshot", "apply", "VM", "one"],
     "snapshot undo": ["snapshot", "undo", "VM"],
     "snapshot merge": ["snapshot", "merge", "VM"],
+    "export": ["export", "VM", "OUT", "--no-checksums"],
+    "verify": ["verify", "OUT"],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -143,7 +148,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
         )
     assert set(SHAPED) == set(SHAPES)
-    meant = {"VM": branched, "DIR": tmp_path / "hooks"}
+    meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out", "HOME": root / branched}
     for name, words in SHAPED.items():
         answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name

@@ -309,13 +309,18 @@ def describe(place: Place, host: hvmgr.Host) -> dict[str, object]:
     seen: dict[str, object] = {
         "domains": domains,
         "vms": sorted(known),
+        "homes": sorted(folders),
         "outside": _outside(place),
         "libvirt snapshots": {one.name: libvirt_snapshots.names(one) for one in host.connection.domains()},
         "index": sorted((entry.name, _plain(place, str(entry.outside))) for entry in index.entries()),
     }
     if len(known) != 1:
         kept = sorted(place.homes.glob("*/Virtual Hard Disks/*"))
-        plain = {one.name: _plain_domain(place, one) for one in host.connection.domains()}
+        ours = {vm.id for vm in known.values()}
+        plain = {
+            one.name: _renamed(one.xml(live=False), {}) if one.uuid in ours else _plain_domain(place, one)
+            for one in host.connection.domains()
+        }
         return {
             **seen,
             "plain": plain,
@@ -426,9 +431,23 @@ def _listing(folder: Path, labels: dict[str, str]) -> list[str]:
 
 
 def _outside(place: Place) -> list[str]:
-    """Images beside the home: name, mode, bytes."""
-    files = sorted(file for file in place.outside.iterdir() if file.is_file()) if place.outside.is_dir() else []
-    return [f"{file.name} {oct(file.stat().st_mode)} {_hash(file)}" for file in files]
+    """Files beside the homes: name, mode, bytes; texts without ids and times. What a command keeps for itself is no part."""
+    files = sorted(path for path in place.outside.rglob("*") if path.is_file()) if place.outside.is_dir() else []
+    return sorted(
+        f"{_plain(place, str(file))} {oct(file.stat().st_mode)} {_digest(file)}"
+        for file in files
+        if ".hvmgr" not in file.parts
+    )
+
+
+def _digest(file: Path) -> str:
+    if file.suffix == ".save":
+        state = saved_state.read(file)
+        text, stream = _renamed(state.xml, {}), file.read_bytes()[state.data_offset :]
+        return hashlib.sha256(text.encode() + stream).hexdigest()[:16]
+    if file.suffix not in (".xml", ".json"):
+        return _hash(file)
+    return hashlib.sha256(_renamed(file.read_text(), {}).encode()).hexdigest()[:16]
 
 
 def _sizes(vm: hvmgr.VM, snapshot_id: str) -> list[str]:

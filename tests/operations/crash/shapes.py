@@ -416,10 +416,70 @@ RUNNING = {
     "running-delete-other-branch": Shape(forked_tree, delete("two"), live=running),
 }
 
+
+def gone_away(host):
+    """A forked tree as a folder outside, from a VM that is no more."""
+    copied(host)
+    vm(host).delete(with_disks=True)
+
+
+def copied(host):
+    """A forked tree, and its home as a folder outside that nobody writes."""
+    forked_tree(host)
+    target = source(host)
+    subprocess.run(["cp", "-a", str(vm(host).path), str(target)], check=True, timeout=20)
+    subprocess.run(["rm", "-r", str(target / ".hvmgr")], check=True, timeout=20)
+    subprocess.run(["chmod", "-R", "a-w", str(target)], check=True, timeout=20)
+
+
+def source(host):
+    return host.root.parent / "outside" / "gold"
+
+
+def bring(**options):
+    return lambda host: host.import_vm(source(host), hvmgr.ImportOptions(**options))
+
+
+def linked(host):
+    """A linked VM with a snapshot of its own."""
+    gone_away(host)
+    bring(mode=hvmgr.Mode.LINK)(host)
+    take(host, "mine", 0x21, "512k")
+
+
+def clone(**how):
+    return lambda host: vm(host).clone("two", hvmgr.CloneOptions(**how))
+
+
+IMPORTS = {
+    "import-copy": Shape(gone_away, bring(), again=True),
+    "import-register": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER), again=True),
+    "import-register-new-id": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True),
+    "import-link": Shape(gone_away, bring(mode=hvmgr.Mode.LINK), again=True),
+    "import-replace": Shape(copied, bring(new_id=False, replace=True)),
+    "clone-snapshot": Shape(forked_tree, clone(snapshot="two"), again=True),
+    "clone-linked": Shape(forked_tree, clone(snapshot="two", linked=True), again=True),
+    "move": Shape(forked_tree, lambda host: vm(host).move(host.root / "else")),
+    "localize": Shape(linked, lambda host: vm(host).localize("hda")),
+    "import-memory": Shape(lambda host: (with_memory(host), away(host)), bring(new_id=True), again=True),
+    "import-memory-register": Shape(
+        lambda host: (with_memory(host), away(host)), bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True
+    ),
+}
+
+
+def away(host):
+    """The VM's home as a folder outside; the VM is no more."""
+    target = source(host)
+    subprocess.run(["cp", "-a", str(vm(host).path), str(target)], check=True, timeout=20)
+    subprocess.run(["rm", "-r", str(target / ".hvmgr")], check=True, timeout=20)
+    vm(host).delete(with_disks=True)
+
+
 # For faults.py: merges that need room.
 BIG = {
     "big-delete-up": Shape(lambda host: big(host, below=6, above=12), delete("two")),
     "big-delete-down": Shape(lambda host: big(host, below=12, above=6), delete("two")),
 }
 
-SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | BIG
+SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | IMPORTS | BIG

@@ -48,7 +48,7 @@ def bytes_of(path, fmt="qcow2"):
         found, zeros = {}, bytes(PIECE)
         with raw.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            for start, end in durable._data_ranges(file.fileno(), size):
+            for start, end in durable.data_ranges(file.fileno(), size):
                 for offset in range(start // PIECE * PIECE, end, PIECE):
                     piece = os.pread(file.fileno(), PIECE, offset)
                     if piece != zeros[: len(piece)]:

@@ -1,0 +1,101 @@
+"""``hvmgr export`` and ``hvmgr verify``: VMs leave as folders, and are looked at there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hvmgr import errors
+from hvmgr.faces.cli import arguments, json_out, render
+from hvmgr.faces.cli.groups import Command
+from hvmgr.faces.cli.request import Request
+
+if TYPE_CHECKING:
+    from hvmgr.model.export_options import ExportOptions
+    from hvmgr.model.finding import Finding
+
+_VERIFY_CODES = (0, 1, 2, 3, 5, 6, 8, 130)
+_HEADERS = ("", "Code", "Found", "What puts it right")
+
+
+@click.command("export", cls=Command, examples=["hvmgr export web /srv/exports",
+                                                "hvmgr export web /srv/exports --snapshot 'before the update'",
+                                                "hvmgr export web /srv/exports --snapshots none --format vhd"])  # fmt: skip
+@arguments.vm
+@click.argument("dest", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--snapshots", type=click.Choice(["all", "none"]), default="all", show_default=True,
+              help="All snapshots, or the present alone with one image for each disk.")  # fmt: skip
+@click.option("--keep-snapshot", "keep", multiple=True, metavar="SNAP",
+              help="Only this snapshot of the tree, with the present. Repeatable.")  # fmt: skip
+@click.option("--snapshot", metavar="SNAP", help="This snapshot as an independent VM, with one image for each disk.")
+@click.option("--config-only", is_flag=True, help="No disks; their sizes and hashes are recorded.")
+@click.option("--without-state", is_flag=True, help="Leave all saved memory out.")
+@click.option("--with-state", is_flag=True, help="Keep the memory of a running VM too; it pauses while that is saved.")
+@click.option("--quiesce", is_flag=True, help="Let the guest's agent put its file systems to rest first.")
+@click.option("--exclude-disk", "exclude", multiple=True, metavar="SLOT", help="Leave this disk out. Repeatable.")
+@click.option("--format", "image_format", type=click.Choice(["qcow2", "raw", "vhd"]),
+              help="The format of flattened disks: with --snapshot or --snapshots none.")  # fmt: skip
+@click.option("--no-checksums", is_flag=True, help="Hash nothing; where blocks are shared that makes it instant.")
+@click.pass_obj
+def export(request: Request, /, vm: str, dest: Path, **wishes: Any) -> None:
+    """Write a VM with its snapshots to a folder below DEST that is complete in itself.
+
+    The folder is called after the VM and never replaces anything; it can be imported as often as wanted. The VM is only
+    read, and may run: it goes on in new images meanwhile. An export that was interrupted goes on when the same command is
+    run again.
+    """
+    options = _options(wishes)
+    with request.host() as host, request.changing():
+        one = host.vm(vm)
+        facts = {"id": one.id, "name": one.name}
+        made = one.export(Path(os.path.abspath(dest)), options)  # noqa: PTH100 - Path.absolute would keep '..'
+        request.done(f"exported {one.name} to {made}", {"vm": facts, "export": str(made)})
+
+
+def _options(wishes: dict[str, Any]) -> ExportOptions:
+    from hvmgr.model.export_options import ExportOptions, ImageFormat
+    from hvmgr.model.manifest import Extent
+
+    image_format = wishes["image_format"]
+    return ExportOptions(
+        snapshots=Extent(wishes["snapshots"]),
+        keep=tuple(wishes["keep"]),
+        snapshot=wishes["snapshot"],
+        config_only=wishes["config_only"],
+        without_state=wishes["without_state"],
+        with_state=wishes["with_state"],
+        quiesce=wishes["quiesce"],
+        exclude=tuple(wishes["exclude"]),
+        format=None if image_format is None else ImageFormat(image_format),
+        checksums=not wishes["no_checksums"],
+    )
+
+
+@click.command("verify", cls=Command, codes=_VERIFY_CODES, examples=["hvmgr verify /srv/exports/web"])
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@click.pass_context
+def verify(context: click.Context, /, folder: Path) -> None:
+    """Check an export against its manifest: every byte, every chain, every configuration.
+
+    DIR is the export's folder, or the one above it. Nothing is written, and libvirt is not needed. The exit code is 6
+    when something is wrong.
+    """
+    request: Request = context.obj
+    with request.host() as host:
+        found = host.verify(folder)
+    is_whole = not any(one.severity.value == "error" for one in found)
+    if request.json:
+        json_out.show({"whole": is_whole, "findings": [json_out.finding(one) for one in found]})
+    else:
+        render.table(_HEADERS, [_row(one) for one in found])
+        if render.is_terminal():
+            render.say("the export is whole" if is_whole else "the export is damaged")
+    context.exit(0 if is_whole else errors.Corrupt.exit_code)
+
+
+def _row(one: Finding) -> tuple[str, ...]:
+    cells = (one.severity.value, one.code, one.sentence, one.repair or "")
+    return cells if render.is_terminal() else (*cells[:2], one.where, *cells[2:])

@@ -1,0 +1,428 @@
+"""Any home as the source of an import: an export, a copy, a moved home, a plain one. Nothing is believed or written.
+
+Paths in the configurations are those of the place where the home was written (metadata ``home``); they are looked for
+where the folder lies now, or where maps say. What does not fit is a finding, so that a report can name all of it at
+once; only a folder that is no source at all is an error.
+
+Who made the source may not wish us well. A name that leads out of the folder is followed only when the user mapped it,
+or when the home is one that hvmgr itself has on this host (``trusted``): else an import would copy any file of the host
+into a guest's disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host import saved_state
+from hvmgr.model import configuration, manifest
+from hvmgr.model.configuration import Configuration
+from hvmgr.model.finding import Finding
+from hvmgr.model.layout import CONFIGURATIONS, Layout
+from hvmgr.model.manifest import Image as Listed
+from hvmgr.model.manifest import Manifest
+from hvmgr.model.maps import Entry, Used
+from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
+from hvmgr.storage import index, vm_home
+from hvmgr.storage.source_images import Finder, Missing, SourceImage
+
+# No domain XML comes near; a bomb does.
+_XML_MAX = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SourceSnapshot:
+    """One snapshot: its record, its images' places now, and its files as far as they are there."""
+
+    record: SnapshotRecord
+    configuration: Configuration
+    file: Path
+    disks: dict[str, str]
+    memory: Path | None = None
+    saved: Configuration | None = None  # the XML inside the memory
+    nvram: Path | None = None
+    tpm: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceHome:
+    """All that can be brought along, and what was found on the way."""
+
+    folder: Path
+    file: Path
+    present: Configuration
+    facts: Metadata | None
+    disks: Mapping[str, str]
+    nvram: Path | None
+    tpm: Path | None
+    memory: Path | None
+    saved: Configuration | None
+    snapshots: tuple[SourceSnapshot, ...]
+    images: Mapping[str, SourceImage]
+    missing: tuple[Missing, ...]
+    problems: tuple[Finding, ...]
+    undo: Configuration | None
+    undo_disks: Mapping[str, str]
+    manifest: Manifest | None
+    expected: Mapping[str, Listed]  # what the manifest says of images, by their place now
+    is_export: bool
+    is_home: bool
+    trusted: bool
+    is_present: bool = True  # False: seen as it was at a snapshot
+
+    @property
+    def vm_id(self) -> str:
+        """The id that it was written with."""
+        return self.present.uuid
+
+    @property
+    def layout(self) -> Layout:
+        """Where its files lie now."""
+        return Layout(home=self.folder, vm_id=self.vm_id)
+
+    @property
+    def recorded_home(self) -> Path:
+        """The folder that its configurations speak of."""
+        return self.folder if self.facts is None else self.facts.home
+
+    def configurations(self) -> Iterator[Configuration]:
+        """Every configuration in it: the present's, the snapshots', and those inside saved states."""
+        yield self.present
+        if self.saved is not None:
+            yield self.saved
+        for one in self.snapshots:
+            yield one.configuration
+            if one.saved is not None:
+                yield one.saved
+
+    def chain(self, path: str) -> list[SourceImage]:
+        """An image and its parents, as far as they are there."""
+        chain: list[SourceImage] = []
+        step: str | None = path
+        while step is not None and step in self.images and self.images[step] not in chain:
+            chain.append(self.images[step])
+            step = self.images[step].parent
+        return chain
+
+
+def at_snapshot(source: SourceHome, snapshot: SourceSnapshot) -> SourceHome:
+    """The source as if it had been written at a snapshot of it: a VM without any, that goes on from there."""
+    facts = snapshot.configuration.metadata()
+    present = snapshot.configuration.copy()
+    if facts is not None:
+        facts = dataclasses.replace(facts, snapshot=None, parent=None)
+        present.set_metadata(facts)
+    return dataclasses.replace(
+        source,
+        present=present,
+        facts=facts,
+        disks=snapshot.disks,
+        nvram=snapshot.nvram,
+        tpm=snapshot.tpm,
+        memory=snapshot.memory,
+        saved=snapshot.saved,
+        snapshots=(),
+        undo=None,
+        undo_disks={},
+        missing=(),
+        is_present=False,
+    )
+
+
+def find_configuration(source: Path, vm: str | None) -> tuple[Path, Path]:
+    """The folder of the one VM that ``source`` means, and the file of its configuration.
+
+    ``source`` is the folder, its parent, or the file itself. NotFound, or UsageError with the names when there are
+    several to choose from.
+    """
+    source = Path(os.path.realpath(source))
+    if source.is_file():
+        folder = source.parent.parent if source.parent.name == CONFIGURATIONS else source.parent
+        return folder, source
+    if not source.is_dir():
+        raise errors.NotFound(f"there is no {source}", hint="name an export's folder, a VM home, or a domain's XML")
+    own = _configurations(source)
+    if own:
+        return source, _only(own, source, vm)
+    below = {folder: files for folder in _folders(source) if (files := _configurations(folder))}
+    if not below:
+        raise errors.NotFound(
+            f"{source} is neither an export nor a VM home: there is no '{CONFIGURATIONS}' in it or one folder below",
+            hint="name the folder that holds 'Virtual Machines'",
+        )
+    if vm is not None:
+        below = {folder: files for folder, files in below.items() if vm in (folder.name, *map(_name_in, files))}
+        if not below:
+            raise errors.NotFound(f"there is no VM '{vm}' in {source}")
+    if len(below) > 1:
+        names = ", ".join(sorted(folder.name for folder in below))
+        raise errors.UsageError(f"{source} holds {len(below)} VMs: {names}", hint="choose one with --vm NAME")
+    folder, files = next(iter(below.items()))
+    return folder, _only(files, folder, None)
+
+
+def open_source(
+    source: Path,
+    *,
+    vm: str | None = None,
+    paths: tuple[Entry, ...] = (),
+    disks: tuple[Entry, ...] = (),
+    used: Used | None = None,
+    snapshots_from: Path | None = None,
+    own: bool = False,
+) -> SourceHome:
+    """Everything that the source holds, as far as it can be read; ``used`` learns which lines of maps were followed.
+
+    A home of this host is believed: one that the index knows, or that the caller works on (``own``).
+    ``snapshots_from`` is a second folder in which snapshots that the source itself lacks are looked for.
+    """
+    folder, file = find_configuration(source, vm)
+    present = read_xml(file)
+    facts = present.metadata()
+    finder = Finder(
+        folder=folder,
+        home=folder if facts is None else facts.home,
+        paths=paths,
+        by_slot=disks,
+        used=used or Used(),
+        trusted=own or (not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries())),
+    )
+    return _Reader(folder, file, present, finder, snapshots_from).read()
+
+
+def _configurations(folder: Path) -> list[Path]:
+    place = folder / CONFIGURATIONS
+    return sorted(one for one in place.glob("*.xml") if _is_id(one.stem)) if place.is_dir() else []
+
+
+def _folders(source: Path) -> list[Path]:
+    try:
+        return sorted(one for one in source.iterdir() if one.is_dir() and not one.name.startswith("."))
+    except OSError as error:
+        raise errors.HostFailed(f"{source} cannot be read: {error.strerror}", path=str(source)) from error
+
+
+def _only(files: list[Path], folder: Path, vm: str | None) -> Path:
+    if len(files) > 1:
+        raise errors.Corrupt(f"{folder} holds {len(files)} configurations; a home has one", path=str(folder))
+    if vm is not None and vm not in (folder.name, _name_in(files[0]), files[0].stem):
+        raise errors.NotFound(f"there is no VM '{vm}' in {folder}")
+    return files[0]
+
+
+def _name_in(file: Path) -> str:
+    try:
+        return read_xml(file).name
+    except errors.HvmgrError:
+        return file.stem
+
+
+def _is_id(text: str) -> bool:
+    return vm_home._ID.fullmatch(text) is not None  # noqa: SLF001
+
+
+def read_xml(file: Path) -> Configuration:
+    """A domain XML of foreign origin: a plain file of a sensible size."""
+    facts = file.lstat()
+    if not stat.S_ISREG(facts.st_mode):
+        raise errors.Corrupt(f"{file} is no plain file", path=str(file))
+    if facts.st_size > _XML_MAX:
+        raise errors.Corrupt(f"{file} has {facts.st_size} bytes; no configuration is that long", path=str(file))
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise errors.HostFailed(f"{file} cannot be read: {error.strerror}", path=str(file)) from error
+    return configuration.parse(data, source=str(file))
+
+
+@dataclass(slots=True)
+class _Reader:
+    """One reading of one source: collects what is there, and every problem."""
+
+    folder: Path
+    file: Path
+    present: Configuration
+    finder: Finder
+    snapshots_from: Path | None
+
+    def read(self) -> SourceHome:
+        present, facts = self.present, self.present.metadata()
+        is_home = self.file.parent.name == CONFIGURATIONS
+        told = self._manifest()
+        if told is not None:
+            here = {str(self.folder / one.file): one for one in told.images}
+            self.finder.listed = {one.path: one for one in told.images} | here
+        if is_home and present.uuid != self.file.stem:
+            self._problem("damaged", f"{self.file} is the configuration of {present.uuid}", self.file)
+        layout = Layout(home=self.folder, vm_id=present.uuid)
+        snapshots = self._snapshots(layout) if is_home and facts is not None else ()
+        disks = self.finder.disks(present)
+        self.finder.replace_by_slot(present, disks, [one.disks for one in snapshots])
+        self._check_tree(facts, snapshots)
+        self.finder.check_cycles()
+        undo = self._undo(layout) if is_home else None
+        undo_disks = {} if undo is None else self.finder.disks(undo)
+        memory = self._file(layout.present_memory)
+        change = None if facts is None else facts.change
+        tpm = self._folder(layout.present_tpm) or (change and self._folder(layout.tpm_copy(change))) or None
+        return SourceHome(
+            folder=self.folder,
+            file=self.file,
+            present=present,
+            facts=facts,
+            disks=disks,
+            nvram=self._named_file(present.nvram),
+            tpm=tpm,
+            memory=memory,
+            saved=None if memory is None else self._saved(memory, "the present"),
+            snapshots=snapshots,
+            images=self.finder.images,
+            missing=tuple(dict.fromkeys(self.finder.missing)),
+            problems=tuple(dict.fromkeys(self.finder.problems)),
+            undo=undo,
+            undo_disks=undo_disks,
+            manifest=told,
+            expected=self.finder.expected,
+            is_export=(self.folder / manifest.FILE).is_file(),
+            is_home=is_home,
+            trusted=self.finder.trusted,
+        )
+
+    def _problem(self, code: str, sentence: str, where: object, repair: str | None = None) -> None:
+        self.finder.problem(code, sentence, where, repair)
+
+    def _manifest(self) -> Manifest | None:
+        file = self.folder / manifest.FILE
+        if not os.path.lexists(file) or not self.finder.is_plain(file):
+            return None
+        try:
+            if file.stat().st_size > _XML_MAX:
+                raise errors.Corrupt(f"{file} is too long for what it is")
+            return manifest.parse(file.read_text("utf-8"), source=str(file))
+        except errors.Unsupported as error:
+            self._problem("newer-format", str(error), file, error.hint)
+        except errors.HvmgrError as error:
+            self._problem("damaged", str(error), file, error.hint)
+        except (OSError, UnicodeDecodeError) as error:
+            self._problem("damaged", f"{file} cannot be read: {error}", file)
+        return None
+
+    # -- snapshots ---------------------------------------------------------------------------------------------------
+
+    def _snapshots(self, layout: Layout) -> tuple[SourceSnapshot, ...]:
+        files = {file.stem: file for file in _snapshot_files(layout.snapshots)}
+        if self.snapshots_from is not None:
+            for file in _snapshot_files(self.snapshots_from):
+                files.setdefault(file.stem, file)
+        read = [one for file in files.values() if (one := self._snapshot(file)) is not None]
+        return tuple(sorted(read, key=lambda one: (one.record.created, one.record.id)))
+
+    def _snapshot(self, file: Path) -> SourceSnapshot | None:
+        try:
+            parsed = read_xml(file)
+            facts = parsed.metadata()
+        except errors.Unsupported as error:
+            self._problem("newer-format", str(error), file)
+            return None
+        except errors.HvmgrError as error:
+            self._problem("damaged", str(error), file)
+            return None
+        record = None if facts is None else facts.snapshot
+        if record is None or record.id != file.stem:
+            self._problem("damaged", f"{file} is not the snapshot that its name says", file)
+            return None
+        folder = file.with_suffix("")
+        memory = self._file(folder / "memory.save")
+        saved = None
+        if record.state is not SavedState.NONE:
+            saved = None if memory is None else self._saved(memory, f"snapshot '{record.name}'")
+            if memory is None:
+                self._problem(
+                    "saved-state-damaged", f"the saved state of snapshot '{record.name}' is missing", folder,
+                    "leave it out with --without-state",
+                )  # fmt: skip
+        return SourceSnapshot(
+            record=record,
+            configuration=parsed,
+            file=file,
+            disks=self.finder.disks(parsed),
+            memory=memory if record.state is not SavedState.NONE else None,
+            saved=saved,
+            nvram=self._file(folder / "nvram"),
+            tpm=self._folder(folder / "tpm"),
+        )
+
+    def _saved(self, memory: Path, whose: str) -> Configuration | None:
+        repair = "leave it out with --without-state"
+        try:
+            state = saved_state.read(memory)
+            if not state.complete:
+                self._problem("saved-state-damaged", f"the saved state of {whose} is not complete", memory, repair)
+                return None
+            if len(state.xml) > _XML_MAX:
+                raise errors.Corrupt(f"the configuration in {memory} is too long")
+            return configuration.parse(state.xml, source=str(memory))
+        except errors.HvmgrError as error:
+            self._problem("saved-state-damaged", f"the saved state of {whose} cannot be used: {error}", memory, repair)
+            return None
+
+    def _undo(self, layout: Layout) -> Configuration | None:
+        if not layout.undo.is_file():
+            return None
+        try:
+            return read_xml(layout.undo)
+        except errors.HvmgrError as error:
+            self._problem("damaged", str(error), layout.undo)
+            return None
+
+    def _check_tree(self, facts: Metadata | None, snapshots: tuple[SourceSnapshot, ...]) -> None:
+        parents = {one.record.id: one.record.parent for one in snapshots}
+        named = [(facts.parent, "the present")] if facts is not None else []
+        named += [(one.record.parent, f"snapshot '{one.record.name}'") for one in snapshots]
+        for parent, whose in named:
+            if parent is not None and parent not in parents:
+                self._problem(
+                    "missing-snapshot", f"the snapshot {parent}, above {whose}, is not there", parent,
+                    f"drop it with --drop-snapshot {parent}, or say where it is with --snapshot-source DIR",
+                )  # fmt: skip
+        for start in parents:
+            seen, step = set[str](), start
+            while step in parents and step not in seen:
+                seen.add(step)
+                step = parents[step] or ""
+            if step in seen:
+                self._problem("cycle", f"the parents of snapshot {start} form a circle", start)
+                return
+
+    # -- files beside the images -------------------------------------------------------------------------------------
+
+    def _file(self, path: Path) -> Path | None:
+        return path if os.path.lexists(path) and self.finder.is_plain(path) else None
+
+    def _named_file(self, recorded: Path | None) -> Path | None:
+        """A file that a configuration names, such as the NVRAM; one that no start has made yet is none."""
+        if recorded is None:
+            return None
+        path = Path(self.finder.locate(str(recorded)))
+        if not path.exists():
+            return None
+        return path if self.finder.may_read(str(path), str(recorded)) else None
+
+    def _folder(self, path: Path) -> Path | None:
+        """A folder of state files, free of links and special files."""
+        if not os.path.lexists(path):
+            return None
+        for entry in (path, *path.rglob("*")):
+            if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):
+                self._problem("link", f"{entry} is no plain file", entry)
+                return None
+        return path if path.is_dir() else None
+
+
+def _snapshot_files(folder: Path) -> list[Path]:
+    return sorted(one for one in folder.glob("*.xml") if _is_id(one.stem)) if folder.is_dir() else []

@@ -1,0 +1,257 @@
+"""The images of a source: where each one is now, and whether it may be looked at.
+
+Configurations and headers name images as they were named where the home was written. Each name is tried as the maps
+say, beside the child that names it, moved together with the home, and as it is recorded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.model import manifest, maps
+from hvmgr.model.compatibility import found
+from hvmgr.model.configuration import Configuration
+from hvmgr.model.finding import Finding
+from hvmgr.model.maps import Entry, Used
+from hvmgr.storage import images
+
+
+@dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One image of the source: where it lies now, how it was named, and its parent's place now."""
+
+    path: str
+    recorded: str
+    format: str
+    size: int
+    data: int
+    length: int  # of the file
+    identity: tuple[int, int]
+    parent: str | None
+    parent_format: str | None
+    backing: str | None  # as the header names it
+    inside: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """An image that is named and not there; ``slot`` is the disk that needs it."""
+
+    slot: str
+    recorded: str
+    looked: str
+
+
+@dataclass(slots=True)
+class Finder:
+    """Finds the images of the home in ``folder``, which was written as ``home``; collects them and every problem."""
+
+    folder: Path
+    home: Path
+    paths: tuple[Entry, ...]
+    by_slot: tuple[Entry, ...]
+    used: Used
+    trusted: bool
+    listed: Mapping[str, manifest.Image] = field(default_factory=dict)  # by the place in the folder, and where it was
+    expected: dict[str, manifest.Image] = field(default_factory=dict)  # by the place where it was found
+    images: dict[str, SourceImage] = field(default_factory=dict)
+    missing: list[Missing] = field(default_factory=list)
+    problems: list[Finding] = field(default_factory=list)
+
+    def problem(self, code: str, sentence: str, where: object, repair: str | None = None) -> None:
+        """Note what does not fit."""
+        self.problems.append(found(code, sentence, where, repair))
+
+    def disks(self, one: Configuration) -> dict[str, str]:
+        """The disks that snapshots freeze: slot and the image's place now; their chains are read."""
+        disks: dict[str, str] = {}
+        try:
+            listed = one.disks()
+        except errors.HvmgrError as error:
+            self.problem("damaged", str(error), one.source)
+            return disks
+        for disk in listed:
+            if not disk.takes_part or disk.source is None:
+                continue
+            if disk.slot in disks:
+                self.problem("double-slot", f"{one.source} has two disks {disk.slot}", one.source)
+                continue
+            disks[disk.slot] = self._image(disk.slot, disk.source, disk.format or images.RAW)
+        return disks
+
+    def _image(self, slot: str, recorded: str, fmt: str) -> str:
+        """Where the image is now; it and its parents are read as far as they are there."""
+        top = path = self.locate(recorded)
+        self._check_name(recorded, path)
+        below: str | None = path
+        while below is not None and below not in self.images:
+            below, fmt, recorded = self._read_image(slot, below, fmt, recorded)
+        return top
+
+    def _read_image(self, slot: str, path: str, fmt: str, recorded: str) -> tuple[str | None, str, str]:
+        """Reads one header; the place of its parent, the parent's format and how it was named."""
+        try:
+            if os.path.lexists(path) and not self.may_read(path, recorded):
+                return None, "", ""
+            header = images.read(Path(path), fmt)
+        except errors.NotFound:
+            self.missing.append(Missing(slot, recorded, path))
+            return None, "", ""
+        except errors.Unsupported as error:
+            self.problem("format-unsupported", str(error), path, error.hint)
+            return None, "", ""
+        except errors.HvmgrError as error:
+            self.problem("damaged", str(error), path, error.hint)
+            return None, "", ""
+        parent, named = None, ""
+        if header.backing is not None:
+            parent, named = self._parent(path, recorded, header.backing)
+            if header.backing_format is None:
+                self.problem("damaged", f"{path} does not state the format of its parent", path)
+                parent = None
+        self.images[path] = SourceImage(
+            path=path, recorded=recorded, format=header.format, size=header.size, data=header.data,
+            length=os.stat(path).st_size, identity=header.identity, parent=parent,
+            parent_format=header.backing_format, backing=header.backing, inside=self._is_inside(path),
+        )  # fmt: skip
+        return parent, header.backing_format or images.RAW, named
+
+    def _parent(self, child: str, recorded: str, backing: str) -> tuple[str, str]:
+        """A parent's place now, and its name as the home knew it: beside the child, mapped, or moved with the home."""
+        named = os.path.normpath(os.path.join(os.path.dirname(recorded), backing))
+        beside = os.path.normpath(os.path.join(os.path.dirname(child), backing))
+        if maps.map_path(named, self.paths)[1] is None and not os.path.isabs(backing) and os.path.exists(beside):
+            place = beside if self._is_inside(beside) else os.path.realpath(beside)
+            listed = self.listed.get(beside) or self.listed.get(named) or self.listed.get(self._moved(named))
+            if listed is not None:
+                self.expected[place] = listed
+            return place, named
+        return self.locate(named), named
+
+    def locate(self, recorded: str) -> str:
+        """Where a file of the home is now: as the maps say, moved with the home, or as recorded."""
+        moved = self._moved(recorded)
+        listed = self.listed.get(moved) or self.listed.get(recorded)
+        original = recorded if listed is None else listed.path
+        found = moved if self._is_inside(moved) else os.path.realpath(moved)
+        for name in dict.fromkeys((recorded, moved, original)):
+            mapped, entry = maps.map_path(name, self.paths)
+            if entry is not None:
+                self.used.entries.add(entry)
+                found = os.path.realpath(mapped)
+                break
+        if listed is not None:
+            self.expected[found] = listed
+        return found
+
+    def _moved(self, recorded: str) -> str:
+        path = Path(os.path.normpath(recorded))
+        return str(self.folder / path.relative_to(self.home)) if path.is_relative_to(self.home) else str(path)
+
+    def _check_name(self, recorded: str, path: str) -> None:
+        """A name with ``..`` inside a home is nothing that hvmgr writes, except between its own three folders."""
+        if os.path.isabs(recorded) and ".." in Path(recorded).parts:
+            self.problem("name-escapes", f"the name {recorded} has '..' in it", path)
+
+    def may_read(self, path: str, recorded: str) -> bool:
+        """Whether an image may be looked at; the reason is a finding."""
+        if self._is_inside(path):
+            return self.is_plain(Path(path))
+        if self.trusted or self._is_mapped(path):
+            return True
+        self.problem(
+            "image-outside", f"{recorded} lies outside {self.folder}; it is read only when you say so", path,
+            f"allow it: --path '{os.path.dirname(path)}={os.path.dirname(path)}', or say where it is",
+        )  # fmt: skip
+        return False
+
+    def _is_mapped(self, path: str) -> bool:
+        targets = [os.path.realpath(one.new) for one in (*self.paths, *self.by_slot)]
+        return any(path == one or path.startswith(one.rstrip("/") + "/") for one in targets)
+
+    def _is_inside(self, path: str) -> bool:
+        return Path(path).is_relative_to(self.folder)
+
+    def is_plain(self, path: Path) -> bool:
+        """Whether a file of the source is a file, reached without links; one that is missing is somebody else's."""
+        step = path
+        while step != self.folder:
+            if step.is_symlink():
+                if self.trusted and step.parent == self.folder:
+                    return True  # a home of this host whose folder lies on another file system
+                self.problem("link", f"{step} is a symbolic link", step)
+                return False
+            step = step.parent
+        if path.exists() and not path.is_file():
+            self.problem("link", f"{path} is no plain file", path)
+            return False
+        return True
+
+    def replace_by_slot(self, present: Configuration, disks: dict[str, str], others: Sequence[dict[str, str]]) -> None:
+        """Follow ``--disk SLOT=SOURCE``: the one image of the slot that is missing, or its only image."""
+        for entry in self.by_slot:
+            gone = sorted({one.looked for one in self.missing if one.slot == entry.old})
+            of_slot = {one[entry.old] for one in (disks, *others) if entry.old in one}
+            if not of_slot:
+                continue  # said as a line that nothing matched
+            self.used.entries.add(entry)
+            if len(gone) > 1 or (not gone and not self._stands_alone(of_slot)):
+                what = ", ".join(gone) if gone else "they are all there"
+                self.problem(
+                    "missing-disk", f"disk {entry.old} has several images, so that {entry} does not say which ({what})",
+                    entry.old, "say where the folders are with --path OLD=NEW",
+                )  # fmt: skip
+                continue
+            self._put_in_place(present, entry, gone[0] if gone else next(iter(of_slot)), disks, others)
+
+    def _stands_alone(self, of_slot: set[str]) -> bool:
+        return len(of_slot) == 1 and all(self.images[one].parent is None for one in of_slot if one in self.images)
+
+    def _put_in_place(
+        self,
+        present: Configuration,
+        entry: Entry,
+        old: str,
+        disks: dict[str, str],
+        others: Sequence[dict[str, str]],
+    ) -> None:
+        new = os.path.realpath(entry.new)
+        if old in self.expected:
+            self.expected[new] = self.expected.pop(old)
+        recorded = next((one.recorded for one in self.missing if one.looked == old), old)
+        self.missing[:] = [one for one in self.missing if one.looked != old]
+        self.problems[:] = [one for one in self.problems if not (one.code == "image-outside" and one.where == old)]
+        self.images.pop(old, None)
+        fmt = self._format_of(present, entry.old, old, disks)
+        below: str | None = new
+        while below is not None and below not in self.images:
+            below, fmt, recorded = self._read_image(entry.old, below, fmt, recorded)
+        for path, image in list(self.images.items()):
+            if image.parent == old:
+                self.images[path] = dataclasses.replace(image, parent=new)
+        for each in (disks, *others):
+            if each.get(entry.old) == old:
+                each[entry.old] = new
+
+    def _format_of(self, present: Configuration, slot: str, old: str, disks: dict[str, str]) -> str:
+        """The format that is stated for an image: by its child, or by the configuration."""
+        stated = next((one.parent_format for one in self.images.values() if one.parent == old), None)
+        disk = present.find_disk(slot)
+        named = disk.format if disk is not None and disks.get(slot) == old else None
+        return stated or named or images.QCOW2
+
+    def check_cycles(self) -> None:
+        """Note a circle of parents."""
+        for path in self.images:
+            seen, step = set[str](), path
+            while step in self.images and step not in seen:
+                seen.add(step)
+                step = self.images[step].parent or ""
+            if step in seen:
+                self.problem("cycle", f"the parents of {path} form a circle", path)
+                return
