@@ -5,10 +5,15 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import beside_libvirt, harness, hook, snapshots
+from bench import beside_libvirt, exchange, harness, hook, snapshots
 from tests import private_libvirt
 
-SUITES = {"snapshots": snapshots.measure, "hook": hook.measure, "beside_libvirt": beside_libvirt.measure}
+SUITES = {
+    "snapshots": snapshots.measure,
+    "hook": hook.measure,
+    "beside_libvirt": beside_libvirt.measure,
+    "exchange": exchange.measure,
+}
 
 
 def main(names: list[str]) -> None:
