@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -43,6 +43,9 @@ class Intake:
     snapshots: tuple[SourceSnapshot, ...]
     places: Mapping[str, str]
     known: frozenset[str] = frozenset()  # snapshots that are at the target already
+    shared: Mapping[str, str] = field(
+        default_factory=dict
+    )  # images of those that stand for the source's: their formats
     emulators: Mapping[str, Path] = field(default_factory=dict)  # this host's, by architecture
 
     # -- configurations ------------------------------------------------------------------------------------------------
@@ -139,7 +142,7 @@ class Intake:
 
     def needed(self) -> list[SourceImage]:
         """Every image that the present and the snapshots that come along stand on, bases first."""
-        return needed_images(self.source, self.snapshots)
+        return needed_images(self.source, self.snapshots, shared=self.shared)
 
     def steps_for_images(self, *, hold: tuple[str, ...]) -> list[Step]:
         """The images are copied, name each other under their new names, and are frozen where they have to be."""
@@ -169,10 +172,11 @@ class Intake:
             return None
         child, parent = Path(self.places[image.path]), self.places[image.parent]
         name = self.layout.parent_name(child, parent)
-        if name == image.backing:
+        if name == image.backing and image.parent not in self.shared:
             return None
-        assert image.parent_format is not None
-        return plan.NameParent(path=str(child), parent=name, parent_format=image.parent_format, before=image.backing)
+        fmt = self.shared.get(image.parent, image.parent_format)
+        assert fmt is not None
+        return plan.NameParent(path=str(child), parent=name, parent_format=fmt, before=image.backing)
 
     def steps_for_snapshots(self) -> list[Step]:
         """Each snapshot is in the tree, with all that it consists of; parents need not come first."""
@@ -211,12 +215,16 @@ def kept_snapshots(source: SourceHome, options: ImportOptions) -> tuple[SourceSn
     return tuple(one for one in source.snapshots if not gone & {one.record.id, one.record.name})
 
 
-def needed_images(source: SourceHome, snapshots: Iterable[SourceSnapshot]) -> list[SourceImage]:
-    """The images of the present and of these snapshots with all their parents, bases first."""
+def needed_images(
+    source: SourceHome, snapshots: Iterable[SourceSnapshot], *, shared: Container[str] = ()
+) -> list[SourceImage]:
+    """The images of the present and of these snapshots with all their parents, bases first; none at or below ``shared``."""
     found: dict[str, SourceImage] = {}
     tops = [*source.disks.values(), *(path for one in snapshots for path in one.disks.values())]
     for top in tops:
-        for image in reversed(source.chain(top)):
+        chain = source.chain(top)
+        count = next((number for number, image in enumerate(chain) if image.path in shared), len(chain))
+        for image in reversed(chain[:count]):
             found.setdefault(image.path, image)
     return list(found.values())
 
@@ -227,12 +235,14 @@ def place_images(
     snapshots: tuple[SourceSnapshot, ...],
     targets: Mapping[str, str],
     new_id: Callable[[], str],
+    *,
+    shared: Container[str] = (),
 ) -> dict[str, str]:
     """Where the copy of each image goes: names stay as far as they are free; ``targets`` are places for bases by slot."""
     slots = slots_of(source, snapshots)
     places: dict[str, str] = {}
     taken: set[str] = set()
-    for image in needed_images(source, snapshots):
+    for image in needed_images(source, snapshots, shared=shared):
         slot = slots.get(image.path, "disk")
         if image.parent is None:
             target = _place_base(layout, image, slot, targets.get(slot), taken)

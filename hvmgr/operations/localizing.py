@@ -17,7 +17,7 @@ from hvmgr.model import names, plan
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Tree
-from hvmgr.operations import compare_place, snapshots
+from hvmgr.operations import chains, compare_place, snapshots
 from hvmgr.operations.session import Session
 from hvmgr.storage import frozen, images, vm_home
 
@@ -50,7 +50,8 @@ def plan_localize(session: Session, slot: str) -> Plan | None:
     facts = vm_home.require_facts(present)
     if working in places:
         _point(after, slot, before.images[working], places)
-    after.set_metadata(dataclasses.replace(facts, change=change))
+    disks = chains.set_apart(facts.disks, [slot]) if pulled else facts.disks
+    after.set_metadata(dataclasses.replace(facts, change=change, disks=disks))
     prepare: list[Step] = [plan.PullDisk(slot=slot, path=working)] if pulled else []
     hashes = {path: frozen.recorded_hash(layout, Path(path)) or "" for path in places}
     prepare.append(plan.CopyImages(files=tuple((path, target, hashes[path]) for path, target in places.items())))

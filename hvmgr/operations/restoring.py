@@ -7,17 +7,19 @@ present goes into the undo slot, as an apply does it.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.model import plan, tree
+from hvmgr.model.configuration import Configuration
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Leaf, Node, Tree
-from hvmgr.operations import execution, import_, intake, reconcile, replacement, snapshots, undo_slot
+from hvmgr.operations import chains, execution, import_, intake, reconcile, replacement, snapshots, undo_slot
 from hvmgr.operations.intake import Intake
 from hvmgr.operations.session import Session
 from hvmgr.operations.vm import VM
-from hvmgr.storage import vm_home
+from hvmgr.storage import frozen, vm_home
 
 if TYPE_CHECKING:
     from hvmgr.operations.compare import Comparison
@@ -55,6 +57,7 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
     nvram = layout.nvram(session.new_id()) if taken.source.present.nvram is not None else None
     disks = {slot: (taken.places[path], taken.source.images[path].format) for slot, path in taken.source.disks.items()}
     defined = taken.present(change=change, nvram=nvram, disks=disks)
+    _apart(taken, defined, before)
     prepare: list[Step] = [*taken.steps_for_images(hold=()), *taken.steps_for_snapshots()]
     if taken.source.nvram is not None and nvram is not None:
         prepare.append(plan.CopyFile(source=str(taken.source.nvram), target=str(nvram)))
@@ -85,12 +88,53 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
 
 def _take_in(session: Session, comparison: Comparison, before: Tree) -> Intake:
     """The export with the VM's own name, and without the snapshots that the VM has already."""
-    name = session.home.present().name
-    who = dataclasses.replace(comparison.identity, name=name)
+    source = comparison.source
+    who = dataclasses.replace(comparison.identity, name=session.home.present().name)
     fresh = tuple(one for one in comparison.snapshots if one.record.id not in before.nodes)
-    taken = import_.take_in(session, comparison.source, comparison.options, who, comparison.maps, comparison.used)
-    places = intake.place_images(session.layout, comparison.source, fresh, {}, session.new_id)
-    return dataclasses.replace(taken, snapshots=fresh, places=places, known=frozenset(before.nodes))
+    taken = import_.take_in(session, source, comparison.options, who, comparison.maps, comparison.used)
+    own = _own_images(session, comparison, before)
+    shared = {path: before.images[place].format for path, place in own.items()}
+    places = intake.place_images(session.layout, source, fresh, {}, session.new_id, shared=shared)
+    return dataclasses.replace(
+        taken, snapshots=fresh, places={**places, **own}, known=frozenset(before.nodes), shared=shared
+    )
+
+
+def _own_images(session: Session, comparison: Comparison, before: Tree) -> dict[str, str]:
+    """The images of the export that need not be copied, each with the one of the home that shows the same.
+
+    What a snapshot shows never changes: where the VM still has it, what is exported above it stands on its image here,
+    however the chains below have been merged since.
+    """
+    own: dict[str, str] = {}
+    for one in comparison.snapshots:
+        node = before.nodes.get(one.record.id)
+        if node is None:
+            continue
+        damaged = snapshots.record_of(session.home.snapshot(one.record.id)).damaged
+        for slot, path in one.disks.items():
+            if slot in damaged:
+                continue
+            place, image = node.disks.get(slot), comparison.source.images.get(path)
+            here = None if place is None else before.images.get(place)
+            if here is None or image is None or here.size != image.size or path in comparison.source.disks.values():
+                continue
+            for below in before.chain(here.path):
+                frozen.require_unchanged(session.layout, Path(below.path))
+            own[path] = here.path
+    return own
+
+
+def _apart(taken: Intake, defined: Configuration, before: Tree) -> None:
+    """Disks whose images could not be put on the snapshot above them stand on copies of their own."""
+    facts = vm_home.require_facts(defined)
+    node = before.nodes.get(facts.parent or "")
+    if node is None:
+        return
+    source = taken.source
+    chains_of = {slot: {taken.places.get(one.path) for one in source.chain(top)} for slot, top in source.disks.items()}
+    apart = [slot for slot, places in chains_of.items() if slot in node.disks and node.disks[slot] not in places]
+    defined.set_metadata(dataclasses.replace(facts, disks=chains.set_apart(facts.disks, apart)))
 
 
 def _with_import(taken: Intake, before: Tree) -> Tree:
