@@ -304,7 +304,7 @@ class TestRefusals:
 
 class TestResume:
     def fail_in(self, monkeypatch, name):
-        from hvmgr.operations.export_steps import Exporter
+        from hvmgr.operations.exchange.export_steps import Exporter
 
         def fail(*_):
             raise errors.NoSpace("no space left")
