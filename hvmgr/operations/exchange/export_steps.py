@@ -61,6 +61,12 @@ class Exporter:
             self._place.publish()
             self._place.close()
 
+    @property
+    def _owner(self) -> tuple[int, int] | None:
+        """Us, and QEMU's group."""
+        theirs = self._session.owner
+        return None if theirs is None else (os.geteuid(), theirs[1])
+
     def _do(self, steps: Sequence[Step]) -> None:
         for parallel, group in itertools.groupby(steps, lambda step: isinstance(step, _PARALLEL)):
             if parallel:
@@ -88,7 +94,10 @@ class Exporter:
     def _copy(self, steps: Sequence[Step]) -> None:
         files = [step for step in steps if isinstance(step, export_plan.ExportFile)]
         sources = [step for step in steps if isinstance(step, export_plan.HashSource)]
-        jobs = [Job(Path(step.source), Path(step.target), hashed=self._hashed) for step in files]
+        jobs = [
+            Job(Path(step.source), Path(step.target), hashed=self._hashed, mode=FILE_MODE, owner=self._owner)
+            for step in files
+        ]
         whole = sum(step.size for step in files)
 
         def report(done: int, total: int) -> None:
@@ -245,8 +254,7 @@ class Exporter:
         return {self._name(path) for path in files_of(self._place.home)}
 
     def _protect(self, _step: export_plan.ProtectExport) -> None:
-        home, group = self._place.home, self._session.owner
-        owner = None if group is None else (os.geteuid(), group[1])
+        home, owner = self._place.home, self._owner
         for path in files_of(home):
             durable.set_owner(path, owner)
             durable.set_mode(path, FILE_MODE)
