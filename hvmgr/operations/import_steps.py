@@ -171,9 +171,14 @@ def unrename_file(session: Session, step: plan.RenameFile) -> None:
 
 
 def _rename(source: Path, target: Path) -> None:
-    if source.exists():
-        if target.is_dir():
-            durable.remove_empty_folder(target)  # whoever takes the lock of a home makes its folders
+    """Whoever takes the lock of a home makes the folders that it lacks: an empty one is in nobody's way."""
+    if not source.exists():
+        return
+    if target.is_dir():
+        durable.remove_empty_folder(target)
+    if target.exists() and source.is_dir():
+        durable.remove_empty_folder(source)  # the renaming that is undone had not been reached
+    else:
         durable.rename(source, target)
 
 
