@@ -362,7 +362,7 @@ def _open_daemon(address: Address) -> Any:
 
 def _daemon_hint(address: Address, error: Any) -> str:
     if "Permission denied" in str(error) or "authentication" in str(error).lower():
-        return "run it as root, join the group libvirt, or use -c qemu:///session"
+        return "run it as root (sudo), or have VMs of your own with -c qemu:///session"
     if address.driver is Driver.SESSION:
         return "install libvirt's daemon, or use another connection with -c"
     modular = any((Path(folder) / "virtqemud").exists() for folder in ("/usr/sbin", "/usr/bin"))

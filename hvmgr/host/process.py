@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING
 from hvmgr import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 # How long a spawned program may take to end after SIGTERM before it is killed.
 TERMINATE_S = 5.0
@@ -40,6 +40,7 @@ _PACKAGES = {
     "swtpm_setup": "swtpm-tools",
     "virt-xml-validate": "libvirt-clients",
     "wimlib-imagex": "wimtools",
+    "zstd": "zstd",
 }
 
 # The kernel ends the program when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG). Should that have
@@ -142,6 +143,44 @@ def spawned(
         program = Spawned(process, command, stderr)
         stack.callback(program.end)
         yield program
+
+
+class _EndedEarly(Exception):
+    """A program has ended that was to read more."""
+
+
+@contextlib.contextmanager
+def filtered(argv: Sequence[str | Path], *, to: int) -> Iterator[Callable[[memoryview], None]]:
+    """A function that writes into a program whose output goes to the descriptor ``to``.
+
+    The program has ended well when the block is left well; HostFailed with its words otherwise. Should we be killed, its
+    input ends, and so does it.
+    """
+    command = shlex.join(os.fspath(word) for word in argv)
+    with (
+        tempfile.TemporaryFile(prefix="hvmgr-") as stderr,
+        _started(argv, stdin=subprocess.PIPE, stdout=to, stderr=stderr) as program,
+    ):
+        assert program.stdin is not None
+        source = program.stdin
+
+        def write(view: memoryview) -> None:
+            try:
+                source.write(view)
+            except BrokenPipeError:
+                raise _EndedEarly from None
+
+        try:
+            yield write
+            source.flush()
+        except (BrokenPipeError, _EndedEarly):
+            pass  # its words say why
+        with contextlib.suppress(BrokenPipeError):
+            source.close()
+        program.wait()
+        stderr.seek(0)
+        if program.returncode != 0:
+            raise _failed(command, Completed(b"", _text(stderr.read()), program.returncode))
 
 
 def start_time(pid: int) -> int | None:

@@ -90,7 +90,8 @@ def _parts(seen: Survey, around: Surroundings) -> Iterator[Finding]:
     yield from image_checks.examine(seen, owner=around.owner, dynamic=_gives_away(around))
     yield from home_checks.modes(seen, around.owner)
     if around.connection is None or around.connection.driver is hypervisor.Driver.SYSTEM:
-        yield from image_checks.confined(seen)
+        models = None if around.capabilities is None else around.capabilities.security_models
+        yield from image_checks.confined(seen, models)
 
 
 def _with_libvirt(seen: Survey, around: Surroundings) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ VM is frozen first (``freezing``): the export then reads images that nothing wri
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from hvmgr import errors, units
@@ -34,10 +35,15 @@ def export(session: Session, dest: Path, options: ExportOptions) -> Path:
     place.require_free()
     one = Planner(session, place, options).plan()
     session.require_approval(one)
-    _require_space(place, one)
+    require_space(place, one)
     try:
         with place.opened(wait_s=session.wait_s):
-            _run(session, place, one, options)
+            run(
+                session,
+                one,
+                options,
+                lambda held: Exporter(session, place, one, hashed=options.checksums, shared=held).run(),
+            )
     except (errors.Cancelled, errors.NoSpace) as error:
         if place.folder.is_dir():
             error.hint = f"run the same command again to go on, or remove '{place.folder}'"
@@ -45,7 +51,8 @@ def export(session: Session, dest: Path, options: ExportOptions) -> Path:
     return place.target
 
 
-def _run(session: Session, place: Place, one: Plan, options: ExportOptions) -> None:
+def run(session: Session, one: Plan, options: ExportOptions, act: Callable[[list[str]], None]) -> None:
+    """Carry a plan out while nothing writes to its sources; ``act`` gets the images that are held meanwhile."""
     froze, held = False, list[str]()
     try:
         if freezing.is_needed(session.state(), options):
@@ -53,7 +60,7 @@ def _run(session: Session, place: Place, one: Plan, options: ExportOptions) -> N
             froze = True
         elif one.hold:
             held = _hold(session, one)
-        Exporter(session, place, one, hashed=options.checksums, shared=held).run()
+        act(held)
     finally:
         session.release()
         durable.remove_folder(session.layout.export)
@@ -86,12 +93,16 @@ def _place(session: Session, dest: Path) -> Place:
     return Place(folder / session.home.name)
 
 
-def _require_space(place: Place, one: Plan) -> None:
-    """Everything that is not there yet fits, unless the file system can share the blocks of the source."""
+def require_space(place: Place, one: Plan, *, copied: bool = True) -> None:
+    """Everything that is not there yet fits, unless the file system can share the blocks of the source.
+
+    Without ``copied`` plain copies are not made at all.
+    """
     folder = next(one for one in (place.folder, *place.folder.parents) if one.is_dir())
     missing = 0
     for step in one.prepare:
-        size = 0 if isinstance(step, export_plan.HashSource) else int(getattr(step, "size", 0))
+        skipped = isinstance(step, export_plan.HashSource) or (not copied and isinstance(step, export_plan.ExportFile))
+        size = 0 if skipped else int(getattr(step, "size", 0))
         if size and not (isinstance(step, _SHARED) and copy.can_share(Path(step.source), folder)):
             missing += size
     needed = missing - _finished(place)

@@ -36,11 +36,12 @@ class Place:
     """Where the export ``target`` is made."""
 
     target: Path
+    at: Path | None = None  # an archive is made elsewhere
 
     @property
     def folder(self) -> Path:
         """The place itself."""
-        return self.target.parent / f".{self.target.name}.hvmgr-export"
+        return self.at or self.target.parent / f".{self.target.name}.hvmgr-export"
 
     @property
     def home(self) -> Path:
@@ -81,7 +82,7 @@ class Place:
     def opened(self, *, wait_s: float) -> Iterator[None]:
         """The place, for this command alone; it goes again when nothing in it would help the next attempt."""
         with durable.explained(self.folder):
-            self.target.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
         durable.make_folder(self.folder, mode=_MODE)
         with locks.held(self.folder / "lock", wait_s=wait_s, what=f"the export {self.target}"):
             try:

@@ -26,7 +26,7 @@ from hvmgr.storage import copy, durable, images
 from hvmgr.storage.copy import Job
 from hvmgr.storage.finished import Made
 
-_FILE_MODE = 0o440
+FILE_MODE = 0o440
 _FOLDER_MODE = 0o700  # while it is made
 # See image_steps: pulling ranges costs less than a walk through the whole disk when there is little to pull.
 _SPARSE = 400
@@ -56,16 +56,19 @@ class Exporter:
     def run(self) -> None:
         """Everything is done; an error, or Ctrl-C, leaves what is finished to the next attempt."""
         self._place.begin(self._plan)
-        for parallel, steps in itertools.groupby(self._plan.prepare, lambda step: isinstance(step, _PARALLEL)):
-            if parallel:
-                self._copy(list(steps))
-            else:
-                for step in steps:
-                    self._session.interrupts.check()
-                    self._acts[type(step)](self, step)
+        self._do(self._plan.prepare)
         with self._session.interrupts.held_back():
             self._place.publish()
             self._place.close()
+
+    def _do(self, steps: Sequence[Step]) -> None:
+        for parallel, group in itertools.groupby(steps, lambda step: isinstance(step, _PARALLEL)):
+            if parallel:
+                self._copy(list(group))
+                continue
+            for step in group:
+                self._session.interrupts.check()
+                self._acts[type(step)](self, step)
 
     def _weight(self, step: Step) -> int:
         size = int(getattr(step, "size", 0))
@@ -229,21 +232,24 @@ class Exporter:
 
     def _sums(self, step: export_plan.WriteSums) -> None:
         lines = []
-        for path in files_of(self._place.home):
-            name = self._name(path)
-            if path == Path(step.target):
-                continue
+        own = self._name(Path(step.target))
+        for name in sorted(self._names()):
             made = self._made.get(name)
-            digest = made.sha256 if made is not None and made.sha256 is not None else copy.sha256(path)
-            lines.append(f"{digest}  {name}\n")
+            if name != own:
+                digest = made.sha256 if made is not None else None
+                lines.append(f"{digest or copy.sha256(self._place.home / name)}  {name}\n")
         durable.write_file(Path(step.target), "".join(lines).encode())
+
+    def _names(self) -> set[str]:
+        """Every file of the export so far."""
+        return {self._name(path) for path in files_of(self._place.home)}
 
     def _protect(self, _step: export_plan.ProtectExport) -> None:
         home, group = self._place.home, self._session.owner
         owner = None if group is None else (os.geteuid(), group[1])
         for path in files_of(home):
             durable.set_owner(path, owner)
-            durable.set_mode(path, _FILE_MODE)
+            durable.set_mode(path, FILE_MODE)
         for folder, _, _ in os.walk(home, topdown=False):
             # The export's own folder is closed last: who is not root may not move one that is closed.
             mode = _FOLDER_MODE if Path(folder) == home else PUBLISHED_MODE

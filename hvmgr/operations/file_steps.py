@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from hvmgr.host import saved_state
+from hvmgr.host import confinement, saved_state
 from hvmgr.model import configuration, plan
 from hvmgr.model.layout import CONFIGURATIONS
 from hvmgr.model.metadata import SavedState
@@ -17,6 +17,8 @@ def make_home(session: Session, _step: plan.MakeHome) -> None:
     """All folders are there; the home itself and its private folder were made for the journal."""
     for folder in session.layout.folders():
         durable.make_folder(folder)
+        if not confinement.label(folder) and folder == session.layout.home:
+            session.say(f"SELinux is on, and {folder} cannot be labelled for QEMU: hvmgr doctor says what to do")
 
 
 def unmake_home(session: Session, _step: plan.MakeHome) -> None:

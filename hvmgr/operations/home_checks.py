@@ -244,7 +244,8 @@ def modes(seen: Survey, owner: Owner) -> Iterator[Finding]:
     """The way to the home, and what may be read by whom; modes of images are the images' own matter."""
     home = seen.home.path
     if (closed := access.closed_folder(home, owner)) is not None and owner is not None:
-        sentence = f"QEMU's user (uid {owner[0]}) may not pass through {closed}: no VM below it can start"
+        name = access.name_of(owner[0])
+        sentence = f"QEMU's user ({name}) may not pass through {closed}: no VM below it can start"
         yield finding(Code.WAY_CLOSED, sentence, closed, repair=f"chmod o+x '{closed}'")
     for path, mode in wrong_modes(seen):
         sentence = f"{path} has the mode {path.stat().st_mode & 0o7777:04o}; it should be {mode:04o}"

@@ -293,6 +293,7 @@ class Host:
     @contextlib.contextmanager
     def _new_home(self, home: VmHome) -> Iterator[Session]:
         """The folders that the journal needs; they go again when the plan does not come through."""
+        self._require_role()
         layout = home.layout
         with durable.explained(layout.home):
             layout.home.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -311,9 +312,15 @@ class Host:
         """Exclusive work on one home, with libvirt."""
         from hvmgr.operations.session import Session
 
+        self._require_role()
         with home.locked(wait_s=self.wait_s):
             session = Session(home, self.connection, self.reporter, wait_s=self.wait_s)
             try:
                 yield session
             finally:
                 session.close()
+
+    def _require_role(self) -> None:
+        from hvmgr.operations import roles
+
+        roles.require_role(self.connection)

@@ -12,7 +12,7 @@ from hvmgr.host import confinement, process
 from hvmgr.host.hypervisor import Capabilities, Connection, Driver
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
-from hvmgr.operations import start_hook
+from hvmgr.operations import roles, start_hook
 from hvmgr.operations.surroundings import Surroundings, is_home_like
 
 # Older ones lack what hvmgr is built on; nobody has tried them.
@@ -36,6 +36,8 @@ def examine(around: Surroundings) -> Iterator[Finding]:
         sentence = f"{around.failure}; the homes were examined without it"
         yield finding(Code.LIBVIRT_UNREACHABLE, sentence, around.uri, repair=around.failure.hint)
     else:
+        if (limit := roles.find_limit(around.connection)) is not None:
+            yield finding(Code.USER_LIMITED, str(limit), around.uri, repair=limit.hint)
         yield from _versions(around.capabilities)
         yield from _abilities(around.connection, around.capabilities)
         yield from _confinement(around.connection, around.capabilities)
@@ -100,7 +102,8 @@ def _confinement(connection: Connection, facts: Capabilities) -> Iterator[Findin
     if not start_hook.is_installed():
         sentence = "no hook guards the starts of VMs: virsh or autostart can start one that is half-merged or damaged"
         yield finding(Code.HOOK_MISSING, sentence, start_hook.path_in(start_hook.FOLDER), repair="hvmgr hook install")
-    if confinement.has_apparmor() and version(facts.libvirt_version) < _APPARMOR_COMMIT:
+    confined = "apparmor" in facts.security_models and confinement.has_apparmor()
+    if confined and version(facts.libvirt_version) < _APPARMOR_COMMIT:
         sentence = (
             f"AppArmor is on and libvirt is {facts.libvirt_version}: before 12.1 it denies a running VM to write to the "
             "images below its own, so that 'virsh blockcommit' fails; hvmgr merges when the VM is off"

@@ -108,9 +108,20 @@ def _modes(seen: Survey, forest: Tree, held: set[str], *, owner: Owner, dynamic:
             yield finding(Code.MODE_WRONG, sentence, path, repair=repair)
     if owner is None or os.geteuid() != 0:
         return
-    for image in wrong_owners(forest, owner, dynamic=dynamic):
-        sentence = f"{image} belongs to uid {image.stat().st_uid}; QEMU runs as uid {owner[0]}"
-        yield finding(Code.OWNER_WRONG, sentence, image, repair=f"chown {owner[0]}:{owner[1]} '{image}'")
+    for file in (*wrong_owners(forest, owner, dynamic=dynamic), *_nvram(seen, owner, dynamic=dynamic)):
+        sentence = f"{file} belongs to {access.name_of(file.stat().st_uid)}; QEMU runs as {access.name_of(owner[0])}"
+        yield finding(Code.OWNER_WRONG, sentence, file, repair=f"chown {owner[0]}:{owner[1]} '{file}'")
+    for image in forest.images.values():
+        if image.keeper is Keeper.OUTSIDE and (closed := access.closed_folder(Path(image.path), owner)) is not None:
+            sentence = f"QEMU's user ({access.name_of(owner[0])}) may not pass through {closed} to {image.path}"
+            yield finding(Code.WAY_CLOSED, sentence, closed, repair=f"chmod o+x '{closed}'")
+
+
+def _nvram(seen: Survey, owner: tuple[int, int], *, dynamic: bool) -> Iterator[Path]:
+    """The present's NVRAM, when QEMU's user would be shut out from it."""
+    path = None if seen.present is None else seen.present.configuration.nvram
+    if path is not None and path.is_file() and not access.may_own(path, owner, dynamic=dynamic):
+        yield path
 
 
 def wrong_modes(seen: Survey, forest: Tree, held: set[str]) -> Iterator[tuple[Path, int]]:
@@ -124,7 +135,10 @@ def wrong_modes(seen: Survey, forest: Tree, held: set[str]) -> Iterator[tuple[Pa
         if image.keeper is Keeper.OUTSIDE and not frozen.is_recorded(seen.home.layout, file):
             continue  # hvmgr never froze it: its mode is its owner's
         if path in held:
-            right = frozen.FROZEN_MODE
+            may_be_read = (
+                is_mode & 0o044 if image.keeper is Keeper.OUTSIDE else 0
+            )  # by others, where libvirt runs QEMU so
+            right = frozen.FROZEN_MODE | may_be_read
         elif path in working:
             is_wish = is_mode & 0o607 == frozen.WORKING_MODE  # more for a group, and for nobody else
             right = is_mode if is_wish else frozen.WORKING_MODE
@@ -163,20 +177,37 @@ def _waiting(seen: Survey, forest: Tree) -> Iterator[Finding]:
         yield finding(Code.DISK_DETACHED, sentence, path, repair="move it away if nobody needs it")
 
 
-def confined(seen: Survey) -> Iterator[Finding]:
-    """Images and homes that AppArmor or SELinux keep QEMU from, as far as files tell."""
+def confined(seen: Survey, models: frozenset[str] | None) -> Iterator[Finding]:
+    """Images and homes that AppArmor or SELinux keep QEMU from, as far as files tell.
+
+    ``models`` are those by which libvirt confines its guests; None when it cannot be asked, and any may be.
+    """
+    yield from _labelled(seen, models)
+    yield from _profiled(seen, models)
+
+
+def _labelled(seen: Survey, models: frozenset[str] | None) -> Iterator[Finding]:
+    if models is not None and "selinux" not in models:
+        return
     if confinement.has_selinux() and not confinement.is_labelled(seen.home.path):
         sentence = f"SELinux is on, and {seen.home.path} has no label that QEMU may use"
         repair = f"semanage fcontext -a -t virt_image_t '{seen.home.path}(/.*)?' && restorecon -R '{seen.home.path}'"
         yield finding(Code.SELINUX_LABEL, sentence, seen.home.path, repair=repair)
-    if not confinement.has_apparmor():
+
+
+def _profiled(seen: Survey, models: frozenset[str] | None) -> Iterator[Finding]:
+    if not confinement.has_apparmor() or (models is not None and "apparmor" not in models):
         return
     for path in seen.headers:
-        rule = confinement.apparmor_rule(Path(path))
-        if rule is not None:
-            sentence = f"AppArmor is on, and libvirt's helper may not read {path}: a VM on it cannot start"
-            repair = f"add the line '{rule}' to {confinement.apparmor_local_file()}"
-            yield finding(Code.APPARMOR_RULE, sentence, path, repair=repair)
+        verdict = confinement.apparmor_verdict(Path(path))
+        if verdict is None:
+            continue
+        sentence = f"AppArmor is on, and libvirt's helper may not read {path}: a VM may be kept from it"
+        repair = f"add the line '{verdict.missing}' to {confinement.apparmor_local_file()}"
+        if verdict.denied is not None:
+            sentence += f" (its profile says '{verdict.denied}', which no local rule can lift)"
+            repair = "keep images in a folder that is not hidden: below /var/lib/hvmgr, or choose one with --home"
+        yield finding(Code.APPARMOR_RULE, sentence, path, repair=repair)
 
 
 def thorough(seen: Survey, *, busy: set[str]) -> Iterator[Finding]:

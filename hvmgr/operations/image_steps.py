@@ -48,7 +48,11 @@ def uncreate(session: Session, step: plan.CreateImage) -> None:
 
 def freeze(session: Session, step: plan.FreezeImage) -> None:
     """The image is read-only."""
-    frozen.freeze(session.layout, Path(step.path))
+    _freeze(session, Path(step.path))
+
+
+def _freeze(session: Session, path: Path) -> None:
+    frozen.freeze(session.layout, path, keep_readers=session.is_read_by_mode(path))
 
 
 def unfreeze(session: Session, step: plan.FreezeImage) -> None:
@@ -357,7 +361,7 @@ def _settle(session: Session, path: Path) -> None:
     if session.layout.owns(str(path)):
         durable.set_owner(path, session.owner)
     if session.uses.is_frozen(str(path)):
-        frozen.freeze(session.layout, path)
+        _freeze(session, path)
         _record_or_forget(session, path)
     elif not session.layout.owns(str(path)):
         frozen.thaw(session.layout, path)

@@ -98,6 +98,12 @@ class Session:
             self._owner, self._knows_owner = self.connection.capabilities().qemu_owner, True
         return self._owner
 
+    def is_read_by_mode(self, path: Path) -> bool:
+        """Whether QEMU's user gets at an image by its mode alone: it is another's, and libvirt gives nothing away."""
+        if self.owner is None or self.owner[0] == 0 or not path.is_file():
+            return False
+        return path.stat().st_uid != self.owner[0] and not self.connection.has_dynamic_ownership()
+
     @property
     def dry_run(self) -> bool:
         """Whether nothing at all is to be changed."""

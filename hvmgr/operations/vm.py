@@ -183,6 +183,15 @@ class VM:
         with self._work() as session:
             return export_.export(session, Path(dest), options or ExportOptions())
 
+    def export_archive(self, target: Path | str | int, options: ExportOptions | None = None) -> None:
+        """The same as one file: a new one, or an open descriptor such as that of stdout; tar, compressed with zstd."""
+        from hvmgr.model.export_options import ExportOptions
+        from hvmgr.operations import archive
+
+        to = archive.Target(descriptor=target) if isinstance(target, int) else archive.Target(file=Path(target))
+        with self._work() as session:
+            archive.export(session, to, options or ExportOptions())
+
     def delete(self, *, with_disks: bool = False) -> list[str]:
         """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
         from hvmgr.operations import vms

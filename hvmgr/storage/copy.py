@@ -82,9 +82,8 @@ def copy_files(
 def sha256(path: Path, *, on_read: Callable[[int], None] | None = None) -> str:
     """The hash of one file, as ``sha256sum`` tells it; holes are not read. ``on_read`` gets each number of bytes."""
     with durable.explained(path), path.open("rb", buffering=0) as reader:
-        size, digest = _length(reader.fileno()), _Digest()
-        buffer = bytearray(_PIECE)
-        for start, piece in _pieces(reader.fileno(), size, lambda: buffer):
+        size, digest = length_of(reader.fileno()), Digest()
+        for start, piece in pieces(reader.fileno(), size):
             digest.update(start, piece)
             if on_read is not None:
                 on_read(len(piece))
@@ -162,13 +161,13 @@ def _copy(job: Job, notes: Notes | None, meter: _Meter) -> Made:
         reader = os.open(job.source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         before = os.fstat(reader)
-        size = _length(reader)
+        size = length_of(reader)
         with durable.explained(job.target), durable.replacing(job.target, job.mode, job.owner) as writer:
             shared = _share(reader, writer)
             if not shared:
                 os.ftruncate(writer, size)
             digest = _copy_bytes(reader, writer, size, job, meter, shared=shared)
-            _require_same(job.source, before, os.fstat(reader))
+            require_same(job.source, before, os.fstat(reader))
     finally:
         os.close(reader)
     made = Made(job.target, size, digest, shared)
@@ -191,13 +190,13 @@ def _copy_bytes(reader: int, writer: int, size: int, job: Job, meter: _Meter, *,
         meter.add(len(piece))
 
     if size < _SMALL:
-        digest, buffer = _Digest(), bytearray(_PIECE)
-        for start, piece in _pieces(reader, size, lambda: buffer):
+        digest = Digest()
+        for start, piece in pieces(reader, size):
             digest.update(start, piece)
             write(start, piece)
         return digest.finish(size)
     with _Hasher() as hasher:
-        for start, piece in _pieces(reader, size, hasher.free):
+        for start, piece in pieces(reader, size, hasher.free):
             hasher.put(start, piece)
             write(start, piece)
         return hasher.finish(size)
@@ -214,8 +213,10 @@ def _share(reader: int, writer: int) -> bool:
     return True
 
 
-def _pieces(reader: int, size: int, buffer: Callable[[], bytearray]) -> Iterator[tuple[int, memoryview]]:
-    """The data of a file in order, in pieces: where it starts, and the bytes, valid until the buffer is asked for again."""
+def pieces(reader: int, size: int, buffer: Callable[[], bytearray] | None = None) -> Iterator[tuple[int, memoryview]]:
+    """The data of a file in order, in pieces: where each starts, and its bytes, valid until the buffer is used again."""
+    own = bytearray(_PIECE)
+    buffer = buffer or (lambda: own)
     for start, end in durable.data_ranges(reader, size):
         offset = start
         while offset < end:
@@ -245,7 +246,7 @@ def _write(writer: int, view: memoryview, offset: int) -> None:
         view, offset = view[count:], offset + count
 
 
-def _length(descriptor: int) -> int:
+def length_of(descriptor: int) -> int:
     """A block device has no length in its inode."""
     return os.fstat(descriptor).st_size or os.lseek(descriptor, 0, os.SEEK_END)
 
@@ -261,7 +262,8 @@ def _allocated(path: Path) -> int:
     return min(facts.st_blocks * 512, facts.st_size) if facts.st_size else facts.st_blocks * 512
 
 
-def _require_same(source: Path, before: os.stat_result, after: os.stat_result) -> None:
+def require_same(source: Path, before: os.stat_result, after: os.stat_result) -> None:
+    """Raises Conflict when somebody wrote to the file in between."""
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise errors.Conflict(
             f"{source} was changed while it was copied", hint="run the command again when nothing writes to it"
@@ -271,7 +273,7 @@ def _require_same(source: Path, before: os.stat_result, after: os.stat_result) -
 # --- hashes ---------------------------------------------------------------------------------------------------------
 
 
-class _Digest:
+class Digest:
     """SHA-256 of a file of which only the data is given; everything else is zeros."""
 
     def __init__(self) -> None:
@@ -279,11 +281,13 @@ class _Digest:
         self._end = 0
 
     def update(self, start: int, piece: memoryview) -> None:
+        """The next piece, which begins at ``start``."""
         self._zeros_to(start)
         self._hash.update(piece)
         self._end = start + len(piece)
 
     def finish(self, size: int) -> str:
+        """The hash of the whole file of this size."""
         self._zeros_to(size)
         return self._hash.hexdigest()
 
@@ -300,7 +304,7 @@ class _Hasher(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="hvmgr-hash", daemon=True)
-        self._digest = _Digest()
+        self._digest = Digest()
         self._free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[tuple[int, memoryview] | None] = queue.SimpleQueue()
         for _ in range(_BUFFERS):

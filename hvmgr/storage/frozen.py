@@ -37,18 +37,22 @@ class Condition(StrEnum):
     CHANGED = "changed"
 
 
-def freeze(layout: Layout, path: Path) -> None:
-    """The image is read-only; the mode of one outside the home is remembered for ``thaw``, whichever VM does that."""
+def freeze(layout: Layout, path: Path, *, keep_readers: bool = False) -> None:
+    """The image is read-only; the mode of one outside the home is remembered for ``thaw``, whichever VM does that.
+
+    With ``keep_readers`` whoever may read one outside the home still may: QEMU's user is one of them.
+    """
     if not path.is_file():
         return  # a block device has no mode worth changing
     mode = path.stat().st_mode & 0o7777
-    if mode == FROZEN_MODE:
+    frozen = FROZEN_MODE | (mode & 0o044) if keep_readers and not layout.owns(str(path)) else FROZEN_MODE
+    if mode == frozen:
         return
     if not layout.owns(str(path)):
         own = (_read(layout, path) or {}).get("mode", mode)  # known already when a merge has made it writable meanwhile
         _write(layout, path, {"mode": own})
         index.keep_mode(path, own)
-    durable.set_mode(path, FROZEN_MODE)
+    durable.set_mode(path, frozen)
 
 
 def make_writable(layout: Layout, path: Path) -> None:

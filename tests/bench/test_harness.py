@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import beside_libvirt, exchange_import, harness, hook, snapshots
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots
 from bench.harness import Result
 from hvmgr import units
 
@@ -88,4 +88,14 @@ def test_imports_are_measured():
     )
     results = exchange_import.measure(lambda _: None, scale)
     assert len(results) >= 2
+
+
+@pytest.mark.libvirtd
+def test_exports_are_measured():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    scale = exchange.Scale(
+        rounds=1, warm_up=0, disk=32 * units.MIB, data=16 * units.MIB, tree=2, chain=2, image_data=units.MIB
+    )
+    results = exchange.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from hvmgr.faces.cli.request import Request
 if TYPE_CHECKING:
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding
+    from hvmgr.operations.vm import VM
 
 _VERIFY_CODES = (0, 1, 2, 3, 5, 6, 8, 130)
 _HEADERS = ("", "Code", "Found", "What puts it right")
@@ -23,9 +25,12 @@ _HEADERS = ("", "Code", "Found", "What puts it right")
 
 @click.command("export", cls=Command, examples=["hvmgr export web /srv/exports",
                                                 "hvmgr export web /srv/exports --snapshot 'before the update'",
-                                                "hvmgr export web /srv/exports --snapshots none --format vhd"])  # fmt: skip
+                                                "hvmgr export web /srv/exports --snapshots none --format vhd",
+                                                "hvmgr export web --archive - | ssh other 'cat > web.tar.zst'"])  # fmt: skip
 @arguments.vm
-@click.argument("dest", type=click.Path(file_okay=False, path_type=Path))
+@click.argument("dest", required=False, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--archive", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True),
+              help="One file in place of DEST: tar, compressed with zstd; '-' is stdout.")  # fmt: skip
 @click.option("--snapshots", type=click.Choice(["all", "none"]), default="all", show_default=True,
               help="All snapshots, or the present alone with one image for each disk.")  # fmt: skip
 @click.option("--keep-snapshot", "keep", multiple=True, metavar="SNAP",
@@ -40,19 +45,50 @@ _HEADERS = ("", "Code", "Found", "What puts it right")
               help="The format of flattened disks: with --snapshot or --snapshots none.")  # fmt: skip
 @click.option("--no-checksums", is_flag=True, help="Hash nothing; where blocks are shared that makes it instant.")
 @click.pass_obj
-def export(request: Request, /, vm: str, dest: Path, **wishes: Any) -> None:
+def export(request: Request, /, vm: str, dest: Path | None, archive: str | None, **wishes: Any) -> None:
     """Write a VM with its snapshots to a folder below DEST that is complete in itself.
 
     The folder is called after the VM and never replaces anything; it can be imported as often as wanted. The VM is only
     read, and may run: it goes on in new images meanwhile. An export that was interrupted goes on when the same command is
     run again.
     """
+    if (dest is None) == (archive is None):
+        what = "DEST or --archive FILE is missing" if dest is None else "DEST and --archive exclude each other"
+        raise errors.UsageError(what, hint="see: hvmgr export --help")
     options = _options(wishes)
+    if archive == "-":
+        _require_pipe(request)
     with request.host() as host, request.changing():
         one = host.vm(vm)
         facts = {"id": one.id, "name": one.name}
-        made = one.export(Path(os.path.abspath(dest)), options)  # noqa: PTH100 - Path.absolute would keep '..'
+        if archive is not None:
+            _to_archive(request, one, archive, options)
+            return
+        made = one.export(_absolute(str(dest)), options)
         request.done(f"exported {one.name} to {made}", {"vm": facts, "export": str(made)})
+
+
+def _to_archive(request: Request, one: VM, archive: str, options: ExportOptions) -> None:
+    if archive == "-":
+        one.export_archive(sys.stdout.fileno(), options)
+        return
+    file = _absolute(archive)
+    one.export_archive(file, options)
+    request.done(f"exported {one.name} to {file}", {"vm": {"id": one.id, "name": one.name}, "export": str(file)})
+
+
+def _require_pipe(request: Request) -> None:
+    """Stdout takes the archive, and nothing else."""
+    if request.dry_run:
+        return
+    if request.json:
+        raise errors.UsageError("--json and '--archive -' both write to stdout", hint="give --archive a file")
+    if sys.stdout.isatty():
+        raise errors.UsageError("an archive is nothing for a terminal", hint="pipe it on, or give --archive a file")
+
+
+def _absolute(path: str) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute would keep '..'
 
 
 def _options(wishes: dict[str, Any]) -> ExportOptions:

@@ -100,3 +100,18 @@ def test_page_has_every_code_of_verify():
     section = re.search(r"^## verify.*?(?=^## )", PAGE, re.MULTILINE | re.DOTALL)[0]
     rows = re.findall(r"^\| `([a-z-]+)` \| (\w+) \| (.*) \|$", section, re.MULTILINE)
     assert rows == [(code, severity.value, meaning) for code, (severity, meaning) in verification.CODES.items()]
+
+
+def test_archive_says_where_it_is(hvmgr, vm, root):
+    file = root.parent / "web.tar.zst"
+    assert hvmgr.ok("export", vm, "--archive", file, "--json").json["export"] == str(file)
+    assert file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("OUT", "--archive", "FILE"), ("--archive", "-", "--json"), ("--archive", "FILE", "--no-checksums")]
+)
+def test_either_a_folder_or_a_file(hvmgr, vm, out, words):
+    named = {"OUT": str(out), "FILE": str(out) + ".tar.zst"}
+    assert hvmgr("export", vm, *(named.get(word, word) for word in words)).code == 2
+    assert not out.exists()

@@ -1,0 +1,97 @@
+"""Writes a tar archive as a stream, with the holes of files as holes (POSIX pax, GNU sparse format 1.0).
+
+GNU tar, bsdtar and Python's tarfile read it; nothing is held in memory and nothing is read twice.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.storage import copy, durable
+
+_BLOCK = 512
+_END = bytes(2 * _BLOCK)
+
+Sink = Callable[[memoryview], None]
+
+
+class Writer:
+    """An archive under way; ``sink`` takes its bytes. Everything in it belongs to root."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._moment = int(time.time())
+
+    def folder(self, name: str, *, mode: int) -> None:
+        """An entry for a folder."""
+        info = self._info(name, mode)
+        info.type = tarfile.DIRTYPE
+        self._put(info.tobuf(tarfile.PAX_FORMAT))
+
+    def file(self, name: str, source: Path, *, mode: int, on_read: Callable[[int], None] | None = None) -> str:
+        """A file with the bytes of ``source``, whose hash is the answer. Conflict when it changes meanwhile."""
+        with durable.explained(source), source.open("rb", buffering=0) as reader:
+            before, size = os.fstat(reader.fileno()), copy.length_of(reader.fileno())
+            ranges = list(durable.data_ranges(reader.fileno(), size))
+            data = sum(end - start for start, end in ranges)
+            info = self._info(name, mode)
+            table = b"" if data == size else _table(ranges, size)
+            if table:
+                _make_sparse(info, size)
+            info.size = data + len(table)
+            self._put(info.tobuf(tarfile.PAX_FORMAT) + table)
+            digest, written = copy.Digest(), 0
+            for start, piece in copy.pieces(reader.fileno(), size):
+                if written + len(piece) > data:
+                    break  # somebody fills its holes: said below
+                digest.update(start, piece)
+                self._sink(piece)
+                written += len(piece)
+                if on_read is not None:
+                    on_read(len(piece))
+            copy.require_same(source, before, os.fstat(reader.fileno()))
+            if written != data:
+                raise errors.Conflict(f"{source} was changed while it was read")
+            self._put(bytes(-data % _BLOCK))
+            return digest.finish(size)
+
+    def end(self) -> None:
+        """The archive is complete."""
+        self._put(_END)
+
+    def _info(self, name: str, mode: int) -> tarfile.TarInfo:
+        info = tarfile.TarInfo(name)
+        info.mode, info.mtime = mode, self._moment
+        info.uname = info.gname = "root"
+        return info
+
+    def _put(self, data: bytes) -> None:
+        if data:
+            self._sink(memoryview(data))
+
+
+def _table(ranges: list[tuple[int, int]], size: int) -> bytes:
+    """Where the data belongs: count, then offset and length of each run, and the end of the file."""
+    rows = [(start, end - start) for start, end in ranges]
+    if not rows or sum(rows[-1]) < size:
+        rows.append((size, 0))
+    text = "".join(f"{number}\n" for number in (len(rows), *(value for row in rows for value in row))).encode()
+    return text + bytes(-len(text) % _BLOCK)
+
+
+def _make_sparse(info: tarfile.TarInfo, size: int) -> None:
+    folder, _, name = info.name.rpartition("/")
+    real = info.name
+    info.name = f"{folder}/GNUSparseFile.0/{name}" if folder else f"GNUSparseFile.0/{name}"
+    info.pax_headers = {
+        "path": info.name,  # in front of the true name: Python's tarfile takes the last of both
+        "GNU.sparse.major": "1",
+        "GNU.sparse.minor": "0",
+        "GNU.sparse.name": real,
+        "GNU.sparse.realsize": str(size),
+    }
