@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.plan import Plan
+    from hvmgr.operations.adopt.release import Release
+    from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
-    from hvmgr.operations.importing import CloneOptions
-    from hvmgr.operations.release import Release
     from hvmgr.operations.session import Session
     from hvmgr.operations.usage import Usage
 
@@ -178,7 +178,7 @@ class VM:
         The VM is only read, and may run. An interrupted export goes on when it is called again.
         """
         from hvmgr.model.export_options import ExportOptions
-        from hvmgr.operations import export_
+        from hvmgr.operations.exchange import export_
 
         with self._work() as session:
             return export_.export(session, Path(dest), options or ExportOptions())
@@ -186,7 +186,7 @@ class VM:
     def export_archive(self, target: Path | str | int, options: ExportOptions | None = None) -> None:
         """The same as one file: a new one, or an open descriptor such as that of stdout; tar, compressed with zstd."""
         from hvmgr.model.export_options import ExportOptions
-        from hvmgr.operations import archive
+        from hvmgr.operations.exchange import archive
 
         to = archive.Target(descriptor=target) if isinstance(target, int) else archive.Target(file=Path(target))
         with self._work() as session:
@@ -202,13 +202,13 @@ class VM:
 
     def clone(self, name: str, options: CloneOptions | None = None) -> VM:
         """Another VM like this one, from its present or from a snapshot, with ids and addresses of its own."""
-        from hvmgr.operations import importing
+        from hvmgr.operations.exchange import importing
 
         return importing.clone(self, name, options or importing.CloneOptions())
 
     def move(self, folder: Path | str) -> VM:
         """The VM, off or saved, with another home: ``folder``, or in it under the old name when it is there already."""
-        from hvmgr.operations import moving
+        from hvmgr.operations.exchange import moving
 
         target = moving.target_of(Path(folder), self.path)
         with self._work() as session:
@@ -217,7 +217,7 @@ class VM:
 
     def localize(self, slot: str) -> bool:
         """The disk, in every state, needs no image outside the home any more; whether that is a change."""
-        from hvmgr.operations import localizing
+        from hvmgr.operations.exchange import localizing
 
         with self._work() as session:
             plan = localizing.plan_localize(session, slot)
@@ -227,7 +227,7 @@ class VM:
 
     def foresee_release(self, *, flatten: bool = False) -> Release:
         """What ``release`` would make of the VM; nothing is changed."""
-        from hvmgr.operations import release
+        from hvmgr.operations.adopt import release
 
         self._complete()
         return release.foresee(self.home, flatten=flatten)
@@ -237,7 +237,7 @@ class VM:
 
         A line of snapshots becomes libvirt's own; with ``flatten`` the present is one complete image per disk instead.
         """
-        from hvmgr.operations import release
+        from hvmgr.operations.adopt import release
 
         with self._work() as session:
             made = release.of(session, flatten=flatten)
@@ -254,7 +254,7 @@ class VM:
             yield session
 
     def _run(self, session: Session, plan: Plan) -> None:
-        from hvmgr.operations import execution
+        from hvmgr.operations.steps import execution
 
         session.require_approval(plan)
         execution.run(session, plan)

@@ -183,7 +183,7 @@ class TestNotes:
 
     @pytest.fixture
     def job(self, tmp_path):
-        return Job(sparse(tmp_path / "s", 3 * MIB, (0, b"first")), tmp_path / "t")
+        return Job(sparse(tmp_path / "s", 9 * MIB, (0, b"first")), tmp_path / "t")
 
     def again(self, job, notes):
         before = job.target.stat().st_ino
@@ -198,7 +198,7 @@ class TestNotes:
 
     def test_changed_source_is_copied_again(self, job, notes):
         copy.copy_files([job], notes=notes)
-        sparse(job.source, 3 * MIB, (0, b"other"))
+        sparse(job.source, 9 * MIB, (0, b"other"))
         assert self.again(job, notes)
 
     def test_changed_copy_is_made_again(self, job, notes):
@@ -210,6 +210,10 @@ class TestNotes:
     def test_copy_without_hash_is_made_again_when_one_is_wanted(self, job, notes):
         copy.copy_files([Job(job.source, job.target, hashed=False)], notes=notes)
         assert self.again(job, notes)
+
+    def test_small_file_is_not_worth_a_note(self, tmp_path, notes):
+        copy.copy_files([Job(sparse(tmp_path / "s", MIB), tmp_path / "t")], notes=notes)
+        assert list(notes.folder.iterdir()) == []
 
     def test_damaged_note_means_nothing(self, job, notes):
         copy.copy_files([job], notes=notes)

@@ -17,7 +17,7 @@ from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.model.plan import Plan
-    from hvmgr.operations.adoption import AdoptOptions
+    from hvmgr.operations.adopt.adoption import AdoptOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.vm import VM
 
@@ -57,7 +57,7 @@ def command(
     if convert_internal and drop_internal:
         raise errors.UsageError("--convert-internal and --drop-internal exclude each other", hint="give one of them")
     from hvmgr.model.adoptee import Internal
-    from hvmgr.operations.adoption import AdoptOptions
+    from hvmgr.operations.adopt.adoption import AdoptOptions
 
     options = AdoptOptions(
         home=None if home is None else Path(os.path.abspath(home)),  # noqa: PTH100 - Path.absolute would keep '..'

@@ -17,8 +17,8 @@ from hvmgr.faces.cli.request import Request
 if TYPE_CHECKING:
     from hvmgr.model.finding import Finding
     from hvmgr.model.import_options import ImportOptions
+    from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.host import Host
-    from hvmgr.operations.import_plan import ImportPlan
 
 _HEADERS = ("", "Code", "Found", "What puts it right")
 
@@ -149,7 +149,7 @@ def _plan(
         if given:
             option = given[0].rstrip("s").replace("_", "-")
             raise errors.UsageError(f"--{option} and --plan exclude each other", hint=f"put it into {file}")
-        from hvmgr.operations import import_document
+        from hvmgr.operations.exchange import import_document
 
         return import_document.read_file(host, file)
     assert src is not None
@@ -191,7 +191,7 @@ def _from_here(name: str, text: str) -> str:
 
 
 def _write_plan(plan: ImportPlan, found: list[Finding], file: Path) -> None:
-    from hvmgr.operations import import_document
+    from hvmgr.operations.exchange import import_document
 
     try:
         with file.open("x", encoding="utf-8") as writer:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hvmgr.errors import HvmgrError
     from hvmgr.model.finding import Finding
     from hvmgr.model.tree import Image, Tree
-    from hvmgr.operations.repair import Repaired
+    from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
 

@@ -11,7 +11,7 @@ from hvmgr.faces.cli.groups import Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
-    from hvmgr.operations.release import Release
+    from hvmgr.operations.adopt.release import Release
 
 
 @click.command("release", cls=Command, examples=["hvmgr vm release web", "hvmgr vm release web --flatten",

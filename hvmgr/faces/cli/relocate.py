@@ -43,7 +43,7 @@ def clone(request: Request, /, vm: str, name: str, **options: Any) -> None:
     at its first start.
     """
     from hvmgr.model import maps
-    from hvmgr.operations.importing import CloneOptions
+    from hvmgr.operations.exchange.importing import CloneOptions
 
     options["keep_macs"] = options.pop("keep_mac")
     options["networks"] = maps.to_mapping(maps.parse("network", options["networks"]))

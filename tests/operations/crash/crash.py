@@ -52,7 +52,6 @@ from hvmgr.host import libvirt_snapshots, qmp, saved_state
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration
 from hvmgr.model.tree import Tree
-from hvmgr.operations import adoption, creation, usage  # noqa: F401
 from hvmgr.storage import durable, frozen, index, vm_home
 
 NAME = "web"

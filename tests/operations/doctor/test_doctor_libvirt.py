@@ -11,7 +11,7 @@ import hvmgr
 from hvmgr import errors
 from hvmgr.host import confinement
 from hvmgr.model import configuration
-from hvmgr.operations import host_checks, surroundings
+from hvmgr.operations.doctor import host_checks, surroundings
 from hvmgr.storage import index
 
 MIB = 1 << 20

@@ -303,8 +303,12 @@ class TestRefusals:
 
 
 class TestResume:
+    @pytest.fixture(autouse=True)
+    def _note_small_files_too(self, monkeypatch):
+        monkeypatch.setattr(copy, "_SMALL", 0)
+
     def fail_in(self, monkeypatch, name):
-        from hvmgr.operations.export_steps import Exporter
+        from hvmgr.operations.exchange.export_steps import Exporter
 
         def fail(*_):
             raise errors.NoSpace("no space left")

@@ -101,10 +101,10 @@ class TestHost:
         class Full:
             f_flag, f_bavail, f_frsize = 0, 1, 512
 
-        monkeypatch.setattr("hvmgr.operations.compare_place.os.statvfs", lambda _: Full)
+        monkeypatch.setattr("hvmgr.operations.exchange.compare_place.os.statvfs", lambda _: Full)
         with pytest.raises(errors.NoSpace):
             bench.bring(source)
-        monkeypatch.setattr("hvmgr.operations.compare_place.os.statvfs", real)
+        monkeypatch.setattr("hvmgr.operations.exchange.compare_place.os.statvfs", real)
 
     def test_way_of_qemus_user(self, bench, branched):
         source = bench.take_away(branched)

@@ -6,7 +6,7 @@ import pytest
 
 import hvmgr
 from hvmgr import errors
-from hvmgr.operations import import_document
+from hvmgr.operations.exchange import import_document
 
 
 @pytest.fixture

@@ -93,9 +93,9 @@ def test_failure_leaves_the_folder_as_it_was(bench, branched, monkeypatch):
     def refuse(*_):
         raise errors.HostFailed("no")
 
-    from hvmgr.operations import execution
+    from hvmgr.operations.steps import execution
 
-    monkeypatch.setitem(execution.DO, hvmgr.operations.execution.plan.Define, refuse)
+    monkeypatch.setitem(execution.DO, hvmgr.operations.steps.execution.plan.Define, refuse)
     with pytest.raises(errors.HostFailed):
         bench.bring(source, mode=hvmgr.Mode.REGISTER, new_id=True)
     assert {path: path.read_bytes() for path in source.rglob("*") if path.is_file()} == content
