@@ -19,13 +19,17 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
+    from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
-    from hvmgr.operations.adoption import AdoptOptions
+    from hvmgr.operations.adopt.adoption import AdoptOptions
+    from hvmgr.operations.adopt.release import Release
+    from hvmgr.operations.doctor.repair import Repaired
+    from hvmgr.operations.exchange.import_plan import ImportPlan
+    from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
-    from hvmgr.operations.repair import Repaired
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -33,13 +37,18 @@ if TYPE_CHECKING:
 __all__ = [
     "VM",
     "AdoptOptions",
+    "CloneOptions",
     "DiskSpecification",
     "ExportOptions",
     "Finding",
     "Host",
+    "ImportOptions",
+    "ImportPlan",
+    "Mode",
     "NetworkSpecification",
     "Plan",
     "Progress",
+    "Release",
     "Repaired",
     "Reporter",
     "SavedState",
@@ -55,15 +64,20 @@ __all__ = [
 
 _HOMES = {
     "VM": "hvmgr.operations.vm",
-    "AdoptOptions": "hvmgr.operations.adoption",
+    "AdoptOptions": "hvmgr.operations.adopt.adoption",
+    "CloneOptions": "hvmgr.operations.exchange.importing",
     "DiskSpecification": "hvmgr.model.specification",
     "ExportOptions": "hvmgr.model.export_options",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
+    "ImportOptions": "hvmgr.model.import_options",
+    "ImportPlan": "hvmgr.operations.exchange.import_plan",
+    "Mode": "hvmgr.model.import_options",
     "NetworkSpecification": "hvmgr.model.specification",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
-    "Repaired": "hvmgr.operations.repair",
+    "Release": "hvmgr.operations.adopt.release",
+    "Repaired": "hvmgr.operations.doctor.repair",
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
     "Severity": "hvmgr.model.finding",

@@ -15,7 +15,7 @@ import pytest
 
 from hvmgr.faces import guest
 from hvmgr.host import hypervisor
-from tests import private_libvirt
+from tests import ordinary_user, private_libvirt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -115,6 +115,17 @@ def libvirtd(new_embed_root):
         pytest.skip("needs root and libvirtd")
     with private_libvirt.daemon(new_embed_root()) as daemon:
         yield daemon
+
+
+@pytest.fixture
+def user(require, require_program, capability_cache):
+    """An ordinary user with a session libvirt of his own (not started yet)."""
+    require_program("setpriv")
+    require_program("libvirtd")
+    python = ordinary_user.find_python()
+    require(python is not None, "no Python of this version that every user may run: install python3")
+    with ordinary_user.made(python, capability_cache) as one:
+        yield one
 
 
 def remove_domains(connection):

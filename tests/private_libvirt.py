@@ -83,13 +83,15 @@ class Libvirtd:
 
 
 @contextlib.contextmanager
-def daemon(root):
-    """A running Libvirtd on a fresh root; its guests are gone afterwards."""
+def daemon(root, *, qemu_conf="", libvirtd_conf=""):
+    """A running Libvirtd on a fresh root; its guests are gone afterwards. The texts are added to its settings."""
     for name in ("run", "lib", "log"):
         (root / name).mkdir(mode=0o711)
     (root / "etc" / "libvirtd.conf").write_text(
-        f'auth_unix_rw = "none"\nauth_unix_ro = "none"\nlog_outputs = "3:file:{root}/libvirtd.log"\n'
+        f'auth_unix_rw = "none"\nauth_unix_ro = "none"\nlog_outputs = "3:file:{root}/libvirtd.log"\n{libvirtd_conf}'
     )
+    with (root / "etc" / "qemu.conf").open("a") as file:
+        file.write(qemu_conf)
     running = Libvirtd(root, start_libvirtd(root))
     try:
         yield running

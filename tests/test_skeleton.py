@@ -68,7 +68,7 @@ def test_architecture_names_every_module_below_the_faces() -> None:
     for layer in ("operations", "storage", "host", "model"):
         row = re.search(rf"^\| {layer} \| (.*?) \|", page, re.MULTILINE)
         assert row is not None
-        there = {path.stem for path in (ROOT / "hvmgr" / layer).glob("*.py")} - {"__init__"}
+        there = {path.stem for path in (ROOT / "hvmgr" / layer).rglob("*.py")} - {"__init__"}
         assert set(re.findall(r"`(\w+)`", row[1])) == there
 
 

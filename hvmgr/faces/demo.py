@@ -15,17 +15,21 @@ from pathlib import Path
 
 from lxml import etree
 
-from hvmgr import units
+from hvmgr import errors, settings, units
 from hvmgr.faces import cli, guest, stage
 from hvmgr.faces.cli import render
 from hvmgr.faces.console import Console
 from hvmgr.faces.guest import Guest
 from hvmgr.faces.stage import Stage, Wishes
 from hvmgr.faces.witness import TICK_S, Kind, Tell, Witness
-from hvmgr.host import process
+from hvmgr.host import hypervisor, process
 from hvmgr.host.domain import State
+from hvmgr.operations import roles
 from hvmgr.operations.host import Host
 from hvmgr.operations.vm import VM, Snapshot
+
+_NAMES = ("web", "old")
+_GUEST_NAMES = ("hvmgr-demo-web", "hvmgr-demo-old")  # among VMs of others
 
 _BASE_SIZE = 8 * units.MIB
 _PATTERN_AT, _PATTERN_SIZE = 2 * units.MIB, 2 * units.MIB  # bytes of no meaning, behind the guest's counter
@@ -47,40 +51,63 @@ disks:
 """
 
 
-def run(tell: Tell, *, keep: bool = False) -> list[str]:
+def run(tell: Tell, *, keep: bool = False, uri: str | None = None) -> list[str]:
     """The sentences that were proved; raises AssertionError at the first that is not true.
 
-    Nothing is left behind; with ``keep`` the demo's folder is, and the last lines say how to go on with it.
+    Nothing is left behind; with ``keep`` the demo's folder is, and the last lines say how to go on with it. With ``uri``
+    the VMs live on that connection, in place of a libvirt of the demo's own.
     """
     wishes = Wishes()
-    with contextlib.closing(wishes), wishes.heard(), stage.opened(keep=keep) as place:
-        tell(Kind.FACT, f"in {place.folder}, with a libvirt of its own; nothing of yours is touched")
-        counting = _build_guest(tell)
+    if uri is not None:
+        _require_free(uri)
+    web, old = _NAMES if uri is None else _GUEST_NAMES
+    with contextlib.closing(wishes), wishes.heard(), stage.opened(keep=keep, uri=uri) as place:
+        if uri is None:
+            tell(Kind.FACT, f"in {place.folder}, with a libvirt of its own; nothing of yours is touched")
+        else:
+            tell(Kind.FACT, f"in {place.folder}, and on {uri} as {web} and {old}; nothing else of yours is touched")
+        counting = _build_guest(tell, learns=uri is None)
         witness = Witness(tell, place.folder)
         story = Story(place, counting, witness, wishes)
         tell(Kind.PART, "Part 1: a VM on a qcow2 image, most snapshots taken while it runs")
-        story.tell_life("web", "generation2", "base.qcow2", running=True)
+        story.tell_life(web, "generation2", "base.qcow2", running=True)
         tell(Kind.PART, "Part 2: a VM on a dynamic VHD, the same tree, each snapshot taken while it is off")
-        story.tell_life("old", "generation1", "base.vhd", running=False)
+        story.tell_life(old, "generation1", "base.vhd", running=False)
         if keep:
-            _tell_how_to_go_on(tell, place)
+            _tell_how_to_go_on(tell, place, web, old)
     return witness.proofs
 
 
-def _build_guest(tell: Tell) -> Guest:
-    if not stage.has_learnt():
+def _require_free(uri: str) -> None:
+    """The demo's names are nobody's yet on a connection that others use."""
+    with hypervisor.opened(uri, wait_s=settings.LOCK_WAIT_S) as connection:
+        roles.require_role(connection)
+        for name in _GUEST_NAMES:
+            if connection.find_domain_by_name(name) is not None:
+                raise errors.Conflict(
+                    f"{uri} has a VM '{name}' already: another demo runs, was kept, or was killed",
+                    hint=f"if it is not needed: virsh -c {uri} destroy {name}; virsh -c {uri} undefine {name}",
+                )
+
+
+def _build_guest(tell: Tell, *, learns: bool) -> Guest:
+    if learns and not stage.has_learnt():
         tell(Kind.FACT, "this is the first time: libvirt looks at this host's QEMU, which takes some seconds")
     if not guest.is_built():
         tell(Kind.FACT, "the guest is made of Debian's cloud kernel and busybox; 30 MB are downloaded")
     return guest.build()
 
 
-def _tell_how_to_go_on(tell: Tell, place: Stage) -> None:
+def _tell_how_to_go_on(tell: Tell, place: Stage, web: str, old: str) -> None:
     tell(Kind.PART, f"The demo's VMs stay in {place.folder}, both off. To go on with them:")
     words = " ".join(f"{name}={shlex.quote(value)}" for name, value in place.environment().items())
     tell(Kind.COMMAND, f"export {words}")
-    tell(Kind.COMMAND, "hvmgr vm list; hvmgr snapshot tree web; hvmgr snapshot apply web right")
-    tell(Kind.COMMAND, f"hvmgr vm stop web; rm -r {place.folder}   # the end")
+    tell(Kind.COMMAND, f"hvmgr vm list; hvmgr snapshot tree {web}; hvmgr snapshot apply {web} right")
+    if place.connection is None:
+        tell(Kind.COMMAND, f"hvmgr vm stop {web}; rm -r {place.folder}   # the end")
+    else:
+        end = "; ".join(f"hvmgr vm delete {name} --with-disks --yes" for name in (web, old))
+        tell(Kind.COMMAND, f"hvmgr vm stop {web}; {end}; rm -r {place.folder}   # the end")
 
 
 @dataclass(slots=True)

@@ -3,6 +3,9 @@
 Whatever runs inside finds them through the environment, as it would find the user's. At the end the guests are ended
 and the folder is removed, also after Ctrl-C, SIGTERM and errors; what libvirt learnt about this host's QEMU (eight
 seconds' work) is kept in hvmgr's cache for the next time.
+
+With a connection of the user's in place of the embedded driver, homes and index are in that folder all the same. Of the
+connection's VMs only those whose homes are there are touched; at the end they are gone.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from pathlib import Path
 
 from hvmgr import errors, settings
 from hvmgr.host import hypervisor, process
+from hvmgr.host.domain import Domain
+from hvmgr.model import configuration
 from hvmgr.storage import durable
 
 _WAIT_S = 30.0
+_HOMES = "homes"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _CONF = 'stdio_handler = "file"\n'  # no virtlogd, not even the host's, writes what a guest says
 
@@ -31,6 +37,7 @@ class Stage:
     """The folder, and what lies in it."""
 
     folder: Path
+    connection: str | None = None  # the user's, in place of an embedded driver
 
     @property
     def libvirt(self) -> Path:
@@ -40,35 +47,70 @@ class Stage:
     @property
     def uri(self) -> str:
         """The connection."""
-        return f"qemu:///embed?root={self.libvirt}"
+        return self.connection or f"qemu:///embed?root={self.libvirt}"
 
     def environment(self) -> dict[str, str]:
         """What makes every hvmgr command work here."""
         return {
             "LIBVIRT_DEFAULT_URI": self.uri,
-            "HVMGR_ROOT": str(self.folder / "homes"),
+            "HVMGR_ROOT": str(self.folder / _HOMES),
             "HVMGR_INDEX": str(self.folder / "index"),
         }
 
 
 @contextlib.contextmanager
-def opened(*, keep: bool = False) -> Iterator[Stage]:
-    """A stage that is gone at the end; with ``keep`` the folder stays, without any guest running."""
+def opened(*, keep: bool = False, uri: str | None = None) -> Iterator[Stage]:
+    """A stage that is gone at the end; with ``keep`` the folder stays, without any guest running.
+
+    With ``uri`` it is on that connection of the user's; HostFailed when a VM of the demo's cannot be removed there at
+    the end: then the folder stays, too.
+    """
     # Short, whatever TMPDIR says: sockets below it have to fit into 108 bytes.
-    stage = Stage(Path(tempfile.mkdtemp(prefix="hvdemo-", dir="/tmp")))
+    stage = Stage(Path(tempfile.mkdtemp(prefix="hvdemo-", dir="/tmp")), uri)
+    own = {} if settings.is_root() or uri is not None else {"XDG_RUNTIME_DIR": str(stage.folder)}
     try:
         stage.folder.chmod(0o711)  # QEMU's user passes through
-        _furnish(stage)
+        if uri is None:
+            _furnish(stage)
         # Of an ordinary user libvirt would keep a thing or two in the session's runtime folder.
-        own = {} if settings.is_root() else {"XDG_RUNTIME_DIR": str(stage.folder)}
         with _in_environment({**own, **stage.environment()}):
             yield stage
     finally:
         with _undisturbed():
-            _end_guests(stage)
-            _keep_learnt(stage)
+            if uri is None:
+                _end_guests(stage)
+                _keep_learnt(stage)
+            else:
+                _leave(stage, uri, keep=keep)
             if not keep:
                 durable.remove_folder(stage.folder)
+
+
+def _leave(stage: Stage, uri: str, *, keep: bool) -> None:
+    """No VM of the stage's runs on the user's connection, and without ``keep`` none is known there any more."""
+    if not (stage.folder / _HOMES).is_dir():
+        return
+    try:
+        with hypervisor.opened(uri, wait_s=_WAIT_S) as connection:
+            for domain in connection.domains():
+                if is_ours(stage, domain):
+                    domain.destroy()
+                    if not keep and connection.find_domain(domain.uuid) is not None:
+                        domain.undefine(keep_nvram=False, keep_tpm=False)
+    except errors.HvmgrError as error:
+        raise errors.HostFailed(
+            f"the demo's VMs on {uri} could not be removed: {error}",
+            hint=f"remove them with virsh, then the folder {stage.folder}",
+        ) from error
+
+
+def is_ours(stage: Stage, domain: Domain) -> bool:
+    """Whether a domain of the connection has its home in the stage's folder."""
+    try:
+        facts = configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}").metadata()
+    except (errors.Corrupt, errors.Unsupported, errors.NotFound):
+        return False  # another's, damaged, or gone in the meantime
+    return facts is not None and facts.home.is_relative_to(stage.folder)
 
 
 def has_learnt() -> bool:

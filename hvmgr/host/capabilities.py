@@ -31,6 +31,7 @@ class Capabilities:
     qemu_version: str
     qemu_owner: tuple[int, int] | None
     has_kvm: bool
+    security_models: frozenset[str]  # by which libvirt confines its guests: apparmor, selinux, dac
     emulators: Mapping[str, Path]  # by architecture
     machines: Mapping[str, Mapping[str, str]]  # by architecture: every known name or alias -> canonical name
 
@@ -68,6 +69,7 @@ def parse_host(xml: str, *, libvirt_version: int, qemu_version: int) -> Capabili
         qemu_version=_version(qemu_version),
         qemu_owner=_qemu_owner(root),
         has_kvm=bool(root.xpath("guest/arch[@name=$arch]/domain[@type='kvm']", arch=arch)),
+        security_models=frozenset(model.text or "" for model in root.iterfind("host/secmodel/model")),
         emulators=emulators,
         machines=machines,
     )

@@ -6,19 +6,18 @@ Nothing is started for it, and nothing here is a decision. ``ROOT`` stands in fr
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
+
+from hvmgr.host import apparmor
 
 ROOT = Path("/")
 
-# libvirt's helper that writes a VM's profile may read images with these names or below these folders (its own profile,
-# /etc/apparmor.d/usr.lib.libvirt.virt-aa-helper, in all releases since 2010); others need a line in its local file.
-_READABLE_NAMES = re.compile(r".*\.(img|raw|qcow2?|qed|vmdk|vhd|iso)|disk(\..*)?", re.IGNORECASE)
-_READABLE_FOLDERS = ("var/lib/libvirt/images", "media", "mnt", "opt", "srv", "home", "root")
-_HELPER = "usr.lib.libvirt.virt-aa-helper"
-
 # The type of an SELinux context that QEMU may use: for its own images, shared ones, and what libvirt labels at a start.
 _IMAGE_TYPES = frozenset({"virt_image_t", "svirt_image_t", "virt_content_t", "virt_var_lib_t", "svirt_home_t"})
+# What the policy of all distributions calls homes of VMs: the system's (below /var/lib/libvirt/images), a user's own.
+HOME_TYPE, USER_HOME_TYPE = "virt_image_t", "svirt_home_t"
+_USER_TYPES = frozenset({"user_home_t", "user_home_dir_t", "data_home_t", "config_home_t", "cache_home_t"})
+_LABEL = "security.selinux"
 
 
 def has_apparmor() -> bool:
@@ -27,23 +26,14 @@ def has_apparmor() -> bool:
     return enabled and (ROOT / "etc/apparmor.d/libvirt").is_dir()
 
 
-def apparmor_rule(image: Path) -> str | None:
-    """The line that libvirt's AppArmor helper lacks to read an image; None when it may, as far as its profile tells."""
-    path = Path(os.path.realpath(image))
-    if _READABLE_NAMES.fullmatch(path.name):
-        return None
-    if any(path.is_relative_to(Path("/") / folder) for folder in _READABLE_FOLDERS):
-        return None
-    local = _read(f"etc/apparmor.d/local/{_HELPER}") or ""
-    rules = [line.strip() for line in local.splitlines() if not line.lstrip().startswith("#")]
-    if any(_covers(rule, path) for rule in rules):
-        return None
-    return f"{path} r,"
+def apparmor_verdict(image: Path) -> apparmor.Verdict | None:
+    """What keeps libvirt's AppArmor helper from an image, as far as its profile tells; None when nothing does."""
+    return apparmor.judge(ROOT, image)
 
 
 def apparmor_local_file() -> Path:
     """Where an administrator adds lines for libvirt's AppArmor helper."""
-    return Path("/etc/apparmor.d/local") / _HELPER
+    return Path("/") / apparmor.FOLDER / "local" / apparmor.HELPER
 
 
 def has_selinux() -> bool:
@@ -53,12 +43,35 @@ def has_selinux() -> bool:
 
 def is_labelled(path: Path) -> bool:
     """Whether the SELinux type of a file or folder is one that QEMU may use; also when there is no label to read."""
-    try:
-        label = os.getxattr(path, "security.selinux").rstrip(b"\0").decode(errors="replace")
-    except OSError:
+    context = _context(path)
+    return context is None or context[2] in _IMAGE_TYPES
+
+
+def label(folder: Path) -> bool:
+    """The folder has an SELinux type that QEMU may use, which whatever is made in it inherits; False when it cannot be.
+
+    Where SELinux is off, and where the policy or an administrator chose such a type before, nothing is changed. A file
+    system without labels of its own (NFS) refuses: there booleans of the policy decide.
+    """
+    context = _context(folder) if (ROOT / "sys/fs/selinux/enforce").exists() else None
+    if context is None or context[2] in _IMAGE_TYPES:
         return True
-    fields = label.split(":")
-    return len(fields) < 3 or fields[2] in _IMAGE_TYPES
+    context[2] = USER_HOME_TYPE if context[2] in _USER_TYPES else HOME_TYPE
+    try:
+        os.setxattr(folder, _LABEL, ":".join(context).encode() + b"\0")
+    except OSError:
+        return False
+    return True
+
+
+def _context(path: Path) -> list[str] | None:
+    """User, role, type and level of a file's SELinux context; None without one."""
+    try:
+        text = os.getxattr(path, _LABEL).rstrip(b"\0").decode(errors="replace")
+    except OSError:
+        return None
+    fields = text.split(":", 3)
+    return fields if len(fields) >= 3 else None
 
 
 def has_kvm() -> bool:
@@ -75,7 +88,7 @@ def may_use_kvm(owner: tuple[int, int]) -> bool:
     uid, gid = owner
     if uid in (0, facts.st_uid):
         return True
-    if facts.st_gid == gid or facts.st_gid in _groups(uid, gid):
+    if facts.st_gid in groups_of(uid, gid):
         return bool(facts.st_mode & 0o060 == 0o060)
     return bool(facts.st_mode & 0o006 == 0o006)
 
@@ -87,22 +100,18 @@ def may_snapshot_in_background(libvirt_version: tuple[int, ...]) -> bool:
     return libvirt_version >= (10, 1) and (ROOT / "dev/userfaultfd").exists()
 
 
-def _groups(uid: int, gid: int) -> set[int]:
+def groups_of(uid: int, gid: int) -> set[int]:
+    """The groups with which libvirt starts QEMU: the one it is told, and all that the user is in."""
     import pwd
 
+    if uid == os.geteuid():
+        return {gid, *os.getgroups()}  # our own: nothing is looked up, and nothing is known better
     try:
-        return set(os.getgrouplist(pwd.getpwuid(uid).pw_name, gid))
+        user = pwd.getpwuid(uid)
     except KeyError:
-        return set()
-
-
-def _covers(rule: str, path: Path) -> bool:
-    """Whether a line of a profile lets its program read a path: globs as AppArmor has them."""
-    match = re.fullmatch(r'"?(/[^"]*?)"?\s+([a-zA-Z]+),', rule)
-    if match is None or "r" not in match[2]:
-        return False
-    glob = re.escape(match[1]).replace(r"\*\*", ".*").replace(r"\*", "[^/]*").replace(r"\?", "[^/]")
-    return re.fullmatch(glob, str(path)) is not None
+        return {gid}
+    # Debian's libvirt-qemu: gid 64055 by libvirt, kvm by /etc/passwd; QEMU gets both.
+    return {gid, *os.getgrouplist(user.pw_name, user.pw_gid)}
 
 
 def _read(name: str) -> str | None:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import threading
+import time
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,6 +205,13 @@ class Domain:
         with libvirt_door.translated(f"change the managed save of {self.name}", changing=True):
             self._handle().managedSaveDefineXML(xml, 0)
 
+    def forget_live_metadata(self, namespace: str) -> None:
+        """The live XML holds no metadata element of this namespace; fine when it had none."""
+        libvirt = libvirt_door.library()
+        element, live = libvirt.VIR_DOMAIN_METADATA_ELEMENT, libvirt.VIR_DOMAIN_AFFECT_LIVE
+        with libvirt_door.translated(f"change the metadata of {self.name}", changing=True):
+            self._handle().setMetadata(element, None, None, namespace, live)
+
     # Disks of a running domain
 
     def switch_disks(
@@ -232,6 +240,24 @@ class Domain:
         xml = _snapshot_xml(children, others, memory)
         with libvirt_door.translated(f"switch the disks of {self.name}", changing=True):
             self._run_job(lambda handle: handle.snapshotCreateXML(xml, flags), progress)
+
+    def pull(self, slot: str, *, progress: Progress | None = None) -> None:
+        """Brings everything below the image that a running domain writes into that image; the guest goes on meanwhile.
+
+        An interrupt stops it: what was pulled stays, and the parent is still needed.
+        """
+        with libvirt_door.translated(f"pull the data of disk {slot} of {self.name}", changing=True):
+            handle = self._handle()
+            handle.blockPull(slot, 0, 0)
+            try:
+                while info := handle.blockJobInfo(slot, 0):
+                    if progress is not None:
+                        progress(info["cur"], info["end"])
+                    time.sleep(_POLL_S)
+            except BaseException:
+                with contextlib.suppress(libvirt_door.library().libvirtError):
+                    handle.blockJobAbort(slot, 0)
+                raise
 
     def writable_files(self) -> set[Path]:
         """Files that its guest's disks write to, asked from QEMU itself; empty when it is off.

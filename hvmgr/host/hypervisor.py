@@ -177,6 +177,18 @@ class Connection:
                 raise Unsupported(f"this host cannot run {wanted}: {libvirt_door.words(error)}") from None
         return capabilities.parse_machine(xml)
 
+    def can_run_cpu(self, cpu: str, *, arch: str | None, accel: str) -> bool:
+        """Whether this host offers a guest the CPU in a ``<cpu>`` element; True where libvirt cannot tell."""
+        libvirt = libvirt_door.library()
+        with libvirt_door.translated("compare the CPU"):
+            try:
+                answer = self._handle.compareHypervisorCPU(None, arch, None, accel, cpu, 0)
+            except libvirt.libvirtError as error:
+                if libvirt_door.is_lost(error):
+                    raise
+                return True
+        return bool(answer != libvirt.VIR_CPU_COMPARE_INCOMPATIBLE)
+
     def managed_save_path(self, name: str) -> Path:
         """Where libvirt keeps the managed save of a domain of this name."""
         return self._managed_saves / f"{name}.save"
@@ -350,7 +362,7 @@ def _open_daemon(address: Address) -> Any:
 
 def _daemon_hint(address: Address, error: Any) -> str:
     if "Permission denied" in str(error) or "authentication" in str(error).lower():
-        return "run it as root, join the group libvirt, or use -c qemu:///session"
+        return "run it as root (sudo), or have VMs of your own with -c qemu:///session"
     if address.driver is Driver.SESSION:
         return "install libvirt's daemon, or use another connection with -c"
     modular = any((Path(folder) / "virtqemud").exists() for folder in ("/usr/sbin", "/usr/bin"))

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from enum import StrEnum
 
 from lxml import etree
 
 from hvmgr import errors
 from hvmgr.model import xml_tree
 from hvmgr.model.configuration import Configuration
+
+
+class Internal(StrEnum):
+    """What becomes of snapshots inside the images."""
+
+    REFUSE = "refuse"
+    CONVERT = "convert"
+    DROP = "drop"
 
 
 @dataclass(frozen=True, slots=True)

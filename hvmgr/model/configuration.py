@@ -262,6 +262,11 @@ class Configuration:
         for disk in self._root.findall("devices/disk"):
             _strip_chain(disk)
 
+    @property
+    def has_backing_chains(self) -> bool:
+        """Whether any disk names parents of its image: what libvirt resolved, or was told."""
+        return self._root.find("devices/disk/backingStore/source") is not None
+
     def eject(self, slot: str) -> None:
         """Take the medium out of a removable drive."""
         disk = self._require_disk(slot)

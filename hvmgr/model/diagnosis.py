@@ -80,6 +80,7 @@ class Code(StrEnum):
     IMAGE_FROZEN = "image-frozen"
 
     # Modes and owners
+    USER_LIMITED = "user-limited"
     WAY_CLOSED = "way-closed"
     MODE_WRONG = "mode-wrong"
     IMAGE_NOT_WRITABLE = "image-not-writable"
@@ -164,6 +165,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.IMAGE_SHARED: _INFO,
     Code.IMAGE_WRITTEN: _CONFLICT,
     Code.IMAGE_FROZEN: _CONFLICT,
+    Code.USER_LIMITED: _WARNING,
     Code.WAY_CLOSED: _CONFLICT,
     Code.MODE_WRONG: _WARNING,
     Code.IMAGE_NOT_WRITABLE: _CONFLICT,

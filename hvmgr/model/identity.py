@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvmgr.model.configuration import Configuration
-from hvmgr.model.metadata import DiskRecord, Metadata
+from hvmgr.model.metadata import Metadata
 
 VENDOR = 9  # characters of an address that name the maker: 'aa:bb:cc:'
 
@@ -54,9 +54,7 @@ class Identity:
             home=home,
             uri=uri,
             parent=self.snapshot(old.parent),
-            disks=tuple(
-                DiskRecord(slot=disk.slot, id=self.disks.get(disk.id, disk.id), image=disk.image) for disk in old.disks
-            ),
+            disks=tuple(dataclasses.replace(disk, id=self.disks.get(disk.id, disk.id)) for disk in old.disks),
             snapshot=snapshot,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +14,15 @@ PRIVATE = ".hvmgr"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where everything of the VM with id ``vm_id`` lies below ``home``. File names are ids, never names."""
+    """Where everything of the VM with id ``vm_id`` lies below ``home``. File names are ids, never names.
+
+    Snapshots and bases may lie on other file systems: the home then holds a link to ``snapshots_at`` or ``bases_at``.
+    """
 
     home: Path
     vm_id: str
+    snapshots_at: Path | None = None
+    bases_at: Path | None = None
 
     @property
     def configuration(self) -> Path:
@@ -54,7 +60,7 @@ class Layout:
     @property
     def snapshots(self) -> Path:
         """All snapshots' configurations."""
-        return self.home / SNAPSHOTS
+        return self.snapshots_at or self.home / SNAPSHOTS
 
     def snapshot(self, snapshot_id: str) -> Path:
         """One snapshot's configuration."""
@@ -88,7 +94,7 @@ class Layout:
     @property
     def bases(self) -> Path:
         """Base images that belong to this home."""
-        return self.home / BASES
+        return self.bases_at or self.home / BASES
 
     @property
     def private(self) -> Path:
@@ -144,6 +150,27 @@ class Layout:
             self.bases,
         )
 
+    def links(self) -> tuple[tuple[Path, Path], ...]:
+        """The folders of the home that lie elsewhere: the name in the home, and the place."""
+        pairs = ((self.home / SNAPSHOTS, self.snapshots_at), (self.home / BASES, self.bases_at))
+        return tuple((name, place) for name, place in pairs if place is not None)
+
+    def root_of(self, path: str) -> Path | None:
+        """The part of the home that a file lies in, the home itself or a folder of it elsewhere; None outside."""
+        roots = (self.home, *(place for _, place in self.links()))
+        return next((root for root in roots if Path(path).is_relative_to(root)), None)
+
     def owns(self, path: str) -> bool:
         """Whether a file lies inside this home."""
-        return Path(path).is_relative_to(self.home)
+        return self.root_of(path) is not None
+
+    def parent_name(self, child: Path, parent: str) -> str:
+        """How the header of an image names its parent: relative within the home, absolute to the outside.
+
+        Never anything like a protocol; and absolute between folders of the home that may move apart.
+        """
+        root = self.root_of(parent)
+        if root is None or root != self.root_of(str(child)):
+            return parent
+        name = os.path.relpath(parent, child.parent)
+        return f"./{name}" if ":" in name.split("/", 1)[0] else name

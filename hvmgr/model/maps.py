@@ -100,14 +100,27 @@ class Used:
 def parse(
     option: str, texts: Iterable[str], *, paths: bool = False, targets: bool = False, macs: bool = False
 ) -> tuple[Entry, ...]:
+    """The lines of one map out of texts ``OLD=NEW``; otherwise as ``build``."""
+    pairs = []
+    for text in texts:
+        old, equals, new = text.partition("=")
+        if not equals:
+            raise errors.UsageError(f"--{option} {text}: OLD=NEW is expected", hint="write both sides of the '='")
+        pairs.append((old, new))
+    return build(option, pairs, paths=paths, targets=targets, macs=macs)
+
+
+def build(
+    option: str, pairs: Iterable[tuple[str, str]], *, paths: bool = False, targets: bool = False, macs: bool = False
+) -> tuple[Entry, ...]:
     """The lines of one map: ``paths`` on both sides or (``targets``) on the right, addresses on the left.
 
     UsageError for a line without a left or right side, for relative paths, and for two lines about one thing.
     """
     found: dict[str, Entry] = {}
-    for text in texts:
-        old, equals, new = text.partition("=")
-        if not equals or not old or not new:
+    for left, right in pairs:
+        text, old, new = f"{left}={right}", left, right
+        if not old or not new:
             raise errors.UsageError(f"--{option} {text}: OLD=NEW is expected", hint="write both sides of the '='")
         if paths:
             old = _absolute(option, text, old)

@@ -126,6 +126,44 @@ class RemoveImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class CompleteImage(Step):
+    """A new image that stands alone and holds all that the guest sees of ``source``; nobody starts the VM meanwhile."""
+
+    source: str
+    target: str
+    size: int
+
+    def describe(self) -> str:
+        return f"make the complete image {_name(self.target)} of {_name(self.source)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertInternal(Step):
+    """A new differencing image on ``parent`` shows what a snapshot inside ``source`` shows; compared before it counts."""
+
+    source: str
+    snapshot_id: str
+    name: str
+    target: str
+    parent: str
+    parent_format: str
+
+    def describe(self) -> str:
+        return f"make an image of the snapshot '{self.name}' inside {_name(self.source)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DropInternal(Step):
+    """A snapshot inside an image goes, and what it held; what a guest sees of the image stays."""
+
+    path: str
+    name: str
+
+    def describe(self) -> str:
+        return f"remove the snapshot '{self.name}' from inside {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
 class CopyImage(Step):
     """A file's bytes under a new name; holes stay holes."""
 
@@ -310,6 +348,199 @@ class RemoveHome(Step):
         return "remove the home's configuration"
 
 
+# --- what comes from elsewhere --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class MakeRoots(Step):
+    """Folders of the home that lie elsewhere: pairs (name in the home, folder), each behind a link."""
+
+    places: tuple[tuple[str, str], ...]
+
+    def describe(self) -> str:
+        return "make the folders " + ", ".join(folder for _, folder in self.places)
+
+
+@dataclass(frozen=True, slots=True)
+class TakeHome(Step):
+    """A folder with a home's files becomes a home of this host; ``made`` are the folders that it lacks."""
+
+    home: str
+    vm_id: str
+    made: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"make {self.home} the home"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyImages(Step):
+    """Images of another home: (source, target, SHA-256 or ''). ``hold`` are those that a VM here could begin to write."""
+
+    files: tuple[tuple[str, str, str], ...]
+    hold: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        return "copy " + ", ".join(_name(source) for source, _, _ in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class NameParent(Step):
+    """The header of an image names its parent anew; its guest-visible content is the same. ``before`` is the old name."""
+
+    path: str
+    parent: str
+    parent_format: str
+    before: str
+
+    def describe(self) -> str:
+        return f"let {_name(self.path)} name its parent {self.parent}"
+
+
+@dataclass(frozen=True, slots=True)
+class CopyMemory(Step):
+    """A saved state under a new name, with another configuration in it."""
+
+    source: str
+    target: str
+    xml: str
+
+    def describe(self) -> str:
+        return f"copy the saved state {self.source} to {self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeMemory(Step):
+    """A saved state gets another configuration where it lies."""
+
+    path: str
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return f"write the configuration in {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeFile(Step):
+    """A text file gets another content, and can get its old one back."""
+
+    path: str
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return f"write {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RenameFile(Step):
+    """A file or folder gets another name."""
+
+    source: str
+    target: str
+
+    def describe(self) -> str:
+        return f"rename {self.source} to {_name(self.target)}"
+
+
+@dataclass(frozen=True, slots=True)
+class SetModes(Step):
+    """Files and folders get the modes and the owner that a home has: (path, mode, mode before, uid and gid before).
+
+    A uid of -1 leaves the owner alone.
+    """
+
+    modes: tuple[tuple[str, int, int, int, int], ...]
+
+    def describe(self) -> str:
+        return f"set the modes of {len(self.modes)} files"
+
+
+@dataclass(frozen=True, slots=True)
+class NoteUse(Step):
+    """It is known, before the VM is, which images outside its home it needs; ``beside`` says it at their source."""
+
+    name: str
+    outside: tuple[str, ...]
+    beside: str | None
+
+    def describe(self) -> str:
+        return f"note that {self.name} needs {len(self.outside)} images outside its home"
+
+
+@dataclass(frozen=True, slots=True)
+class RecordGold(Step):
+    """Size, time and SHA-256 ('' when unknown) of images that are shared read-only are noted."""
+
+    images: tuple[tuple[str, str], ...]
+
+    def describe(self) -> str:
+        return f"note the state of {len(self.images)} shared images"
+
+
+@dataclass(frozen=True, slots=True)
+class MakeFolders(Step):
+    """Folders outside the home that is worked on, parents first."""
+
+    folders: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"make the folders of {self.folders[0]}"
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFile(Step):
+    """A new text file."""
+
+    path: str
+    text: str
+
+    def describe(self) -> str:
+        return f"write {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class ChangeManagedSave(Step):
+    """libvirt's managed save gets another configuration."""
+
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        return "point the saved state of the VM to its new place"
+
+
+@dataclass(frozen=True, slots=True)
+class SettleHome(Step):
+    """The VM's home is another folder from now on: configuration, index, and the records of frozen images there."""
+
+    home: str
+    frozen: tuple[str, ...]
+
+    def describe(self) -> str:
+        return f"write the configuration into {self.home}"
+
+
+@dataclass(frozen=True, slots=True)
+class PullDisk(Step):
+    """A running VM's working image takes in all that is below it."""
+
+    slot: str
+    path: str
+
+    def describe(self) -> str:
+        return f"pull the data of disk {self.slot} into {_name(self.path)}"
+
+
+@dataclass(frozen=True, slots=True)
+class LeaveHome(Step):
+    """hvmgr's own files in a home go; what holds a guest's data stays, and so do its folders."""
+
+    def describe(self) -> str:
+        return "remove hvmgr's own files from the home"
+
+
 # --- the domain -----------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +680,36 @@ class ForgetLibvirtSnapshot(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class NoteLibvirtSnapshot(Step):
+    """libvirt gets a note of a snapshot that hvmgr took; images and memory stay where they are."""
+
+    name: str
+    xml: str
+    is_current: bool
+
+    def describe(self) -> str:
+        return f"give libvirt a note of the snapshot '{self.name}'"
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseDomain(Step):
+    """libvirt's inactive configuration becomes ``xml``, in which hvmgr has no part any more."""
+
+    xml: str
+
+    def describe(self) -> str:
+        return "define the configuration without hvmgr's part in libvirt"
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetMetadata(Step):
+    """The running or saved VM, too, holds nothing of hvmgr's."""
+
+    def describe(self) -> str:
+        return "take hvmgr's part off the running or saved VM"
+
+
+@dataclass(frozen=True, slots=True)
 class UndefineDomain(Step):
     """libvirt forgets the VM; files stay."""
 
@@ -482,7 +743,7 @@ class Plan:
     @property
     def makes_or_removes_home(self) -> bool:
         """Whether there is no VM before it, or none after it."""
-        return any(isinstance(step, MakeHome | RemoveHome) for step in self.steps())
+        return any(isinstance(step, MakeHome | TakeHome | RemoveHome | LeaveHome) for step in self.steps())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document that ``from_json`` turns into an equal plan."""

@@ -4,7 +4,8 @@ A snapshot names one frozen image per disk, the present names one working image 
 working images that the last apply put away. The users of an image are its children, the snapshots that name it, the
 present, the undo slot and other VMs. From their number everything follows:
 
-- a base (an image without parent) and an image outside the home are never removed, whatever the number says;
+- a base (an image without parent) is never removed, whatever the number says, and a differencing image that others
+  made only when the user names it (``outside_images``);
 - a differencing image of ours that a plan leaves without users is removed;
 - an image that no snapshot and neither present nor undo slot names, and that has exactly one child, is merged with it;
 - with two or more children it stays as an unnamed image until one is left;
@@ -228,26 +229,29 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
     return Change(after=merged.after, finish=(*emptied.finish, *removed.finish, *merged.finish))
 
 
-def plan_merge(tree: Tree, *, busy: Collection[str] = ()) -> Change:
+def plan_merge(tree: Tree, *, busy: Collection[str] = (), named: Collection[str] = ()) -> Change:
     """Every unnamed image with exactly one child is merged with it, as far as nothing running has them open.
 
-    Of several in a row the one nearest to the disk is merged first, so that no block is copied twice.
+    Of several in a row the one nearest to the disk is merged first, so that no block is copied twice. ``named`` are
+    differencing images that others made: this once they are written and removed as if they were ours.
     """
     from hvmgr.model.plan import MergeUp, RemoveImage
 
     steps: list[Step] = []
-    while pairs := list(_mergeable(tree, busy)):
+    while pairs := list(_mergeable(tree, busy, named)):
         parents = {parent.path for parent, _ in pairs}
-        step, tree = _merge(tree, *next(pair for pair in pairs if pair[1].path not in parents))
+        step, tree = _merge(tree, *next(pair for pair in pairs if pair[1].path not in parents), named)
         steps.append(step)
         if isinstance(step, MergeUp):
             steps.append(RemoveImage(path=step.parent))
+            if step.parent in named and tree.images[step.child].keeper is not Keeper.IMAGES:
+                named = {*named, step.child}  # written once on request, it takes what is below as well
     return Change(after=tree, finish=tuple(steps))
 
 
 def pending(tree: Tree) -> list[tuple[str, str]]:
     """Unnamed images that wait to be merged, each with its only child."""
-    return [(parent.path, child.path) for parent, child in _mergeable(tree, ())]
+    return [(parent.path, child.path) for parent, child in _mergeable(tree, (), ())]
 
 
 def unnamed(tree: Tree) -> list[str]:
@@ -348,7 +352,14 @@ def _empty_undo(tree: Tree, *, busy: Collection[str] = ()) -> Change:
     return remove_userless(dataclasses.replace(tree, undo=None), tree.undo.disks.values(), busy=busy)
 
 
-def _mergeable(tree: Tree, busy: Collection[str]) -> Iterator[tuple[Image, Image]]:
+def may_be_written(tree: Tree, parent: Image, child: Image, named: Collection[str]) -> bool:
+    """Whether a merge may write the child: one that others made is named, or the guest writes it and its parent is."""
+    if child.keeper is Keeper.IMAGES or child.path in named:
+        return True
+    return parent.path in named and child.path in tree.present.disks.values()
+
+
+def _mergeable(tree: Tree, busy: Collection[str], named: Collection[str]) -> Iterator[tuple[Image, Image]]:
     """Pairs (unnamed image, its only child) that may be merged, in the order of the images."""
     names, below = tree.named(), tree.children()
     closed = {*busy, *tree.lent()}
@@ -359,12 +370,12 @@ def _mergeable(tree: Tree, busy: Collection[str]) -> Iterator[tuple[Image, Image
         child = tree.images[children[0]]
         if image.path in closed or child.path in closed:
             continue
-        fits = child.keeper is Keeper.IMAGES and (_can_merge_up(image) or _can_merge_down(image, child))
-        if fits and _is_whole(tree, child.path):
+        fits = _can_merge_up(image, named) or _can_merge_down(image, child)
+        if fits and may_be_written(tree, image, child, named) and is_whole(tree, child.path):
             yield image, child
 
 
-def _is_whole(tree: Tree, path: str) -> bool:
+def is_whole(tree: Tree, path: str) -> bool:
     """Whether the chain ends in a base: of a damaged one everything that is left stays as it is."""
     try:
         tree.chain(path)
@@ -373,24 +384,25 @@ def _is_whole(tree: Tree, path: str) -> bool:
     return True
 
 
-def _can_merge_up(parent: Image) -> bool:
-    return parent.keeper is Keeper.IMAGES and parent.parent is not None
+def _can_merge_up(parent: Image, named: Collection[str]) -> bool:
+    return (parent.keeper is Keeper.IMAGES or parent.path in named) and parent.parent is not None
 
 
 def _can_merge_down(parent: Image, child: Image) -> bool:
     """Same format and size, ours, and the parent's own header still true under the child's name."""
     return (
         parent.keeper is not Keeper.OUTSIDE
+        and child.keeper is Keeper.IMAGES
         and parent.format == child.format == "qcow2"
         and parent.size == child.size
         and (parent.parent is None or PurePath(parent.path).parent == PurePath(child.path).parent)
     )
 
 
-def _merge(tree: Tree, parent: Image, child: Image) -> tuple[Step, Tree]:
+def _merge(tree: Tree, parent: Image, child: Image, named: Collection[str]) -> tuple[Step, Tree]:
     from hvmgr.model.plan import MergeDown, MergeUp
 
-    down = _can_merge_down(parent, child) and (not _can_merge_up(parent) or child.data < parent.data)
+    down = _can_merge_down(parent, child) and (not _can_merge_up(parent, named) or child.data < parent.data)
     images = dict(tree.images)
     del images[parent.path]
     images[child.path] = dataclasses.replace(child, parent=parent.parent, data=parent.data + child.data)

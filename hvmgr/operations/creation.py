@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors, units
-from hvmgr.host.hypervisor import Connection
+from hvmgr.host.hypervisor import Connection, Driver
 from hvmgr.model import plan, specification, template
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.layout import Layout
 from hvmgr.model.metadata import DiskRecord, Metadata
 from hvmgr.model.plan import Plan, Step
-from hvmgr.model.specification import DiskSpecification, Specification
+from hvmgr.model.specification import DiskSpecification, NetworkKind, Specification
 from hvmgr.model.template import HostFacts, Template
 from hvmgr.model.tree import Leaf, Tree
 from hvmgr.operations import strangers
@@ -45,10 +45,11 @@ def plan_create(session: Session, spec: Specification) -> Plan:
     access.require_way(layout.home, session.owner)
     kind = templates.load(spec.template)
     facts = host_facts(connection, spec, kind)
+    _require_networks(connection, spec, facts)
     for sentence in template.notes(kind, spec, facts):
         session.say(sentence)
     for path in (spec.kernel, spec.initrd, spec.cdrom):
-        _require_readable(path)
+        _require_readable(session, path)
     slots = template.slots(kind, spec)
     placed = {slot: _place(session, slot, disk) for slot, disk in zip(slots, spec.disks, strict=True)}
     _require_space(layout, placed)
@@ -96,6 +97,18 @@ def host_facts(connection: Connection, spec: Specification, kind: Template) -> H
     )
 
 
+def _require_networks(connection: Connection, spec: Specification, facts: HostFacts) -> None:
+    """An ordinary user's libvirt cannot reach the system's networks; the VM would never start."""
+    if connection.driver is not Driver.SESSION:
+        return
+    for network in spec.networks or ():
+        if network.kind is NetworkKind.NETWORK and network.name not in facts.networks:
+            raise errors.Unsupported(
+                f"{connection.uri} has no network '{network.name}': libvirt's networks belong to the system",
+                hint="use --network user, or --network bridge=BRIDGE where qemu-bridge-helper lets you",
+            )
+
+
 def _place(session: Session, slot: str, disk: DiskSpecification) -> _Placed:
     layout = session.layout
     if disk.path is None:
@@ -132,8 +145,10 @@ def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
             hint="copy it (without --in-place), or use another image",
             path=path,
         )
-    _require_whole(session, header)
+    below = _require_whole(session, header)
     users = strangers.of(session, [path]).get(path)
+    for image in below:
+        _require_usable(session, Path(image), writable=image == path and not users)
     if not users:
         return _Placed(header.path, header.format, None)
     child = session.layout.image(slot, session.new_id())
@@ -142,11 +157,11 @@ def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
     return _Placed(child, images.QCOW2, step)
 
 
-def _require_whole(session: Session, header: images.Header) -> None:
+def _require_whole(session: Session, header: images.Header) -> list[str]:
     """Every image below is there, and one that VMs can stand on; found later, it would keep the VM from any command."""
     path = str(header.path)
     found = session.home.load_images({path: header.format})
-    Tree(images=found, nodes={}, present=Leaf(parent=None, disks={})).chain(path)
+    return [image.path for image in Tree(images=found, nodes={}, present=Leaf(parent=None, disks={})).chain(path)]
 
 
 def _set_facts(session: Session, built: Configuration, slots: tuple[str, ...], change: str) -> None:
@@ -174,9 +189,18 @@ def _require_space(layout: Layout, placed: dict[str, _Placed]) -> None:
         )
 
 
-def _require_readable(path: Path | None) -> None:
-    if path is not None and not path.is_file():
+def _require_readable(session: Session, path: Path | None) -> None:
+    if path is None:
+        return
+    if not path.is_file():
         raise errors.NotFound(f"there is no file {path}", hint="name an existing file")
+    _require_usable(session, path, writable=False)
+
+
+def _require_usable(session: Session, path: Path, *, writable: bool) -> None:
+    """A file that stays outside the home is one that this host's QEMU may use."""
+    dynamic = session.connection.has_dynamic_ownership()
+    access.require_usable(Path(os.path.realpath(path)), session.owner, dynamic=dynamic, writable=writable)
 
 
 def _new_mac() -> str:

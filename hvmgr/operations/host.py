@@ -29,9 +29,11 @@ from hvmgr.storage.vm_home import VmHome
 if TYPE_CHECKING:
     from hvmgr.host.hypervisor import Connection
     from hvmgr.model.finding import Finding
+    from hvmgr.model.import_options import ImportOptions
     from hvmgr.model.specification import Specification
-    from hvmgr.operations.adoption import AdoptOptions
-    from hvmgr.operations.repair import Repaired
+    from hvmgr.operations.adopt.adoption import AdoptOptions
+    from hvmgr.operations.doctor.repair import Repaired
+    from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.session import Session
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
@@ -110,8 +112,9 @@ class Host:
 
     def create_vm(self, spec: Specification) -> VM:
         """A new VM, off, in its own home below the root (or where the specification says)."""
-        from hvmgr.operations import creation, execution
+        from hvmgr.operations import creation
         from hvmgr.operations.session import Session
+        from hvmgr.operations.steps import execution
 
         path = Path(os.path.realpath(spec.home or self.root / spec.name))
         home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
@@ -122,14 +125,28 @@ class Host:
             execution.run(session, plan)
         return VM(self, home)
 
+    def plan_import(self, source: Path | str, options: ImportOptions | None = None) -> ImportPlan:
+        """An import of an export, a home or a domain's XML, to look at and change before it happens."""
+        from hvmgr.model.import_options import ImportOptions
+        from hvmgr.operations.exchange import import_plan
+
+        return import_plan.prepare(self, Path(source), options or ImportOptions())
+
+    def import_vm(self, source: Path | str, options: ImportOptions | None = None) -> VM:
+        """A VM out of an export, a home or a domain's XML; raises what stands in its way, and has then done nothing."""
+        from hvmgr.model.import_options import ImportOptions
+        from hvmgr.operations.exchange import importing
+
+        return importing.run(self, Path(source), options or ImportOptions())
+
     def doctor(self, vm: str | None = None, *, thorough: bool = False) -> list[Finding]:
         """What is wrong with this host and its homes, or with one VM (name, id, or path of its home); worst first.
 
         Nothing is changed. ``thorough`` has ``qemu-img check`` read every image, which takes time.
         """
-        from hvmgr.operations import doctor
+        from hvmgr.operations.doctor import examination
 
-        return doctor.examine(self, vm, thorough=thorough)
+        return examination.examine(self, vm, thorough=thorough)
 
     def repair(
         self,
@@ -145,21 +162,29 @@ class Host:
         ``accept_present``: so are working images that no longer stand on what their snapshot froze. With the
         reporter's ``dry_run`` nothing is done, and what is returned would be done first.
         """
-        from hvmgr.operations import repair
+        from hvmgr.operations.doctor import repair
 
         wish = repair.Wish(accept_touched=accept_touched, accept_present=accept_present, thorough=thorough)
         return repair.repair(self, vm, wish)
 
     def adoptable(self) -> list[str]:
         """The names of libvirt's VMs that hvmgr does not manage, whether or not something is in the way of adopting."""
-        from hvmgr.operations import adoption_checks
+        from hvmgr.operations.adopt import adoption_checks
 
         self._complete_unfinished()
         return [one.name for one in adoption_checks.unmanaged(self.connection.domains(), self.root)]
 
+    def internal_snapshots(self, name: str) -> list[str]:
+        """The names of the snapshots inside the images of a VM of libvirt's: what adopting it would convert or drop."""
+        from hvmgr.operations.adopt import adoption, internal_snapshots
+
+        domain = adoption.find(self.connection, name)
+        return internal_snapshots.names(domain, VmHome(Layout(home=self.root / domain.uuid, vm_id=domain.uuid)))
+
     def adopt(self, name: str, options: AdoptOptions | None = None) -> VM:
         """A VM of libvirt's, by name or id, gets a home; its disks stay, its external snapshots come along."""
-        from hvmgr.operations import adoption, execution
+        from hvmgr.operations.adopt import adoption
+        from hvmgr.operations.steps import execution
 
         options = options or adoption.AdoptOptions()
         self._complete_unfinished()
@@ -178,7 +203,7 @@ class Host:
 
     def verify(self, folder: Path | str) -> list[Finding]:
         """What is wrong with an export, the worst first; nothing when it is whole. It needs no libvirt."""
-        from hvmgr.operations import verification
+        from hvmgr.operations.exchange import verification
 
         return verification.verify(Path(folder), on_progress=self.reporter.progress)
 
@@ -232,14 +257,14 @@ class Host:
                     vm_home.remove_remains(folder)
 
     def _complete(self, folder: Path) -> None:
-        from hvmgr.operations import execution
+        from hvmgr.operations.steps import execution
 
         layout = Layout(home=folder, vm_id="")
         if self.reporter.dry_run or locks.is_held(layout.lock):
             return
         entry = journal.read(layout.journal)
         if entry is not None and entry.plan.makes_or_removes_home:
-            home = VmHome(Layout(home=folder, vm_id=entry.plan.vm_id))
+            home = VmHome(vm_home.layout_of(folder, entry.plan.vm_id))
             with self.session(home) as session:
                 execution.recover(session)
 
@@ -270,6 +295,7 @@ class Host:
     @contextlib.contextmanager
     def _new_home(self, home: VmHome) -> Iterator[Session]:
         """The folders that the journal needs; they go again when the plan does not come through."""
+        self._require_role()
         layout = home.layout
         with durable.explained(layout.home):
             layout.home.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
@@ -288,9 +314,15 @@ class Host:
         """Exclusive work on one home, with libvirt."""
         from hvmgr.operations.session import Session
 
+        self._require_role()
         with home.locked(wait_s=self.wait_s):
             session = Session(home, self.connection, self.reporter, wait_s=self.wait_s)
             try:
                 yield session
             finally:
                 session.close()
+
+    def _require_role(self) -> None:
+        from hvmgr.operations import roles
+
+        roles.require_role(self.connection)

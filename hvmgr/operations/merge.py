@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hvmgr import errors, units
 from hvmgr.host.domain import State
-from hvmgr.model import plan, tree
+from hvmgr.model import outside_images, plan, tree
+from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
@@ -33,7 +34,9 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         for node in change.after.nodes.values()
         if node.parent != before.nodes[node.snapshot_id].parent
     ]
-    if change.after.present.parent != before.present.parent:
+    states_chain = bool(change.finish) and _states_chain(session, present)
+    if states_chain or change.after.present.parent != before.present.parent:
+        present.strip_backing_chains()
         disks = chains.set_apart(facts.disks, _apart_above(session, before, change.after.present.parent))
         present.set_metadata(dataclasses.replace(facts, parent=change.after.present.parent, disks=disks))
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
@@ -71,18 +74,50 @@ def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
     )
 
 
-def plan_merge(session: Session) -> Plan:
-    """Unnamed images that were left waiting are merged."""
-    before = snapshots.whole_tree(session)
-    change = _merging_whole_images(session, lambda busy: tree.plan_merge(before, busy=busy))
+def plan_merge(session: Session, names: Sequence[Path] = ()) -> Plan:
+    """Unnamed images that were left waiting are merged, and with them those of others that the user ``names``."""
+    before = snapshots.whole_tree(session, outside=bool(names))
+    named = _named(session, before, names)
+    change = _merging_whole_images(session, lambda busy: tree.plan_merge(before, busy=busy, named=named))
     _require_space(before, change)
+    steps: tuple[Step, ...] = change.finish
+    if steps:
+        steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
     return Plan(
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,
         operation="snapshot merge",
         subject=f"merge of unnamed images of {session.home.name}",
-        finish=(*_free_managed_save(session, before), *change.finish) if change.finish else (),
+        finish=steps,
     )
+
+
+def _named(session: Session, before: Tree, names: Sequence[Path]) -> set[str]:
+    """The images that the user names, as the tree calls them; raises the reason against the first that cannot go."""
+    if not names:
+        return set()
+    by_identity = {images.identity(Path(path)): path for path in before.images}
+    named = set()
+    for name in names:
+        path = vm_home.canonical(str(name))
+        named.add(by_identity.get(images.identity(Path(path)), path) if Path(path).exists() else path)
+    outside_images.require_named(before, named)
+    for path in sorted(named & session.busy_images()):
+        session.say(f"{path} is open in the running VM: it waits; run the command again when the VM is off")
+    return named
+
+
+def _states_chain(session: Session, present: Configuration) -> bool:
+    return present.has_backing_chains and not session.is_active()
+
+
+def _free_present(session: Session) -> list[Step]:
+    """A chain that libvirt was told explicitly would name images that a merge removes; QEMU's headers say it as well."""
+    present = session.home.present()
+    if not _states_chain(session, present):
+        return []
+    present.strip_backing_chains()
+    return [plan.Define(xml=present.to_xml()), plan.WritePresent()]
 
 
 def _free_managed_save(session: Session, before: Tree) -> list[Step]:

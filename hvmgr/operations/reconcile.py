@@ -27,9 +27,10 @@ from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import chains, domain_steps, execution, takeover
+from hvmgr.operations import chains, takeover
 from hvmgr.operations.chains import Deed
 from hvmgr.operations.session import Session
+from hvmgr.operations.steps import domain_steps, execution
 from hvmgr.storage import durable, journal, vm_home
 
 

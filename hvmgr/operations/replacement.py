@@ -63,7 +63,7 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
             tags=facts.tags,
         )
     )
-    prepare += _put_present_away(session, present, facts, how)
+    prepare += put_present_away(session, present, facts, how)
     uses_memory = record.state is not SavedState.NONE and not how.without_state
     if uses_memory:
         prepare.append(_start_from(session, record, after, children))
@@ -112,7 +112,7 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
         vm_id=home.vm_id,
         operation="snapshot undo",
         subject=f"undo of the last apply of {present.name}",
-        prepare=tuple(_put_present_away(session, present, facts, how)),
+        prepare=tuple(put_present_away(session, present, facts, how)),
         switch=plan.Define(xml=after.to_xml()),
         finish=(
             *finish,
@@ -161,7 +161,7 @@ def _eject_missing(session: Session, after: Configuration) -> None:
             session.say(f"{disk.source} is gone: {disk.slot} is empty now")
 
 
-def _put_present_away(session: Session, present: Configuration, facts: Metadata, how: Replacement) -> list[Step]:
+def put_present_away(session: Session, present: Configuration, facts: Metadata, how: Replacement) -> list[Step]:
     """The present is off afterwards; what it had in memory can be put back until the new state is in place."""
     state, memory = session.state(), str(session.layout.put_away)
     steps: list[Step] = []

@@ -98,6 +98,12 @@ class Session:
             self._owner, self._knows_owner = self.connection.capabilities().qemu_owner, True
         return self._owner
 
+    def is_read_by_mode(self, path: Path) -> bool:
+        """Whether QEMU's user gets at an image by its mode alone: it is another's, and libvirt gives nothing away."""
+        if self.owner is None or self.owner[0] == 0 or not path.is_file():
+            return False
+        return path.stat().st_uid != self.owner[0] and not self.connection.has_dynamic_ownership()
+
     @property
     def dry_run(self) -> bool:
         """Whether nothing at all is to be changed."""
@@ -184,6 +190,15 @@ class Session:
         Its parents stay closed: they are frozen, and opening a chain of 64 takes 30 ms.
         """
         self._held.append(self.daemon.open(Path(path), fmt, writable=True, detached_backing=True))
+
+    def hold_whole(self, path: str) -> Node:
+        """A held image, now with the parents that its header names, for one who reads it."""
+        old = next(node for node in self._held if str(node.path) == path)
+        self._held.remove(old)
+        self.daemon.close(old)
+        node = self.daemon.open(Path(path), old.fmt, writable=True)  # who was quicker has the lock, and this fails
+        self._held.append(node)
+        return node
 
     def release(self) -> None:
         """Let go of all held images."""

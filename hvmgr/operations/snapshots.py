@@ -256,14 +256,15 @@ def describe(session: Session, snapshot_id: str, *, name: str | None = None, not
 # --- shared ---------------------------------------------------------------------------------------------------------
 
 
-def whole_tree(session: Session, *, with_libvirts: bool = True) -> Tree:
+def whole_tree(session: Session, *, with_libvirts: bool = True, outside: bool = False) -> Tree:
     """Both graphs with every user on this host; ``with_libvirts`` own snapshots and dirty bitmaps of this VM too.
 
-    While nobody can tell what belongs to the present, every image counts as used.
+    While nobody can tell what belongs to the present, every image counts as used. Other VMs are counted for images
+    ``outside`` the home only where these may be written.
     """
     alone = session.home.tree()
-    ours = [image.path for image in alone.images.values() if image.keeper is not tree.Keeper.OUTSIDE]
-    users = strangers.of(session, ours)
+    counted = [image.path for image in alone.images.values() if outside or image.keeper is not tree.Keeper.OUTSIDE]
+    users = strangers.of(session, counted)
     if with_libvirts:
         for path, names in strangers.libvirts_own(session, alone).items():
             users[path] = (*users.get(path, ()), *names)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvmgr.model import tree
-from hvmgr.model.tree import Keeper
+from hvmgr.model import outside_images, tree
+from hvmgr.model.tree import Keeper, Tree
 from hvmgr.storage import vm_home
 from hvmgr.storage.vm_home import VmHome
 
@@ -23,7 +23,10 @@ class SnapshotUsage:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes on disk by what they are for. ``pending`` is part of ``unnamed``; ``outside`` is in nobody's sum."""
+    """Bytes on disk by what they are for. ``pending`` is part of ``unnamed``; ``outside`` is in nobody's sum.
+
+    ``by_name`` is part of ``outside``, or of ``unnamed`` for what lies in the home.
+    """
 
     snapshots: tuple[SnapshotUsage, ...]
     now: int
@@ -31,6 +34,7 @@ class Usage:
     unnamed: int
     pending: int
     orphans: tuple[tuple[str, int], ...]  # detached disks and files that nobody knows
+    by_name: tuple[tuple[str, int], ...]  # images that others made, which a merge takes only when they are named
     outside: int
 
     @property
@@ -72,7 +76,17 @@ def measure(home: VmHome) -> Usage:
         unnamed=unnamed,
         pending=waiting,
         orphans=_orphans(home, set(forest.images) - set(tree.detached(forest)), inside),
+        by_name=_by_name(forest),
         outside=sum(image.data for image in forest.images.values() if image.keeper is Keeper.OUTSIDE),
+    )
+
+
+def _by_name(forest: Tree) -> tuple[tuple[str, int], ...]:
+    """Those that would go; what is only written for them stays."""
+    return tuple(
+        (path, forest.images[path].data)
+        for path in outside_images.names_needed(forest)
+        if forest.images[path].keeper is not Keeper.IMAGES
     )
 
 

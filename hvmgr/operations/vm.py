@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.plan import Plan
+    from hvmgr.operations.adopt.release import Release
+    from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.session import Session
     from hvmgr.operations.usage import Usage
@@ -136,12 +138,15 @@ class VM:
         snapshot.apply(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         return snapshot
 
-    def merge(self) -> bool:
-        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were."""
+    def merge(self, images: Sequence[Path | str] = ()) -> bool:
+        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were.
+
+        ``images`` names differencing images that were made outside hvmgr: they are merged as well, and removed.
+        """
         from hvmgr.operations import merge
 
         with self._work() as session:
-            plan = merge.plan_merge(session)
+            plan = merge.plan_merge(session, [Path(image) for image in images])
             if plan.finish:
                 self._run(session, plan)
         return bool(plan.finish)
@@ -173,7 +178,7 @@ class VM:
         The VM is only read, and may run. An interrupted export goes on when it is called again.
         """
         from hvmgr.model.export_options import ExportOptions
-        from hvmgr.operations import export_
+        from hvmgr.operations.exchange import export_
 
         with self._work() as session:
             return export_.export(session, Path(dest), options or ExportOptions())
@@ -181,7 +186,7 @@ class VM:
     def export_archive(self, target: Path | str | int, options: ExportOptions | None = None) -> None:
         """The same as one file: a new one, or an open descriptor such as that of stdout; tar, compressed with zstd."""
         from hvmgr.model.export_options import ExportOptions
-        from hvmgr.operations import archive
+        from hvmgr.operations.exchange import archive
 
         to = archive.Target(descriptor=target) if isinstance(target, int) else archive.Target(file=Path(target))
         with self._work() as session:
@@ -195,6 +200,50 @@ class VM:
             self._run(session, vms.plan_delete(session, with_disks=with_disks))
         return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
 
+    def clone(self, name: str, options: CloneOptions | None = None) -> VM:
+        """Another VM like this one, from its present or from a snapshot, with ids and addresses of its own."""
+        from hvmgr.operations.exchange import importing
+
+        return importing.clone(self, name, options or importing.CloneOptions())
+
+    def move(self, folder: Path | str) -> VM:
+        """The VM, off or saved, with another home: ``folder``, or in it under the old name when it is there already."""
+        from hvmgr.operations.exchange import moving
+
+        target = moving.target_of(Path(folder), self.path)
+        with self._work() as session:
+            self._run(session, moving.plan_move(session, target))
+        return VM(self.host, vm_home.open_home(target))
+
+    def localize(self, slot: str) -> bool:
+        """The disk, in every state, needs no image outside the home any more; whether that is a change."""
+        from hvmgr.operations.exchange import localizing
+
+        with self._work() as session:
+            plan = localizing.plan_localize(session, slot)
+            if plan is not None:
+                self._run(session, plan)
+        return plan is not None
+
+    def foresee_release(self, *, flatten: bool = False) -> Release:
+        """What ``release`` would make of the VM; nothing is changed."""
+        from hvmgr.operations.adopt import release
+
+        self._complete()
+        return release.foresee(self.home, flatten=flatten)
+
+    def release(self, *, flatten: bool = False) -> Release:
+        """The VM is a plain domain of libvirt's, and hvmgr knows nothing of it; its files stay where they are.
+
+        A line of snapshots becomes libvirt's own; with ``flatten`` the present is one complete image per disk instead.
+        """
+        from hvmgr.operations.adopt import release
+
+        with self._work() as session:
+            made = release.of(session, flatten=flatten)
+            self._run(session, release.plan_release(session, flatten=flatten))
+        return made
+
     @contextlib.contextmanager
     def _work(self, *, needs_present: bool = True) -> Iterator[Session]:
         """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present."""
@@ -205,7 +254,7 @@ class VM:
             yield session
 
     def _run(self, session: Session, plan: Plan) -> None:
-        from hvmgr.operations import execution
+        from hvmgr.operations.steps import execution
 
         session.require_approval(plan)
         execution.run(session, plan)

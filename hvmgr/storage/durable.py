@@ -233,6 +233,17 @@ def set_folder_mode(path: Path, mode: int, owner: tuple[int, int] | None = None)
         sync_folder(path)
 
 
+def link(path: Path, target: Path) -> None:
+    """``path`` is a symbolic link to the folder ``target``; an empty folder of that name makes place for it."""
+    with explained(path):
+        if path.is_symlink() and os.readlink(path) == os.fspath(target):
+            return
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        path.symlink_to(target)
+        sync_folder(path.parent)
+
+
 def set_owner(path: Path, owner: tuple[int, int] | None) -> None:
     """The file belongs to ``owner`` (uid, gid), where this process may give it away."""
     with explained(path):

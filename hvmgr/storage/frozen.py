@@ -37,17 +37,30 @@ class Condition(StrEnum):
     CHANGED = "changed"
 
 
-def freeze(layout: Layout, path: Path) -> None:
-    """The image is read-only; the mode of one outside the home is remembered for ``thaw``, whichever VM does that."""
+def freeze(layout: Layout, path: Path, *, keep_readers: bool = False) -> None:
+    """The image is read-only; the mode of one outside the home is remembered for ``thaw``, whichever VM does that.
+
+    With ``keep_readers`` whoever may read one outside the home still may: QEMU's user is one of them.
+    """
     if not path.is_file():
         return  # a block device has no mode worth changing
     mode = path.stat().st_mode & 0o7777
-    if mode == FROZEN_MODE:
+    frozen = FROZEN_MODE | (mode & 0o044) if keep_readers and not layout.owns(str(path)) else FROZEN_MODE
+    if mode == frozen:
         return
     if not layout.owns(str(path)):
-        _write(layout, path, {"mode": mode})
-        index.keep_mode(path, mode)
-    durable.set_mode(path, FROZEN_MODE)
+        own = (_read(layout, path) or {}).get("mode", mode)  # known already when a merge has made it writable meanwhile
+        _write(layout, path, {"mode": own})
+        index.keep_mode(path, own)
+    durable.set_mode(path, frozen)
+
+
+def make_writable(layout: Layout, path: Path) -> None:
+    """A merge may write the image; ``freeze`` or ``thaw`` ends that. One outside the home keeps the rest of its mode."""
+    if layout.owns(str(path)):
+        durable.set_mode(path, WORKING_MODE)
+    elif path.is_file():
+        durable.set_mode(path, path.stat().st_mode & 0o7777 | 0o200)
 
 
 def thaw(layout: Layout, path: Path) -> None:
@@ -74,6 +87,23 @@ def record(layout: Layout, path: Path) -> None:
     state = path.stat()
     header = images.fingerprint(path)
     _write(layout, path, {**facts, "size": state.st_size, "mtime_ns": state.st_mtime_ns, "header": header})
+
+
+def refresh(layout: Layout, path: Path) -> None:
+    """An image whose header a step of a plan has written: its record, where there is one, is that of now."""
+    if "size" in (_read(layout, path) or {}):
+        record(layout, path)
+
+
+def record_hash(layout: Layout, path: Path, sha256: str) -> None:
+    """The bytes of a shared image are known by their SHA-256 too."""
+    _write(layout, path, {**(_read(layout, path) or {}), "sha256": sha256})
+
+
+def recorded_hash(layout: Layout, path: Path) -> str | None:
+    """What ``record_hash`` noted; None when it is not known."""
+    found = (_read(layout, path) or {}).get("sha256")
+    return str(found) if found else None
 
 
 def forget(layout: Layout, path: Path) -> None:

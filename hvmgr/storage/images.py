@@ -22,6 +22,7 @@ VPC = "vpc"
 _QCOW2_MAGIC = b"QFI\xfb"
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to snapshots_offset
 _QCOW2_V3 = struct.Struct(">QQQII")  # incompatible, compatible, autoclear, refcount_order, header_length
+_QCOW2_SNAPSHOT = struct.Struct(">QIHHIIQII")  # one of the table, up to its extra data
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
 _EXTENSION_END = 0
@@ -59,6 +60,17 @@ class Header:
         if self.backing is None:
             return None
         return Path(os.path.realpath(self.path.parent / self.backing))
+
+
+@dataclass(frozen=True, slots=True)
+class InternalSnapshot:
+    """One snapshot inside a qcow2 image; ``disk_size`` is None in old ones, ``state_size`` 0 without memory."""
+
+    id: str
+    name: str
+    created_ns: int
+    state_size: int
+    disk_size: int | None
 
 
 def identity(path: Path) -> tuple[int, int]:
@@ -99,6 +111,35 @@ def read(path: Path, fmt: str) -> Header:
     raise errors.Unsupported(
         f"{path} has the format {fmt}", hint=f"convert it: qemu-img convert -f {fmt} -O qcow2 {path} NEW.qcow2"
     )
+
+
+def internal_snapshots(path: Path) -> tuple[InternalSnapshot, ...]:
+    """The snapshots inside a qcow2 image, in the order of its table."""
+    head, _, _ = _head(path)
+    if not head.startswith(_QCOW2_MAGIC) or len(head) < _QCOW2_HEADER.size:
+        return ()
+    count, offset = _QCOW2_HEADER.unpack_from(head)[11:13]
+    found = []
+    with path.open("rb") as file:
+        for _ in range(count):
+            file.seek(offset)
+            entry = file.read(_QCOW2_SNAPSHOT.size)
+            if len(entry) < _QCOW2_SNAPSHOT.size:
+                raise errors.Corrupt(f"{path} has a cut off table of internal snapshots", path=str(path))
+            _, _, id_length, name_length, seconds, nanoseconds, _, state, extra = _QCOW2_SNAPSHOT.unpack(entry)
+            more, words = file.read(extra), file.read(id_length + name_length)
+            state, size = struct.unpack_from(">QQ", more) if extra >= 16 else (state, None)
+            found.append(
+                InternalSnapshot(
+                    id=words[:id_length].decode(errors="replace"),
+                    name=words[id_length:].decode(errors="replace"),
+                    created_ns=seconds * 1_000_000_000 + nanoseconds,
+                    state_size=state,
+                    disk_size=size,
+                )
+            )
+            offset += (_QCOW2_SNAPSHOT.size + extra + id_length + name_length + 7) // 8 * 8
+    return tuple(found)
 
 
 def fingerprint(path: Path) -> str | None:

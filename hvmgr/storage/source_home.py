@@ -11,6 +11,7 @@ into a guest's disk.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -19,17 +20,16 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import saved_state
-from hvmgr.model import configuration
+from hvmgr.model import configuration, manifest
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.finding import Finding
 from hvmgr.model.layout import CONFIGURATIONS, Layout
+from hvmgr.model.manifest import Image as Listed
+from hvmgr.model.manifest import Manifest
 from hvmgr.model.maps import Entry, Used
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
 from hvmgr.storage import index, vm_home
 from hvmgr.storage.source_images import Finder, Missing, SourceImage
-
-MANIFEST = "export.yaml"
-SUMS = "SHA256SUMS"
 
 # No domain XML comes near; a bomb does.
 _XML_MAX = 8 << 20
@@ -67,9 +67,13 @@ class SourceHome:
     missing: tuple[Missing, ...]
     problems: tuple[Finding, ...]
     undo: Configuration | None
+    undo_disks: Mapping[str, str]
+    manifest: Manifest | None
+    expected: Mapping[str, Listed]  # what the manifest says of images, by their place now
     is_export: bool
     is_home: bool
     trusted: bool
+    is_present: bool = True  # False: seen as it was at a snapshot
 
     @property
     def vm_id(self) -> str:
@@ -104,6 +108,30 @@ class SourceHome:
             chain.append(self.images[step])
             step = self.images[step].parent
         return chain
+
+
+def at_snapshot(source: SourceHome, snapshot: SourceSnapshot) -> SourceHome:
+    """The source as if it had been written at a snapshot of it: a VM without any, that goes on from there."""
+    facts = snapshot.configuration.metadata()
+    present = snapshot.configuration.copy()
+    if facts is not None:
+        facts = dataclasses.replace(facts, snapshot=None, parent=None)
+        present.set_metadata(facts)
+    return dataclasses.replace(
+        source,
+        present=present,
+        facts=facts,
+        disks=snapshot.disks,
+        nvram=snapshot.nvram,
+        tpm=snapshot.tpm,
+        memory=snapshot.memory,
+        saved=snapshot.saved,
+        snapshots=(),
+        undo=None,
+        undo_disks={},
+        missing=(),
+        is_present=False,
+    )
 
 
 def find_configuration(source: Path, vm: str | None) -> tuple[Path, Path]:
@@ -146,9 +174,11 @@ def open_source(
     disks: tuple[Entry, ...] = (),
     used: Used | None = None,
     snapshots_from: Path | None = None,
+    own: bool = False,
 ) -> SourceHome:
     """Everything that the source holds, as far as it can be read; ``used`` learns which lines of maps were followed.
 
+    A home of this host is believed: one that the index knows, or that the caller works on (``own``).
     ``snapshots_from`` is a second folder in which snapshots that the source itself lacks are looked for.
     """
     folder, file = find_configuration(source, vm)
@@ -160,7 +190,7 @@ def open_source(
         paths=paths,
         by_slot=disks,
         used=used or Used(),
-        trusted=not (folder / MANIFEST).is_file() and any(one.home == folder for one in index.entries()),
+        trusted=own or (not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries())),
     )
     return _Reader(folder, file, present, finder, snapshots_from).read()
 
@@ -223,6 +253,10 @@ class _Reader:
     def read(self) -> SourceHome:
         present, facts = self.present, self.present.metadata()
         is_home = self.file.parent.name == CONFIGURATIONS
+        told = self._manifest()
+        if told is not None:
+            here = {str(self.folder / one.file): one for one in told.images}
+            self.finder.listed = {one.path: one for one in told.images} | here
         if is_home and present.uuid != self.file.stem:
             self._problem("damaged", f"{self.file} is the configuration of {present.uuid}", self.file)
         layout = Layout(home=self.folder, vm_id=present.uuid)
@@ -231,9 +265,11 @@ class _Reader:
         self.finder.replace_by_slot(present, disks, [one.disks for one in snapshots])
         self._check_tree(facts, snapshots)
         self.finder.check_cycles()
-        memory = self._file(layout.vm_folder / "memory.save")
+        undo = self._undo(layout) if is_home else None
+        undo_disks = {} if undo is None else self.finder.disks(undo)
+        memory = self._file(layout.present_memory)
         change = None if facts is None else facts.change
-        tpm = self._folder(layout.vm_folder / "tpm") or (change and self._folder(layout.tpm_copy(change))) or None
+        tpm = self._folder(layout.present_tpm) or (change and self._folder(layout.tpm_copy(change))) or None
         return SourceHome(
             folder=self.folder,
             file=self.file,
@@ -248,14 +284,33 @@ class _Reader:
             images=self.finder.images,
             missing=tuple(dict.fromkeys(self.finder.missing)),
             problems=tuple(dict.fromkeys(self.finder.problems)),
-            undo=self._undo(layout) if is_home else None,
-            is_export=(self.folder / MANIFEST).is_file(),
+            undo=undo,
+            undo_disks=undo_disks,
+            manifest=told,
+            expected=self.finder.expected,
+            is_export=(self.folder / manifest.FILE).is_file(),
             is_home=is_home,
             trusted=self.finder.trusted,
         )
 
     def _problem(self, code: str, sentence: str, where: object, repair: str | None = None) -> None:
         self.finder.problem(code, sentence, where, repair)
+
+    def _manifest(self) -> Manifest | None:
+        file = self.folder / manifest.FILE
+        if not os.path.lexists(file) or not self.finder.is_plain(file):
+            return None
+        try:
+            if file.stat().st_size > _XML_MAX:
+                raise errors.Corrupt(f"{file} is too long for what it is")
+            return manifest.parse(file.read_text("utf-8"), source=str(file))
+        except errors.Unsupported as error:
+            self._problem("newer-format", str(error), file, error.hint)
+        except errors.HvmgrError as error:
+            self._problem("damaged", str(error), file, error.hint)
+        except (OSError, UnicodeDecodeError) as error:
+            self._problem("damaged", f"{file} cannot be read: {error}", file)
+        return None
 
     # -- snapshots ---------------------------------------------------------------------------------------------------
 

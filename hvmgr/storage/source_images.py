@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.model import maps
+from hvmgr.model import manifest, maps
 from hvmgr.model.compatibility import found
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.finding import Finding
@@ -57,6 +57,8 @@ class Finder:
     by_slot: tuple[Entry, ...]
     used: Used
     trusted: bool
+    listed: Mapping[str, manifest.Image] = field(default_factory=dict)  # by the place in the folder, and where it was
+    expected: dict[str, manifest.Image] = field(default_factory=dict)  # by the place where it was found
     images: dict[str, SourceImage] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
@@ -94,7 +96,7 @@ class Finder:
     def _read_image(self, slot: str, path: str, fmt: str, recorded: str) -> tuple[str | None, str, str]:
         """Reads one header; the place of its parent, the parent's format and how it was named."""
         try:
-            if not self.may_read(path, recorded):
+            if os.path.lexists(path) and not self.may_read(path, recorded):
                 return None, "", ""
             header = images.read(Path(path), fmt)
         except errors.NotFound:
@@ -123,24 +125,29 @@ class Finder:
         """A parent's place now, and its name as the home knew it: beside the child, mapped, or moved with the home."""
         named = os.path.normpath(os.path.join(os.path.dirname(recorded), backing))
         beside = os.path.normpath(os.path.join(os.path.dirname(child), backing))
-        mapped, entry = maps.map_path(named, self.paths)
-        if entry is not None:
-            self.used.entries.add(entry)
-            return os.path.realpath(mapped), named
-        if not os.path.isabs(backing) and os.path.exists(beside):
-            self._check_name(backing, beside)
-            return os.path.realpath(beside), named
+        if maps.map_path(named, self.paths)[1] is None and not os.path.isabs(backing) and os.path.exists(beside):
+            place = beside if self._is_inside(beside) else os.path.realpath(beside)
+            listed = self.listed.get(beside) or self.listed.get(named) or self.listed.get(self._moved(named))
+            if listed is not None:
+                self.expected[place] = listed
+            return place, named
         return self.locate(named), named
 
     def locate(self, recorded: str) -> str:
         """Where a file of the home is now: as the maps say, moved with the home, or as recorded."""
         moved = self._moved(recorded)
-        for name in dict.fromkeys((recorded, moved)):
+        listed = self.listed.get(moved) or self.listed.get(recorded)
+        original = recorded if listed is None else listed.path
+        found = moved if self._is_inside(moved) else os.path.realpath(moved)
+        for name in dict.fromkeys((recorded, moved, original)):
             mapped, entry = maps.map_path(name, self.paths)
             if entry is not None:
                 self.used.entries.add(entry)
-                return os.path.realpath(mapped)
-        return moved if self._is_inside(moved) else os.path.realpath(moved)
+                found = os.path.realpath(mapped)
+                break
+        if listed is not None:
+            self.expected[found] = listed
+        return found
 
     def _moved(self, recorded: str) -> str:
         path = Path(os.path.normpath(recorded))
@@ -214,6 +221,8 @@ class Finder:
         others: Sequence[dict[str, str]],
     ) -> None:
         new = os.path.realpath(entry.new)
+        if old in self.expected:
+            self.expected[new] = self.expected.pop(old)
         recorded = next((one.recorded for one in self.missing if one.looked == old), old)
         self.missing[:] = [one for one in self.missing if one.looked != old]
         self.problems[:] = [one for one in self.problems if not (one.code == "image-outside" and one.where == old)]

@@ -230,7 +230,14 @@ def open_home(path: Path) -> VmHome:
             hint=f"see which one is the VM's: hvmgr doctor '{path}'",
             path=str(path),
         )
-    return VmHome(Layout(home=path, vm_id=found[0].stem))
+    return VmHome(layout_of(path, found[0].stem))
+
+
+def layout_of(path: Path, vm_id: str) -> Layout:
+    """The folders of a home, of which snapshots and bases may lie elsewhere behind a link."""
+    places = [path / SNAPSHOTS, path / BASES]
+    snapshots, bases = (Path(os.path.realpath(place)) if place.is_symlink() else None for place in places)
+    return Layout(home=path, vm_id=vm_id, snapshots_at=snapshots, bases_at=bases)
 
 
 def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None] | None = None) -> list[VmHome]:
@@ -253,6 +260,11 @@ def find_homes(root: Path, *, left_out: Callable[[errors.HvmgrError], None] | No
                 raise
             left_out(error)
     return homes
+
+
+def snapshot_files(layout: Layout) -> list[Path]:
+    """The configurations of all snapshots, readable or not."""
+    return [file for file in sorted(layout.snapshots.glob("*.xml")) if is_id(file.stem)]
 
 
 def holds_nothing(path: Path) -> bool:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import beside_libvirt, exchange, harness, hook, snapshots
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots
 from bench.harness import Result
 from hvmgr import units
 
@@ -77,6 +77,17 @@ def test_adopting_is_measured():
         pytest.skip("needs root and libvirtd")
     results = beside_libvirt.measure(lambda _: None, beside_libvirt.Scale(rounds=1, snapshots=2))
     assert [result.what for result in results if not result.ours > 0] == []
+
+
+@pytest.mark.libvirtd
+def test_imports_are_measured():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    scale = exchange_import.Scale(
+        rounds=1, warm_up=0, small=units.MIB, large=units.GIB, disk=8 * units.MIB, data=2 * units.MIB
+    )
+    results = exchange_import.measure(lambda _: None, scale)
+    assert len(results) >= 2
 
 
 @pytest.mark.libvirtd

@@ -85,8 +85,92 @@ def test_demo_that_is_stopped_ends_its_guest_and_leaves_nothing(number):
     assert_nothing_left(output + rest)
 
 
+# --- on a connection of the user's ------------------------------------------------------------------------------------
+
+SESSION = ["-m", "hvmgr", "-c", "qemu:///session", "demo"]
+MINE = """<domain type='qemu'><name>mine</name><memory>65536</memory>
+  <os><type arch='x86_64'>hvm</type></os></domain>"""
+
+
+@pytest.fixture
+def mine(user):
+    """A VM that the ordinary user has already: what libvirt says of it, now and later."""
+
+    def say(*words):
+        done = user.run("virsh", "-q", "-c", "qemu:///session", *words)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    file = user.home / "mine.xml"
+    file.write_text(MINE)
+    file.chmod(0o644)
+    say("define", file)
+    return lambda: (say("list", "--all", "--name").split(), say("dumpxml", "mine"))
+
+
+def assert_only_mine_left(user, mine, before, output):
+    assert mine() == before
+    folder = folder_of(output)
+    assert not folder.exists()
+    assert commands_in(folder) == []
+    assert not user.root.exists()
+
+
+@pytest.mark.guest
+@pytest.mark.libvirtd
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("counting_guest")
+def test_ordinary_user_has_the_demo_on_the_session_and_keeps_what_is_his(user, mine):
+    before = mine()
+    done = user.run(user.python, *SESSION, timeout=550)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    proofs = re.findall(r"^ +proof: (.*)$", done.stdout, re.MULTILINE)
+    assert f"demo: every proof held ({len(proofs)} of {len(proofs)})" in done.stdout.splitlines()[-1]
+    assert sum("memory goes on" in proof for proof in proofs) == 4
+    assert "created hvmgr-demo-web in" in done.stdout
+    assert done.stderr == ""
+    assert_only_mine_left(user, mine, before, done.stdout)
+
+
+@pytest.mark.guest
+@pytest.mark.libvirtd
+@pytest.mark.timeout(240)
+@pytest.mark.usefixtures("counting_guest")
+def test_demo_on_the_session_that_is_stopped_leaves_what_is_the_users(user, mine):
+    before = mine()
+    command = user.command(user.python, "-u", *SESSION)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        output = ""
+        for line in process.stdout:
+            output += line
+            if "hvmgr-demo-web started" in line:
+                break
+        assert "hvmgr-demo-web" in mine()[0]
+        process.send_signal(signal.SIGINT)
+        rest, complaint = process.communicate(timeout=200)
+    assert process.returncode == 130
+    assert "stopped" in complaint
+    assert_only_mine_left(user, mine, before, output + rest)
+
+
+@pytest.mark.libvirtd
+def test_demo_does_not_take_a_name_that_somebody_has(user):
+    file = user.home / "mine.xml"
+    file.write_text(MINE.replace("mine", "hvmgr-demo-old"))
+    file.chmod(0o644)
+    assert user.run("virsh", "-c", "qemu:///session", "define", file).returncode == 0
+    done = user.run(user.python, *SESSION)
+    assert done.returncode == 4
+    assert "has a VM 'hvmgr-demo-old' already" in done.stderr
+    assert "virsh -c qemu:///session undefine hvmgr-demo-old" in done.stderr
+    assert done.stdout == ""
+
+
+# --- around it --------------------------------------------------------------------------------------------------------
+
+
 def test_failed_proof_ends_with_1_and_says_which(monkeypatch, capsys):
-    def fail(_tell, *, keep):
+    def fail(_tell, *, keep, uri):
         raise AssertionError("proof failed: the sky is green")
 
     monkeypatch.setattr(demo, "run", fail)
@@ -95,14 +179,12 @@ def test_failed_proof_ends_with_1_and_says_which(monkeypatch, capsys):
 
 
 def test_json_is_one_document_with_the_proofs(monkeypatch, capsys):
-    monkeypatch.setattr(demo, "run", lambda _tell, *, keep: ["a proof"])
+    monkeypatch.setattr(demo, "run", lambda _tell, *, keep, uri: ["a proof"])
     assert cli.run(["demo", "--json"]) == 0
     assert '"proofs": [\n    "a proof"\n  ]' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "option", [["--dry-run"], ["-c", "qemu:///system"], ["--root", "/var/lib/hvmgr"]], ids=lambda words: words[0]
-)
+@pytest.mark.parametrize("option", [["--dry-run"], ["--root", "/var/lib/hvmgr"]], ids=lambda words: words[0])
 def test_options_that_would_mean_something_of_the_users_are_refused(option, capsys):
     assert cli.run(["demo", *option]) == 2
     assert "of its own" in capsys.readouterr().err

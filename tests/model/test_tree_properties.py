@@ -12,7 +12,7 @@ import copy
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import ModuleType
@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hvmgr.errors import HvmgrError, NotFound
+from hvmgr.model import outside_images
 from hvmgr.model import tree as real_planner
 from hvmgr.model.plan import CreateImage, FreezeImage, MergeDown, MergeUp, RemoveImage, Step
 from hvmgr.model.tree import Image, Keeper, Leaf, Tree
@@ -106,6 +107,8 @@ class World:
         self.cut: random.Random | None = None
         self.waiting: set[str] = set()
         self.half_written: set[str] = set()
+        self.named: set[str] = set()  # what the user names for one merge
+        self.written: set[str] = set()  # what that merge has written for it
         self.appear("vda", kind="own", size=4)
 
     # --- what the images say ---
@@ -280,10 +283,15 @@ class World:
         assert sorted(found) == sorted(self.reference.below(snapshot_id))
         self._delete(found)
 
-    def merge(self, cut: random.Random | None = None) -> None:
+    def merge(self, cut: random.Random | None = None, names: random.Random | None = None) -> None:
+        """``names`` chooses images that others made and that are named."""
         self.cut = cut
+        foreign = [path for path, file in self.files.items() if file.keeper is not Keeper.IMAGES]
+        self.named = set() if names is None else {path for path in foreign if names.random() < 0.7}
         before = self.tree()
-        self._finish(before, self.planner.plan_merge(before, busy=self.busy()))
+        self.check_names_needed(before)
+        self._finish(before, self.planner.plan_merge(before, busy=self.busy(), named=self.named))
+        self.named, self.written = set(), set()
 
     def _delete(self, snapshot_ids: list[str]) -> None:
         before = self.tree()
@@ -361,13 +369,14 @@ class World:
         assert self.users(parent) == [child], f"{parent} is used by {self.users(parent)}"
         assert not {parent, child} & self.busy(), "a running VM has them open"
         assert not {parent, child} & self.lent(), "another VM reads them"
-        assert self.files[child].keeper is Keeper.IMAGES
-        assert self.files[parent].keeper is not Keeper.OUTSIDE
+        assert self._is_open_to_merges(parent, child)
+        assert self.files[parent].keeper is not Keeper.OUTSIDE or parent in self.named
 
     def _merge_up(self, step: MergeUp) -> None:
         self._require_mergeable(step.parent, step.child)
         parent, child = self.files[step.parent], self.files[step.child]
-        assert step.below == parent.parent
+        assert step.below == parent.parent is not None
+        assert parent.keeper is Keeper.IMAGES or step.parent in self.named
         assert step.below_format == (None if parent.parent is None else self.files[parent.parent].format)
         self._copy_up(step, [*parent.own][::2])
         self.cut_off()
@@ -375,6 +384,7 @@ class World:
         self._copy_up(step, [*parent.own])
         child.parent = step.below
         assert self.visible(step.child) == content, f"merging {step.parent} up changed {step.child}"
+        self.written |= {step.child} if step.parent in self.named else set()
         self._count_merge("up", step.parent, step.child)
         self.seen["hidden range"] += step.hide is not None
 
@@ -392,6 +402,8 @@ class World:
         self._require_mergeable(step.parent, step.child)
         parent, child = self.files[step.parent], self.files[step.child]
         assert parent.format == child.format == "qcow2"
+        assert parent.keeper is not Keeper.OUTSIDE
+        assert child.keeper is Keeper.IMAGES
         if parent.parent is not None:  # a relative name in its header has to stay true
             assert PurePosixPath(step.parent).parent == PurePosixPath(step.child).parent
         parent.own.update([*child.own.items()][::2])
@@ -415,14 +427,16 @@ class World:
     def _remove_image(self, path: str, used: set[str]) -> None:
         assert not self.users(path), f"{path} is removed, used by {self.users(path)}"
         assert path in used, f"{path} had no user before: an edit made it a detached disk"
-        assert self.files[path].keeper is Keeper.IMAGES
+        assert self.files[path].keeper is Keeper.IMAGES or path in self.named
         assert self.files[path].parent is not None, f"{path} is a base"
+        self.seen["removed by name"] += path in self.named
         assert path not in self.busy()
         del self.files[path]
         self.seen["removed"] += 1
 
     def _count_merge(self, direction: str, parent: str, child: str) -> None:
         self.seen[f"merged {direction}"] += 1
+        self.seen["foreign image written by name"] += self.files[child].keeper is not Keeper.IMAGES
         self.seen[f"merged {direction} into a working image"] += child in self.present.disks.values()
         self.seen["merged after waiting"] += parent in self.waiting
         self.waiting.discard(parent)
@@ -456,16 +470,33 @@ class World:
         closed = self.busy() | self.lent()
         for path, file in self.files.items():
             children = self.children(path)
-            if file.keeper is not Keeper.IMAGES or file.parent is None or self.users(path) != children:
+            ours = file.keeper is Keeper.IMAGES or path in self.named
+            if not ours or file.parent is None or self.users(path) != children:
                 continue
             self.seen["unnamed with two children"] += len(children) > 1
-            if len(children) == 1 and self.files[children[0]].keeper is Keeper.IMAGES:
+            if len(children) == 1 and self._is_open_to_merges(path, children[0]):
                 assert {path, children[0]} & closed, f"{path} should be merged with {children[0]}"
                 if path in self.busy():
                     self.waiting.add(path)
                     self.seen["waits for the VM"] += 1
-                    if not {path, children[0]} & self.lent():
+                    if not self.named and not {path, children[0]} & self.lent():
                         assert (path, children[0]) in self.planner.pending(self.tree())
+
+    def check_names_needed(self, before: Tree) -> None:
+        """What people are told to name is exactly what the planner then merges."""
+        for path, names in outside_images.names_needed(before).items():
+            outside_images.require_named(before, names)
+            assert path in self._merged_away(before, names), f"{names} do not suffice"
+            for name in names:
+                assert path not in self._merged_away(before, {*names} - {name}), f"{name} is not needed"
+
+    def _merged_away(self, before: Tree, names: Collection[str]) -> set[str]:
+        steps = self.planner.plan_merge(before, named=names).finish
+        return {step.parent for step in steps if isinstance(step, MergeUp | MergeDown)}
+
+    def _is_open_to_merges(self, parent: str, child: str) -> bool:
+        written_anyway = parent in self.named and child in self.present.disks.values()
+        return self.files[child].keeper is Keeper.IMAGES or child in self.named | self.written or written_anyway
 
     def check_state(self) -> None:
         """What holds after every step of a life, whoever did it."""
@@ -574,9 +605,9 @@ class Life(RuleBasedStateMachine):
     def delete_subtree(self, pick: int) -> None:
         self.world.delete_subtree(pick)
 
-    @rule(cut=cuts)
-    def merge(self, cut: random.Random | None) -> None:
-        self.world.merge(cut)
+    @rule(cut=cuts, names=cuts)
+    def merge(self, cut: random.Random | None, names: random.Random | None) -> None:
+        self.world.merge(cut, names)
 
     @invariant()
     def all_promises_hold(self) -> None:
@@ -618,6 +649,7 @@ def one_act(world: World, chance: random.Random) -> None:
         (6, bool(world.nodes), lambda: world.delete([chance.randrange(99) for _ in range(chance.randint(1, 3))], cut)),
         (1, bool(world.nodes), lambda: world.delete_subtree(some)),
         (2, True, lambda: world.merge(cut)),
+        (3, True, lambda: world.merge(cut, random.Random(some))),
     ]
     possible = [(weight, act) for weight, can, act in acts if can]
     chance.choices([act for _, act in possible], [weight for weight, _ in possible])[0]()
@@ -657,6 +689,8 @@ INTERESTING = {
     "detached": 100,
     "attached again": 5,
     "foreign overlay": 20,
+    "removed by name": 20,
+    "foreign image written by name": 20,
     "removed": 100,
     "undone": 50,
     "cut off": 50,
@@ -680,10 +714,15 @@ MUTATIONS = {
     "merge busy images": ("closed = {*busy, *tree.lent()}", "closed = tree.lent()"),
     "merge what others read": ("closed = {*busy, *tree.lent()}", "closed = {*busy, *tree.strangers}"),
     "merge into images of others": ("parent.keeper is not Keeper.OUTSIDE\n        and ", ""),
+    "merge down what others made": ("        and child.keeper is Keeper.IMAGES\n", ""),
+    "merge away what others made": ("(parent.keeper is Keeper.IMAGES or parent.path in named)", "True"),
+    "merge away a base that is named": (" and parent.parent is not None\n", "\n"),
+    "forget the names": ("_mergeable(tree, busy, named)", "_mergeable(tree, busy, ())"),
+    "write what others made because its parent is named": ("parent.path in named and child.path in", "parent.path in named or child.path in"),
     "merge down into another format": ('parent.format == child.format == "qcow2"', "True"),
     "merge down whatever the size": ("        and parent.size == child.size\n", ""),
     "merge down across folders": ("PurePath(parent.path).parent == PurePath(child.path).parent", "True"),
-    "merge up into a foreign overlay": ("child.keeper is Keeper.IMAGES and (", "("),
+    "merge up into a foreign overlay": ("child.keeper is Keeper.IMAGES or child.path in named:", "True:"),
     "keep the merged parent": ("steps.append(RemoveImage(path=step.parent))", "pass"),
     "do not merge": ("*removed.finish, *merged.finish", "*removed.finish"),
     "children of the parent's size forgotten": ("CreateImage(path=child, size=parent.size", "CreateImage(path=child, size=1"),

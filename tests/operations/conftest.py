@@ -21,7 +21,7 @@ from hvmgr.faces import console, guest
 from hvmgr.host import saved_state
 from hvmgr.model import configuration
 from hvmgr.model.specification import Acceleration, DiskSpecification, Firmware, Specification
-from hvmgr.operations import execution
+from hvmgr.operations.steps import execution
 from hvmgr.storage import vm_home
 
 BOOT_S = 60

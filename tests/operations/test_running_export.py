@@ -20,7 +20,7 @@ from hvmgr.model.export_options import ImageFormat
 from hvmgr.model.manifest import Extent
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.specification import Firmware
-from hvmgr.operations.export_steps import Exporter
+from hvmgr.operations.exchange.export_steps import Exporter
 from hvmgr.storage import source_home
 from tests.operations.conftest import TICK_S, read_counter
 
@@ -278,7 +278,7 @@ class TestDeath:
         with monkeypatch.context() as patch:
             patch.setattr(Exporter, "_acts", {})
             patch.setattr(Exporter, "_copy", die)
-            patch.setattr("hvmgr.operations.export_.durable.remove_folder", lambda _: None)
+            patch.setattr("hvmgr.operations.exchange.export_.durable.remove_folder", lambda _: None)
             with pytest.raises((self.Killed, KeyError)):
                 out.export(machine, with_state=True)
         machine.vm.merge()

@@ -25,6 +25,7 @@ def mounted(kind, size, require, require_program):
     require(os.geteuid() == 0, "mounting needs root")
     require_program(MKFS[kind][0])
     place = Path(tempfile.mkdtemp(prefix="hvfs", dir="/tmp"))
+    place.chmod(0o711)
     try:
         image, folder = place / "image", place / "on"
         folder.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.model.plan import Plan
-    from hvmgr.operations.adoption import AdoptOptions
+    from hvmgr.operations.adopt.adoption import AdoptOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.vm import VM
 
@@ -30,9 +31,19 @@ if TYPE_CHECKING:
               help="The VM's folder, if not one named after it below the root; for one NAME.")  # fmt: skip
 @click.option("--exclude-disk", "exclude_disks", multiple=True, metavar="SLOT",
               help="Leave this disk out of all snapshots. Repeatable.")  # fmt: skip
+@click.option("--convert-internal", is_flag=True, help="Make an image of each snapshot inside the disks' images.")
+@click.option("--drop-internal", is_flag=True,
+              help="Remove the snapshots inside the disks' images; needs --yes where nobody can be asked.")  # fmt: skip
 @click.pass_obj
 def command(
-    request: Request, names: tuple[str, ...], home: Path | None, exclude_disks: tuple[str, ...], *, every: bool
+    request: Request,
+    names: tuple[str, ...],
+    home: Path | None,
+    exclude_disks: tuple[str, ...],
+    *,
+    every: bool,
+    convert_internal: bool,
+    drop_internal: bool,
 ) -> None:
     """Make hvmgr manage VMs that libvirt has already.
 
@@ -43,18 +54,35 @@ def command(
         raise errors.UsageError("name the VMs to adopt, or give --all, not both", hint="see: hvmgr vm adopt --help")
     if home is not None and len(names) != 1:
         raise errors.UsageError("--home is the folder of one VM", hint="use --root for several")
-    from hvmgr.operations.adoption import AdoptOptions
+    if convert_internal and drop_internal:
+        raise errors.UsageError("--convert-internal and --drop-internal exclude each other", hint="give one of them")
+    from hvmgr.model.adoptee import Internal
+    from hvmgr.operations.adopt.adoption import AdoptOptions
 
     options = AdoptOptions(
         home=None if home is None else Path(os.path.abspath(home)),  # noqa: PTH100 - Path.absolute would keep '..'
         exclude_disks=tuple(dict.fromkeys(exclude_disks)),
+        internal=Internal.CONVERT if convert_internal else Internal.DROP if drop_internal else Internal.REFUSE,
     )
     with request.host() as host, request.changing():
-        if len(names) == 1:
+        names = tuple(dict.fromkeys(names)) or tuple(host.adoptable())
+        if drop_internal:
+            _require_loss(request, host, names)
+        if len(names) == 1 and not every:
             one = host.adopt(names[0], options)
             request.done(_sentence(one), _facts(request, _Outcome([one])))
             return
-        _adopt_several(request, host, tuple(dict.fromkeys(names)) or tuple(host.adoptable()), options)
+        _adopt_several(request, host, names, options)
+
+
+def _require_loss(request: Request, host: Host, names: tuple[str, ...]) -> None:
+    """Snapshots inside images go for good; what cannot be looked at is not asked about: it is refused afterwards."""
+    lost = []
+    for name in names:
+        with contextlib.suppress(errors.HvmgrError):
+            lost += [f"{name}: {snapshot}" for snapshot in host.internal_snapshots(name)]
+    if lost:
+        request.require_consent("these internal snapshots will be removed", lost, always=True)
 
 
 @dataclass(slots=True)

@@ -27,7 +27,12 @@ _LOOKS: dict[str, tuple[str, dict[str, bool | str]]] = {
 }
 
 
-@click.command("demo", cls=Command, codes=(0, 1, 2, 5, 7, 8, 130), examples=["hvmgr demo", "hvmgr demo --keep"])
+@click.command(
+    "demo",
+    cls=Command,
+    codes=(0, 1, 2, 5, 7, 8, 130),
+    examples=["hvmgr demo", "hvmgr demo --keep", "hvmgr -c qemu:///session demo"],
+)
 @click.option("--keep", is_flag=True, help="Leave the demo's VMs in their folder, and say how to go on with them.")
 @click.pass_obj
 def command(request: Request, *, keep: bool) -> None:
@@ -38,17 +43,19 @@ def command(request: Request, *, keep: bool) -> None:
     step the tree is shown, and what came back is proved from the guest's memory and from the bytes of its disks. Nothing
     of yours is touched and nothing is left behind. A proof that fails ends it with exit code 1.
 
+    With -c the VMs live on that connection in place of a libvirt of the demo's own: for a while it has the VMs
+    hvmgr-demo-web and hvmgr-demo-old, whose files are all in the temporary folder.
+
     The first time, 30 MB of Debian packages are downloaded for the guest. It takes a minute or two, without KVM too.
     """
     from hvmgr.faces import demo
 
-    if request.dry_run or request.uri is not None or request.root is not None:
+    if request.dry_run or request.root is not None:
         raise errors.UsageError(
-            "the demo has a libvirt and a root of its own and changes nothing of yours",
-            hint="leave -c, --root and --dry-run out",
+            "the demo has a root of its own and changes nothing of yours", hint="leave --root and --dry-run out"
         )
     started = time.monotonic()
-    proofs = demo.run(_be_silent if request.json else _say, keep=keep)
+    proofs = demo.run(_be_silent if request.json else _say, keep=keep, uri=request.uri)
     seconds = time.monotonic() - started
     if request.json:
         json_out.show({"changed": False, "proofs": proofs, "seconds": round(seconds, 1)})

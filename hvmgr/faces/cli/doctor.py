@@ -15,7 +15,7 @@ from hvmgr.model import diagnosis
 from hvmgr.model.finding import Finding
 
 if TYPE_CHECKING:
-    from hvmgr.operations.repair import Repaired
+    from hvmgr.operations.doctor.repair import Repaired
 
 _HEADERS = ("", "Code", "VM", "Found", "What puts it right")
 _REPAIRED = ("", "Code", "VM", "Done", "Failed because")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hvmgr.errors import HvmgrError
     from hvmgr.model.finding import Finding
     from hvmgr.model.tree import Image, Tree
-    from hvmgr.operations.repair import Repaired
+    from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
 
@@ -100,6 +100,7 @@ def space(of: VM, usage: Usage, tree: Tree) -> Document:
         "pending": usage.pending,
         "outside": usage.outside,
         "orphans": [{"path": path, "size": size} for path, size in usage.orphans],
+        "by_name": [{"path": path, "size": size} for path, size in usage.by_name],
         "snapshots": [
             {"id": one.snapshot_id, "name": one.name, "images": one.images, "memory": one.memory}
             for one in usage.snapshots

@@ -140,19 +140,31 @@ def show_tree(vm: VM) -> None:
 def _tree_lines(vm: VM) -> tuple[list[_Line], list[str]]:
     snapshots, tree, usage = vm.snapshots(), vm.tree(), vm.usage()
     lines = [_Line("", clean(vm.name), style="bold"), *_branches(snapshots, tree, usage)]
-    return lines, _remarks(tree)
+    return lines, _remarks(vm.name, tree)
+
+
+def _outside(snapshots: list[Snapshot], tree: Tree) -> dict[str, int]:
+    """What images outside the home take, each for the oldest that names it: ``space`` sums up what is inside alone."""
+    from hvmgr.model.tree import Keeper
+
+    disks = {one.id: tree.nodes[one.id].disks for one in snapshots} | {"now": tree.present.disks}
+    if tree.undo is not None:
+        disks["undo"] = tree.undo.disks
+    left = {path: image.data for path, image in tree.images.items() if image.keeper is Keeper.OUTSIDE}
+    return {key: sum(left.pop(path, 0) for path in slots.values()) for key, slots in disks.items()}
 
 
 def _branches(snapshots: list[Snapshot], tree: Tree, usage: Usage) -> Iterator[_Line]:
     """The tree's lines from its roots down; without recursion, for trees may be deep."""
     known = {one.id: one for one in snapshots}
-    sizes = {one.snapshot_id: one.images + one.memory for one in usage.snapshots}
+    outside = _outside(snapshots, tree)
+    sizes = {one.snapshot_id: one.images + one.memory + outside[one.snapshot_id] for one in usage.snapshots}
     below: dict[str | None, list[str]] = {}
     for one in snapshots:
         below.setdefault(one.parent if one.parent in known else None, []).append(one.id)
-    leaves = {"now": ("Now", usage.now, "bold green", tree.present.parent)}
+    leaves = {"now": ("Now", usage.now + outside["now"], "bold green", tree.present.parent)}
     if tree.undo is not None:
-        leaves["undo"] = ("(undo slot)", usage.undo, "dim", tree.undo.parent)
+        leaves["undo"] = ("(undo slot)", usage.undo + outside["undo"], "dim", tree.undo.parent)
     for key in reversed(leaves):
         parent = leaves[key][3]
         below.setdefault(parent if parent in known else None, []).append(key)
@@ -187,19 +199,26 @@ def _aligned(lines: list[_Line]) -> Iterator[tuple[str, str]]:
         yield text.rstrip(), line.style
 
 
-def _remarks(tree: Tree) -> list[str]:
+def _remarks(vm: str, tree: Tree) -> list[str]:
     """Images that no snapshot names: those that wait to be merged, and those that several children need."""
+    import shlex
+
+    from hvmgr.model import outside_images
     from hvmgr.model import tree as trees
 
     waiting = dict(trees.pending(tree))
+    to_name = outside_images.names_needed(tree)
     children = tree.children()
     remarks = []
     for path in trees.unnamed(tree):
         image = tree.images[path]
         size = units.format_size(image.data)
-        if path not in waiting and image.keeper is not trees.Keeper.IMAGES:
+        if path not in waiting and path not in to_name and image.keeper is not trees.Keeper.IMAGES:
             continue  # a base needs no name
-        if path in waiting:
+        if path in to_name:
+            words = " ".join(f"--image {shlex.quote(name)}" for name in to_name[path])
+            what = f"merged only by name: hvmgr snapshot merge {shlex.quote(vm)} {words}"
+        elif path in waiting:
             what = f"waits to be merged into {PurePath(waiting[path]).name}"
         else:
             what = f"kept for the {len(children[path])} images that stand on it"

@@ -109,6 +109,14 @@ class Request:
         if sys.stdin.readline().strip().lower() not in {"y", "yes"}:
             raise errors.Declined("not done; nothing was changed")
 
+    def announce(self, what: str, lines: Sequence[str]) -> None:
+        """Something is given up that is no guest data: said in every case, and asked where a person is."""
+        if not self.yes and not self.dry_run and _is_person_there():
+            self.require_consent(what, lines)
+            return
+        for line in (f"{what}:", *(f"  {line}" for line in lines)):
+            render.notice(line)
+
     # -- libvirt -------------------------------------------------------------------------------------------------
 
     def state(self, vm: VM) -> str | None:

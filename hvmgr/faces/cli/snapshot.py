@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -324,14 +325,21 @@ def delete(request: Request, vm: str, snap: str, *, subtree: bool, state_only: b
         request.done(f"deleted {what} '{snapshot.name}'{more} of {one.name}", {"deleted": gone})
 
 
-@command.command("merge", examples=["hvmgr snapshot merge web"])
+@command.command("merge", examples=["hvmgr snapshot merge web",
+                                    "hvmgr snapshot merge web --image /srv/web.backup-overlay"])  # fmt: skip
 @arguments.vm
+@click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, metavar="PATH",
+              help="Also this image, which others made; it is removed. Repeatable.")  # fmt: skip
 @click.pass_obj
-def merge(request: Request, vm: str) -> None:
-    """Merge the images that were left waiting when snapshots were deleted."""
+def merge(request: Request, vm: str, images: tuple[Path, ...]) -> None:
+    """Merge the images that were left waiting when snapshots were deleted.
+
+    Images that were made outside hvmgr (by virsh, by a backup tool) are only merged, and removed, when --image names them;
+    'snapshot tree' says which ones wait for that.
+    """
     with request.host() as host, request.changing():
         one = host.vm(vm)
-        changed = one.merge()
+        changed = one.merge(images)
         sentence = f"merged the unnamed images of {one.name}" if changed else f"nothing of {one.name} can be merged now"
         request.done(sentence, {}, changed=changed)
 

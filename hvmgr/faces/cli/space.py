@@ -26,7 +26,8 @@ def command(request: Request, vm: str | None) -> None:
 
     Each image counts once, for the oldest snapshot that names it. Unnamed images are kept for others; those that are
     pending wait for 'snapshot merge'. Orphans are files in the home that nothing uses. Reclaimable is what merging, an
-    empty undo slot and no orphans would give back, at most. Outside are images that are used but lie elsewhere.
+    empty undo slot and no orphans would give back, at most. By name: images that others made, which 'snapshot merge
+    --image PATH' would merge and remove. Outside are images that are used but lie elsewhere.
     """
     with request.host() as host:
         found = [host.vm(vm)] if vm is not None else host.vms()
@@ -46,6 +47,8 @@ def _rows(usage: Usage) -> Iterator[tuple[str, str, str, str]]:
         yield what, "", size(getattr(usage, what)), ""
     for path, taken in usage.orphans:
         yield "orphan", path, size(taken), ""
+    for path, taken in usage.by_name:
+        yield "by name", path, size(taken), ""
     yield "outside", "", size(usage.outside), ""
     yield "total", "", size(usage.total), ""
     yield "reclaimable", "", size(usage.reclaimable), ""

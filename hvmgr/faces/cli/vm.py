@@ -34,6 +34,9 @@ _PATH = _Path()
 
 _ELSEWHERE = {
     "adopt": ("hvmgr.faces.cli.adopt:command", "Make hvmgr manage VMs that libvirt has already."),
+    "clone": ("hvmgr.faces.cli.relocate:clone", "Make another VM like this one, with ids and addresses of its own."),
+    "move": ("hvmgr.faces.cli.relocate:move", "Give a VM that is off or saved another home."),
+    "release": ("hvmgr.faces.cli.release:command", "Make a VM a plain domain of libvirt's again."),
 }
 
 
@@ -151,21 +154,31 @@ def _disks(texts: Sequence[str], *, in_place: bool) -> tuple[DiskSpecification, 
 # --- look -----------------------------------------------------------------------------------------------------------
 
 
-@command.command("list", codes=READS, examples=["hvmgr vm list", "hvmgr vm list --json"])
+@command.command("list", codes=READS, examples=["hvmgr vm list", "hvmgr vm list --owner anna --json"])
+@click.option("--owner", metavar="NAME", help="Only those that belong to NAME.")
+@click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only those with this tag. Repeatable.")
 @click.pass_obj
-def show_list(request: Request) -> None:
+def show_list(request: Request, owner: str | None, tags: tuple[str, ...]) -> None:
     """List the VMs that have a home, by name.
 
     In a pipe each line holds name, state, id and home between tabs. The state is '-' (null in JSON) where libvirt cannot
     be asked.
     """
     with request.host() as host:
-        found = [(one, request.state(one)) for one in host.vms()]
+        known = [one for one in host.vms() if _is_wanted(one, owner, tags)]
+        found = [(one, request.state(one)) for one in known]
         if request.json:
             json_out.show({"vms": [json_out.vm(one, state) for one, state in found]})
         else:
             rows = [(one.name, state or "-", one.id, str(one.path)) for one, state in found]
             render.table(("Name", "State", "Id", "Home"), rows)
+
+
+def _is_wanted(one: VM, owner: str | None, tags: tuple[str, ...]) -> bool:
+    if owner is None and not tags:
+        return True
+    facts = one.home.facts()
+    return owner in (None, facts.owner) and set(tags) <= set(facts.tags)
 
 
 @command.command("show", codes=READS, examples=["hvmgr vm show web"])
@@ -187,6 +200,8 @@ def show(request: Request, vm: str) -> None:
             ("state", told["state"] or "-"),
             ("home", told["home"]),
             ("connection", document["connection"]),
+            ("owner", document["owner"] or "-"),
+            ("tags", ", ".join(document["tags"]) or "-"),
             ("created", units.format_local(units.from_rfc3339(document["created"]))),
             ("memory", units.format_size(document["memory"])),
             ("vcpus", str(document["vcpus"])),
@@ -231,6 +246,8 @@ def _facts(request: Request, one: VM) -> dict[str, Any]:
         "vm": json_out.vm(one, request.state(one)),
         "connection": facts.uri,
         "created": units.to_rfc3339(facts.created),
+        "owner": facts.owner,
+        "tags": list(facts.tags),
         "memory": present.memory,
         "vcpus": present.vcpus,
         "now": {"parent": now.parent, "disks": dict(now.disks)},

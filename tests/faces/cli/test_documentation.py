@@ -105,6 +105,9 @@ SHAPED = {
     "vm create": ["vm", "create", "shaped", "--network", "none"],
     "vm adopt several": ["vm", "adopt", "--all", "--dry-run"],
     "vm adopt": ["vm", "adopt", "plain"],
+    "import": ["import", "HOME", "--name", "imported"],
+    "compare": ["compare", "HOME"],
+    "disk localize": ["disk", "localize", "VM", "vda"],
     "snapshots": ["snapshot", "list", "VM"],
     "snapshot create": ["snapshot", "create", "VM", "more"],
     "snapshot notes": ["snapshot", "notes", "VM", "one"],
@@ -124,7 +127,8 @@ SHAPED = {
     "completion": ["completion", "bash"],
     "version": ["version"],
     "error": ["vm", "show", "nobody"],
-    "vm delete": ["vm", "delete", "VM"],
+    "vm delete": ["vm", "delete", "shaped"],
+    "vm release": ["vm", "release", "VM"],
 }
 
 
@@ -144,7 +148,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
         )
     assert set(SHAPED) == set(SHAPES)
-    meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out"}
+    meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out", "HOME": root / branched}
     for name, words in SHAPED.items():
         answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
@@ -152,7 +156,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
 
 def keys(value, name=""):
     """The shape of a document: names of keys, for lists that of their first item, for all else nothing."""
-    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans", "ignored"):
+    if name in ("prepare", "switch", "finish", "hold", "facts", "orphans", "by_name", "left", "ignored"):
         return None
     if isinstance(value, list):
         return [keys(value[0])] if value and not isinstance(value[0], str) else []

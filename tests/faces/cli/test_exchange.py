@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hvmgr.operations import verification
+from hvmgr.operations.exchange import verification
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "commands.md").read_text("utf-8")
 

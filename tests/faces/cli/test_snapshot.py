@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 
 import pytest
 
@@ -56,6 +57,18 @@ def test_tree_is_drawn_with_now_and_the_undo_slot(hvmgr, branched):
         "        └── Now",
     ]
     assert all("standard" in line and line.endswith("off") for line in (lines[1], lines[2], lines[4]))
+
+
+def test_tree_counts_what_lies_outside_the_home(hvmgr, root):
+    base = root.parent / "base.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", base, "8M"], check=True)
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 0 1M", base], check=True, capture_output=True)
+    hvmgr.ok(
+        "vm", "create", "out", "--memory", "64M", "--disk", base, "--in-place", "--network", "none", "--accel", "tcg"
+    )
+    assert re.search(r"└── Now +1\.\d MiB", hvmgr.ok("snapshot", "tree", "out").out)
+    hvmgr.ok("snapshot", "create", "out", "one")
+    assert re.search(r"└── one .* 1\.\d MiB  off", hvmgr.ok("snapshot", "tree", "out").out)
 
 
 def test_tree_says_which_images_wait_without_a_name(hvmgr, branched):

@@ -134,7 +134,7 @@ class Place:
                 assert "rror" not in answer, answer
             return
         told = run("virsh", "-q", "-c", self.uri, "domblklist", "--inactive", name)
-        path = next(line.split()[1] for line in told.splitlines() if line.split()[0] == slot)
+        path = next(line.split(maxsplit=1)[1] for line in told.splitlines() if line.split()[0] == slot)
         fmt = "raw" if path.endswith((".raw", ".img")) or path.startswith("/dev/") else "qcow2"
         self.fill(path, value, at, fmt=fmt)
 

@@ -25,7 +25,7 @@ from crash import NAME, Place, Run, Shape, forked, left_over, opened
 import hvmgr
 from hvmgr import errors
 from hvmgr.model.manifest import Extent
-from hvmgr.operations import export_, verification  # noqa: F401 - imported before the forks
+from hvmgr.operations.exchange import export_, verification  # noqa: F401 - imported before the forks
 from hvmgr.storage import copy, source_home
 
 copy._SMALL = 0  # the disks here are tiny, and notes of finished copies are wanted

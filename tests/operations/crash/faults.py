@@ -21,7 +21,7 @@ from crash import NAME, Place, forked, opened
 from hvmgr import errors
 from hvmgr.host import process, qmp, storage_daemon
 from hvmgr.model import plan
-from hvmgr.operations import execution
+from hvmgr.operations.steps import execution
 
 FOLDER = Path(os.environ["HVMGR_CRASH_FOLDER"])
 

@@ -113,6 +113,34 @@ def pending(host):
     vm(host).stop(force=True)
 
 
+def lay_over(host, name, pattern, offset):
+    """What a backup tool does: an overlay of its own on the working image, in which the VM goes on."""
+    path, below = host.root.parent / "outside" / name, vm(host).now().disks["hda"]
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", str(path)]
+    subprocess.run(command, check=True, timeout=20)
+    path.chmod(0o640)
+    domain = host.connection.find_domain_by_name(NAME)
+    host.connection.define(domain.xml(live=False).replace(below, str(path)))
+    vm(host).stop(force=True)
+    write_off(host, pattern, offset)
+
+
+def of_others(host):
+    """Two overlays of others that nothing names any more, and one that is the present."""
+    off(host)
+    take(host, "one", 0x20)
+    lay_over(host, "first.qcow2", 0x30, "128k")
+    take(host, "two", 0x40, "192k")
+    lay_over(host, "second.qcow2", 0x50, "256k")
+    lay_over(host, "third.qcow2", 0x60, "320k")
+    snapshot(host, "two").delete()
+
+
+def merge_by_name(host):
+    outside = host.root.parent / "outside"
+    vm(host).merge([outside / "first.qcow2", outside / "second.qcow2"])
+
+
 def running(host):
     """The VM runs, with bytes of its own on the disk and in memory."""
     vm(host).start()
@@ -194,6 +222,24 @@ def not_ours(host):
     virsh("destroy", NAME)
     write_plain(host, 0x30, 2)
     virsh("snapshot-create-as", NAME, "three", "--disk-only")
+    write_plain(host, 0x40, 3)
+
+
+def not_ours_inside(host):
+    """A VM of libvirt's own with two internal snapshots."""
+    folder = host.root.parent / "outside"
+    image = folder / "a.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(crash.DISK)], check=True, timeout=20)
+    (folder / "web.xml").write_text(
+        f"<domain type='qemu'><name>{NAME}</name><memory unit='MiB'>16</memory><os><type machine='pc'>hvm</type></os>"
+        f"<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>"
+        "<target dev='hda' bus='ide'/></disk><controller type='usb' model='none'/><memballoon model='none'/></devices>"
+        "</domain>"
+    )
+    virsh("define", folder / "web.xml")
+    for number, name in enumerate(("one", "two"), 1):
+        write_plain(host, 0x10 * number, number)
+        virsh("snapshot-create-as", NAME, name)
     write_plain(host, 0x40, 3)
 
 
@@ -321,6 +367,11 @@ WHOLES = {
     "vm-create-in-place": Shape(source_image, lambda host: create(host, in_place=True), again=True),
     "vm-adopt": Shape(not_ours, adopt, again=True),
     "vm-adopt-elsewhere": Shape(not_ours, adopt_elsewhere, again=True),
+    "vm-adopt-convert": Shape(not_ours_inside, lambda host: adopt(host, internal="convert"), again=True),
+    "vm-adopt-drop": Shape(not_ours_inside, lambda host: adopt(host, internal="drop"), again=True),
+    "vm-release": Shape(forked_tree, lambda host: vm(host).release()),
+    "vm-release-flatten": Shape(forked_tree, lambda host: vm(host).release(flatten=True)),
+    "vm-release-in-place": Shape(in_place, lambda host: vm(host).release()),
     "vm-delete": Shape(forked_tree, lambda host: vm(host).delete()),
     "vm-delete-with-disks": Shape(forked_tree, lambda host: vm(host).delete(with_disks=True)),
     "vm-delete-saved": Shape(line, lambda host: vm(host).delete(), live=saved),
@@ -338,10 +389,13 @@ MERGES = {
     "delete-two-disks": Shape(lambda host: line(host, disks=2), delete("two")),
     "delete-in-place": Shape(in_place, delete("one")),
     "delete-state": Shape(with_memory, delete("memory", state_only=True)),
+    "merge-by-name": Shape(of_others, merge_by_name),
     "merge-pending": Shape(pending, lambda host: vm(host).merge()),
 }
 
 RUNNING = {
+    "running-release": Shape(with_memory, lambda host: vm(host).release(), live=running_late),
+    "saved-release": Shape(with_memory, lambda host: vm(host).release(), live=saved),
     "running-adopt": Shape(not_ours, adopt, live=not_ours_running, again=True),
     "running-create": Shape(with_undo, new, live=running),
     "running-create-disk-only": Shape(with_undo, lambda host: new(host, type="disk-only"), live=running),
@@ -362,10 +416,70 @@ RUNNING = {
     "running-delete-other-branch": Shape(forked_tree, delete("two"), live=running),
 }
 
+
+def gone_away(host):
+    """A forked tree as a folder outside, from a VM that is no more."""
+    copied(host)
+    vm(host).delete(with_disks=True)
+
+
+def copied(host):
+    """A forked tree, and its home as a folder outside that nobody writes."""
+    forked_tree(host)
+    target = source(host)
+    subprocess.run(["cp", "-a", str(vm(host).path), str(target)], check=True, timeout=20)
+    subprocess.run(["rm", "-r", str(target / ".hvmgr")], check=True, timeout=20)
+    subprocess.run(["chmod", "-R", "a-w", str(target)], check=True, timeout=20)
+
+
+def source(host):
+    return host.root.parent / "outside" / "gold"
+
+
+def bring(**options):
+    return lambda host: host.import_vm(source(host), hvmgr.ImportOptions(**options))
+
+
+def linked(host):
+    """A linked VM with a snapshot of its own."""
+    gone_away(host)
+    bring(mode=hvmgr.Mode.LINK)(host)
+    take(host, "mine", 0x21, "512k")
+
+
+def clone(**how):
+    return lambda host: vm(host).clone("two", hvmgr.CloneOptions(**how))
+
+
+IMPORTS = {
+    "import-copy": Shape(gone_away, bring(), again=True),
+    "import-register": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER), again=True),
+    "import-register-new-id": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True),
+    "import-link": Shape(gone_away, bring(mode=hvmgr.Mode.LINK), again=True),
+    "import-replace": Shape(copied, bring(new_id=False, replace=True)),
+    "clone-snapshot": Shape(forked_tree, clone(snapshot="two"), again=True),
+    "clone-linked": Shape(forked_tree, clone(snapshot="two", linked=True), again=True),
+    "move": Shape(forked_tree, lambda host: vm(host).move(host.root / "else")),
+    "localize": Shape(linked, lambda host: vm(host).localize("hda")),
+    "import-memory": Shape(lambda host: (with_memory(host), away(host)), bring(new_id=True), again=True),
+    "import-memory-register": Shape(
+        lambda host: (with_memory(host), away(host)), bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True
+    ),
+}
+
+
+def away(host):
+    """The VM's home as a folder outside; the VM is no more."""
+    target = source(host)
+    subprocess.run(["cp", "-a", str(vm(host).path), str(target)], check=True, timeout=20)
+    subprocess.run(["rm", "-r", str(target / ".hvmgr")], check=True, timeout=20)
+    vm(host).delete(with_disks=True)
+
+
 # For faults.py: merges that need room.
 BIG = {
     "big-delete-up": Shape(lambda host: big(host, below=6, above=12), delete("two")),
     "big-delete-down": Shape(lambda host: big(host, below=12, above=6), delete("two")),
 }
 
-SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | BIG
+SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | IMPORTS | BIG

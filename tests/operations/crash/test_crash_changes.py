@@ -22,6 +22,11 @@ WHOLES = [
     "vm-create-in-place",
     "vm-adopt",
     "vm-adopt-elsewhere",
+    "vm-adopt-convert",
+    "vm-adopt-drop",
+    "vm-release",
+    "vm-release-flatten",
+    "vm-release-in-place",
     "vm-delete",
     "vm-delete-with-disks",
     "vm-delete-saved",
@@ -35,12 +40,12 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 
 @pytest.mark.parametrize("shape", CHANGES)
 def test_killed_change_is_undone_or_completed(crash_run, shape, every):
-    crash_run(shape, every(2))
+    crash_run(shape, every(2, shape))
 
 
 @pytest.mark.parametrize("shape", WHOLES)
 def test_killed_creation_or_deletion_of_a_vm_is_undone_or_completed(crash_run, shape, every):
-    crash_run(shape, every(5))
+    crash_run(shape, every(5, shape))
 
 
 @pytest.mark.parametrize("shape", FOREIGN)

@@ -15,6 +15,7 @@ MERGES = [
     "delete-two-disks",
     "delete-in-place",
     "delete-state",
+    "merge-by-name",
     "merge-pending",
 ]
 
@@ -23,7 +24,7 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 
 @pytest.mark.parametrize("shape", MERGES)
 def test_killed_deletion_is_completed(crash_run, shape, every):
-    crash_run(shape, every(4))
+    crash_run(shape, every(4, shape))
 
 
 def test_killed_at_any_moment_nothing_is_lost(crash_run, random_kills):

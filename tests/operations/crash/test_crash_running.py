@@ -23,6 +23,8 @@ RUNNING = [
     "running-delete",
     "running-delete-other-branch",
     "running-adopt",
+    "running-release",
+    "saved-release",
 ]
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]

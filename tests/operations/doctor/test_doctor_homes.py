@@ -13,7 +13,7 @@ import pytest
 from hvmgr import errors
 from hvmgr.model import plan
 from hvmgr.model.plan import Plan
-from hvmgr.operations import execution
+from hvmgr.operations.steps import execution
 from hvmgr.storage import index, journal, start_guard, survey
 
 MIB = 1 << 20

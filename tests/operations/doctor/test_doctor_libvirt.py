@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import hvmgr
 from hvmgr import errors
 from hvmgr.host import confinement
 from hvmgr.model import configuration
-from hvmgr.operations import host_checks, surroundings
+from hvmgr.operations.doctor import host_checks, surroundings
 from hvmgr.storage import index
 
 MIB = 1 << 20
@@ -258,7 +259,10 @@ def machine(monkeypatch, tmp_path):
 
 
 def as_system(monkeypatch, bench):
+    facts = bench.host.connection.capabilities()
+    confining = dataclasses.replace(facts, security_models=frozenset({"apparmor", "selinux", "dac"}))
     monkeypatch.setattr(bench.host.connection, "driver", host_checks.Driver.SYSTEM)
+    monkeypatch.setattr(bench.host.connection, "capabilities", lambda: confining)
 
 
 APPARMOR = {"sys/module/apparmor/parameters/enabled": "Y\n", "etc/apparmor.d/libvirt/TEMPLATE.qemu": ""}
@@ -285,6 +289,19 @@ def test_image_that_apparmor_hides_is_named_with_the_line_that_is_missing(bench,
     local.parent.mkdir()
     local.write_text(f"# ours\n{bench.place}/** r,\n")
     assert "apparmor-rule" not in bench.codes(vm)
+    (local.parent.parent / local.name).write_text(f"  deny {bench.place}/** r,\n")
+    one = bench.one("apparmor-rule", vm)
+    assert f"its profile says 'deny {bench.place}/** r,', which no local rule can lift" in one.sentence
+    assert "--home" in one.repair
+
+
+def test_host_whose_libvirt_confines_nothing_has_no_findings_of_that(bench, machine, monkeypatch):
+    vm = bench.make(bench.in_place(bench.image("base.bin", fill=(7,))))
+    machine({**APPARMOR, "sys/fs/selinux/enforce": "1"})
+    monkeypatch.setattr(bench.host.connection, "driver", host_checks.Driver.SYSTEM)
+    monkeypatch.setattr(confinement, "is_labelled", lambda _path: False)
+    assert not {"apparmor-rule", "apparmor-commit", "selinux-label"} & {str(one.code) for one in bench.find(vm)}
+    assert "apparmor-commit" not in host_codes(bench)
 
 
 def test_home_without_an_selinux_label_is_named(bench, vm, machine, monkeypatch):

@@ -308,7 +308,7 @@ class TestResume:
         monkeypatch.setattr(copy, "_SMALL", 0)
 
     def fail_in(self, monkeypatch, name):
-        from hvmgr.operations.export_steps import Exporter
+        from hvmgr.operations.exchange.export_steps import Exporter
 
         def fail(*_):
             raise errors.NoSpace("no space left")

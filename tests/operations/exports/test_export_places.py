@@ -9,8 +9,8 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.model.manifest import Extent
-from hvmgr.operations import export_
-from hvmgr.operations.export_steps import Exporter
+from hvmgr.operations.exchange import export_
+from hvmgr.operations.exchange.export_steps import Exporter
 from tests.storage.conftest import mounted
 
 MIB = 1 << 20

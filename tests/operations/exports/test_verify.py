@@ -9,7 +9,7 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.model import manifest
-from hvmgr.operations import verification
+from hvmgr.operations.exchange import verification
 
 
 @pytest.fixture

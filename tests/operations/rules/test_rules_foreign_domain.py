@@ -17,7 +17,7 @@ from hvmgr import errors
 from hvmgr.host.domain import Domain, State
 from hvmgr.model import plan
 from hvmgr.model.metadata import SnapshotType
-from hvmgr.operations import domain_steps
+from hvmgr.operations.steps import domain_steps
 
 MIB = 1 << 20
 

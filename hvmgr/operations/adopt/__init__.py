@@ -1,0 +1,1 @@
+"""VMs that libvirt has already become hvmgr's, and go back to libvirt."""

@@ -1,0 +1,1 @@
+"""VMs that leave a host as a folder or an archive, and enter one."""

@@ -1,0 +1,191 @@
+"""What stands between a source and this host, before anything is touched: the report, and the check of an import.
+
+Nothing is written, not even a lock. Every finding has a code of ``model/compatibility``, says where, and which option
+or command puts it right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host.hypervisor import Connection
+from hvmgr.model import compatibility, import_options, maps
+from hvmgr.model.compatibility import found
+from hvmgr.model.finding import Finding
+from hvmgr.model.identity import Identity
+from hvmgr.model.import_options import ImportOptions, Mode
+from hvmgr.model.layout import Layout
+from hvmgr.model.maps import Maps, Used
+from hvmgr.operations.exchange import compare_host, compare_place, import_, intake
+from hvmgr.operations.session import Session
+from hvmgr.storage import copy, source_home
+from hvmgr.storage.source_home import SourceHome, SourceSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A source read in the light of what is asked for, and everything that was found."""
+
+    source: SourceHome
+    options: ImportOptions
+    maps: Maps
+    used: Used
+    identity: Identity
+    layout: Layout
+    snapshots: tuple[SourceSnapshot, ...]
+    findings: list[Finding] = field(default_factory=list)
+
+    def error(self) -> errors.HvmgrError | None:
+        """What an import ends with; None when nothing is in its way."""
+        return compatibility.to_error(self.findings, f"{self.source.present.name} cannot be imported")
+
+
+def read(source: Path, options: ImportOptions) -> tuple[SourceHome, Maps, Used]:
+    """The source with the maps followed; UsageError where the options contradict each other."""
+    import_options.check(options)
+    wanted, used = options.to_maps(), Used()
+    opened = source_home.open_source(
+        source,
+        vm=options.vm,
+        paths=wanted.paths,
+        disks=wanted.disks,
+        used=used,
+        snapshots_from=options.snapshot_source,
+    )
+    return opened, wanted, used
+
+
+def examine(
+    connection: Connection,
+    root: Path,
+    source: Path | SourceHome,
+    options: ImportOptions,
+    *,
+    thorough: bool = False,
+) -> Comparison:
+    """Everything at once; ``thorough`` reads every byte of images whose SHA-256 is known.
+
+    UsageError for options that contradict each other, and for a line of a map that matches nothing.
+    """
+    if isinstance(source, SourceHome):
+        import_options.check(options)
+        opened, wanted, used = source, options.to_maps(), Used()
+    else:
+        opened, wanted, used = read(source, options)
+    vm_id = Session.new_id() if options.makes_new_id else opened.vm_id
+    who = import_.choose_identity(connection, opened, options, vm_id)
+    layout = import_.target_layout(root, opened, options, vm_id)
+    comparison = Comparison(
+        source=opened,
+        options=options,
+        maps=wanted,
+        used=used,
+        identity=who,
+        layout=layout,
+        snapshots=intake.kept_snapshots(opened, options),
+    )
+    findings = [
+        *_source_findings(comparison, thorough=thorough),
+        *compare_host.findings(connection, comparison),
+        *compare_place.findings(connection, comparison),
+    ]
+    comparison.findings.extend(compatibility.worst_first(findings))
+    _require_all_used(comparison)
+    return comparison
+
+
+def _require_all_used(comparison: Comparison) -> None:
+    """A value that would be ignored is an error, and says what there is."""
+    for entry in comparison.maps.disk_targets:
+        if entry.old in comparison.source.disks:
+            comparison.used.entries.add(entry)
+    left = comparison.used.unused(comparison.maps)
+    if not left:
+        return
+    entry = left[0]
+    raise errors.UsageError(
+        f"{entry} would be ignored: nothing of {comparison.source.present.name} matches it",
+        hint=_what_there_is(comparison, entry.option),
+        option=entry.option,
+        value=entry.old,
+    )
+
+
+def _what_there_is(comparison: Comparison, option: str) -> str | None:
+    if option in {"disk", "disk-target"}:
+        return "it has the disks " + ", ".join(comparison.source.disks)
+    cards: dict[str, tuple[str, str | None]] = {}
+    for one in comparison.source.configurations():
+        cards |= maps.networks_of(one)
+    if option in {"nic", "vlan", "portgroup"}:
+        return "it has the cards " + ", ".join(cards) if cards else "it has no cards"
+    if option == "network":
+        return "it is plugged into " + ", ".join(dict.fromkeys(name or kind for kind, name in cards.values()))
+    return f"it was written as {comparison.source.recorded_home}"
+
+
+# --- the source -----------------------------------------------------------------------------------------------------
+
+
+def _source_findings(comparison: Comparison, *, thorough: bool) -> Iterator[Finding]:
+    source, options = comparison.source, comparison.options
+    needed = {one.path for one in intake.needed_images(source, comparison.snapshots)}
+    broken = set(_broken(comparison))
+    ignored = set(source.images) - needed
+    dropped = {one.record.id for one in source.snapshots} - {one.record.id for one in comparison.snapshots}
+    for problem in source.problems:
+        if problem.code == "missing-snapshot" and _is_dropped(comparison, problem.where):
+            continue
+        if problem.code == "saved-state-damaged" and (
+            options.without_state or any(one in problem.where for one in dropped)
+        ):
+            continue
+        if problem.where not in ignored:
+            yield problem
+    for missing in source.missing:
+        if missing.looked in broken:
+            yield found(
+                "missing-disk",
+                f"the image {missing.recorded} of disk {missing.slot} is not there (looked for {missing.looked})",
+                missing.looked,
+                f"say where it is: --path OLD=NEW, or --disk {missing.slot}=FILE",
+            )
+    yield from _sizes(source, needed, thorough=thorough)
+    if source.undo is not None and options.mode is not Mode.REGISTER:
+        yield found("undo-left-behind", "the undo slot does not come along", source.layout.undo)
+
+
+def _is_dropped(comparison: Comparison, snapshot_id: str) -> bool:
+    return comparison.options.without_snapshots or snapshot_id in comparison.options.drop_snapshots
+
+
+def _broken(comparison: Comparison) -> Iterator[str]:
+    """Images that are needed and were not read."""
+    source = comparison.source
+    for disks in (source.disks, *(one.disks for one in comparison.snapshots)):
+        for top in disks.values():
+            chain = source.chain(top)
+            if not chain:
+                yield top
+            elif chain[-1].parent is not None:
+                yield chain[-1].parent
+
+
+def _sizes(source: SourceHome, needed: set[str], *, thorough: bool) -> Iterator[Finding]:
+    for path in sorted(needed):
+        image, listed = source.images[path], source.expected.get(path)
+        if listed is None:
+            continue
+        if image.size != listed.size or image.format != listed.format or image.length != listed.bytes:
+            yield found(
+                "wrong-size",
+                f"{path} is a {image.format} disk of {image.size} bytes in {image.length}; recorded is {listed.format}, "
+                f"{listed.size} in {listed.bytes}",
+                path,
+                "name the right file with --disk or --path",
+            )
+        elif thorough and listed.sha256 is not None and copy.sha256(Path(path)) != listed.sha256:
+            yield found("wrong-hash", f"{path} holds other bytes than were recorded", path, "get a whole copy of it")

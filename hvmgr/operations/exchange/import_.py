@@ -1,0 +1,222 @@
+"""Imports as plans: a copy of a source, a linked VM on it, or the source's folder itself as the home.
+
+``compare`` has looked before; what is checked here again is what can change in between.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host.domain import State
+from hvmgr.host.hypervisor import Connection
+from hvmgr.model import configuration, identity, plan
+from hvmgr.model.identity import Identity
+from hvmgr.model.import_options import ImportOptions, Mode
+from hvmgr.model.layout import Layout
+from hvmgr.model.maps import Maps, Used
+from hvmgr.model.plan import Plan, Step
+from hvmgr.operations.exchange import intake
+from hvmgr.operations.exchange.intake import Intake
+from hvmgr.operations.session import Session
+from hvmgr.storage import images, vm_home
+from hvmgr.storage.source_home import SourceHome
+
+
+def choose_identity(connection: Connection, source: SourceHome, options: ImportOptions, vm_id: str) -> Identity:
+    """Who the VM will be; ``vm_id`` is used where a new one is wanted."""
+    if not options.makes_new_id:
+        return identity.kept(source.present, name=options.name, genid=Session.new_id())
+    return identity.renewed(
+        source.present,
+        source.configurations(),
+        name=options.name,
+        vm_id=vm_id,
+        new_id=Session.new_id,
+        new_tail=lambda: secrets.token_bytes(3),
+        taken=macs_of_host(connection),
+        keep_macs=options.keep_macs,
+    )
+
+
+def macs_of_host(connection: Connection) -> dict[str, str]:
+    """The addresses that the domains of this host have, each with its domain's name."""
+    found: dict[str, str] = {}
+    for domain in connection.domains():
+        parsed = configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}")
+        found |= {nic.mac: domain.name for nic in parsed.nics() if nic.mac}
+    return found
+
+
+def target_layout(root: Path, source: SourceHome, options: ImportOptions, vm_id: str) -> Layout:
+    """Where the VM will lie: below the root or ``--vm-path``, with folders elsewhere as the other two roots say."""
+    if options.mode is Mode.REGISTER:
+        return vm_home.layout_of(source.folder, vm_id)
+    name = options.name or source.present.name
+    home = Path(os.path.realpath((options.vm_path or root) / name))
+    snapshots_at = options.snapshot_path and Path(os.path.realpath(options.snapshot_path)) / name / "Snapshots"
+    bases_at = options.disk_path and Path(os.path.realpath(options.disk_path)) / name / "Virtual Hard Disks"
+    return Layout(home=home, vm_id=vm_id, snapshots_at=snapshots_at or None, bases_at=bases_at or None)
+
+
+def take_in(
+    session: Session, source: SourceHome, options: ImportOptions, who: Identity, maps: Maps, used: Used
+) -> Intake:
+    """The source as the VM that it will be, with a place for every image."""
+    snapshots = intake.kept_snapshots(source, options)
+    targets = {one.old: one.new for one in maps.disk_targets}
+    for entry in maps.disk_targets:
+        if entry.old in source.disks:
+            used.entries.add(entry)
+    if options.mode is Mode.COPY:
+        places = intake.place_images(session.layout, source, snapshots, targets, session.new_id)
+    else:
+        places = {path: path for path in source.images}
+    return Intake(
+        source=source,
+        options=options,
+        maps=maps,
+        used=used,
+        identity=who,
+        layout=session.layout,
+        uri=session.connection.uri,
+        now=session.now(),
+        new_id=session.new_id,
+        snapshots=snapshots,
+        places=places,
+        emulators=session.connection.capabilities().emulators,
+    )
+
+
+# --- copy and link --------------------------------------------------------------------------------------------------
+
+
+def plan_new(session: Session, taken: Intake) -> Plan:
+    """A VM in a home of its own, off or saved: its images are copied, or stand on those of the source."""
+    layout, source, change = session.layout, taken.source, session.new_id()
+    linked = taken.options.mode is Mode.LINK
+    disks, children = _working_images(session, taken) if linked else (_copied(taken), [])
+    prepare: list[Step] = []
+    if layout.links():
+        prepare.append(plan.MakeRoots(places=tuple((str(name), str(place)) for name, place in layout.links())))
+    prepare.append(plan.MakeHome(home=str(layout.home), vm_id=layout.vm_id))
+    prepare.append(_note_use(session, taken, linked=linked))
+    prepare += children if linked else taken.steps_for_images(hold=_to_hold(session, source))
+    prepare += taken.steps_for_snapshots()
+    nvram = layout.nvram(session.new_id()) if source.present.nvram is not None else None
+    prepare += _firmware(session, source, nvram)
+    prepare += _managed_save(session, taken, disks, nvram)
+    frozen = () if linked else taken.frozen()
+    gold = tuple((one.path, _digest(source, one.path)) for one in taken.needed()) if linked else ()
+    finish: list[Step] = [plan.WritePresent()]
+    finish += [plan.RecordFrozen(paths=frozen)] if frozen else []
+    finish += [plan.RecordGold(images=gold)] if gold else []
+    return Plan(
+        plan_id=change,
+        vm_id=layout.vm_id,
+        operation="import",
+        subject=f"import of {taken.identity.name} from {source.folder}",
+        prepare=tuple(prepare),
+        switch=plan.Define(xml=taken.present(change=change, nvram=nvram, disks=disks).to_xml()),
+        finish=tuple(finish),
+    )
+
+
+def _copied(taken: Intake) -> dict[str, tuple[str, str]]:
+    return {slot: (taken.places[path], taken.source.images[path].format) for slot, path in taken.source.disks.items()}
+
+
+def _working_images(session: Session, taken: Intake) -> tuple[dict[str, tuple[str, str]], list[Step]]:
+    """A differencing image on each image of the source's present."""
+    disks: dict[str, tuple[str, str]] = {}
+    steps: list[Step] = []
+    for slot, path in taken.source.disks.items():
+        below = taken.source.images[path]
+        child = str(session.layout.image(slot, session.new_id()))
+        steps.append(plan.CreateImage(path=child, size=below.size, parent=path, parent_format=below.format))
+        disks[slot] = (child, images.QCOW2)
+    return disks, steps
+
+
+def _digest(source: SourceHome, path: str) -> str:
+    listed = source.expected.get(path)
+    return (listed.sha256 if listed is not None else None) or ""
+
+
+def _note_use(session: Session, taken: Intake, *, linked: bool) -> plan.NoteUse:
+    outside = tuple(place for one in taken.needed() if not session.layout.owns(place := taken.places[one.path]))
+    folder = taken.source.folder
+    beside = None
+    if linked and taken.source.is_export and os.access(folder.parent, os.W_OK):
+        beside = str(folder.parent / f".{folder.name}.hvmgr-links")
+    return plan.NoteUse(name=taken.identity.name, outside=outside, beside=beside)
+
+
+def _to_hold(session: Session, source: SourceHome) -> tuple[str, ...]:
+    """The working images of a VM that is defined here: nobody may start it while they are copied."""
+    domain = session.connection.find_domain(source.vm_id)
+    if not source.trusted or domain is None:
+        return ()
+    present = vm_home.disks_of(configuration.parse(domain.xml(live=False), source="libvirt"))
+    return tuple(path for path in source.disks.values() if path in present.values())
+
+
+def _firmware(session: Session, source: SourceHome, nvram: Path | None) -> list[Step]:
+    steps: list[Step] = []
+    if source.nvram is not None and nvram is not None:
+        steps.append(plan.CopyFile(source=str(source.nvram), target=str(nvram)))
+    if (tpm := tpm_of(session.connection, source)) is not None:
+        folder = session.connection.tpm_folder(session.layout.vm_id)
+        steps.append(plan.CopyFolder(source=str(tpm), target=str(folder)))
+    return steps
+
+
+def tpm_of(connection: Connection, source: SourceHome) -> Path | None:
+    """The TPM state of the present: in the source, or where libvirt keeps it for a VM of this host."""
+    if not source.present.has_tpm:
+        return None
+    if source.tpm is not None:
+        return source.tpm
+    folder = connection.tpm_folder(source.vm_id)
+    return folder if source.trusted and source.is_present and folder.is_dir() else None
+
+
+def _managed_save(session: Session, taken: Intake, disks: dict[str, tuple[str, str]], nvram: Path | None) -> list[Step]:
+    """A present with saved memory goes on from it: libvirt looks for the file at the next start."""
+    source = taken.source
+    if source.memory is None or source.saved is None or taken.options.without_state:
+        return []
+    target = session.connection.managed_save_path(taken.identity.name)
+    if target.exists():
+        raise errors.Conflict(f"{target} exists already", hint="remove it: it belongs to no VM", path=str(target))
+    xml = taken.saved(source.saved, source.present, disks, nvram)
+    return [plan.CopyMemory(source=str(source.memory), target=str(target), xml=xml)]
+
+
+# --- in place of a VM -----------------------------------------------------------------------------------------------
+
+
+def require_off_limits(connection: Connection, paths: Iterable[str]) -> None:
+    """Raises Conflict when a running VM writes to one of these images."""
+    found = written_by(connection, paths)
+    for path, name in found.items():
+        raise errors.Conflict(
+            f"{path} is being written by the VM '{name}'",
+            hint="stop it, or take a snapshot of it and use that",
+            path=path,
+        )
+
+
+def written_by(connection: Connection, paths: Iterable[str]) -> dict[str, str]:
+    """Of these images the ones that a running VM writes, each with its name."""
+    mine = {images.identity(Path(path)): path for path in paths if Path(path).exists()}
+    found: dict[str, str] = {}
+    for domain in connection.domains():
+        if domain.state() not in (State.OFF, State.SAVED):
+            for file in domain.writable_files():
+                if file.exists() and (path := mine.get(images.identity(file))) is not None:
+                    found[path] = domain.name
+    return found

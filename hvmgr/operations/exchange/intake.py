@@ -1,0 +1,293 @@
+"""What of a source comes along, and under which names: the part that copying, linking and replacing share."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from hvmgr.model import maps, names, plan
+from hvmgr.model.configuration import Configuration
+from hvmgr.model.identity import Identity
+from hvmgr.model.import_options import ImportOptions
+from hvmgr.model.layout import Layout
+from hvmgr.model.maps import Maps, Used
+from hvmgr.model.metadata import DiskRecord, Metadata, SavedState
+from hvmgr.model.plan import Step
+from hvmgr.storage import images, vm_home
+from hvmgr.storage.source_home import SourceHome, SourceSnapshot
+from hvmgr.storage.source_images import SourceImage
+
+_SUFFIXES = {images.QCOW2: ".qcow2", images.VPC: ".vhd", images.RAW: ".img"}
+
+# Where libvirt puts the sockets of a running domain: they carry its name, and the next start makes new ones.
+_OWN_SOCKET = re.compile(r"/domain-\d+-[^/]*/|/channel/target/")
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """A source seen as a VM of this host: ``places`` says where each image of it will be."""
+
+    source: SourceHome
+    options: ImportOptions
+    maps: Maps
+    used: Used
+    identity: Identity
+    layout: Layout
+    uri: str
+    now: datetime
+    new_id: Callable[[], str]
+    snapshots: tuple[SourceSnapshot, ...]
+    places: Mapping[str, str]
+    known: frozenset[str] = frozenset()  # snapshots that are at the target already
+    shared: Mapping[str, str] = field(
+        default_factory=dict
+    )  # images of those that stand for the source's: their formats
+    emulators: Mapping[str, Path] = field(default_factory=dict)  # this host's, by architecture
+
+    # -- configurations ------------------------------------------------------------------------------------------------
+
+    def present(self, *, change: str, nvram: Path | None, disks: Mapping[str, tuple[str, str]]) -> Configuration:
+        """The present as it will be defined; ``disks`` are (path, format) by slot."""
+        changed = self._changed(self.source.present, disks, nvram)
+        _eject_missing(changed)  # an apply does the same with a snapshot's
+        facts = self._facts(self.source.present)
+        changed.set_metadata(dataclasses.replace(facts, change=change, snapshot=None))
+        return changed
+
+    def undo(self, one: Configuration, disks: Mapping[str, tuple[str, str]], nvram: Path | None) -> Configuration:
+        """The undo slot, of a home that is registered where it lies."""
+        changed = self._changed(one, disks, nvram)
+        changed.set_metadata(self._facts(one))
+        return changed
+
+    def snapshot(self, one: SourceSnapshot) -> Configuration:
+        """The configuration of a snapshot as it will be written."""
+        disks = {slot: (self.places[path], self.source.images[path].format) for slot, path in one.disks.items()}
+        new_id = self.identity.snapshot(one.record.id)
+        assert new_id is not None
+        changed = self._changed(one.configuration, disks, self.layout.snapshot_nvram(new_id))
+        facts = self._facts(one.configuration)
+        assert facts.snapshot is not None
+        if not self.keeps_state(one):
+            facts = dataclasses.replace(facts, snapshot=dataclasses.replace(facts.snapshot, state=SavedState.NONE))
+        changed.set_metadata(facts)
+        return changed
+
+    def saved(
+        self, live: Configuration, facts_of: Configuration, disks: Mapping[str, tuple[str, str]], nvram: Path | None
+    ) -> str:
+        """The configuration inside a saved state."""
+        changed = self._changed(live, disks, nvram)
+        for source in changed.root.findall("devices/channel[@type='unix']/source"):
+            parent = source.getparent()
+            if parent is not None and _OWN_SOCKET.search(source.get("path", "")):
+                parent.remove(source)
+        changed.set_metadata(dataclasses.replace(self._facts(facts_of), snapshot=None))
+        return changed.to_xml()
+
+    def keeps_state(self, one: SourceSnapshot) -> bool:
+        return one.memory is not None and one.saved is not None and not self.options.without_state
+
+    def _changed(self, one: Configuration, disks: Mapping[str, tuple[str, str]], nvram: Path | None) -> Configuration:
+        changed = one.copy()
+        changed.strip_backing_chains()
+        maps.rewrite(changed, self.maps, self.used)
+        for slot, (path, fmt) in disks.items():
+            changed.set_disk_source(slot, Path(path), fmt)
+        self.identity.impress(changed)
+        self._set_emulator(changed)
+        if one.nvram is not None and nvram is not None:
+            changed.set_nvram(nvram)
+        return changed
+
+    def _set_emulator(self, changed: Configuration) -> None:
+        """Distributions put QEMU into different places: where the source's is not, this host's own is."""
+        element = changed.root.find("devices/emulator")
+        own = self.emulators.get(changed.arch or "")
+        if element is not None and own is not None and not Path((element.text or "").strip()).exists():
+            element.text = str(own)
+
+    def _facts(self, one: Configuration) -> Metadata:
+        old = one.metadata()
+        if old is None:
+            slots = vm_home.disks_of(one)
+            records = tuple(DiskRecord(slot=slot, id=self.new_id()) for slot in slots)
+            facts = Metadata(home=self.layout.home, uri=self.uri, created=self.now, disks=records)
+        else:
+            facts = self.identity.facts(self._without_dropped(old), home=self.layout.home, uri=self.uri)
+        return dataclasses.replace(
+            facts, owner=self.options.owner or facts.owner, tags=tuple(dict.fromkeys((*facts.tags, *self.options.tags)))
+        )
+
+    def _without_dropped(self, facts: Metadata) -> Metadata:
+        """Snapshots that stay away leave their place in the tree to the one above."""
+        snapshot = facts.snapshot
+        if snapshot is not None:
+            snapshot = dataclasses.replace(snapshot, parent=self.heir(snapshot.parent))
+        return dataclasses.replace(facts, parent=self.heir(facts.parent), snapshot=snapshot)
+
+    def heir(self, snapshot_id: str | None) -> str | None:
+        """The nearest snapshot at or above this one that comes along."""
+        parents = {one.record.id: one.record.parent for one in self.source.snapshots}
+        kept = {one.record.id for one in self.snapshots} | self.known
+        while snapshot_id is not None and snapshot_id not in kept:
+            snapshot_id = parents.get(snapshot_id)
+        return snapshot_id
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def needed(self) -> list[SourceImage]:
+        """Every image that the present and the snapshots that come along stand on, bases first."""
+        return needed_images(self.source, self.snapshots, shared=self.shared)
+
+    def steps_for_images(self, *, hold: tuple[str, ...]) -> list[Step]:
+        """The images are copied, name each other under their new names, and are frozen where they have to be."""
+        needed = self.needed()
+        if not needed:
+            return []
+        files = []
+        for image in needed:
+            listed = self.source.expected.get(image.path)
+            digest = listed.sha256 if listed is not None and listed.bytes == image.length else None
+            files.append((image.path, self.places[image.path], digest or ""))
+        parents = {image.parent for image in needed if image.parent is not None}
+        frozen = parents | {path for one in self.snapshots for path in one.disks.values()}
+        steps: list[Step] = [plan.CopyImages(files=tuple(files), hold=hold)]
+        steps += [step for image in needed if (step := self._rename_parent(image)) is not None]
+        steps += [plan.FreezeImage(path=self.places[image.path]) for image in needed if image.path in frozen]
+        return steps
+
+    def frozen(self) -> tuple[str, ...]:
+        """The copies that are frozen, for their records."""
+        needed = self.needed()
+        frozen = {image.parent for image in needed} | {path for one in self.snapshots for path in one.disks.values()}
+        return tuple(self.places[image.path] for image in needed if image.path in frozen)
+
+    def _rename_parent(self, image: SourceImage) -> plan.NameParent | None:
+        if image.parent is None or image.backing is None:
+            return None
+        child, parent = Path(self.places[image.path]), self.places[image.parent]
+        name = self.layout.parent_name(child, parent)
+        if name == image.backing and image.parent not in self.shared:
+            return None
+        fmt = self.shared.get(image.parent, image.parent_format)
+        assert fmt is not None
+        return plan.NameParent(path=str(child), parent=name, parent_format=fmt, before=image.backing)
+
+    def steps_for_snapshots(self) -> list[Step]:
+        """Each snapshot is in the tree, with all that it consists of; parents need not come first."""
+        steps: list[Step] = []
+        for one in self.snapshots:
+            new_id = self.identity.snapshot(one.record.id)
+            assert new_id is not None
+            steps.append(plan.MakeSnapshotFolder(snapshot_id=new_id))
+            if one.nvram is not None:
+                steps.append(plan.CopyFile(source=str(one.nvram), target=str(self.layout.snapshot_nvram(new_id))))
+            if one.tpm is not None:
+                steps.append(plan.CopyFolder(source=str(one.tpm), target=str(self.layout.snapshot_tpm(new_id))))
+            if self.keeps_state(one):
+                assert one.memory is not None
+                assert one.saved is not None
+                disks = {slot: (self.places[path], self.source.images[path].format) for slot, path in one.disks.items()}
+                xml = self.saved(one.saved, one.configuration, disks, self.layout.snapshot_nvram(new_id))
+                memory = str(self.layout.memory(new_id))
+                steps.append(plan.CopyMemory(source=str(one.memory), target=memory, xml=xml))
+            steps.append(plan.WriteSnapshot(snapshot_id=new_id, xml=self.snapshot(one).to_xml()))
+        return steps
+
+
+def kept_snapshots(source: SourceHome, options: ImportOptions) -> tuple[SourceSnapshot, ...]:
+    """The snapshots that come along; NotFound for one that is to be dropped and that nobody has ever named."""
+    if options.without_snapshots:
+        return ()
+    known = {one.record.id for one in source.snapshots} | {one.record.name for one in source.snapshots}
+    named = {one.record.parent for one in source.snapshots} | {source.facts.parent if source.facts else None}
+    for one in options.drop_snapshots:
+        if one not in known and one not in named:
+            raise names.not_found(
+                "snapshot", one, [each.record.name for each in source.snapshots], where=f"in {source.folder}"
+            )
+    gone = set(options.drop_snapshots)
+    return tuple(one for one in source.snapshots if not gone & {one.record.id, one.record.name})
+
+
+def needed_images(
+    source: SourceHome, snapshots: Iterable[SourceSnapshot], *, shared: Container[str] = ()
+) -> list[SourceImage]:
+    """The images of the present and of these snapshots with all their parents, bases first; none at or below ``shared``."""
+    found: dict[str, SourceImage] = {}
+    tops = [*source.disks.values(), *(path for one in snapshots for path in one.disks.values())]
+    for top in tops:
+        chain = source.chain(top)
+        count = next((number for number, image in enumerate(chain) if image.path in shared), len(chain))
+        for image in reversed(chain[:count]):
+            found.setdefault(image.path, image)
+    return list(found.values())
+
+
+def place_images(
+    layout: Layout,
+    source: SourceHome,
+    snapshots: tuple[SourceSnapshot, ...],
+    targets: Mapping[str, str],
+    new_id: Callable[[], str],
+    *,
+    shared: Container[str] = (),
+) -> dict[str, str]:
+    """Where the copy of each image goes: names stay as far as they are free; ``targets`` are places for bases by slot."""
+    slots = slots_of(source, snapshots)
+    places: dict[str, str] = {}
+    taken: set[str] = set()
+    for image in needed_images(source, snapshots, shared=shared):
+        slot = slots.get(image.path, "disk")
+        if image.parent is None:
+            target = _place_base(layout, image, slot, targets.get(slot), taken)
+        else:
+            target = _place_child(layout, image, slot, taken, new_id)
+        places[image.path] = target
+        taken.add(target)
+    return places
+
+
+def slots_of(source: SourceHome, snapshots: Iterable[SourceSnapshot]) -> dict[str, str]:
+    """The slot of the disk that each image belongs to."""
+    slots: dict[str, str] = {}
+    for disks in (source.disks, *(one.disks for one in snapshots)):
+        for slot, top in disks.items():
+            for image in source.chain(top):
+                slots.setdefault(image.path, slot)
+    return slots
+
+
+def _place_base(layout: Layout, image: SourceImage, slot: str, target: str | None, taken: set[str]) -> str:
+    name = Path(image.path).name if image.inside else f"{slot}{_SUFFIXES[image.format]}"
+    if target is not None:
+        return str(Path(target) / name) if Path(target).is_dir() else target
+    return _free(layout.bases, Path(name), taken)
+
+
+def _place_child(layout: Layout, image: SourceImage, slot: str, taken: set[str], new_id: Callable[[], str]) -> str:
+    target = layout.images / Path(image.path).name
+    ours = vm_home._OURS.fullmatch(target.name) is not None  # noqa: SLF001
+    while not ours or str(target) in taken or target.exists():
+        target, ours = layout.image(slot, new_id()), True
+    return str(target)
+
+
+def _free(folder: Path, name: Path, taken: set[str]) -> str:
+    target, number = folder / name.name, 1
+    while str(target) in taken or target.exists():
+        number += 1
+        target = folder / f"{name.stem}-{number}{name.suffix}"
+    return str(target)
+
+
+def _eject_missing(changed: Configuration) -> None:
+    for disk in changed.disks():
+        is_local = disk.is_removable and disk.source is not None and disk.type in {"file", "block"}
+        if is_local and disk.source is not None and not Path(disk.source).exists():
+            changed.eject(disk.slot)

@@ -1,0 +1,26 @@
+"""Imports of every mode, clones, moves, localized disks: killed before every few acts."""
+
+from __future__ import annotations
+
+import pytest
+
+SHAPES = {
+    "import-copy": 11,
+    "import-register": 7,
+    "import-register-new-id": 9,
+    "import-link": 7,
+    "import-replace": 11,
+    "clone-snapshot": 9,
+    "clone-linked": 7,
+    "move": 13,
+    "localize": 13,
+    "import-memory": 13,
+    "import-memory-register": 11,
+}
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_killed_import_is_undone_or_completed(crash_run, shape, every):
+    crash_run(shape, every(SHAPES[shape]))

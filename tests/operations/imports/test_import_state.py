@@ -1,0 +1,102 @@
+"""Saved states come along: they restore under the new identity, in the new place."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+import hvmgr
+from hvmgr.host import saved_state
+from hvmgr.model import configuration
+
+
+def monitor(bench, vm, line):
+    return str(bench.domain(vm).monitor("human-monitor-command", command_line=line)).strip()
+
+
+@pytest.fixture
+def source(bench):
+    """Two snapshots of a running VM, each with a byte of its own in the serial port's scratch register."""
+    vm = bench.make(4, networks=(hvmgr.NetworkSpecification(kind="user"),))
+    bench.start(vm)
+    for number, name in enumerate(("first", "second"), 1):
+        monitor(bench, vm, f"o /b 0x3ff {0xA0 + number:#x}")
+        vm.create_snapshot(name)
+    vm.stop(force=True)
+    return bench.take_away(vm)
+
+
+@pytest.mark.parametrize("mode", [hvmgr.Mode.COPY, hvmgr.Mode.LINK, hvmgr.Mode.REGISTER])
+def test_saved_state_runs_under_the_new_identity(bench, source, mode):
+    vm = bench.bring(source, mode=mode, new_id=True, name="other")
+    for number, name in enumerate(("first", "second"), 1):
+        vm.snapshot(name).apply(discard_state=True)
+        assert str(vm.state()) == "running"
+        assert monitor(bench, vm, "i /b 0x3ff").endswith(f"{0xA0 + number:#x}"), name
+        live = configuration.parse(bench.domain(vm).xml(live=True), source="live")
+        assert (live.uuid, live.name) == (vm.id, "other")
+        assert live.nics()[0].mac == vm.home.present().nics()[0].mac
+    vm.stop(force=True)
+    bench.check(vm)
+
+
+def test_every_trace_of_the_old_identity_is_gone(bench, source):
+    old = next((source / "Virtual Machines").glob("*.xml")).stem
+    vm = bench.bring(source, name="other")
+    for one in vm.snapshots():
+        memory = vm.home.layout.memory(one.id)
+        xml = saved_state.read(memory).xml
+        assert old not in xml
+        assert str(source) not in xml
+        assert vm.id in xml
+    assert not any(old in path.read_text() for path in vm.path.rglob("*.xml"))
+
+
+def test_stream_is_the_same_and_address_is_told(bench, source):
+    vm = bench.bring(source, name="other")
+
+    def streams(folder):
+        found = set()
+        for path in folder.rglob("memory.save"):
+            found.add(hashlib.sha256(path.read_bytes()[saved_state.read(path).data_offset :]).hexdigest())
+        return found
+
+    assert streams(vm.path) == streams(source)
+    found = bench.host.plan_import(source).check()
+    assert "address-in-state" in [one.code for one in found]
+
+
+def test_without_state(bench, source):
+    vm = bench.bring(source, without_state=True)
+    assert [str(one.state) for one in vm.snapshots()] == ["none", "none"]
+    assert not list(vm.path.rglob("memory.save"))
+    vm.snapshot("first").apply()
+    assert str(vm.state()) == "off"
+    bench.check(vm)
+
+
+def test_network_of_a_saved_state_follows_the_map(bench, source):
+    """A map reaches the configurations inside saved states too."""
+
+    def plug(text):
+        return re.sub("""<interface type=['"]user['"]>""", "<interface type='bridge'><source bridge='br9'/>", text)
+
+    for path in source.rglob("*.xml"):
+        path.chmod(0o600)
+        path.write_text(plug(path.read_text()))
+    for path in source.rglob("memory.save"):
+        xml = saved_state.read(path).xml
+        path.chmod(0o600)
+        saved_state.replace_xml(path, plug(xml))
+    assert bench.codes(source) == ["missing-bridge"]
+    vm = bench.bring(source, networks={"br9": "bridge=lo"})
+    texts = [path.read_text() for path in vm.path.rglob("*.xml")]
+    texts += [saved_state.read(path).xml for path in vm.path.rglob("memory.save")]
+    assert len(texts) == 5
+    for text in texts:
+        nic = configuration.parse(text, source="x").nics()[0]
+        assert (nic.type, nic.source) == ("bridge", "lo")
+    assert all(Path(path).is_relative_to(vm.path) for path in vm.now().disks.values())

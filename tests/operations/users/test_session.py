@@ -1,0 +1,58 @@
+"""An ordinary user with a session libvirt: own root, own QEMU, everything but the system's networks."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.operations.users.conftest import CREATE, Person
+
+pytestmark = pytest.mark.libvirtd
+
+
+@pytest.fixture
+def person(user):
+    return Person(user.run, user.python, "qemu:///session")
+
+
+def test_life_of_a_vm_from_its_creation_to_its_deletion(user, person):
+    person.make("web")
+    person.write("web", 1)
+    person.hvmgr("snapshot", "create", "web", "off")
+    person.write("web", 2)
+    person.hvmgr("vm", "start", "web")
+    person.hvmgr("snapshot", "create", "web", "running")
+    person.hvmgr("snapshot", "create", "web", "disks", "--type", "disk-only")
+    person.hvmgr("snapshot", "apply", "web", "off")
+    assert person.hvmgr("vm", "show", "web")["vm"]["state"] == "off"
+    assert person.holds("web", 1)
+    person.hvmgr("snapshot", "undo", "web")
+    assert person.holds("web", 2)
+    person.hvmgr("snapshot", "apply", "web", "running")
+    assert person.hvmgr("vm", "show", "web")["vm"]["state"] == "running"
+    person.hvmgr("snapshot", "delete", "web", "disks")
+    person.hvmgr("vm", "stop", "web", "--force")
+    person.hvmgr("snapshot", "delete", "web", "off")
+    assert person.holds("web", 2)
+    owners = {(path.lstat().st_uid, path.lstat().st_gid) for path in user.root.rglob("*")}
+    assert owners == {(user.uid, user.gid)}
+    assert [one for one in person.hvmgr("doctor")["findings"] if one["severity"] != "info"] == []
+    person.hvmgr("vm", "delete", "web", "--with-disks", "--yes")
+    assert not (user.root / "web").exists()
+    assert person.virsh("list", "--all", "--name").strip() == ""
+
+
+def test_saved_state_of_libvirts_own_is_part_of_the_present(person):
+    person.make("web")
+    person.hvmgr("vm", "start", "web")
+    person.virsh("managedsave", "web")
+    person.hvmgr("snapshot", "create", "web", "saved")
+    person.hvmgr("snapshot", "apply", "web", "saved")
+    assert person.hvmgr("vm", "show", "web")["vm"]["state"] == "running"
+
+
+def test_network_of_the_systems_is_refused_before_anything_is_made(user, person):
+    code, error = person.refused("vm", "create", "web", *CREATE[:-1], "default")
+    assert code == 5
+    assert error["message"] == "qemu:///session has no network 'default': libvirt's networks belong to the system"
+    assert "--network user" in error["hint"]
+    assert not (user.root / "web").exists()
