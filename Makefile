@@ -3,7 +3,7 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
-WORKERS ?= 2
+WORKERS ?= 3
 PYTEST  ?=
 
 SHELL := /bin/bash
@@ -17,7 +17,7 @@ help:  ## this list
 	@sed -nE 's/^([a-z]+):.*## */\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo '  PYTHON=python3.12   the Python that makes $(VENV) (3.11 or later; after make clean)'
-	@echo '  WORKERS=2           test processes'
+	@echo '  WORKERS=3           test processes'
 	@echo '  PYTEST="-k merge"   what pytest gets besides'
 
 setup:  ## Debian packages and the virtual environment

@@ -386,12 +386,16 @@ class CopyImages(Step):
 
 @dataclass(frozen=True, slots=True)
 class NameParent(Step):
-    """The header of an image names its parent anew; its guest-visible content is the same. ``before`` is the old name."""
+    """The header of an image names its parent anew; its guest-visible content is the same.
+
+    ``before`` is the old name, ``mode`` what the file has before and afterwards.
+    """
 
     path: str
     parent: str
     parent_format: str
     before: str
+    mode: int
 
     def describe(self) -> str:
         return f"let {_name(self.path)} name its parent {self.parent}"

@@ -25,7 +25,7 @@ def mounted(kind, size, require, require_program):
     require(os.geteuid() == 0, "mounting needs root")
     require_program(MKFS[kind][0])
     place = Path(tempfile.mkdtemp(prefix="hvfs", dir="/tmp"))
-    place.chmod(0o711)
+    place.chmod(0o711)  # QEMU's user has to pass
     try:
         image, folder = place / "image", place / "on"
         folder.mkdir()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
-import stat
 from pathlib import Path
 
 from hvmgr import errors
@@ -77,25 +76,22 @@ def uncopy_images(_session: Session, step: plan.CopyImages) -> None:
 
 def name_parent(session: Session, step: plan.NameParent) -> None:
     """The header names the parent."""
-    _name(session, Path(step.path), step.parent, step.parent_format)
+    _name(session, step, step.parent)
 
 
 def unname_parent(session: Session, step: plan.NameParent) -> None:
     """The header names what it named before, where the image is still there."""
     if Path(step.path).exists():
-        _name(session, Path(step.path), step.before, step.parent_format)
+        _name(session, step, step.before)
 
 
-def _name(session: Session, path: Path, parent: str, parent_format: str) -> None:
-    if images.read(path, images.QCOW2).backing == parent:
-        return
-    mode = stat.S_IMODE(path.stat().st_mode)
-    durable.set_mode(path, mode | stat.S_IWUSR)
-    try:
-        qemu_img.name_parent(path, parent, parent_format)
+def _name(session: Session, step: plan.NameParent, parent: str) -> None:
+    path = Path(step.path)
+    if images.read(path, images.QCOW2).backing != parent:
+        durable.set_mode(path, frozen.WORKING_MODE)
+        qemu_img.name_parent(path, parent, step.parent_format)
         durable.sync_file(path)
-    finally:
-        durable.set_mode(path, mode)
+    durable.set_mode(path, step.mode)
     frozen.refresh(session.layout, path)  # whoever planned this has seen that the image was what it should be
 
 
@@ -135,14 +131,11 @@ def _put_xml(session: Session, path: Path, xml: str) -> None:
     with contextlib.suppress(errors.Corrupt):  # torn by a death
         if saved_state.read(path).xml == xml:
             return
-    mode = stat.S_IMODE(path.stat().st_mode)
-    durable.set_mode(path, mode | stat.S_IWUSR)
     try:
         saved_state.replace_xml(path, xml)
     except errors.Conflict:  # no room: a larger one takes its place
         copy_memory(session, plan.CopyMemory(source=str(path), target=str(path), xml=xml))
     durable.sync_file(path)
-    durable.set_mode(path, mode)
 
 
 def change_file(session: Session, step: plan.ChangeFile) -> None:
@@ -171,9 +164,14 @@ def unrename_file(session: Session, step: plan.RenameFile) -> None:
 
 
 def _rename(source: Path, target: Path) -> None:
-    if source.exists():
-        if target.is_dir():
-            durable.remove_empty_folder(target)  # whoever takes the lock of a home makes its folders
+    """Whoever takes the lock of a home makes the folders that it lacks: an empty one is in nobody's way."""
+    if not source.exists():
+        return
+    if target.is_dir():
+        durable.remove_empty_folder(target)
+    if target.exists() and source.is_dir():
+        durable.remove_empty_folder(source)  # the renaming that is undone had not been reached
+    else:
         durable.rename(source, target)
 
 

@@ -17,7 +17,7 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.maps import Maps, Used
 from hvmgr.model.metadata import DiskRecord, Metadata, SavedState
 from hvmgr.model.plan import Step
-from hvmgr.storage import images, vm_home
+from hvmgr.storage import frozen, images, vm_home
 from hvmgr.storage.source_home import SourceHome, SourceSnapshot
 from hvmgr.storage.source_images import SourceImage
 
@@ -176,7 +176,9 @@ class Intake:
             return None
         fmt = self.shared.get(image.parent, image.parent_format)
         assert fmt is not None
-        return plan.NameParent(path=str(child), parent=name, parent_format=fmt, before=image.backing)
+        return plan.NameParent(
+            path=str(child), parent=name, parent_format=fmt, before=image.backing, mode=frozen.WORKING_MODE
+        )
 
     def steps_for_snapshots(self) -> list[Step]:
         """Each snapshot is in the tree, with all that it consists of; parents need not come first."""

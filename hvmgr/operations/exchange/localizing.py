@@ -8,6 +8,7 @@ below its working image open: their data is pulled into that image first.
 from __future__ import annotations
 
 import dataclasses
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,7 +121,12 @@ def _named(session: Session, path: str, image: Image, places: dict[str, str]) ->
     assert header.backing is not None
     assert header.backing_format is not None
     name = session.layout.parent_name(Path(path), places[image.parent])
-    return plan.NameParent(path=path, parent=name, parent_format=header.backing_format, before=header.backing)
+    mode = (
+        frozen.WORKING_MODE if path != image.path else stat.S_IMODE(Path(path).stat().st_mode)
+    )  # a copy, or the image
+    return plan.NameParent(
+        path=path, parent=name, parent_format=header.backing_format, before=header.backing, mode=mode
+    )
 
 
 def _texts(session: Session, slot: str, before: Tree, places: dict[str, str]) -> Iterator[Step]:

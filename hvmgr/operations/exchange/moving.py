@@ -145,7 +145,13 @@ def _parents(taken: Intake) -> Iterator[Step]:
         parent = taken.places.get(str(header.parent), str(header.parent))
         name = taken.layout.parent_name(Path(target), parent)
         if name != header.backing:
-            yield plan.NameParent(path=target, parent=name, parent_format=header.backing_format, before=header.backing)
+            yield plan.NameParent(
+                path=target,
+                parent=name,
+                parent_format=header.backing_format,
+                before=header.backing,
+                mode=frozen.WORKING_MODE,
+            )
 
 
 def _modes(taken: Intake) -> Iterator[tuple[str, int, int, int, int]]:

@@ -165,6 +165,7 @@ def _texts(taken: Intake) -> Iterator[Step]:
 
 def _parents(taken: Intake) -> Iterator[Step]:
     """Headers that name their parents by paths of the place where the home was."""
+    frozen_now = frozen_of(taken)
     for image in taken.source.images.values():
         if image.parent is None or image.backing is None or image.parent not in taken.places:
             continue
@@ -178,6 +179,7 @@ def _parents(taken: Intake) -> Iterator[Step]:
             parent=taken.layout.parent_name(child, parent),
             parent_format=image.parent_format,
             before=image.backing,
+            mode=frozen.FROZEN_MODE if str(child) in frozen_now else frozen.WORKING_MODE,
         )
 
 

@@ -45,11 +45,15 @@ def run_program(root, *arguments, program="crash.py", timeout_s=280, before=(), 
 
 @pytest.fixture(scope="session")
 def every():
-    """``every(stride)``: which acts are killed: each one when HVMGR_CRASH is ``all``, else each stride-th.
+    """``every(stride)``: which acts are killed: each one when HVMGR_CRASH is ``all``, else each THIN * stride-th.
 
     With the name of a long shape, fewer.
     """
-    return lambda stride, shape="": 1 if os.environ.get("HVMGR_CRASH") == "all" else stride * LONG.get(shape, 1)
+    return lambda stride, shape="": 1 if os.environ.get("HVMGR_CRASH") == "all" else THIN * stride * LONG.get(shape, 1)
+
+
+# Some fifty shapes share the minutes that the whole check may take.
+THIN = 3
 
 
 # Long ones, of whose acts fewer are killed: how many times the stride of the others.
@@ -63,5 +67,5 @@ LONG = {
 
 @pytest.fixture(scope="session")
 def random_kills():
-    """How many kills at random moments: 200 when HVMGR_CRASH is ``all``, else 20 in all."""
-    return 100 if os.environ.get("HVMGR_CRASH") == "all" else 10
+    """How many kills at random moments: 200 when HVMGR_CRASH is ``all``, else 12 in all."""
+    return 100 if os.environ.get("HVMGR_CRASH") == "all" else 6
