@@ -490,7 +490,7 @@ class MakeFolders(Step):
     folders: tuple[str, ...]
 
     def describe(self) -> str:
-        return f"make the folders of {self.folders[0]}"
+        return "make the folders " + ", ".join(self.folders[:1])
 
 
 @dataclass(frozen=True, slots=True)
