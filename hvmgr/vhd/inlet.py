@@ -7,7 +7,7 @@ import fcntl
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from hvmgr import errors
 from hvmgr.vhd import rules
@@ -72,7 +72,7 @@ class Inlet:
         """Whether nothing follows; waits until the other end has said so."""
         return self._some(memoryview(bytearray(1))) == 0
 
-    def fault(self, code: str, offset: int | None = None, **values: object) -> errors.HvmgrError:
+    def fault(self, code: str, offset: int | None = None, **values: Any) -> errors.HvmgrError:
         """What is wrong with the stream, to be raised."""
         return rules.fault(code, offset, **values).error(Path(self._name))
 

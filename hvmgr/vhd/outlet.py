@@ -13,8 +13,11 @@ import os
 import select
 import stat
 from collections.abc import Callable
+from typing import ParamSpec
 
 from hvmgr import errors
+
+P = ParamSpec("P")
 
 _PIECE = 16 << 20  # for each call into the kernel: few calls, and Ctrl-C is heard soon
 _BUFFER = 1 << 20
@@ -40,15 +43,14 @@ class Outlet:
         """All of it is handed over."""
         view = memoryview(data)
         while view:
-            view = view[self._patiently(lambda view=view: os.write(self._descriptor, view)) :]  # type: ignore[misc]
+            view = view[self._patiently(os.write, self._descriptor, view) :]
 
     def send(self, source: int, offset: int, length: int) -> None:
         """A range of another file; Corrupt when that ends within it."""
         end = offset + length
         while offset < end and self._movers:
-            move = self._movers[0]
             try:
-                count = self._patiently(lambda at=offset: move(source, at, min(_PIECE, end - at)))  # type: ignore[misc]
+                count = self._patiently(self._movers[0], source, offset, min(_PIECE, end - offset))
             except OSError as error:
                 if error.errno not in _CANNOT:
                     raise
@@ -73,10 +75,10 @@ class Outlet:
     def _copy_file_range(self, source: int, offset: int, count: int) -> int:
         return os.copy_file_range(source, self._descriptor, count, offset_src=offset)
 
-    def _patiently(self, act: Callable[[], int]) -> int:
+    def _patiently(self, act: Callable[P, int], *args: P.args, **kwargs: P.kwargs) -> int:
         while True:
             try:
-                return act()
+                return act(*args, **kwargs)
             except BlockingIOError:
                 poll = select.poll()
                 poll.register(self._descriptor, select.POLLOUT)

@@ -9,6 +9,7 @@ or goes on behind it, is Corrupt, and whoever wrote its data somewhere has to un
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from array import array
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from itertools import islice
 from operator import lt
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO, Self, cast
 
 from hvmgr import errors
 from hvmgr.vhd import bits, format, structure
@@ -61,18 +62,30 @@ class StreamReader:
         self._spool = spool
         self._to_end = to_end
         self._blocks = array("I")
+        self._stack = contextlib.ExitStack()
         self._closed = False  # the closing footer was seen
         self._begin()
 
     def __iter__(self) -> Iterator[tuple[int, memoryview]]:
         """Raises when the stream turns out to be damaged, at its very end at the latest."""
-        if self.kind is Kind.FIXED:
-            yield from self._fixed()
-        else:
-            yield from self._sparse()
-            self._require_closing()
-        if self._to_end and not self._inlet.is_at_end():
-            raise self._inlet.fault("F53", self._inlet.at, what="more bytes follow it")
+        with self:
+            if self.kind is Kind.FIXED:
+                yield from self._fixed()
+            else:
+                yield from self._sparse()
+                self._require_closing()
+            if self._to_end and not self._inlet.is_at_end():
+                raise self._inlet.fault("F53", self._inlet.at, what="more bytes follow it")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """What was spooled is gone; the stream's own file is left to who opened it. Iterating to the end does this too."""
+        self._stack.close()
 
     # --- the front ---
 
@@ -122,7 +135,9 @@ class StreamReader:
         if header.entries < needed:
             raise fault("F27", at + 28, entries=header.entries, needed=needed)
         if 4 * header.entries > structure.MAX_TABLE:
-            raise fault("F26", at + 32, size=header.block_size, what=f"that takes a table of {4 * header.entries} bytes")
+            raise fault(
+                "F26", at + 32, size=header.block_size, what=f"that takes a table of {4 * header.entries} bytes"
+            )
         if header.table_offset < FOOTER_SIZE or header.table_offset % SECTOR:
             raise fault("F25", at + 16, where=header.table_offset, what="no table is there")
         return header
@@ -149,16 +164,15 @@ class StreamReader:
         """The whole stream into a file without a name, which is gone when it is closed."""
         if self._spool is None:
             raise self._inlet.fault("F52", what=what)
-        spooled = cast("BinaryIO", tempfile.TemporaryFile(dir=self._spool, buffering=0))
-        spooled.write(front)
-        self._inlet.pour(spooled, self._length)
-        file = File.adopt(Path(self._name), os.dup(spooled.fileno()))
-        try:
-            found = structure.read(file)
-        finally:
-            file.close()
-        self._inlet = Rewound(spooled, self._name)
-        self._judge(found)
+        with contextlib.ExitStack() as stack:
+            spooled = cast("BinaryIO", stack.enter_context(tempfile.TemporaryFile(dir=self._spool, buffering=0)))
+            spooled.write(front)
+            self._inlet.pour(spooled, self._length)
+            file = File.adopt(Path(self._name), os.dup(spooled.fileno()))
+            with contextlib.closing(file):
+                self._judge(structure.read(file))
+            self._inlet = Rewound(spooled, self._name)
+            self._stack = stack.pop_all()
         self._closed, self._to_end = True, False  # that the file ends with its footer was just seen
 
     # --- the data ---

@@ -6,17 +6,17 @@ consolidated, so that readers which ignore bitmaps read them right. Blocks ascen
 
 from __future__ import annotations
 
-import os
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Protocol, cast, runtime_checkable
 
 from hvmgr import errors
-from hvmgr.vhd import bits, format
-from hvmgr.vhd.format import Code, Footer, Header, Kind, Locator
+from hvmgr.vhd import bits, format, layout
+from hvmgr.vhd.format import SECTOR, Kind
+from hvmgr.vhd.layout import Parentage
 from hvmgr.vhd.outlet import Outlet
 from hvmgr.vhd.source import Source
 
@@ -34,15 +34,6 @@ class Located(Protocol):
     def locate(self, offset: int, length: int) -> tuple[int, int] | None:
         """Descriptor and offset of a file that holds this range in one piece; None where no file does."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """What a differencing disk says of the disk below it."""
-
-    uid: bytes
-    name: str  # of its file, without a folder
-    time: int = 0  # when that was last written, in seconds since 2000; 0: unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +63,22 @@ class StreamWriter:
         source: Source,
         *,
         kind: Kind = Kind.DYNAMIC,
-        parent: Parent | None = None,
+        parent: Parentage | None = None,
         changed: Iterable[tuple[int, int]] = (),
         uid: bytes | None = None,
         time: datetime | None = None,
         block_size: int = format.DEFAULT_BLOCK,
-        alignment: int = format.SECTOR,
+        alignment: int = SECTOR,
     ) -> None:
-        _require(source.size, block_size)
         self._source = source
         self.size = source.size
         self.kind = kind if parent is None else Kind.DIFFERENCING
-        self.footer = _footer(self.size, self.kind, uid or os.urandom(16), time or datetime.now(UTC))
+        self._plan = layout.design(self.size, self.kind, block_size=block_size, parent=parent, uid=uid, time=time)
+        self.footer = self._plan.footer
         self.block_size = block_size
         self.length = self.size + format.FOOTER_SIZE
         if self.kind is not Kind.FIXED:
-            ranges = _data_ranges(source) if parent is None else changed
-            self._lay_out(parent, ranges, alignment)
+            self._place_blocks(_data_ranges(source) if parent is None else changed, alignment)
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """All bytes of the stream, in pieces of about 2 MiB; each is valid until the next one is asked for."""
@@ -110,55 +100,50 @@ class StreamWriter:
             if on_progress is not None:
                 on_progress(done, self.length)
 
-    def _lay_out(self, parent: Parent | None, ranges: Iterable[tuple[int, int]], alignment: int) -> None:
-        """Where everything stands: the table of blocks, and the bytes before it."""
-        self._bitmap_size = format.bitmap_size(self.block_size)
-        entries = format.block_count(self.size, self.block_size)
-        locators, texts = _locators(parent, format.FOOTER_SIZE + format.HEADER_SIZE)
-        table_offset = format.FOOTER_SIZE + format.HEADER_SIZE + len(texts)
-        header = _header(table_offset, entries, self.block_size, locators, parent)
-        self._front = self.footer.pack() + header.pack() + texts
-        self._table = array("I", [format.UNUSED]) * entries
-        self._table_end = table_offset + format.table_size(entries)
-        # In front of a block's data stands its bitmap, and as much padding as the alignment of the data wants.
-        data = format.round_up(self._table_end + self._bitmap_size, alignment)
+    def _place_blocks(self, ranges: Iterable[tuple[int, int]], alignment: int) -> None:
+        """Where each block stands, one after the other.
+
+        In front of a block's data is its bitmap, and before that as much padding as the alignment of the data wants.
+        """
+        self._bitmap_size = self._plan.bitmap_size
+        data = format.round_up(self._plan.start + self._bitmap_size, alignment)
         step = format.round_up(self._bitmap_size + self.block_size, alignment)
+        self._room = max(step - self.block_size, data - self._plan.start)
+        self._table = array("I", [format.UNUSED]) * format.block_count(self.size, self.block_size)
         self.allocated = 0
         for first, end in _block_runs(ranges, self.block_size):
-            sector = (data + self.allocated * step - self._bitmap_size) // format.SECTOR
-            if sector + (end - first) * (step // format.SECTOR) > format.UNUSED:
-                raise errors.Unsupported(
+            place = data - self._bitmap_size + self.allocated * step
+            places = range(place // SECTOR, (place + (end - first) * step) // SECTOR, step // SECTOR)
+            if places[-1] >= format.UNUSED:
+                raise errors.UsageError(
                     f"a VHD in blocks of {self.block_size} bytes cannot hold so much data", hint="use larger blocks"
                 )
-            self._table[first:end] = array("I", range(sector, sector + (end - first) * step // 512, step // 512))
+            self._table[first:end] = array("I", places)
             self.allocated += end - first
-        self._first = data - self._bitmap_size
-        self._padding = step - self._bitmap_size - self.block_size
         last = data + (self.allocated - 1) * step + self.block_size
-        self.length = (last if self.allocated else self._table_end) + format.FOOTER_SIZE
+        self.length = (last if self.allocated else self._plan.start) + format.FOOTER_SIZE
 
     def _pieces(self, locate: Locate) -> Iterator[bytes | memoryview | _Place]:
         if self.kind is Kind.FIXED:
             yield from self._fixed(_Carrier(self._source, locate, 0))
         else:
-            room = self._bitmap_size + max(self._padding, self._first - self._table_end)
-            yield from self._sparse(_Carrier(self._source, locate, room))
+            yield from self._sparse(_Carrier(self._source, locate, self._room))
         yield self.footer.pack()
 
     def _sparse(self, carrier: _Carrier) -> Iterator[bytes | memoryview | _Place]:
-        yield self._front
+        yield b"".join(data for _, data in self._plan.front())
         table = self._table[:]
         if sys.byteorder == "little":
             table.byteswap()
         yield table.tobytes().ljust(format.table_size(len(table)), b"\xff")
-        at = self._table_end
+        at = self._plan.start
         for number, sector in enumerate(self._table):
             if sector == format.UNUSED:
                 continue
             start = number * self.block_size
             held = min(self.block_size, self.size - start)
-            lead = bytes(sector * format.SECTOR - at) + self._bitmap(held)
-            at = sector * format.SECTOR + self._bitmap_size + self.block_size
+            lead = bytes(sector * SECTOR - at) + self._bitmap(held)
+            at = sector * SECTOR + self._bitmap_size + self.block_size
             yield from carrier.carry(start, held, lead)
             yield from _zeros(self.block_size - held)
 
@@ -169,7 +154,7 @@ class StreamWriter:
     def _bitmap(self, held: int) -> bytes:
         """All sectors are here; those behind the end of the disk are nowhere."""
         bitmap = bytearray(self._bitmap_size)
-        bits.put(bitmap, 0, held // format.SECTOR, value=True)
+        bits.put(bitmap, 0, held // SECTOR, value=True)
         return bytes(bitmap)
 
 
@@ -208,57 +193,6 @@ def _zeros(length: int) -> Iterator[memoryview]:
 
 def _nowhere(_offset: int, _length: int) -> None:
     return None
-
-
-def _require(size: int, block_size: int) -> None:
-    if size <= 0 or size % format.SECTOR:
-        raise errors.UsageError(f"a VHD cannot have {size} bytes", hint="its size is a multiple of 512, and not 0")
-    if size > format.MAX_SIZE:
-        raise errors.Unsupported(
-            f"a VHD cannot have {size} bytes: 2040 GiB is the most", hint="use another format for this disk"
-        )
-    if block_size < format.SECTOR or block_size & (block_size - 1):
-        raise errors.UsageError(f"a VHD cannot have blocks of {block_size} bytes", hint="2 MiB is usual")
-
-
-def _footer(size: int, kind: Kind, uid: bytes, time: datetime) -> Footer:
-    return Footer(
-        size=size,
-        original_size=size,
-        type=kind.number,
-        uid=uid,
-        time=format.to_stamp(time),
-        geometry=format.geometry(size),
-        data_offset=format.NOWHERE if kind is Kind.FIXED else format.FOOTER_SIZE,
-    )
-
-
-def _header(
-    table_offset: int, entries: int, block_size: int, locators: tuple[Locator, ...], parent: Parent | None
-) -> Header:
-    if parent is None:
-        return Header(table_offset, entries, block_size)
-    return Header(
-        table_offset,
-        entries,
-        block_size,
-        parent_uid=parent.uid,
-        parent_time=parent.time,
-        parent_name=format.encode_name(parent.name),
-        locators=locators,
-    )
-
-
-def _locators(parent: Parent | None, at: int) -> tuple[tuple[Locator, ...], bytes]:
-    """The entries in the header, and their texts, which begin at ``at``."""
-    entries, texts = [], b""
-    for code, text in () if parent is None else ((Code.RELATIVE, f".\\{parent.name}"), (Code.URL, f"file://./{parent.name}")):
-        data = format.encode_text(code, text)
-        space = format.round_up(len(data), format.SECTOR)
-        entries.append(Locator(code.encode(), space, len(data), at + len(texts)))
-        texts += data.ljust(space, b"\0")
-    unused = [Locator()] * (format.LOCATORS - len(entries))
-    return (*entries, *unused), texts
 
 
 def _data_ranges(source: Source) -> Iterator[tuple[int, int]]:
