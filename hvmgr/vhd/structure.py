@@ -22,7 +22,7 @@ from hvmgr.vhd.table import Table
 MAX_TABLE = 64 << 20  # a table of 16 million blocks; only blocks far smaller than any writer's need more
 MAX_TEXT = 128 << 10  # twice the longest path that Windows knows
 _CLOCK_ERROR = 30 * 60  # seconds that another computer's clock may be ahead
-_READABLE = frozenset({"F3", "F4", "F5", "F6", "F7", "F22"})  # faults over which the rest can still be read
+_READABLE = frozenset({"F4", "F5", "F6", "F7", "F22"})  # faults over which the rest can still be read
 
 
 class Text(NamedTuple):
@@ -70,7 +70,7 @@ class Structure:
 
         ``tolerant``: not for wrong checksums and footers that contradict each other, as long as the rest can be read.
         """
-        grave = [one for one in self.faults if not (tolerant and one.code in _READABLE)]
+        grave = [one for one in self.faults if not (tolerant and _is_readable(one))]
         rules.refuse(grave, self.path)
         if self.footer is None or (self.kind is not Kind.FIXED and (self.header is None or self.table is None)):
             rules.refuse(self.faults, self.path)
@@ -481,6 +481,11 @@ class _Reading:
 def base_name(text: str) -> str:
     """The last part of a path of Windows or of Unix."""
     return text.replace("\\", "/").rpartition("/")[2]
+
+
+def _is_readable(fault: Fault) -> bool:
+    """F3 is grave only when a block is cut."""
+    return fault.code in _READABLE or (fault.code == "F3" and fault.repairable)
 
 
 def _differences(one: Footer, other: Footer) -> list[str]:
