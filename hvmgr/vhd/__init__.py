@@ -15,7 +15,7 @@ TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know t
 if TYPE_CHECKING:
     from hvmgr.vhd.chain import Chain, open_chain
     from hvmgr.vhd.checking import check
-    from hvmgr.vhd.creation import create, write_image
+    from hvmgr.vhd.creation import create, write_image, write_raw
     from hvmgr.vhd.format import Kind
     from hvmgr.vhd.image import Image, open_image
     from hvmgr.vhd.layout import Parentage
@@ -56,6 +56,7 @@ __all__ = [
     "reparent",
     "resize",
     "write_image",
+    "write_raw",
 ]
 
 _HOMES = {
@@ -85,6 +86,7 @@ _HOMES = {
     "reparent": "reshaping",
     "resize": "reshaping",
     "write_image": "creation",
+    "write_raw": "creation",
 }
 
 

@@ -11,10 +11,8 @@ from hvmgr.vhd.creation import OnProgress
 from hvmgr.vhd.file import File, created
 from hvmgr.vhd.format import Kind
 from hvmgr.vhd.layout import Parentage
-from hvmgr.vhd.source import Stretch, is_zero
+from hvmgr.vhd.source import Stretch
 from hvmgr.vhd.stream_reader import StreamReader
-
-_GRAIN = 64 << 10  # zeros of this size become holes of the file
 
 
 def receive(
@@ -51,10 +49,7 @@ def receive(
 
 def _write_flat(file: File, reader: StreamReader, on_progress: OnProgress | None) -> None:
     for offset, piece in reader:
-        for at in range(0, len(piece), _GRAIN):
-            grain = piece[at : at + _GRAIN]
-            if not is_zero(grain):
-                file.write(offset + at, grain)
+        creation.write_sparse(file, offset, piece)
         if on_progress is not None:
             on_progress(offset + len(piece), reader.size)
 

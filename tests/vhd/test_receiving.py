@@ -9,6 +9,7 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.vhd import checking
+from hvmgr.vhd.creation import write_raw
 from hvmgr.vhd.format import Kind
 from hvmgr.vhd.image import open_image
 from hvmgr.vhd.layout import Parentage
@@ -70,6 +71,15 @@ def test_damaged_stream_leaves_nothing(tmp_path: Path, raw, damage) -> None:
     with pytest.raises(errors.Corrupt):
         receive(StreamReader(io.BytesIO(data)), tmp_path / "disk", raw=raw)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_disk_is_written_as_its_bytes(tmp_path: Path) -> None:
+    done = []
+    write_raw(tmp_path / "disk", Memory(DISK), on_progress=lambda *numbers: done.append(numbers))
+    assert (tmp_path / "disk").read_bytes() == DISK
+    assert done[-1] == (len(DISK), len(DISK))
+    with pytest.raises(errors.Conflict):
+        write_raw(tmp_path / "disk", Memory(DISK))
 
 
 def test_existing_file_is_left_alone(tmp_path: Path) -> None:
