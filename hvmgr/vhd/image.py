@@ -70,6 +70,7 @@ class Image:
         self._table = found.table or Table.empty(0)
         self._block = found.header.block_size if found.header else 0
         self._bitmap = format.bitmap_size(self._block) if self._block else 0
+        self._room = max(8, _BITMAPS // self._bitmap) if self._block else 0  # bitmaps that are kept
         self._bitmaps: OrderedDict[int, bytearray] = OrderedDict()
         self._dirty: set[int] = set()  # blocks whose bitmap waits for its data to be on the disk
         self._fresh: set[int] = set()  # blocks whose entry waits for its bitmap
@@ -177,8 +178,7 @@ class Image:
 
     def _forget(self) -> None:
         """Keeps the bitmaps that were used last, and all that still have to be written."""
-        room = max(8, _BITMAPS // self._bitmap)
-        while len(self._bitmaps) > room and (oldest := next(iter(self._bitmaps))) not in self._dirty:
+        while len(self._bitmaps) > self._room and (oldest := next(iter(self._bitmaps))) not in self._dirty:
             del self._bitmaps[oldest]
 
     # --- writing ---
