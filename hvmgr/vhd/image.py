@@ -318,10 +318,25 @@ class Image:
             self.file.sync()
 
     def change_header(self, **values: object) -> None:
-        """Fields of the header."""
+        """Fields of the header.
+
+        It takes two sectors, of which a power failure may leave one old and one new. So a change of both is written
+        elsewhere first, and the footers lead there until it stands at its own place.
+        """
         assert self.header is not None
+        old, place = self.header.pack(), self.footer.data_offset
         self.header = replace(self.header, **values)  # type: ignore[arg-type]
-        self.file.write(self.footer.data_offset, self.header.pack())
+        data = self.header.pack()
+        if data[SECTOR:] == old[SECTOR:]:
+            self.file.write(place, data[:SECTOR])
+        else:
+            aside = self.take_space(len(data))
+            self.file.write(aside, data)
+            self.file.sync()
+            self.change_footer(data_offset=aside)
+            self.file.write(place, data)
+            self.file.sync()
+            self.change_footer(data_offset=place)
         self.file.sync()
 
     def take_space(self, length: int) -> int:
