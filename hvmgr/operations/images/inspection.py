@@ -1,0 +1,147 @@
+"""What an image file is: everything that ``image info`` says. Nothing is changed and nothing in a chain is trusted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hvmgr import errors
+from hvmgr.host import qemu_img
+from hvmgr.model.image_info import ImageInfo, ImageParent, ImageType
+from hvmgr.model.specification import ImageFormat
+from hvmgr.operations.images import changes, recognition
+from hvmgr.operations.images.recognition import Recognised
+from hvmgr.operations.images.users import Users
+from hvmgr.storage import images, vhdx
+
+if TYPE_CHECKING:
+    from hvmgr import vhd
+
+_CLUSTER = 64 << 10  # of a qcow2 image that says nothing else
+
+
+def info(path: Path, users: Users) -> ImageInfo:
+    """One image, whatever is wrong with its parents."""
+    found = recognition.look(path)
+    facts = path.stat()
+    answer: dict[str, Any] = {
+        "block_size": None, "creator": None, "created": None, "id": None, "parent": None, "allocation": None,
+        "fragmentation": None,
+    }  # fmt: skip
+    answer |= _READERS[found.format](found)
+    used = users.of(path)
+    return ImageInfo(
+        path=path, format=found.format.value, type=found.type, size=found.size, file_size=images.length(path),
+        taken=facts.st_blocks * 512, used_by=used, libvirt_asked=users.asked_libvirt,
+        open_change=changes.open_subject(path), **answer,
+    )  # fmt: skip
+
+
+def chain(path: Path, users: Users) -> list[ImageInfo]:
+    """The image and all that it stands on, highest first; it ends where a parent cannot be found."""
+    found = [info(path, users)]
+    while (parent := found[-1].parent) is not None and parent.path is not None:
+        if any(os.path.samefile(parent.path, one.path) for one in found):
+            raise errors.Corrupt(f"the chain of {path} runs in a circle at {parent.path}", path=str(parent.path))
+        found.append(info(parent.path, users))
+    return found
+
+
+def _vhd_facts(found: Recognised) -> dict[str, Any]:
+    from hvmgr import vhd
+
+    with vhd.open_image(found.path) as image:
+        footer = image.footer
+        places = image.block_places()
+        return {
+            "block_size": image.block_size or None,
+            "creator": footer.creator.decode("ascii", "replace").rstrip("\0 ") or None,
+            "created": footer.created,
+            "id": image.uid.hex(),
+            "parent": _vhd_parent(image) if found.is_differencing else None,
+            "allocation": _percent(sum(one.length for one in image.own_stretches() if one.data), found.size),
+            "fragmentation": None if found.type is ImageType.FIXED else _fragmentation(places),
+        }
+
+
+def _vhd_parent(image: vhd.Image) -> ImageParent:
+    from hvmgr import vhd
+
+    names = tuple(image.structure.parent_names())
+    try:
+        return ImageParent(names, image.parent_uid.hex(), vhd.find_parent(image))
+    except errors.HvmgrError as error:
+        return ImageParent(names, image.parent_uid.hex(), None, str(error))
+
+
+def _vhdx_facts(found: Recognised) -> dict[str, Any]:
+    facts = vhdx.read(found.path)
+    parent = None
+    if facts.is_differencing:
+        problem = "differencing VHDX images cannot be read yet"
+        parent = ImageParent(tuple(facts.parents.items()), facts.parents.get("parent_linkage"), None, problem)
+    return {
+        "block_size": facts.block_size,
+        "creator": facts.creator or None,
+        "id": facts.id,
+        "parent": parent,
+    }
+
+
+def _qcow2_facts(found: Recognised) -> dict[str, Any]:
+    header = images.read(found.path, images.QCOW2)
+    parent = None
+    if header.backing is not None:
+        below = header.parent
+        assert below is not None
+        names = (("backing", header.backing), *((("format", header.backing_format),) if header.backing_format else ()))
+        missing = None if below.exists() else f"there is no {below}"
+        parent = ImageParent(names, None, None if missing else below, missing)
+    extents = _own_extents(found)
+    return {
+        "block_size": None if extents is None else qemu_img.info(found.path, "qcow2", force_share=True).cluster_size,
+        "creator": None,
+        "parent": parent,
+        "allocation": None if extents is None else _percent(sum(length for _, length in extents), found.size),
+        "fragmentation": None if extents is None else _fragmentation(extents),
+    }
+
+
+def _own_extents(found: Recognised) -> list[tuple[int, int]] | None:
+    """Where in the file what this image itself holds lies; None when its parents keep QEMU from looking."""
+    try:
+        recognition.require_no_differencing_below(found.path)
+        extents = qemu_img.map(found.path, "qcow2", force_share=True)
+    except errors.HvmgrError:
+        return None
+    return [(one.offset or 0, one.length) for one in extents if one.depth == 0 and one.data]
+
+
+def _raw_facts(found: Recognised) -> dict[str, Any]:
+    taken = min(found.path.stat().st_blocks * 512, found.size)
+    return {"allocation": _percent(taken, found.size) if found.path.is_file() else None}
+
+
+_READERS = {
+    ImageFormat.VHD: _vhd_facts,
+    ImageFormat.VHDX: _vhdx_facts,
+    ImageFormat.QCOW2: _qcow2_facts,
+    ImageFormat.RAW: _raw_facts,
+}
+
+
+def _fragmentation(places: Iterable[tuple[int, int]]) -> float | None:
+    """The share of the runs (offset, length), in the order of the disk, that do not follow the one before them."""
+    count = apart = 0
+    expected: int | None = None
+    for offset, length in places:
+        count += 1
+        apart += expected is not None and offset != expected
+        expected = offset + length
+    return _percent(apart, count - 1) if count > 1 else 0.0
+
+
+def _percent(part: int, whole: int) -> float | None:
+    return round(100 * part / whole, 1) if whole else None
