@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
+    from hvmgr.model.image_info import ImageCheck, ImageFault, ImageInfo, ImageParent, ImageUse
     from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
-    from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
+    from hvmgr.model.specification import DiskSpecification, ImageFormat, NetworkSpecification, Specification
     from hvmgr.operations.adopt.adoption import AdoptOptions
     from hvmgr.operations.adopt.release import Release
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -42,6 +44,13 @@ __all__ = [
     "ExportOptions",
     "Finding",
     "Host",
+    "ImageCheck",
+    "ImageFault",
+    "ImageFormat",
+    "ImageInfo",
+    "ImageParent",
+    "ImageUse",
+    "Images",
     "ImportOptions",
     "ImportPlan",
     "Mode",
@@ -70,6 +79,13 @@ _HOMES = {
     "ExportOptions": "hvmgr.model.export_options",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
+    "ImageCheck": "hvmgr.model.image_info",
+    "ImageFault": "hvmgr.model.image_info",
+    "ImageFormat": "hvmgr.model.specification",
+    "ImageInfo": "hvmgr.model.image_info",
+    "ImageParent": "hvmgr.model.image_info",
+    "ImageUse": "hvmgr.model.image_info",
+    "Images": "hvmgr.operations.images.image_files",
     "ImportOptions": "hvmgr.model.import_options",
     "ImportPlan": "hvmgr.operations.exchange.import_plan",
     "Mode": "hvmgr.model.import_options",

@@ -178,8 +178,8 @@ def _to_compare(source: Source, parent: Source) -> Iterator[tuple[int, int]]:
     """The ranges of the first disk in which either of the two holds data, in whole clusters."""
     edges = heapq.merge(_data_edges(source), _data_edges(parent))
     start = end = -1
-    for first, last in edges:
-        first, last = first // _CLUSTER * _CLUSTER, min(-(-last // _CLUSTER) * _CLUSTER, source.size)
+    for data_start, data_end in edges:
+        first, last = data_start // _CLUSTER * _CLUSTER, min(-(-data_end // _CLUSTER) * _CLUSTER, source.size)
         if first >= source.size:
             break
         if first > end:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,7 @@ def chain(path: Path, users: Users) -> list[ImageInfo]:
     """The image and all that it stands on, highest first; it ends where a parent cannot be found."""
     found = [info(path, users)]
     while (parent := found[-1].parent) is not None and parent.path is not None:
-        if any(os.path.samefile(parent.path, one.path) for one in found):
+        if any(parent.path.samefile(one.path) for one in found):
             raise errors.Corrupt(f"the chain of {path} runs in a circle at {parent.path}", path=str(parent.path))
         found.append(info(parent.path, users))
     return found

@@ -149,6 +149,7 @@ def _require_new(path: Path) -> None:
 
 
 def require_size(fmt: ImageFormat, size: int) -> None:
+    """Refuses a size that no image of the format can have."""
     if size <= 0:
         raise errors.UsageError("a disk of 0 bytes is none", hint="give a size such as 10G")
     if size % _SECTOR and fmt is not ImageFormat.RAW:

@@ -106,7 +106,7 @@ def _require_unused(host: Host, chain: Sequence[Path]) -> None:
     users = Users(host)
     for number, path in enumerate(chain):
         vms = users.vms(path)
-        others = [one for one in users.children(path) if number and not os.path.samefile(one.name, chain[number - 1])]
+        others = [one for one in users.children(path) if number and not chain[number - 1].samefile(one.name)]
         for use in (*vms, *others):
             hint = "merge or convert that one first, or make a complete image of it: hvmgr image convert"
             if use.kind is UseKind.VM:

@@ -51,8 +51,7 @@ def look(path: Path, stated: ImageFormat | None = None) -> Recognised:
     """The image at ``path``; raises NotFound, Corrupt, or Unsupported for a format that is not known here."""
     if path.is_dir():
         raise errors.UsageError(f"{path} is a folder, not an image")
-    known = ImageFormat(images.identify(path).format) if stated is None and _is_known(path) else stated
-    assert known is not None
+    known = stated or _by_content(path)
     if known is ImageFormat.VHD:
         return _vhd(path)
     if known is ImageFormat.VHDX:
@@ -72,13 +71,15 @@ def look(path: Path, stated: ImageFormat | None = None) -> Recognised:
     return Recognised(path, known, ImageType.DYNAMIC, _asked_size(path, known))
 
 
-def _is_known(path: Path) -> bool:
+def _by_content(path: Path) -> ImageFormat:
     found = images.identify(path).format
-    if found not in ImageFormat:
+    try:
+        return ImageFormat(found)
+    except ValueError:
         raise errors.Unsupported(
-            f"{path} is a {found.upper()} image", hint=f"convert it: qemu-img convert -f {found} -O qcow2 {path} NEW.qcow2"
-        )
-    return True
+            f"{path} is a {found.upper()} image",
+            hint=f"convert it: qemu-img convert -f {found} -O qcow2 {shlex.quote(str(path))} NEW.qcow2",
+        ) from None
 
 
 def _vhd(path: Path) -> Recognised:

@@ -51,7 +51,7 @@ def _require_fit(child: Recognised, parent: Recognised) -> None:
         raise errors.UsageError(f"{child.path} is no differencing image: it has no parent")
     if child.format is ImageFormat.VHDX:
         images.require_usable(child.path)
-    if os.path.samefile(child.path, parent.path) or _stands_on(parent.path, child.path):
+    if child.path.samefile(parent.path) or _stands_on(parent.path, child.path):
         raise errors.Conflict(f"{parent.path} stands on {child.path}: the chain would run in a circle")
     if child.format is ImageFormat.VHD and parent.format is not ImageFormat.VHD:
         raise errors.Unsupported(
@@ -73,7 +73,7 @@ def _stands_on(path: Path, other: Path) -> bool:
 
 def _proof(host: Host, child: Recognised, parent: Recognised, *, ignore_id: bool) -> Proof:
     before = _parent_before(child.path)
-    if before is not None and not os.path.samefile(before, parent.path):
+    if before is not None and not before.samefile(parent.path):
         if _is_same(host, before, parent):
             return Proof.BYTES
         if not ignore_id:

@@ -46,7 +46,7 @@ class Users:
     def vms(self, path: Path) -> tuple[ImageUse, ...]:
         """The VMs of any home and any domain of libvirt whose disks reach the image."""
         identity = images.identity(path)
-        names = {name: False for name in self._in_homes(path, identity)}
+        names = dict.fromkeys(self._in_homes(path, identity), False)
         found = [ImageUse(UseKind.VM, name, active) for name, active in names.items()]
         for name, active in self._in_libvirt().get(identity, {}).items():
             if name in names:
@@ -103,6 +103,6 @@ def _identities(domain: Domain, *, active: bool) -> Iterable[_Identity]:
         texts = [domain.xml(live=False), *([domain.xml(live=True)] if active else [])]
         for text in texts:
             for disk in configuration.parse(text, source=f"libvirt's XML of {domain.name}").disks():
-                if disk.source is not None and os.path.isabs(disk.source):
+                if disk.source is not None and Path(disk.source).is_absolute():
                     found |= survey.identities(disk.source, disk.format or images.RAW)
     return found
