@@ -119,11 +119,13 @@ def identify(path: Path) -> Identity:
 def require_usable(path: Path) -> None:
     """Unsupported for a differencing VHD or VHDX, whatever somebody states that it is: QEMU would show other bytes.
 
-    A file that is not there is nobody's concern here.
+    A file that is not there or cannot be read is nobody's concern here.
     """
+    if not path.is_file() and not path.is_block_device():  # whoever opens a pipe waits for its other end
+        return
     try:
         found = identify(path)
-    except errors.NotFound:
+    except (errors.NotFound, errors.HostFailed, errors.Corrupt):
         return
     if found.is_differencing:
         raise _differencing(path, found)
@@ -176,7 +178,7 @@ def read(path: Path, fmt: str) -> Header:
         return _read_vhd(path)
     if fmt == RAW:
         head, size, facts = _head(path)
-        if head.startswith(_VHD_COOKIE):
+        if head.startswith((_VHD_COOKIE, b"vhdxfile")):
             require_usable(path)  # stated as raw, its container would be the guest's disk
         return _plain(path, RAW, size - size % 512 if len(head) < 512 else size, facts)
     require_usable(path)
