@@ -55,17 +55,22 @@ class ConvertImage(Step):
 
 @dataclass(frozen=True, slots=True)
 class MergeChain(Step):
-    """The data of ``images`` (highest first, without the last) goes into the last of them, which then shows the same.
+    """The data of ``merged`` (highest first) goes into ``into`` below them, which then shows the same.
 
-    ``formats`` are those of the images. As long as the first is there, what it shows never changes.
+    ``formats`` are those of all of them, ``into`` last. As long as the first is there, what it shows never changes.
     """
 
-    images: tuple[str, ...]
+    merged: tuple[str, ...]
+    into: str
     formats: tuple[str, ...]
 
+    @property
+    def images(self) -> tuple[str, ...]:
+        """All of them, highest first."""
+        return (*self.merged, self.into)
+
     def describe(self) -> str:
-        upper = ", ".join(_name(one) for one in self.images[:-1])
-        return f"merge {upper} into {self.images[-1]}"
+        return f"merge {', '.join(_name(one) for one in self.merged)} into {self.into}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,7 +71,7 @@ def _steps(looked: Sequence[Recognised], whole: Sequence[Path], *, keep: bool) -
             )
         steps.append(image_plan.GrowImage(str(ancestor.path), _word(ancestor), child.size))
     paths, formats = tuple(str(one.path) for one in looked), tuple(_word(one) for one in looked)
-    steps.append(image_plan.MergeChain(paths, formats))
+    steps.append(image_plan.MergeChain(paths[:-1], paths[-1], formats))
     for upper in children_of(child.path):
         fmt = _word(recognition.look(upper))
         steps.append(image_plan.PointChild(str(upper), fmt, str(ancestor.path), ancestor.driver))
