@@ -167,7 +167,7 @@ def created(path: Path, *, mode: int = 0o600) -> Iterator[File]:
         with explained(path):
             os.fsync(file.descriptor)
             if part is None:
-                os.link(f"/proc/self/fd/{file.descriptor}", path, follow_symlinks=True)
+                _give_name(file.descriptor, path)
             else:
                 os.link(part, path)
             _sync_folder(path.parent)
@@ -208,6 +208,14 @@ def _open_nameless(path: Path, mode: int) -> tuple[Path | None, int]:
             raise
     part = _part(path)
     return part, os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+
+
+def _give_name(descriptor: int, path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:  # only with a folder does Python call linkat, which follows the link in /proc
+        os.link(f"/proc/self/fd/{descriptor}", path, src_dir_fd=folder, follow_symlinks=True)
+    finally:
+        os.close(folder)
 
 
 def _part(path: Path) -> Path:

@@ -74,11 +74,18 @@ def read(source: Source, offset: int, length: int) -> bytes:
     return bytes(buffer)
 
 
+def clear(buffer: memoryview) -> None:
+    """The whole buffer becomes zeros."""
+    for at in range(0, len(buffer), len(_ZEROS)):
+        piece = buffer[at : at + len(_ZEROS)]
+        piece[:] = _ZEROS[: len(piece)]
+
+
 def is_zero(piece: bytes | bytearray | memoryview) -> bool:
     """Whether there are only zeros."""
-    length = len(piece)
-    step = len(_ZEROS)
-    view = memoryview(piece)
+    length, step, view = len(piece), len(_ZEROS), memoryview(piece)
+    if length and (view[0] or view[-1] or view[length // 2]):
+        return False
     return all(view[at : at + step].tobytes() == _ZEROS[: min(step, length - at)] for at in range(0, length, step))
 
 

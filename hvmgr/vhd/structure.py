@@ -75,24 +75,27 @@ class Structure:
             raise errors.Corrupt(f"{self.path} is no VHD")
 
 
-def identify(path: Path) -> Kind | None:
-    """Which VHD a file is by its content alone; None when it is none. Reads two sectors, or three.
+def identify(path: Path | str) -> Kind | None:
+    """Which VHD a file is by its content alone; None when it is none. Reads two sectors.
 
     A damaged VHD is still one: its cookie and its type decide, not its checksums.
     """
-    file = File(path)
+    footer = peek(path)
+    return footer.kind if footer else None
+
+
+def peek(path: Path | str) -> Footer | None:
+    """The footer of a file without a judgement of it; None when the file is no VHD."""
+    file = File(Path(path))
     try:
         length = file.length()
         if length < 2 * SECTOR - 1:
             return None
         closing = _unpack(_read_end(file, length)[1])
         if closing is not None and closing.kind is Kind.FIXED:
-            return Kind.FIXED
+            return closing
         opening = _unpack(file.read(0, FOOTER_SIZE))
-        for footer in (opening, closing):
-            if footer is not None and footer.kind in (Kind.DYNAMIC, Kind.DIFFERENCING):
-                return footer.kind
-        return None
+        return next((one for one in (closing, opening) if one is not None and one.kind is not None), None)
     finally:
         file.close()
 
@@ -363,7 +366,7 @@ class _Reading:
         for number, locator in enumerate(header.locators):
             if locator.is_unused:
                 if locator != Locator():
-                    self._note("F35", number=number, code="none", what="an unused entry is all zeros")
+                    self._note("F35", number=number, locator="none", what="an unused entry is all zeros")
                 continue
             code = locator.code.decode("latin-1")
             if locator.code in seen:
@@ -373,12 +376,12 @@ class _Reading:
             if locator.code not in known:
                 self._note("F36", number=number, what=f"the code {code!r} is not known", severity=Severity.WARNING)
             if why := self._impossible(locator):
-                self._note("F35", number=number, code=code, what=why)
+                self._note("F35", number=number, locator=code, what=why)
                 continue
             end = locator.offset + locator.space_bytes
             for area in fixed:
                 if area.start < end and locator.offset < area.end:
-                    self._note("F37", locator.offset, number=number, code=code, what=area.what)
+                    self._note("F37", locator.offset, number=number, locator=code, what=area.what)
             areas.append(Area(locator.offset, end, f"locator {number}"))
             yield self._read_text(number, code, locator)
 
@@ -402,11 +405,11 @@ class _Reading:
         if text is None:
             return Text(number, code, raw, None)
         if why := _flaw(raw, code):
-            self._note("F38", locator.offset, number=number, code=code, what=why)
+            self._note("F38", locator.offset, number=number, locator=code, what=why)
             return Text(number, code, raw, None)
         if code == Code.RELATIVE and not text.startswith((".\\", "..\\")):
             what = "does not begin with .\\ or ..\\"
-            self._note("F39", locator.offset, number=number, code=code, text=text, what=what)
+            self._note("F39", locator.offset, number=number, locator=code, text=text, what=what)
         return Text(number, code, raw, text or None)
 
     def _judge_parent(self, header: Header, texts: tuple[Text, ...]) -> None:
@@ -431,7 +434,7 @@ class _Reading:
                 block = entries.block_at(place)
                 if code == "F37":
                     number = area.what.split()[1]
-                    self._note(code, area.start, number=number, code="its text", what=f"block {block}")
+                    self._note(code, area.start, number=number, locator="its text", what=f"block {block}")
                 else:
                     self._note(code, self._entry_at(header, block), block=block, at=place * SECTOR, what=area.what)
         for one, other in table.overlaps(places, stride // SECTOR):
