@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
-    from hvmgr.model.image_info import ImageCheck, ImageFault, ImageInfo, ImageParent, ImageUse
+    from hvmgr.model.image_info import ImageCheck, ImageFault, ImageInfo, ImageOptions, ImageParent, ImageUse
     from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
@@ -48,6 +48,7 @@ __all__ = [
     "ImageFault",
     "ImageFormat",
     "ImageInfo",
+    "ImageOptions",
     "ImageParent",
     "ImageUse",
     "Images",
@@ -83,6 +84,7 @@ _HOMES = {
     "ImageFault": "hvmgr.model.image_info",
     "ImageFormat": "hvmgr.model.specification",
     "ImageInfo": "hvmgr.model.image_info",
+    "ImageOptions": "hvmgr.model.image_info",
     "ImageParent": "hvmgr.model.image_info",
     "ImageUse": "hvmgr.model.image_info",
     "Images": "hvmgr.operations.images.image_files",

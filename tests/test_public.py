@@ -27,6 +27,7 @@ PUBLIC = [
     "ImageFault",
     "ImageFormat",
     "ImageInfo",
+    "ImageOptions",
     "ImageParent",
     "ImageUse",
     "Images",

@@ -7,6 +7,8 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
+from hvmgr.model.specification import ImageFormat
+
 
 class ImageType(StrEnum):
     """How an image keeps its data: all of it, what was written, or what differs from a parent."""
@@ -31,6 +33,24 @@ class FaultSeverity(StrEnum):
     WARNING = "warning"
     REPAIRABLE = "repairable"
     ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class ImageOptions:
+    """How a new image is wanted; None leaves it to the format.
+
+    ``format`` is that of the name without it. With ``parent`` the image is a differencing one. ``keep_id``: a VHD that is
+    made of a VHD has the same id. ``source_format`` says what the source of a conversion is, where its content would be
+    taken for something else; ``folders`` are where parents of a VHD are looked for besides its own folder.
+    """
+
+    format: ImageFormat | None = None
+    fixed: bool = False
+    parent: Path | None = None
+    block_size: int | None = None
+    keep_id: bool = False
+    source_format: ImageFormat | None = None
+    folders: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +109,7 @@ class ImageInfo:
     fragmentation: float | None
     used_by: tuple[ImageUse, ...]
     libvirt_asked: bool
+    faults: tuple[str, ...] = ()  # what is wrong with it and was read over
     open_change: str | None = None  # an operation that was cut off, which the next command completes
 
 

@@ -16,7 +16,7 @@ from hvmgr.faces.cli.groups import READS, Group
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
-    from hvmgr.model.image_info import ImageCheck, ImageInfo
+    from hvmgr.model.image_info import ImageCheck, ImageInfo, ImageOptions
     from hvmgr.model.specification import ImageFormat
 
 _MADE = ("vhd", "vhdx", "qcow2", "raw")
@@ -30,6 +30,12 @@ def _path(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _file_option(name: str, words: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return click.option(name, metavar=name.strip("-").upper(), type=click.Path(path_type=Path), help=words)
+
+
+_search = click.option(
+    "--search", "folders", multiple=True, metavar="DIR", type=click.Path(file_okay=False, path_type=Path),
+    help="Look for parents of a VHD here, too. Repeatable.",
+)  # fmt: skip
 
 
 def _making(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,18 +72,19 @@ def create(request: Request, /, path: Path, size: int | None, **wish: Any) -> No
     Nothing is ever replaced, and a command that fails leaves no file.
     """
     with request.host() as host, request.changing():
-        made = host.images.create(path, size=size, **_wishes(wish))
+        made = host.images.create(path, size, _options(wish))
         request.done(_made("created", made), {"image": _document(made)})
 
 
 @command.command("info", codes=READS, examples=["hvmgr image info base.vhd", "hvmgr image info child.vhd --chain"])
 @_path("PATH")
 @click.option("--chain", is_flag=True, help="Also everything that it stands on.")
+@_search
 @click.pass_obj
-def info(request: Request, /, *, path: Path, chain: bool) -> None:
+def info(request: Request, /, *, path: Path, chain: bool, folders: tuple[Path, ...]) -> None:
     """Show what an image is, by its content: type, sizes, ids, its parent, and who uses it."""
     with request.host() as host:
-        found = host.images.chain(path) if chain else [host.images.info(path)]
+        found = host.images.chain(path, folders=folders) if chain else [host.images.info(path, folders=folders)]
     if request.json:
         json_out.show({"image": _document(found[0]), "chain": [_document(one) for one in found] if chain else None})
     elif chain:
@@ -92,15 +99,16 @@ def info(request: Request, /, *, path: Path, chain: bool) -> None:
 @_path("PATH")
 @click.option("--chain", is_flag=True, help="Also everything that it stands on.")
 @click.option("--repair", is_flag=True, help="Put right what needs no guess.")
+@_search
 @click.pass_context
-def check(context: click.Context, /, *, path: Path, chain: bool, repair: bool) -> None:
+def check(context: click.Context, /, *, path: Path, chain: bool, repair: bool, folders: tuple[Path, ...]) -> None:
     """Check an image by every rule of its format; the exit code is 6 when something is wrong.
 
     VHD is checked by hvmgr itself, everything else by QEMU. Nothing is written without --repair.
     """
     request: Request = context.obj
     with request.host() as host, request.changing():
-        found = host.images.check(path, chain=chain, repair=repair)
+        found = host.images.check(path, chain=chain, repair=repair, folders=folders)
         if request.dry_run and repair:
             request.show_plan(None)
         elif request.json:
@@ -118,18 +126,16 @@ def check(context: click.Context, /, *, path: Path, chain: bool, repair: bool) -
 @_making
 @click.option("--keep-id", is_flag=True, help="A VHD that is made of a VHD has the same id.")
 @click.option("--source-format", type=click.Choice(_READ), help="What SRC is, where its content says something else.")
+@_search
 @click.pass_obj
-def convert(
-    request: Request, /, *, src: Path, dst: Path, keep_id: bool, source_format: str | None, **wish: Any
-) -> None:
+def convert(request: Request, /, *, src: Path, dst: Path, **wish: Any) -> None:
     """Write the disk that an image shows, with all its parents, into a new image.
 
     The disk keeps its exact size, and zeros take no space. With --parent only what differs from that is written. SRC is
     only read; DST is never replaced, and is complete or not there at all.
     """
-    stated = _format(source_format)
     with request.host() as host, request.changing():
-        made = host.images.convert(src, dst, keep_id=keep_id, source_format=stated, **_wishes(wish))
+        made = host.images.convert(src, dst, _options(wish))
         request.done(_made(f"converted {src} to", made), {"image": _document(made)})
 
 
@@ -137,15 +143,16 @@ def convert(
 @_path("CHILD")
 @_file_option("--into", "Merge into this ancestor, with all between; without it into the parent.")
 @click.option("--keep", is_flag=True, help="Leave the merged images where they are.")
+@_search
 @click.pass_obj
-def merge(request: Request, /, *, child: Path, into: Path | None, keep: bool) -> None:
+def merge(request: Request, /, *, child: Path, into: Path | None, keep: bool, folders: tuple[Path, ...]) -> None:
     """Merge a differencing image into its parent, which keeps its name and its id.
 
     What stood on the child stands on the parent afterwards. The merged images are removed. It is refused while a VM or
     another differencing image needs one of them.
     """
     with request.host() as host, request.changing():
-        made = host.images.merge(child, into=into, keep=keep)
+        made = host.images.merge(child, into=into, keep=keep, folders=folders)
         request.done(f"merged {child} into {made.path}", {"image": _document(made)})
 
 
@@ -180,15 +187,16 @@ def compact(request: Request, path: Path) -> None:
 @_path("CHILD")
 @_path("PARENT")
 @click.option("--ignore-id", is_flag=True, help="Take PARENT although nothing proves that it is the right one.")
+@_search
 @click.pass_obj
-def reparent(request: Request, /, *, child: Path, parent: Path, ignore_id: bool) -> None:
+def reparent(request: Request, /, *, child: Path, parent: Path, ignore_id: bool, folders: tuple[Path, ...]) -> None:
     """Let a differencing image name another file as its parent.
 
     Where the old parent is there, both are compared byte by byte; else the id of a VHD decides.
     """
     with request.host() as host, request.changing():
-        proof = host.images.reparent(child, parent, ignore_id=ignore_id)
-        made = host.images.info(child)
+        proof = host.images.reparent(child, parent, ignore_id=ignore_id, folders=folders)
+        made = host.images.info(child, folders=(*folders, parent.parent))
         request.done(f"{child} stands on {parent}", {"image": _document(made), "proof": proof.value})
 
 
@@ -201,13 +209,18 @@ def _format(word: str | None) -> ImageFormat | None:
     return None if word is None else ImageFormat(word)
 
 
-def _wishes(wish: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "format": _format(wish["image_format"]),
-        "fixed": wish["fixed"],
-        "parent": wish["parent"],
-        "block_size": wish["block_size"],
-    }
+def _options(wish: dict[str, Any]) -> ImageOptions:
+    from hvmgr.model.image_info import ImageOptions
+
+    return ImageOptions(
+        format=_format(wish["image_format"]),
+        fixed=wish["fixed"],
+        parent=wish["parent"],
+        block_size=wish["block_size"],
+        keep_id=wish.get("keep_id", False),
+        source_format=_format(wish.get("source_format")),
+        folders=wish.get("folders", ()),
+    )
 
 
 def _made(what: str, made: ImageInfo) -> str:
@@ -237,6 +250,7 @@ def _document(one: ImageInfo) -> json_out.Document:
         "fragmentation": one.fragmentation,
         "used_by": [{"kind": use.kind.value, "name": use.name, "active": use.active} for use in one.used_by],
         "libvirt_asked": one.libvirt_asked,
+        "faults": list(one.faults),
         "open_change": one.open_change,
     }  # fmt: skip
 
@@ -264,6 +278,7 @@ def _facts(one: ImageInfo) -> list[tuple[str, str]]:
     rows += [("Used by", use.describe() + (", which runs" if use.active else "")) for use in one.used_by]
     if not one.libvirt_asked:
         rows.append(("Used by", "libvirt could not be asked"))
+    rows += [("Wrong", fault) for fault in one.faults]
     rows.append(("Cut off", one.open_change or ""))
     return [row for row in rows if row[1]]
 

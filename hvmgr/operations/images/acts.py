@@ -11,14 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hvmgr import errors, vhd
 from hvmgr.host import nbd_client, qemu_img, qemu_locks, storage_daemon
 from hvmgr.model import image_plan
 from hvmgr.model.plan import Step
 from hvmgr.model.progress import Progress
+from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import disks, recognition
 from hvmgr.storage import durable, images, partitions
+from hvmgr.vhd import repairing
 
 Report = Callable[[Progress], None]
+
+_TORN = ("F4", "F5", "F7")  # what a death between the writing of two footers leaves
 
 
 class Worker:
@@ -26,6 +31,10 @@ class Worker:
 
     def __init__(self, report: Report) -> None:
         self.report = report
+
+    def act(self, step: Step) -> None:
+        """One step, whatever it is."""
+        self._ACTS[type(step)](self, step)
 
     def merge(self, step: image_plan.MergeChain) -> None:
         """All images but the last go into the last."""
@@ -37,13 +46,12 @@ class Worker:
             self._merge_qcow2(step)
 
     def _merge_vhd(self, chain: Sequence[Path]) -> None:
-        from hvmgr import vhd
-
         with contextlib.ExitStack() as stack:
             for path in chain:
                 stack.enter_context(qemu_locks.held(path))
-            disk = stack.enter_context(contextlib.closing(vhd.open_chain(chain[0], writable=True)))
-            vhd.merge(disk, into=len(chain) - 1, progress=self._counted(f"merge into {chain[-1].name}"))
+            folders = list(dict.fromkeys(path.parent for path in chain))
+            disk = stack.enter_context(vhd.open_chain(chain[0], folders=folders, any_size=True))
+            vhd.merge(disk, into=len(chain) - 1, on_progress=self._counted(f"merge into {chain[-1].name}"))
 
     def _merge_qcow2(self, step: image_plan.MergeChain) -> None:
         with storage_daemon.started(on_progress=self.report) as daemon:
@@ -68,10 +76,8 @@ class Worker:
         """The child's header names the parent."""
         child, parent = Path(step.child), Path(step.parent)
         if step.format == "vhd":
-            from hvmgr import vhd
-
             with qemu_locks.held(child):
-                vhd.reparent(child, parent, ignore_id=True)
+                vhd.reparent(child, parent, ignore_id=True, any_size=True, folders=[parent.parent])
         else:
             name = relative_name(child, parent)
             qemu_img.name_parent(child, name, step.parent_format)
@@ -102,10 +108,8 @@ class Worker:
         """Blocks of zeros take no space."""
         path = Path(step.path)
         if step.format == "vhd":
-            from hvmgr import vhd
-
             with qemu_locks.held(path):
-                vhd.compact(path, progress=self._counted(f"compact {path.name}"))
+                vhd.compact(path, on_progress=self._counted(f"compact {path.name}"))
         elif step.format == "raw":
             with qemu_locks.held(path):
                 self._dig(path)
@@ -113,12 +117,17 @@ class Worker:
             self._rewrite(path, step.format)
 
     def _dig(self, path: Path) -> None:
-        found = recognition.look(path)
-        with disks.opened(found) as disk:
-            for offset, piece in disks.pieces(disk, f"compact {path.name}", self.report):
-                zeros = [(offset + start, end - start) for start, end, is_zero in disks.runs(piece) if is_zero]
-                if zeros:
-                    durable.dig_holes(path, zeros)
+        what = f"compact {path.name}"
+        with disks.opened(recognition.look(path, ImageFormat.RAW)) as disk:
+            durable.dig_holes(
+                path,
+                (
+                    (offset + start, end - start)
+                    for offset, piece in disks.pieces(disk, what, self.report)
+                    for start, end, is_zero in disks.runs(piece)
+                    if is_zero
+                ),
+            )
 
     def _rewrite(self, path: Path, fmt: str) -> None:
         """A copy without the zeros takes the image's name; QEMU opens the image, and so keeps others out of it."""
@@ -140,10 +149,8 @@ class Worker:
         """What is repairable is right."""
         path = Path(step.path)
         if step.format == "vhd":
-            from hvmgr.vhd import checking
-
             with qemu_locks.held(path):
-                checking.repair(path)
+                repairing.repair(path)
         else:
             qemu_img.check(path, step.format, repair_leaks=True)
             durable.sync_file(path)
@@ -151,7 +158,7 @@ class Worker:
     def _counted(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report(Progress(done, total, what))
 
-    ACTS: ClassVar[Mapping[type[Step], Callable[[Worker, Any], None]]] = {
+    _ACTS: ClassVar[Mapping[type[Step], Callable[[Worker, Any], None]]] = {
         image_plan.MergeChain: merge,
         image_plan.GrowImage: grow,
         image_plan.PointChild: point,
@@ -163,6 +170,19 @@ class Worker:
     }
 
 
+def heal(paths: Sequence[Path]) -> None:
+    """A VHD whose two footers a dead command left different says one thing again: the one at the end is written first."""
+    for path in paths:
+        if not path.exists() or images.identify(path).format != "vhd":
+            continue
+        try:
+            vhd.open_image(path).close()
+        except errors.Corrupt as error:
+            if error.facts.get("fault") in _TORN:
+                with qemu_locks.held(path):
+                    repairing.repair(path, keep=repairing.Keep.END)
+
+
 def relative_name(child: Path, parent: Path) -> str:
     """A parent's name as it is written into a child: relative where both lie in one folder, never read as a protocol."""
     if child.parent != parent.parent:
@@ -172,10 +192,8 @@ def relative_name(child: Path, parent: Path) -> str:
 
 def _resize(path: Path, fmt: str, size: int, *, shrink: bool) -> None:
     if fmt == "vhd":
-        from hvmgr import vhd
-
         with qemu_locks.held(path):
-            vhd.resize(path, size)
+            vhd.resize(path, size, allow_shrink=shrink)
     elif fmt == "raw":
         with qemu_locks.held(path):
             durable.set_length(path, size)
@@ -187,8 +205,6 @@ def _resize(path: Path, fmt: str, size: int, *, shrink: bool) -> None:
 def _write(path: Path, fmt: str, writes: Sequence[tuple[int, bytes]]) -> None:
     """Bytes of the disk, each on disk before the next."""
     if fmt == "vhd":
-        from hvmgr import vhd
-
         with qemu_locks.held(path), vhd.open_image(path, writable=True) as image:
             for offset, data in writes:
                 image.write(offset, data)

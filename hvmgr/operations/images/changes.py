@@ -17,20 +17,20 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.host import qemu_locks
 from hvmgr.model import image_plan
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.progress import Progress
+from hvmgr.operations.images import acts
 from hvmgr.storage import index, journal
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
-    from hvmgr.operations.images.acts import Worker
 
 NEUTRAL = (
     image_plan.GrowImage,
@@ -86,23 +86,35 @@ def require_closed(path: Path) -> None:
 def complete(host: Host, chain: Sequence[Path]) -> None:
     """What a dead command began on one of these images comes to its end; in a dry run that is a Conflict."""
     for image in chain:
-        place = place_of(image)
-        if not journal.is_open(place):
-            continue
+        complete_about(host, image)
+        _complete(host, place_of(image))
+
+
+def complete_about(host: Host, image: Path) -> None:
+    """The same for a change whose journal lies beside another image and names this one, which may be gone by now."""
+    for place in index.open_changes():
         entry = journal.read(place)
-        if entry is None:
-            continue
-        if host.reporter.dry_run:
-            raise errors.Conflict(
-                f"an operation was cut off: {entry.plan.subject}",
-                hint="run the command without --dry-run: it completes that first",
-                journal=str(place),
-            )
-        with index.locked(_images_of(entry.plan), wait_s=host.wait_s):
-            entry = journal.read(place)
-            if entry is not None:
-                _carry_out(host, entry.plan, place)
-                host.reporter.notice(f"completed what was cut off: {entry.plan.subject}")
+        if entry is not None and image in _images_of(entry.plan):
+            _complete(host, place)
+
+
+def _complete(host: Host, place: Path) -> None:
+    entry = journal.read(place)
+    if entry is None:
+        return
+    if host.reporter.dry_run:
+        raise errors.Conflict(
+            f"an operation was cut off: {entry.plan.subject}",
+            hint="run the command without --dry-run: it completes that first",
+            journal=str(place),
+        )
+    named = _images_of(entry.plan)
+    with index.locked(named, wait_s=host.wait_s):
+        entry = journal.read(place)
+        if entry is not None:
+            acts.heal(named)
+            _carry_out(host, entry.plan, place)
+            host.reporter.notice(f"completed what was cut off: {entry.plan.subject}")
 
 
 def run(host: Host, plan: Plan, written: Path) -> None:
@@ -114,7 +126,6 @@ def run(host: Host, plan: Plan, written: Path) -> None:
 
 
 def _carry_out(host: Host, plan: Plan, place: Path) -> None:
-    from hvmgr.operations.images.acts import Worker
     from hvmgr.operations.session import Interrupts
 
     interrupts = Interrupts()
@@ -124,12 +135,12 @@ def _carry_out(host: Host, plan: Plan, place: Path) -> None:
         interrupts.check()
         host.reporter.progress(progress)
 
-    worker = Worker(report)
+    worker = acts.Worker(report)
     try:
         for step in plan.steps():
             is_neutral = is_neutral and isinstance(step, NEUTRAL)
             with contextlib.nullcontext() if is_neutral else interrupts.held_back():
-                _act(worker, step)
+                worker.act(step)
     except Exception:
         if is_neutral:
             _end(place)
@@ -137,11 +148,6 @@ def _carry_out(host: Host, plan: Plan, place: Path) -> None:
     finally:
         interrupts.close()
     _end(place)
-
-
-def _act(worker: Worker, step: Step) -> None:
-    act: Callable[[Any], None] = worker.ACTS[type(step)].__get__(worker)
-    act(step)
 
 
 def _end(place: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 _LEAKS = "leaks"  # a matter of space, yet put right when somebody asks
 
 
-def check(host: Host, path: Path, *, chain: bool, repair: bool) -> ImageCheck:
+def check(host: Host, path: Path, *, chain: bool, repair: bool, folders: Sequence[Path] = ()) -> ImageCheck:
     """What is wrong with the image, and with its chain; with ``repair`` also what was put right, and what is left."""
     fmt = _format(path)
-    found = _faults(path, fmt, chain=chain)
+    found = _faults(path, fmt, folders, chain=chain)
     mended = [one for one in found if one.path == path and _is_repairable(one)]
     if not repair or not mended:
         return ImageCheck(path, fmt.value, tuple(found))
@@ -33,7 +34,7 @@ def check(host: Host, path: Path, *, chain: bool, repair: bool) -> ImageCheck:
         plan = changes.plan_of("image check", f"repair of {path}", [image_plan.RepairImage(str(path), fmt.value)])
         changes.require_approval(host, plan)
         changes.run(host, plan, path)
-    left = _faults(path, fmt, chain=chain)
+    left = _faults(path, fmt, folders, chain=chain)
     return ImageCheck(path, fmt.value, tuple(left), tuple(one for one in mended if one not in left))
 
 
@@ -49,28 +50,27 @@ def _format(path: Path) -> ImageFormat:
     return ImageFormat(word)
 
 
-def _faults(path: Path, fmt: ImageFormat, *, chain: bool) -> list[ImageFault]:
+def _faults(path: Path, fmt: ImageFormat, folders: Sequence[Path], *, chain: bool) -> list[ImageFault]:
     if fmt is ImageFormat.VHD:
-        return _vhd_faults(path, chain=chain)
+        return _vhd_faults(path, folders, chain=chain)
     found = _qemu_faults(path, fmt)
     if chain and fmt is ImageFormat.QCOW2:
         below = images.read(path, images.QCOW2).parent
         if below is not None and not below.exists():
             found.append(ImageFault(path, "parent-missing", FaultSeverity.ERROR, f"its parent {below} is missing"))
         elif below is not None:
-            found += _faults(below, _format(below), chain=True)
+            found += _faults(below, _format(below), folders, chain=True)
     return found
 
 
-def _vhd_faults(path: Path, *, chain: bool) -> list[ImageFault]:
+def _vhd_faults(path: Path, folders: Sequence[Path], *, chain: bool) -> list[ImageFault]:
     from hvmgr.vhd import checking
 
-    return [_of_codec(path, one) for one in checking.check(path, chain=chain)]
+    return [_of_codec(path, one) for one in checking.check(path, chain=chain, folders=folders)]
 
 
 def _of_codec(path: Path, one: Fault) -> ImageFault:
-    where = getattr(one, "path", None) or path
-    return ImageFault(where, one.code, FaultSeverity(one.severity.value), one.text, one.offset)
+    return ImageFault(one.path or path, one.code, FaultSeverity(one.severity.value), one.text, one.offset)
 
 
 def _qemu_faults(path: Path, fmt: ImageFormat) -> list[ImageFault]:

@@ -25,6 +25,7 @@ Report = Callable[[Progress], None]
 
 _PIECE = 4 << 20
 _CLUSTER = 64 << 10  # what is looked at for zeros or for differences: a qcow2 cluster
+_PAGE = 4 << 10  # the least that differs in a VHD, as it is aligned there
 _ZEROS = bytes(_PIECE)
 
 
@@ -49,14 +50,33 @@ class QemuSource:
         self._client.read_into(offset, buffer)
 
 
+class Difference:
+    """What differs between two disks, as the content of a differencing image: its data, be that zeros or not."""
+
+    def __init__(self, source: Source, parent: Source, what: str, report: Report) -> None:
+        self._source, self._parent = source, parent
+        self._what, self._report = what, report
+        self.size = source.size
+
+    def stretches(self, offset: int = 0, length: int | None = None) -> Iterator[Stretch]:
+        """The ranges that differ, in multiples of 4 KiB; nothing of the rest."""
+        assert (offset, length) == (0, None), "a difference is asked for as a whole"
+        found = differences(self._source, self._parent, what=self._what, report=self._report, unit=_PAGE)
+        for start, piece in found:
+            yield Stretch(start, len(piece), data=True)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The bytes of the disk."""
+        self._source.read_into(offset, buffer)
+
+
 @contextlib.contextmanager
 def opened(found: Recognised) -> Iterator[Source]:
     """The disk of an image with its whole chain, for reading."""
     if found.format is ImageFormat.VHD:
         from hvmgr import vhd
 
-        chain = vhd.open_chain(found.path)
-        with contextlib.closing(chain):
+        with vhd.open_chain(found.path, folders=found.folders) as chain:
             yield chain
     elif found.format is ImageFormat.RAW:
         with RawSource(found.path) as raw:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvmgr import errors
 from hvmgr.host import qemu_img
-from hvmgr.model.image_info import ImageInfo, ImageParent, ImageType
+from hvmgr.model.image_info import ImageInfo, ImageParent
 from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import changes, recognition
 from hvmgr.operations.images.recognition import Recognised
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _CLUSTER = 64 << 10  # of a qcow2 image that says nothing else
 
 
-def info(path: Path, users: Users) -> ImageInfo:
+def info(path: Path, users: Users, folders: Sequence[Path] = ()) -> ImageInfo:
     """One image, whatever is wrong with its parents."""
-    found = recognition.look(path)
+    found = recognition.look(path, folders=folders, tolerant=True)
     facts = path.stat()
     answer: dict[str, Any] = {
         "block_size": None, "creator": None, "created": None, "id": None, "parent": None, "allocation": None,
@@ -33,44 +33,48 @@ def info(path: Path, users: Users) -> ImageInfo:
     used = users.of(path)
     return ImageInfo(
         path=path, format=found.format.value, type=found.type, size=found.size, file_size=images.length(path),
-        taken=facts.st_blocks * 512, used_by=used, libvirt_asked=users.asked_libvirt,
+        taken=facts.st_blocks * 512, used_by=used, libvirt_asked=users.asked_libvirt, faults=found.faults,
         open_change=changes.open_subject(path), **answer,
     )  # fmt: skip
 
 
-def chain(path: Path, users: Users) -> list[ImageInfo]:
+def chain(path: Path, users: Users, folders: Sequence[Path] = ()) -> list[ImageInfo]:
     """The image and all that it stands on, highest first; it ends where a parent cannot be found."""
-    found = [info(path, users)]
+    found = [info(path, users, folders)]
     while (parent := found[-1].parent) is not None and parent.path is not None:
         if any(parent.path.samefile(one.path) for one in found):
             raise errors.Corrupt(f"the chain of {path} runs in a circle at {parent.path}", path=str(parent.path))
-        found.append(info(parent.path, users))
+        found.append(info(parent.path, users, folders))
     return found
 
 
 def _vhd_facts(found: Recognised) -> dict[str, Any]:
     from hvmgr import vhd
+    from hvmgr.vhd import format
 
-    with vhd.open_image(found.path) as image:
-        footer = image.footer
-        places = image.block_places()
+    with vhd.open_image(found.path, tolerant=True) as image:
+        footer, table, block = image.footer, image.table, image.block_size
+        stride = block + format.bitmap_size(block) if block else 0
+        places = [(table[one] * format.SECTOR, stride) for one in table.allocated()]
         return {
-            "block_size": image.block_size or None,
+            "block_size": block or None,
             "creator": footer.creator.decode("ascii", "replace").rstrip("\0 ") or None,
-            "created": footer.created,
+            "created": format.from_stamp(footer.time),
             "id": image.uid.hex(),
-            "parent": _vhd_parent(image) if found.is_differencing else None,
-            "allocation": _percent(sum(one.length for one in image.own_stretches() if one.data), found.size),
-            "fragmentation": None if found.type is ImageType.FIXED else _fragmentation(places),
+            "parent": _vhd_parent(image, found.folders) if found.is_differencing else None,
+            "allocation": _percent(min(len(places) * block, found.size), found.size) if block else 100.0,
+            "fragmentation": _fragmentation(places) if block else None,
         }
 
 
-def _vhd_parent(image: vhd.Image) -> ImageParent:
+def _vhd_parent(image: vhd.Image, folders: Sequence[Path]) -> ImageParent:
     from hvmgr import vhd
 
-    names = tuple(image.structure.parent_names())
+    assert image.header is not None
+    texts = ((text.code, text.text if text.text is not None else text.raw.hex()) for text in image.structure.texts)
+    names = (("name", image.header.name), *texts)
     try:
-        return ImageParent(names, image.parent_uid.hex(), vhd.find_parent(image))
+        return ImageParent(names, image.parent_uid.hex(), vhd.find_parent(image, folders=folders))
     except errors.HvmgrError as error:
         return ImageParent(names, image.parent_uid.hex(), None, str(error))
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors, units
 from hvmgr.host import qemu_img
 from hvmgr.model import image_plan
-from hvmgr.model.image_info import ImageType
+from hvmgr.model.image_info import ImageOptions, ImageType
 from hvmgr.model.progress import Progress
 from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import acts, changes, disks, recognition
@@ -29,21 +28,11 @@ _SECTOR = 512
 _VHD_BLOCKS = (512 * units.KIB, 256 * units.MIB)
 _VHDX_BLOCKS = (units.MIB, 256 * units.MIB)
 _QCOW2_CLUSTERS = (512, 2 * units.MIB)
+_VHD_DEFAULT_BLOCK = 2 * units.MIB
 _VHDX_DEFAULT_BLOCK = 32 * units.MIB
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """How a new image is wanted; None leaves it to the format."""
-
-    format: ImageFormat | None = None
-    fixed: bool = False
-    parent: Path | None = None
-    block_size: int | None = None
-    keep_id: bool = False
-
-
-def create(host: Host, path: Path, size: int | None, wish: Wish) -> None:
+def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None:
     """An empty image; with a parent a differencing one of the parent's size."""
     fmt = recognition.format_of(path, wish.format)
     parent = None if wish.parent is None else _parent(host, wish.parent, fmt, wish)
@@ -70,12 +59,13 @@ def create(host: Host, path: Path, size: int | None, wish: Wish) -> None:
         _make(part, path, step)
 
 
-def convert(host: Host, source: Path, path: Path, wish: Wish, *, stated: ImageFormat | None) -> None:
+def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
     """An image that shows the same bytes in a disk of the same size."""
     fmt = recognition.format_of(path, wish.format)
+    stated = wish.source_format
     if stated is not ImageFormat.RAW:
-        changes.complete(host, _chain(source))
-    found = recognition.look(source, stated)
+        changes.complete(host, recognition.known_chain(source, wish.folders))
+    found = recognition.look(source, stated, folders=wish.folders)
     if found.format is ImageFormat.VHDX and found.is_differencing:
         images.require_usable(source)
     parent = None if wish.parent is None else _parent(host, wish.parent, fmt, wish)
@@ -100,21 +90,12 @@ def convert(host: Host, source: Path, path: Path, wish: Wish, *, stated: ImageFo
         _convert(found, parent, part, path, step, host.reporter.progress)
 
 
-def _chain(source: Path) -> list[Path]:
-    """As much of the chain as can be found: what is missing is said when it is read."""
-    found = [source]
-    with contextlib.suppress(errors.HvmgrError, OSError):
-        while (parent := recognition.parent_of(found[-1])) is not None and parent not in found:
-            found.append(parent)
-    return found
-
-
-def _parent(host: Host, path: Path, fmt: ImageFormat, wish: Wish) -> Recognised:
+def _parent(host: Host, path: Path, fmt: ImageFormat, wish: ImageOptions) -> Recognised:
     """The parent of a new image, which has to be one that a child of this format can have."""
-    changes.complete(host, _chain(path))
+    changes.complete(host, recognition.known_chain(path, wish.folders))
     if wish.fixed:
         raise errors.UsageError("a differencing image is neither fixed nor dynamic", hint="leave --fixed out")
-    found = recognition.look(path)
+    found = recognition.look(path, folders=wish.folders)
     if fmt is ImageFormat.VHD and found.format is not ImageFormat.VHD:
         raise errors.Unsupported(
             f"{path} is a {found.format.value} image; the parent of a differencing VHD is a VHD",
@@ -134,7 +115,7 @@ def _parent(host: Host, path: Path, fmt: ImageFormat, wish: Wish) -> Recognised:
     return found
 
 
-def _type(wish: Wish) -> ImageType:
+def _type(wish: ImageOptions) -> ImageType:
     if wish.parent is not None:
         return ImageType.DIFFERENCING
     return ImageType.FIXED if wish.fixed else ImageType.DYNAMIC
@@ -165,7 +146,7 @@ def require_size(fmt: ImageFormat, size: int) -> None:
         )
 
 
-def _require_block_size(fmt: ImageFormat, wish: Wish) -> None:
+def _require_block_size(fmt: ImageFormat, wish: ImageOptions) -> None:
     block = wish.block_size
     if block is None:
         return
@@ -196,9 +177,8 @@ def _make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
     if fmt is ImageFormat.VHD:
         from hvmgr import vhd
 
-        more = {} if step.block_size is None else {"block_size": step.block_size}
         parent = None if step.parent is None else Path(step.parent)
-        vhd.create(part, step.size, kind=vhd.Kind(step.type), parent=parent, **more)
+        vhd.create(part, step.size, kind=vhd.Kind(step.type), parent=parent, block_size=step.block_size)
     elif fmt is ImageFormat.RAW:
         durable.make_sized(part, step.size, filled=step.type == ImageType.FIXED)
     else:
@@ -225,7 +205,7 @@ def _convert(
 ) -> None:
     fmt, what = ImageFormat(step.format), f"write {path.name}"
     if fmt is ImageFormat.VHD:
-        _convert_to_vhd(found, parent, part, step, what, report)
+        _convert_to_vhd(found, parent, part, path, step, what, report)
         return
     if found.format is not ImageFormat.VHD and parent is None:
         recognition.require_whole(found)
@@ -256,21 +236,28 @@ def _convert_to_vhd(
     found: Recognised,
     parent: Recognised | None,
     part: Path,
+    path: Path,
     step: image_plan.ConvertImage,
     what: str,
     report: disks.Report,
 ) -> None:
     from hvmgr import vhd
+    from hvmgr.vhd import creation
 
     uid = None
     if step.keep_id:
         with vhd.open_image(found.path) as image:
             uid = image.uid
-    more = {} if step.block_size is None else {"block_size": step.block_size}
+
+    def counted(done: int, total: int) -> None:
+        report(Progress(done, total, what))
+
+    size = step.block_size or _VHD_DEFAULT_BLOCK
     with disks.opened(found) as disk, contextlib.ExitStack() as stack:
-        below = None if parent is None else stack.enter_context(disks.opened(parent))
-        vhd.write_image(
-            part, disk, kind=vhd.Kind(step.type), parent=None if parent is None else parent.path, uid=uid,
-            progress=lambda done, total: report(Progress(done, total, what)), **more,
-        )  # fmt: skip
-        del below
+        if parent is None:
+            vhd.write_image(part, disk, kind=vhd.Kind(step.type), block_size=size, uid=uid, on_progress=counted)
+            return
+        below = stack.enter_context(disks.opened(parent))
+        origin = creation.describe_parent(path, parent.path)
+        difference = disks.Difference(disk, below, what, report)
+        vhd.write_image(part, difference, kind=vhd.Kind.DIFFERENCING, block_size=size, parent=origin, uid=uid)

@@ -26,13 +26,12 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
 
 
-def merge(host: Host, child: Path, into: Path | None, *, keep: bool) -> Path:
+def merge(host: Host, child: Path, into: Path | None, folders: Sequence[Path] = (), *, keep: bool) -> Path:
     """The ancestor shows what the child did; it is returned."""
-    whole = recognition.chain_of(child)
-    changes.complete(host, whole)
-    whole = recognition.chain_of(child) if child.exists() else []
-    if not whole:
+    changes.complete(host, recognition.known_chain(child, folders))
+    if not child.exists():
         raise errors.NotFound(f"{child} is gone: an earlier command that was cut off has merged it")
+    whole = recognition.chain_of(child, folders)
     chain = _part(whole, into)
     looked = [recognition.look(path) for path in chain]
     steps = _steps(looked, whole, keep=keep)
@@ -63,8 +62,8 @@ def _steps(looked: Sequence[Recognised], whole: Sequence[Path], *, keep: bool) -
     below = whole[len(looked) :]
     _require_mergeable(looked)
     steps: list[Step] = []
-    if child.size != ancestor.size:
-        if child.size < ancestor.size or below or child.format is ImageFormat.VHD:
+    if child.size != ancestor.size and child.format is not ImageFormat.VHD:
+        if child.size < ancestor.size or below:
             raise errors.Unsupported(
                 f"{child.path} and {ancestor.path} have different sizes: {child.size} and {ancestor.size} bytes",
                 hint=f"convert it instead: hvmgr image convert {shlex.quote(str(child.path))} NEW",

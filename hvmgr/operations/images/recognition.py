@@ -5,8 +5,10 @@ QEMU is never asked to guess, and never shown a differencing VHD.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,12 +31,17 @@ MADE = (ImageFormat.VHD, ImageFormat.VHDX, ImageFormat.QCOW2, ImageFormat.RAW)
 
 @dataclass(frozen=True, slots=True)
 class Recognised:
-    """One image: its format, how it keeps its data, and the size of its disk in bytes."""
+    """One image: its format, how it keeps its data, and the size of its disk in bytes.
+
+    ``folders`` are where parents are looked for besides their children; ``faults`` what is wrong and was read over.
+    """
 
     path: Path
     format: ImageFormat
     type: ImageType
     size: int
+    folders: tuple[Path, ...] = ()
+    faults: tuple[str, ...] = ()
 
     @property
     def driver(self) -> str:
@@ -47,13 +54,18 @@ class Recognised:
         return self.type is ImageType.DIFFERENCING
 
 
-def look(path: Path, stated: ImageFormat | None = None) -> Recognised:
-    """The image at ``path``; raises NotFound, Corrupt, or Unsupported for a format that is not known here."""
+def look(
+    path: Path, stated: ImageFormat | None = None, *, folders: Sequence[Path] = (), tolerant: bool = False
+) -> Recognised:
+    """The image at ``path``; raises NotFound, Corrupt, or Unsupported for a format that is not known here.
+
+    ``tolerant`` reads over what is wrong with a VHD as long as the rest can be believed.
+    """
     if path.is_dir():
         raise errors.UsageError(f"{path} is a folder, not an image")
     known = stated or _by_content(path)
     if known is ImageFormat.VHD:
-        return _vhd(path)
+        return _vhd(path, tuple(folders), tolerant=tolerant)
     if known is ImageFormat.VHDX:
         return _vhdx(path)
     if known is ImageFormat.QCOW2:
@@ -82,11 +94,12 @@ def _by_content(path: Path) -> ImageFormat:
         ) from None
 
 
-def _vhd(path: Path) -> Recognised:
+def _vhd(path: Path, folders: tuple[Path, ...], *, tolerant: bool) -> Recognised:
     from hvmgr import vhd
 
-    with vhd.open_image(path) as image:
-        return Recognised(path, ImageFormat.VHD, ImageType(image.kind.value), image.size)
+    with vhd.open_image(path, tolerant=tolerant) as image:
+        faults = tuple(one.describe() for one in image.structure.faults)
+        return Recognised(path, ImageFormat.VHD, ImageType(image.kind.value), image.size, folders, faults)
 
 
 def _vhdx(path: Path) -> Recognised:
@@ -102,10 +115,10 @@ def _asked_size(path: Path, known: ImageFormat) -> int:
     return qemu_img.info(path, known.value).size
 
 
-def parent_of(path: Path) -> Path | None:
+def parent_of(path: Path, folders: Sequence[Path] = ()) -> Path | None:
     """The file that a differencing image stands on, without opening it further; None for any other image.
 
-    NotFound and Conflict as the parent of a VHD is searched for: by its names, always proved by its id.
+    NotFound and Conflict as the parent of a VHD is searched for: by its names and by id, always proved by its id.
     """
     found = images.identify(path)
     if found.format == images.QCOW2:
@@ -114,17 +127,28 @@ def parent_of(path: Path) -> Path | None:
         return None
     from hvmgr import vhd
 
-    with vhd.open_image(path) as image:
-        return Path(os.path.realpath(vhd.find_parent(image)))
+    with vhd.open_image(path, tolerant=True) as image:
+        return Path(os.path.realpath(vhd.find_parent(image, folders=folders)))
 
 
-def chain_of(path: Path) -> list[Path]:
-    """The image and everything that it stands on, highest first; Corrupt for a circle."""
+def chain_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:
+    """The image and everything that it stands on, highest first; Corrupt for a circle, NotFound for a gap."""
     found = [Path(os.path.realpath(path))]
-    while (parent := parent_of(found[-1])) is not None:
+    while (parent := parent_of(found[-1], folders)) is not None:
         if parent in found:
             raise errors.Corrupt(f"the chain of {path} runs in a circle at {parent}", path=str(parent))
+        if not parent.exists():
+            raise errors.NotFound(f"there is no {parent}, on which {found[-1]} stands", path=str(parent))
         found.append(parent)
+    return found
+
+
+def known_chain(path: Path, folders: Sequence[Path] = ()) -> list[Path]:
+    """As much of a chain as can be found, without a word about the rest."""
+    found = [path]
+    with contextlib.suppress(errors.HvmgrError, OSError):
+        while (parent := parent_of(found[-1], folders)) is not None and parent not in found and parent.exists():
+            found.append(parent)
     return found
 
 

@@ -7,6 +7,7 @@ So both parents are compared byte by byte where both are there. Where they are n
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,10 +32,12 @@ class Proof(StrEnum):
     NONE = "none"  # the user says so
 
 
-def reparent(host: Host, child: Path, parent: Path, *, ignore_id: bool) -> Proof:
+def reparent(host: Host, child: Path, parent: Path, folders: Sequence[Path] = (), *, ignore_id: bool) -> Proof:
     """The child stands on ``parent``; what proved that it may."""
     changes.complete(host, [child, parent])
-    found, below = recognition.look(child), recognition.look(parent)
+    searched = (*folders, parent.parent)
+    found = recognition.look(child, folders=searched)
+    below = recognition.look(parent, folders=searched)
     _require_fit(found, below)
     with changes.locked(host, [child]):
         require_unused(host, child, children_too=False)
@@ -51,7 +54,7 @@ def _require_fit(child: Recognised, parent: Recognised) -> None:
         raise errors.UsageError(f"{child.path} is no differencing image: it has no parent")
     if child.format is ImageFormat.VHDX:
         images.require_usable(child.path)
-    if child.path.samefile(parent.path) or _stands_on(parent.path, child.path):
+    if child.path.samefile(parent.path) or _stands_on(parent, child.path):
         raise errors.Conflict(f"{parent.path} stands on {child.path}: the chain would run in a circle")
     if child.format is ImageFormat.VHD and parent.format is not ImageFormat.VHD:
         raise errors.Unsupported(
@@ -67,12 +70,12 @@ def _require_fit(child: Recognised, parent: Recognised) -> None:
         )
 
 
-def _stands_on(path: Path, other: Path) -> bool:
-    return Path(os.path.realpath(other)) in recognition.chain_of(path)
+def _stands_on(path: Recognised, other: Path) -> bool:
+    return Path(os.path.realpath(other)) in recognition.known_chain(path.path, path.folders)
 
 
 def _proof(host: Host, child: Recognised, parent: Recognised, *, ignore_id: bool) -> Proof:
-    before = _parent_before(child.path)
+    before = _parent_before(child)
     if before is not None and not before.samefile(parent.path):
         if _is_same(host, before, parent):
             return Proof.BYTES
@@ -96,16 +99,16 @@ def _proof(host: Host, child: Recognised, parent: Recognised, *, ignore_id: bool
     )
 
 
-def _parent_before(child: Path) -> Path | None:
+def _parent_before(child: Recognised) -> Path | None:
     try:
-        found = recognition.parent_of(child)
+        found = recognition.parent_of(child.path, child.folders)
     except (errors.NotFound, errors.Conflict):
         return None
     return found if found is not None and found.exists() else None
 
 
 def _is_same(host: Host, before: Path, parent: Recognised) -> bool:
-    old = recognition.look(before)
+    old = recognition.look(before, folders=parent.folders)
     with disks.opened(old) as one, disks.opened(parent) as other:
         what = f"compare {parent.path.name} with {before.name}"
         return disks.is_same(one, other, what=what, report=host.reporter.progress)
@@ -115,4 +118,4 @@ def _has_wanted_id(child: Path, parent: Path) -> bool:
     from hvmgr import vhd
 
     with vhd.open_image(child) as upper, vhd.open_image(parent) as lower:
-        return upper.parent_uid == lower.uid
+        return bool(upper.parent_uid == lower.uid)
