@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
+    from hvmgr.model.image_format import ImageFormat
     from hvmgr.model.image_info import ImageCheck, ImageFault, ImageInfo, ImageOptions, ImageParent, ImageUse
     from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
     from hvmgr.model.progress import Progress
-    from hvmgr.model.specification import DiskSpecification, ImageFormat, NetworkSpecification, Specification
+    from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.adopt.adoption import AdoptOptions
     from hvmgr.operations.adopt.release import Release
     from hvmgr.operations.doctor.repair import Repaired
@@ -82,7 +83,7 @@ _HOMES = {
     "Host": "hvmgr.operations.host",
     "ImageCheck": "hvmgr.model.image_info",
     "ImageFault": "hvmgr.model.image_info",
-    "ImageFormat": "hvmgr.model.specification",
+    "ImageFormat": "hvmgr.model.image_format",
     "ImageInfo": "hvmgr.model.image_info",
     "ImageOptions": "hvmgr.model.image_info",
     "ImageParent": "hvmgr.model.image_info",

@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 
-from hvmgr.model.specification import ImageFormat
+from hvmgr.model.image_format import ImageFormat
 
 
 class ImageType(StrEnum):

@@ -16,8 +16,8 @@ from hvmgr.faces.cli.groups import READS, Group
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
+    from hvmgr.model.image_format import ImageFormat
     from hvmgr.model.image_info import ImageCheck, ImageInfo, ImageOptions
-    from hvmgr.model.specification import ImageFormat
 
 _MADE = ("vhd", "vhdx", "qcow2", "raw")
 _READ = (*_MADE, "vmdk", "vdi")
@@ -204,7 +204,7 @@ def reparent(request: Request, /, *, child: Path, parent: Path, ignore_id: bool,
 
 
 def _format(word: str | None) -> ImageFormat | None:
-    from hvmgr.model.specification import ImageFormat
+    from hvmgr.model.image_format import ImageFormat
 
     return None if word is None else ImageFormat(word)
 

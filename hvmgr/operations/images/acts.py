@@ -14,9 +14,9 @@ from typing import Any, ClassVar
 from hvmgr import errors, vhd
 from hvmgr.host import nbd_client, qemu_img, qemu_locks, storage_daemon
 from hvmgr.model import image_plan
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.plan import Step
 from hvmgr.model.progress import Progress
-from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import disks, recognition
 from hvmgr.storage import durable, images, partitions
 from hvmgr.vhd import repairing

@@ -26,7 +26,6 @@ from hvmgr.host import qemu_locks
 from hvmgr.model import image_plan
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.progress import Progress
-from hvmgr.operations.images import acts
 from hvmgr.storage import index, journal
 
 if TYPE_CHECKING:
@@ -40,17 +39,6 @@ NEUTRAL = (
     image_plan.CompactImage,
     image_plan.RepairImage,
 )
-
-
-def place_of(image: Path) -> Path:
-    """Where the journal of a change that writes ``image`` lies."""
-    return image.with_name(f".{image.name}.hvmgr-change")
-
-
-def open_subject(image: Path) -> str | None:
-    """What was begun on the image and has not come to its end; None when nothing was."""
-    entry = journal.read(place_of(image))
-    return None if entry is None else entry.plan.subject
 
 
 def plan_of(operation: str, subject: str, steps: Sequence[Step]) -> Plan:
@@ -87,7 +75,7 @@ def complete(host: Host, chain: Sequence[Path]) -> None:
     """What a dead command began on one of these images comes to its end; in a dry run that is a Conflict."""
     for image in chain:
         complete_about(host, image)
-        _complete(host, place_of(image))
+        _complete(host, journal.beside(image))
 
 
 def complete_about(host: Host, image: Path) -> None:
@@ -112,6 +100,8 @@ def _complete(host: Host, place: Path) -> None:
     with index.locked(named, wait_s=host.wait_s):
         entry = journal.read(place)
         if entry is not None:
+            from hvmgr.operations.images import acts  # QEMU, which nobody needs who only looks
+
             acts.heal(named)
             _carry_out(host, entry.plan, place)
             host.reporter.notice(f"completed what was cut off: {entry.plan.subject}")
@@ -119,13 +109,14 @@ def _complete(host: Host, place: Path) -> None:
 
 def run(host: Host, plan: Plan, written: Path) -> None:
     """The plan, which was approved and whose images are ``locked``, is carried out."""
-    place = place_of(written)
+    place = journal.beside(written)
     index.note_change(place)
     journal.begin(place, plan)
     _carry_out(host, plan, place)
 
 
 def _carry_out(host: Host, plan: Plan, place: Path) -> None:
+    from hvmgr.operations.images import acts
     from hvmgr.operations.session import Interrupts
 
     interrupts = Interrupts()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.host import qemu_img
 from hvmgr.model import image_plan
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import FaultSeverity, ImageCheck, ImageFault
-from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import changes, recognition
 from hvmgr.operations.images.sizing import require_unused
 from hvmgr.storage import images

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from hvmgr.host import nbd_client, qemu_img, storage_daemon
 from hvmgr.host.nbd_client import Client
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.progress import Progress
-from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import copy, durable

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvmgr import errors
-from hvmgr.host import qemu_img
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import ImageInfo, ImageParent
-from hvmgr.model.specification import ImageFormat
-from hvmgr.operations.images import changes, recognition
+from hvmgr.operations.images import recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.operations.images.users import Users
-from hvmgr.storage import images, vhdx
+from hvmgr.storage import images, journal, vhdx
 
 if TYPE_CHECKING:
     from hvmgr import vhd
 
-_CLUSTER = 64 << 10  # of a qcow2 image that says nothing else
+_ALIGNMENT = 4 << 10  # a gap that only makes data begin on a page of the disk below
 
 
 def info(path: Path, users: Users, folders: Sequence[Path] = ()) -> ImageInfo:
@@ -34,7 +33,7 @@ def info(path: Path, users: Users, folders: Sequence[Path] = ()) -> ImageInfo:
     return ImageInfo(
         path=path, format=found.format.value, type=found.type, size=found.size, file_size=images.length(path),
         taken=facts.st_blocks * 512, used_by=used, libvirt_asked=users.asked_libvirt, faults=found.faults,
-        open_change=changes.open_subject(path), **answer,
+        open_change=_open_subject(path), **answer,
     )  # fmt: skip
 
 
@@ -46,6 +45,13 @@ def chain(path: Path, users: Users, folders: Sequence[Path] = ()) -> list[ImageI
             raise errors.Corrupt(f"the chain of {path} runs in a circle at {parent.path}", path=str(parent.path))
         found.append(info(parent.path, users, folders))
     return found
+
+
+def _open_subject(path: Path) -> str | None:
+    """What was begun on the image and has not come to its end."""
+    place = journal.beside(path)
+    entry = journal.read(place) if journal.is_open(place) else None
+    return None if entry is None else entry.plan.subject
 
 
 def _vhd_facts(found: Recognised) -> dict[str, Any]:
@@ -102,6 +108,8 @@ def _qcow2_facts(found: Recognised) -> dict[str, Any]:
         names = (("backing", header.backing), *((("format", header.backing_format),) if header.backing_format else ()))
         missing = None if below.exists() else f"there is no {below}"
         parent = ImageParent(names, None, None if missing else below, missing)
+    from hvmgr.host import qemu_img
+
     extents = _own_extents(found)
     return {
         "block_size": None if extents is None else qemu_img.info(found.path, "qcow2", force_share=True).cluster_size,
@@ -114,6 +122,8 @@ def _qcow2_facts(found: Recognised) -> dict[str, Any]:
 
 def _own_extents(found: Recognised) -> list[tuple[int, int]] | None:
     """Where in the file what this image itself holds lies; None when its parents keep QEMU from looking."""
+    from hvmgr.host import qemu_img
+
     try:
         recognition.require_no_differencing_below(found.path)
         extents = qemu_img.map(found.path, "qcow2", force_share=True)
@@ -141,7 +151,7 @@ def _fragmentation(places: Iterable[tuple[int, int]]) -> float | None:
     expected: int | None = None
     for offset, length in places:
         count += 1
-        apart += expected is not None and offset != expected
+        apart += expected is not None and not 0 <= offset - expected < _ALIGNMENT
         expected = offset + length
     return _percent(apart, count - 1) if count > 1 else 0.0
 

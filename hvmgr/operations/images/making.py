@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 from hvmgr import errors, units
 from hvmgr.host import qemu_img
 from hvmgr.model import image_plan
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import ImageOptions, ImageType
 from hvmgr.model.progress import Progress
-from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import acts, changes, disks, recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import durable, images, index

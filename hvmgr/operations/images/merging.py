@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.model import image_plan
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import UseKind
 from hvmgr.model.plan import Step
-from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import changes, recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.operations.images.users import Users, children_of

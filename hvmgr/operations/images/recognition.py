@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import ImageType
-from hvmgr.model.specification import ImageFormat
 from hvmgr.storage import images, vhdx
 
 _SUFFIXES = {

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.model import image_plan
-from hvmgr.model.specification import ImageFormat
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.operations.images import changes, disks, recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.operations.images.sizing import require_unused

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from hvmgr import errors, units
 from hvmgr.host import qemu_img
 from hvmgr.model import image_plan
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import ImageType, UseKind
 from hvmgr.model.plan import Step
-from hvmgr.model.specification import ImageFormat
 from hvmgr.operations.images import changes, disks, making, recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.operations.images.users import Users
