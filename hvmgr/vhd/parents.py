@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -100,9 +100,9 @@ class _Search:
             for folder in (own, *self.folders):
                 yield "name", folder / name
 
-    def _names(self, texts: Iterator[str] | object) -> list[str]:
+    def _names(self, texts: Iterable[str]) -> list[str]:
         assert self.child.header is not None
-        words = [self.child.header.name, *texts]  # type: ignore[misc]
+        words = [self.child.header.name, *texts]
         names = dict.fromkeys(structure.base_name(word) for word in words)
         return [name for name in names if name not in ("", ".", "..")]
 
@@ -208,7 +208,7 @@ def _without_case(path: Path) -> Path | None:
             found /= part
             continue
         try:
-            names = [name for name in os.listdir(found) if name.casefold() == part.casefold()]
+            names = [entry.name for entry in found.iterdir() if entry.name.casefold() == part.casefold()]
         except OSError:
             return None
         if len(names) > 1:

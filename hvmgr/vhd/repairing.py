@@ -58,9 +58,10 @@ def repair(path: Path, *, keep: Keep | None = None) -> list[Fault]:
 
 
 def _require_repairable(faults: list[Fault], path: Path) -> None:
-    """Bytes that are too many make the length odd too."""
-    cured = _REPAIRED if any(one.code == "F3" and one.repairable for one in faults) else _REPAIRED - {"F2"}
-    rules.refuse([one for one in faults if one.severity is Severity.ERROR and one.code not in cured], path)
+    """An odd length is the same fault as the missing footer: bytes that are too many, or too few of the footer's."""
+    is_cut = any(one.code == "F3" and one.repairable for one in faults)
+    grave = [one for one in faults if one.severity is Severity.ERROR and not (is_cut and one.code == "F2")]
+    rules.refuse(grave, path)
 
 
 def _write_footers(file: File, found: Structure, keep: Keep | None) -> None:
@@ -97,6 +98,8 @@ def _write(file: File, at: int, footer: Footer) -> None:
 def _find_closing(file: File, found: Structure) -> int | None:
     """Where the footer stands behind which there is only what does not belong to the disk."""
     start = format.round_up(found.data_end, SECTOR)
+    if start >= found.length:
+        return None
     tail = file.read(start, min(found.length - start, _MAX_TAIL))
     opening = file.read(0, FOOTER_SIZE)
     at = tail.find(opening)

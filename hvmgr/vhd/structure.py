@@ -22,7 +22,7 @@ from hvmgr.vhd.table import Table
 MAX_TABLE = 64 << 20  # a table of 16 million blocks; only blocks far smaller than any writer's need more
 MAX_TEXT = 128 << 10  # twice the longest path that Windows knows
 _CLOCK_ERROR = 30 * 60  # seconds that another computer's clock may be ahead
-_READABLE = frozenset({"F3", "F4", "F5", "F6", "F7", "F22"})  # faults over which the rest can still be read
+_READABLE = frozenset({"F4", "F5", "F6", "F7", "F22"})  # faults over which the rest can still be read
 
 
 class Text(NamedTuple):
@@ -44,8 +44,9 @@ class Area(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """What one file says of itself. ``footer`` is None when there is none to be believed in any part, ``header`` and
-    ``table`` are None for fixed disks and where they cannot be read.
+    """What one file says of itself.
+
+    ``footer`` is None when there is none at all, ``header`` and ``table`` for fixed disks and where they cannot be read.
     """
 
     path: Path
@@ -65,10 +66,11 @@ class Structure:
         return self.footer.kind if self.footer else None
 
     def refuse(self, *, tolerant: bool = False) -> None:
-        """Raises the error of the gravest fault. Tolerant: not for wrong checksums and footers that contradict each
-        other, as long as what they guard can be read.
+        """Raises the error of the gravest fault.
+
+        ``tolerant``: not for wrong checksums and footers that contradict each other, as long as the rest can be read.
         """
-        grave = [one for one in self.faults if not (tolerant and one.code in _READABLE)]
+        grave = [one for one in self.faults if not (tolerant and _is_readable(one))]
         rules.refuse(grave, self.path)
         if self.footer is None or (self.kind is not Kind.FIXED and (self.header is None or self.table is None)):
             rules.refuse(self.faults, self.path)
@@ -154,26 +156,31 @@ class _Reading:
     # --- the footers ---
 
     def _choose_footer(self) -> Footer | None:
-        opening, closing = _unpack(self._opening), _unpack(self._closing)
         if self._length % SECTOR not in (0, SECTOR - 1):
             self._note("F2", length=self._length)
         if self._length < 2 * SECTOR - 1:
             self._note("F1", what="footer", length=self._length, needed=2 * SECTOR)
             return None
+        opening, closing = _unpack(self._opening), _unpack(self._closing)
         if closing is not None and (closing.kind is Kind.FIXED or opening is None):
             return self._take_closing(closing)
         if opening is None:
             self._note("F3", self._end, what="it is no VHD")
-            return None
+        elif closing is None:
+            self._take_opening()
+        else:
+            return self._choose_between(opening, closing)
+        return opening
+
+    def _take_opening(self) -> None:
+        self._cut = True  # how grave that is, the blocks say
+        self._end = self._length
+        if not format.has_right_sum(self._opening, format.FOOTER_SUM_AT):
+            self._note("F6", 0, what="the only footer")
+
+    def _choose_between(self, opening: Footer, closing: Footer) -> Footer:
         right = format.has_right_sum(self._opening, format.FOOTER_SUM_AT)
-        if closing is None:
-            self._cut = True  # how grave that is, the blocks say
-            self._end = self._length
-            if not right:
-                self._note("F6", 0, what="the only footer")
-            return opening
-        closing_right = format.has_right_sum(self._closing, format.FOOTER_SUM_AT)
-        if not closing_right:
+        if not format.has_right_sum(self._closing, format.FOOTER_SUM_AT):
             if right:
                 self._note("F4", self._end)
                 return opening
@@ -204,6 +211,13 @@ class _Reading:
             self._note("F50", what="an image that is split into .vhd, .v01 and so on")
         self._judge_size(footer)
         self._judge_time(footer.time, "creation")
+        self._judge_state(footer)
+        if any(footer.reserved):
+            self._note("F19", what="footer")
+        if footer.uid == NO_ID:
+            self._note("F20")
+
+    def _judge_state(self, footer: Footer) -> None:
         if footer.geometry != format.MAX_GEOMETRY and footer.geometry.size > footer.size:
             found = footer.geometry
             text = f"{found.cylinders}/{found.heads}/{found.sectors}"
@@ -215,10 +229,6 @@ class _Reading:
             self._note("F17", value=footer.saved_state, what="neither 0 nor 1")
         if footer.hidden not in (0, 1):
             self._note("F18", value=footer.hidden)
-        if any(footer.reserved):
-            self._note("F19", what="footer")
-        if footer.uid == NO_ID:
-            self._note("F20")
 
     def _judge_features(self, footer: Footer) -> None:
         known = format.RESERVED_FEATURE | format.TEMPORARY_FEATURE
@@ -306,36 +316,37 @@ class _Reading:
                 self._note("F28", at + 40, what=", ".join(found))
 
     def _read_table(self, header: Header, footer: Footer, areas: list[Area]) -> Table | None:
-        at = header.table_offset
-        if at < FOOTER_SIZE or at % SECTOR or at >= self._end:
-            what = "it is not in the file, or no sector begins there"
-            self._note("F25", footer.data_offset + 16, where=at, what=what)
-            return None
         if self._has("F14", "F26"):
             return None
-        needed = format.block_count(footer.size, header.block_size)
+        at, needed = header.table_offset, format.block_count(footer.size, header.block_size)
+        if why := self._misplaced(at, needed, areas):
+            self._note("F25", footer.data_offset + 16, where=at, what=why)
+            return None
         if header.entries < needed:
             self._note("F27", footer.data_offset + 28, entries=header.entries, needed=needed)
             return None
         if 4 * needed > MAX_TABLE:
             what = f"that takes a table of {4 * needed} bytes"
-            self._note("F26", size=header.block_size, what=what, answer=errors.Unsupported)
+            self._note("F26", footer.data_offset + 32, size=header.block_size, what=what, answer=errors.Unsupported)
             return None
         end = at + 4 * header.entries
-        if at + 4 * needed > self._end:
-            what = f"it would end behind the file's {self._end} bytes"
-            self._note("F25", footer.data_offset + 16, where=at, what=what)
-            return None
         own = Area(at, min(end, self._end), "block table")
-        if any(one.start < own.end and own.start < one.end for one in areas):
-            what = "it lies over the header"
-            self._note("F25", footer.data_offset + 16, where=at, what=what)
-            return None
         areas.append(own)
         if footer.creator == b"tap\0":
             areas.extend(self._batmap(format.round_up(end, SECTOR)))
         self._judge_superfluous(at + 4 * needed, own.end, needed)
         return Table.unpack(self._file.read(at, 4 * needed))
+
+    def _misplaced(self, at: int, needed: int, areas: list[Area]) -> str | None:
+        """Why the table cannot be there."""
+        end = at + 4 * needed
+        if at < FOOTER_SIZE or at % SECTOR:
+            return "no sector of the data begins there"
+        if end > self._end:
+            return f"it would end at byte {end}, behind the file's {self._end} bytes of data"
+        if any(one.start < end and at < one.end for one in areas):
+            return "it lies over the header"
+        return None
 
     def _batmap(self, at: int) -> Iterator[Area]:
         """XenServer keeps behind the table which blocks are written in full; the bitmaps say the same."""
@@ -470,6 +481,11 @@ class _Reading:
 def base_name(text: str) -> str:
     """The last part of a path of Windows or of Unix."""
     return text.replace("\\", "/").rpartition("/")[2]
+
+
+def _is_readable(fault: Fault) -> bool:
+    """F3 is grave only when a block is cut."""
+    return fault.code in _READABLE or (fault.code == "F3" and fault.repairable)
 
 
 def _differences(one: Footer, other: Footer) -> list[str]:

@@ -90,6 +90,10 @@ class Table:
         """The sectors at which blocks begin, ascending; as many as the file holds."""
         return sorted(filter(UNUSED.__ne__, self._entries))
 
+    def start(self) -> int:
+        """Where the first block in the file begins, in bytes; 0 without any."""
+        return min(filter(UNUSED.__ne__, self._entries), default=0) * SECTOR
+
     def end(self, stride: int) -> int:
         """Where the last block in the file ends, in bytes, when each takes ``stride`` bytes; 0 without any."""
         highest = max(filter(UNUSED.__ne__, self._entries), default=None)
