@@ -152,10 +152,10 @@ def claimed(device: Path) -> Iterator[int]:
         if error.errno != errno.EBUSY:
             raise errors.HostFailed(f"{device} cannot be opened: {error.strerror}") from error
         places = mount_points(device)
-        elsewhere = "in use: mounted in another mount namespace, or as swap, or by LVM, RAID or LUKS"
+        what = f"mounted at {', '.join(places)}" if places else "in use: by swap, LVM, RAID, or mounted elsewhere"
         hint = "; ".join(f"umount '{place}'" for place in places) or f"see what uses it: lsblk {device}"
         raise errors.Conflict(
-            f"{device} is {f'mounted at {", ".join(places)}' if places else elsewhere}",
+            f"{device} is {what}",
             hint=hint,
             device=str(device),
             mounts=places,
