@@ -57,7 +57,17 @@ def serve(folder: Path, path: Path, *, writable: bool) -> None:
     """Our own codec serves the VHD at ``path``, with its parents, on a socket in the folder, until it is ended."""
     words = ["--writable"] if writable else []
     socket = folder / _SOCKET
-    argv = ["setsid", "--fork", sys.executable, "-I", "-m", "hvmgr.faces.block_server", *words, path, socket]
+    argv: list[str | Path] = [
+        "setsid",
+        "--fork",
+        sys.executable,
+        "-I",
+        "-m",
+        "hvmgr.faces.block_server",
+        *words,
+        path,
+        socket,
+    ]
     # It lets go of its output when it is ready: the call ends then, and what it says before is why it is not.
     said = process.run(argv, timeout_s=_START_S).stderr.strip()
     if not socket.exists():
@@ -73,7 +83,16 @@ def start(folder: Path, links: Sequence[Link], *, writable: bool) -> None:
     file.touch(0o600)
     nodes = _nodes(folder, links, writable=writable)
     export = {"type": "fuse", "id": "disk", "node-name": nodes[-1]["node-name"], "mountpoint": os.fspath(file)}
-    argv = ["unshare", "--mount", "--propagation", "slave", PROGRAM, "--daemonize", "--pidfile", folder / _PID]
+    argv: list[str | Path] = [
+        "unshare",
+        "--mount",
+        "--propagation",
+        "slave",
+        PROGRAM,
+        "--daemonize",
+        "--pidfile",
+        folder / _PID,
+    ]
     argv += [word for node in nodes for word in ("--blockdev", json.dumps(node))]
     argv += ["--export", json.dumps({**export, "writable": writable, "growable": False})]
     try:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import Domain
     from hvmgr.operations.host import Host
     from hvmgr.storage.index import Entry
+    from hvmgr.storage.vm_home import VmHome
 
 
 class Use(StrEnum):
@@ -91,32 +92,34 @@ def _in_homes(host: Host, path: Path, domains: dict[str, Domain]) -> Iterator[Us
             continue
         try:
             home = vm_home.open_home(entry.home)
-            if journal.is_open(home.layout.journal):
-                raise errors.Conflict(
-                    f"an interrupted operation on the VM '{entry.name}' is open",
-                    hint=f"let it be completed: hvmgr vm show {entry.name}",
-                )
-            forest = home.tree()
+            _require_complete(entry, home)
+            yield from _in_home(entry, home, wanted, _use(domains.get(entry.vm_id) if entry.uri == host.uri else None))
         except (errors.Corrupt, errors.NotFound, errors.Unsupported):
             yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home cannot be read", entry.name)
-            continue
-        names, below = forest.named(), forest.children()
-        snapshots = {one.record.id: one.record.name for one in home.snapshots()}
-        for image in forest.images:
-            if not _is(image, wanted):
-                continue
-            for name in names.get(image, ()):
-                if name == "now":
-                    domain = domains.get(entry.vm_id) if entry.uri == host.uri else None
-                    yield User(_use(domain), f"the VM '{entry.name}'", entry.name)
-                elif name == "undo":
-                    yield User(Use.UNDO, f"the undo slot of '{entry.name}'", entry.name)
-                else:
-                    yield User(
-                        Use.SNAPSHOT, f"the snapshot '{snapshots.get(name, name)}' of '{entry.name}'", entry.name
-                    )
-            for child in below.get(image, ()):
-                yield User(Use.PARENT, child, entry.name)
+
+
+def _require_complete(entry: Entry, home: VmHome) -> None:
+    if journal.is_open(home.layout.journal):
+        raise errors.Conflict(
+            f"an interrupted operation on the VM '{entry.name}' is open",
+            hint=f"let it be completed: hvmgr vm show {entry.name}",
+        )
+
+
+def _in_home(entry: Entry, home: VmHome, wanted: tuple[int, int], present: Use) -> Iterator[User]:
+    forest = home.tree()
+    names, below = forest.named(), forest.children()
+    snapshots = {one.record.id: one.record.name for one in home.snapshots()}
+    for image in (path for path in forest.images if _is(path, wanted)):
+        for name in names.get(image, ()):
+            if name == "now":
+                yield User(present, f"the VM '{entry.name}'", entry.name)
+            elif name == "undo":
+                yield User(Use.UNDO, f"the undo slot of '{entry.name}'", entry.name)
+            else:
+                yield User(Use.SNAPSHOT, f"the snapshot '{snapshots.get(name, name)}' of '{entry.name}'", entry.name)
+        for child in below.get(image, ()):
+            yield User(Use.PARENT, child, entry.name)
 
 
 def _concerns(entry: Entry, path: Path, wanted: tuple[int, int]) -> bool:

@@ -38,7 +38,7 @@ def register(group: Group) -> None:
 @click.option("--read-only", is_flag=True, help="The device cannot be written.")
 @click.option("--format", "fmt", type=click.Choice(_FORMATS), help="The image's format, if it is not to be found out.")
 @click.pass_obj
-def attach(request: Request, path: Path, read_only: bool, fmt: str | None) -> None:
+def attach(request: Request, path: Path, *, read_only: bool, fmt: str | None) -> None:
     """Show the disk in an image as a block device, with its partitions.
 
     The image may be raw, qcow2, VHDX, or any VHD, with all the parents that it has. What others need unchanged is attached
@@ -46,15 +46,10 @@ def attach(request: Request, path: Path, read_only: bool, fmt: str | None) -> No
     """
     with request.host() as host, request.changing():
         shown = host.attach_image(path, read_only=read_only, format=fmt)
-        lines = [f"attached {shown.attachment.path} as {shown.attachment.device}{_access(shown.attachment)}"]
-        lines += [
-            f"{node}  {units.format_size(part.size)}  {part.name or part.type}" for node, part in shown.partitions
-        ]
-        if request.json or request.dry_run:
-            request.done("", {"attachment": _document(shown)})
-        else:
-            for line in lines:
-                render.say(line)
+        one = shown.attachment
+        request.done(f"attached {one.path} as {one.device}{_access(one)}", {"attachment": _document(shown)})
+        for node, part in () if request.json else shown.partitions:
+            render.say(f"{node}  {units.format_size(part.size)}  {part.name or part.type}")
 
 
 @click.command("detach", cls=Command, examples=["hvmgr image detach /dev/loop0", "hvmgr image detach disk.vhd"])
