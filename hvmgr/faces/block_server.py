@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hvmgr import errors, vhd
+from hvmgr.host import image_locks
 from hvmgr.host.nbd_server import Server
 
 
@@ -25,8 +26,10 @@ def main(words: Sequence[str]) -> int:
     path, address = words[-2:]
     try:
         chain = vhd.open_chain(Path(path), writable=writable)
+        for number, image in enumerate(chain.images):
+            image_locks.take(image.path, writable=writable and number == 0)  # as long as this process lives
     except errors.HvmgrError as error:
-        sys.stderr.write(f"{error.message}\n")
+        sys.stderr.write(f"{error.code}: {error.message}\n")
         return error.exit_code
     with chain, socket.socket(socket.AF_UNIX) as listener:
         for number in (signal.SIGTERM, signal.SIGINT):

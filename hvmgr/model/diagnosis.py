@@ -33,6 +33,7 @@ class Code(StrEnum):
     INDEX_DAMAGED = "index-damaged"
     INDEX_STALE = "index-stale"
     INDEX_MISSING = "index-missing"
+    ATTACHMENT_LEFT = "attachment-left"
 
     # A home as a whole
     OPERATION_RUNNING = "operation-running"
@@ -124,6 +125,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.INDEX_DAMAGED: _WARNING,
     Code.INDEX_STALE: _WARNING,
     Code.INDEX_MISSING: _WARNING,
+    Code.ATTACHMENT_LEFT: _WARNING,
     Code.OPERATION_RUNNING: _INFO,
     Code.OPERATION_OPEN: _CONFLICT,
     Code.JOURNAL_DAMAGED: _CORRUPT,

@@ -8,7 +8,7 @@
 | a VM's that is saved, in the undo slot   | read-only: what is put away there has to fit                            |
 | the working image of a VM that runs      | not at all                                                              |
 
-The record comes before the first act and goes after the last one, and ``_take_down`` can be done again from any point:
+The record comes before the first act and goes after the last one, and ``take_down`` can be done again from any point:
 whatever dies in between, the next command finds the record and takes down what is left.
 """
 
@@ -98,7 +98,7 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
     try:
         return shown(_set_up(one, links))
     except BaseException:
-        _take_down(one)
+        take_down(one)
         raise
 
 
@@ -110,7 +110,7 @@ def detach(host: Host, reference: str) -> Attachment:
     if is_alive:
         attachments.write(dataclasses.replace(one, phase=Phase.DETACHING))
     try:
-        _take_down(one)
+        take_down(one)
     except (errors.Conflict, errors.HostFailed):
         if is_alive and one.is_alive:
             attachments.write(one)
@@ -140,7 +140,7 @@ def clean(host: Host) -> list[Attachment]:
         if host.reporter.dry_run:
             continue
         try:
-            _take_down(one)
+            take_down(one)
         except errors.Conflict as error:
             host.reporter.notice(f"what is left of the attachment of {one.path} stays: {error}")
             continue
@@ -150,8 +150,8 @@ def clean(host: Host) -> list[Attachment]:
 
 
 def left_over() -> list[Attachment]:
-    """Attachments that do not work any more, or were never complete. Whoever asks holds the lock of attachments."""
-    return [one for one in attachments.all_records() if not one.is_alive]
+    """Attachments that do not work any more, or were never complete; none while another command is at work on them."""
+    return [] if attachments.is_busy() else [one for one in attachments.all_records() if not one.is_alive]
 
 
 _LEFT_OVER = "its attachment was broken off and is cleaned up; what had not been written out then is lost"
@@ -195,10 +195,18 @@ def chain_of(path: Path, fmt: str) -> list[Link]:
 
 
 def _qemu_reads(path: Path) -> bool:
-    """Whether QEMU shows a VHD as Windows would: not a differencing one, nor one whose size it takes from the geometry."""
+    """Whether QEMU shows a VHD as Windows would.
+
+    It reads zeros in place of a differencing one's parent, old data where a bitmap says that there is none, and takes the
+    size of some from their geometry. What is left are fixed ones.
+    """
+    from hvmgr import vhd
+
+    if vhd.identify(path) is not vhd.Kind.FIXED:
+        return False
     try:
         images.read(path, images.VPC)
-    except errors.Unsupported:
+    except (errors.Unsupported, errors.Corrupt):  # our codec says more exactly what is wrong
         return False
     return True
 
@@ -265,7 +273,7 @@ def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
     return one
 
 
-def _take_down(one: Attachment) -> None:
+def take_down(one: Attachment) -> None:
     """Device, then daemon, then record: each is gone afterwards, and may have been before."""
     folder = Path(one.folder)
     if one.boot == attachments.boot_id():

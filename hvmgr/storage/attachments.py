@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -101,6 +102,11 @@ def users(paths: Iterable[str]) -> dict[str, tuple[Attachment, ...]]:
             for path in dict.fromkeys(ours):
                 found.setdefault(path, []).append(record)
     return {path: tuple(records) for path, records in found.items()}
+
+
+def is_busy() -> bool:
+    """Whether another command attaches, detaches or cleans up now."""
+    return locks.holder(settings.index_folder() / _NAME / "lock") not in {None, os.getpid()}
 
 
 def name_of(one: Attachment) -> str:

@@ -12,7 +12,7 @@ from hvmgr.host import confinement, process
 from hvmgr.host.hypervisor import Capabilities, Connection, Driver
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
-from hvmgr.operations import roles, start_hook
+from hvmgr.operations import attaching, roles, start_hook
 from hvmgr.operations.doctor.surroundings import Surroundings, is_home_like
 
 # Older ones lack what hvmgr is built on; nobody has tried them.
@@ -42,6 +42,7 @@ def examine(around: Surroundings) -> Iterator[Finding]:
         yield from _abilities(around.connection, around.capabilities)
         yield from _confinement(around.connection, around.capabilities)
     yield from _index(around)
+    yield from _attachments()
 
 
 def _versions(facts: Capabilities) -> Iterator[Finding]:
@@ -125,6 +126,12 @@ def _index(around: Surroundings) -> Iterator[Finding]:
         elif entry.home not in around.folders and not is_home_like(entry.home):
             sentence = f"the index knows a VM '{entry.name}' whose home {entry.home} is gone"
             yield finding(Code.INDEX_STALE, sentence, note.file, repair=_put_back(entry.home), vm=entry.name)
+
+
+def _attachments() -> Iterator[Finding]:
+    for one in attaching.left_over():
+        sentence = f"an attachment of {one.path} was broken off, and something of it may be left"
+        yield finding(Code.ATTACHMENT_LEFT, sentence, one.path, repair="doctor --repair cleans it up")
 
 
 def _put_back(home: Path) -> str:
