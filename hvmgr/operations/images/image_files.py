@@ -114,12 +114,11 @@ class Images:
 
     def _inspected(self, path: AnyPath, folders: Sequence[AnyPath], *, chain: bool) -> list[ImageInfo]:
         from hvmgr.operations.images import inspection
-        from hvmgr.operations.images.users import Users
 
-        found, users = self._there(path), Users(self._host)
+        found = self._there(path)
         if chain:
-            return inspection.chain(found, users, _paths(folders))
-        return [inspection.info(found, users, _paths(folders))]
+            return inspection.chain(self._host, found, _paths(folders))
+        return [inspection.info(self._host, found, _paths(folders))]
 
     def _resolved(self, options: ImageOptions | None) -> ImageOptions:
         wish = options or ImageOptions()
