@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 _ALIGNMENT = 4 << 10  # a gap that only makes data begin on a page of the disk below
 
 
-def info(host: Host, path: Path, folders: Sequence[Path] = ()) -> ImageInfo:
+def info(host: Host, path: Path, folders: Sequence[Path] = (), *, stated: ImageFormat | None = None) -> ImageInfo:
     """One image, whatever is wrong with its parents."""
-    found = recognition.look(path, folders=folders, tolerant=True)
+    found = recognition.look(path, stated, folders=folders, tolerant=True)
     facts = path.stat()
     answer: dict[str, Any] = {
         "block_size": None, "creator": None, "created": None, "id": None, "parent": None, "allocation": None,

@@ -85,8 +85,8 @@ def _proof(host: Host, child: Recognised, parent: Recognised, *, ignore_id: bool
                 hint="--ignore-id names it all the same: then the child's disk is a mix of both",
             )
         return Proof.NONE
-    if before is not None:
-        return Proof.BYTES
+    if before is not None and child.format is not ImageFormat.VHD:
+        return Proof.BYTES  # it is the file that the child names already
     if child.format is ImageFormat.VHD and _has_wanted_id(child.path, parent.path):
         host.reporter.notice(f"{parent.path} has the right id; whether it was changed since cannot be proved")
         return Proof.ID
