@@ -187,6 +187,7 @@ class TestReparent:
         assert folder.images.reparent(folder / "b.avhd", folder / "moved" / "renamed.vhd") == "id"
         folder.images.convert(folder / "b.avhd", folder / "to.raw", ImageOptions(folders=(folder / "moved",)))
         assert (folder / "to.raw").read_bytes() == shown[1]
+        (folder / "moved" / "renamed.vhd").unlink()
         folder.images.create(folder / "other.vhd", 4 * MIB)
         with pytest.raises(errors.Conflict, match="another id"):
             folder.images.reparent(folder / "b.avhd", folder / "other.vhd")

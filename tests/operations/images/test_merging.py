@@ -86,7 +86,7 @@ class TestMerge:
     def test_dry_run_changes_nothing(self, folder, names):
         folder.chain(*names[:2])
         before, plans = folder.bytes_of_files(), []
-        reporter = hvmgr.Reporter(approve=lambda plan: plans.append(plan), dry_run=True)
+        reporter = hvmgr.Reporter(approve=plans.append, dry_run=True)
         with (
             hvmgr.Host.open("test:///default", root=folder.host.root, reporter=reporter) as host,
             pytest.raises(errors.Declined),
