@@ -15,7 +15,7 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.model import manifest, maps
 from hvmgr.model.compatibility import found
-from hvmgr.model.configuration import Configuration
+from hvmgr.model.configuration import Configuration, Disk
 from hvmgr.model.finding import Finding
 from hvmgr.model.maps import Entry, Used
 from hvmgr.storage import images
@@ -77,12 +77,23 @@ class Finder:
             return disks
         for disk in listed:
             if not disk.takes_part or disk.source is None:
+                self._require_usable(disk)
                 continue
             if disk.slot in disks:
                 self.problem("double-slot", f"{one.source} has two disks {disk.slot}", one.source)
                 continue
             disks[disk.slot] = self._image(disk.slot, disk.source, disk.format or images.RAW)
         return disks
+
+    def _require_usable(self, disk: Disk) -> None:
+        """What snapshots leave out stays where it is, and must be something that QEMU reads as it is."""
+        if disk.source is None or disk.type not in {"file", "block"}:
+            return
+        path = self.locate(disk.source)
+        try:
+            images.require_usable(Path(path))
+        except errors.Unsupported as error:
+            self.problem("format-unsupported", str(error), path, error.hint)
 
     def _image(self, slot: str, recorded: str, fmt: str) -> str:
         """Where the image is now; it and its parents are read as far as they are there."""
