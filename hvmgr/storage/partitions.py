@@ -95,6 +95,11 @@ class Partition:
         """The first byte behind it."""
         return self.start + self.size
 
+    @property
+    def is_extended(self) -> bool:
+        """Whether it only holds logical partitions."""
+        return self.type in {f"{kind:02x}" for kind in _EXTENDED}
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
