@@ -14,7 +14,7 @@ import pytest
 import hvmgr
 from hvmgr import errors, vhd
 from hvmgr.host import image_export, loop
-from hvmgr.operations import attaching
+from hvmgr.operations import image_users
 from hvmgr.storage import attachments, durable
 from tests.operations.images import attaching as help_
 from tests.operations.rules import conftest as rules
@@ -39,7 +39,7 @@ def said():
 def host(tmp_path, said):
     """A host without a libvirt, as far as an attachment is concerned: its VMs are in another test."""
     reporter = hvmgr.Reporter(notice=said.append)
-    with hvmgr.Host("qemu:///embed?root=/nonexistent", tmp_path / "root", wait_s=5, reporter=reporter) as host:
+    with hvmgr.Host("qemu:///system?socket=/nonexistent/libvirt", tmp_path / "root", wait_s=5, reporter=reporter) as host:
         yield host
 
 
@@ -457,8 +457,8 @@ class TestVMs:
     def test_image_of_a_vm_that_is_not_hvmgrs(self, bench):
         vm = bench.make(4)
         vm.release(flatten=True)
-        (domain,) = bench.host.connection.domains()
-        path = bench.disk(vm) or attaching_path(domain)
+        path = bench.disk(vm)
+        assert [user.use for user in image_users.of(bench.host, Path(path))] == [image_users.Use.OFF]
         one = bench.host.attach_image(path).attachment
         assert not one.read_only
 
@@ -471,8 +471,3 @@ class TestVMs:
         assert found.where == str(path)
         assert "attachment-left" in {str(done.finding.code) for done in bench.host.repair()}
         assert help_.is_clean()
-
-
-def attaching_path(domain):
-    """The image of the one disk of a plain domain."""
-    return attaching.image_users._disks(domain)[0][0]
