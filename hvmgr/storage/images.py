@@ -30,6 +30,7 @@ _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _HEADER_READ = 4 << 10  # QEMU writes the parent's name directly behind the header; it may be anywhere in the first ...
 _HEADER_MAX = 64 << 10  # ... cluster
 
+_SECTOR = 512
 _VHD_COOKIE = b"conectix"
 _VHD_FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
 _VHD_DYNAMIC, _VHD_DIFFERENCING, _VHD_FIXED = 3, 4, 2
@@ -106,8 +107,8 @@ def read(path: Path, fmt: str) -> Header:
     if fmt == VPC:
         return _read_vhd(path)
     if fmt == RAW:
-        head, size, facts = _head(path)
-        return _plain(path, RAW, size - size % 512 if len(head) < 512 else size, facts)
+        _, size, facts = _head(path)
+        return _plain(path, RAW, -(-size // _SECTOR) * _SECTOR, facts)  # QEMU fills the last sector up with zeros
     raise errors.Unsupported(
         f"{path} has the format {fmt}", hint=f"convert it: qemu-img convert -f {fmt} -O qcow2 {path} NEW.qcow2"
     )

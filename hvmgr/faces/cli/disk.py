@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from hvmgr import units
 from hvmgr.faces.cli import arguments, json_out
 from hvmgr.faces.cli.groups import Group
 from hvmgr.faces.cli.request import Request
@@ -12,6 +13,30 @@ from hvmgr.faces.cli.request import Request
 @click.group("disk", cls=Group)
 def command() -> None:
     """Work on the disks of a VM, each named by its slot."""
+
+
+@command.command("resize", examples=["hvmgr disk resize web vda 40G", "hvmgr disk resize web vda 10G --yes"])
+@arguments.vm
+@click.argument("slot", metavar="SLOT")
+@click.argument("size", metavar="SIZE", type=arguments.Size())
+@click.pass_obj
+def resize(request: Request, vm: str, slot: str, size: int) -> None:
+    """Give a disk another size; its snapshots keep theirs.
+
+    It grows while the VM is off or runs; the guest then makes its partitions and file systems larger. It gets smaller only while
+    the VM is off, only down to the end of the last partition, and only with --yes where nobody can be asked.
+    """
+    with request.host() as host, request.changing():
+        one = host.vm(vm)
+        path = one.now().disks.get(slot)
+        before = None if path is None else one.tree().images[path].size
+        if before is not None and size < before:
+            cut = f"{units.format_size(before - size)} at the end of disk {slot} of {one.name} go for good"
+            request.require_consent(cut, always=True)
+        changed = one.resize_disk(slot, size, shrink=True)
+        what = f"has {units.format_size(size)}" + ("" if changed else " already")
+        facts = {"vm": json_out.vm(one, request.state(one)), "slot": slot, "size": size, "disks": dict(one.now().disks)}
+        request.done(f"disk {slot} of {one.name} {what}", facts, changed=changed)
 
 
 @command.command("localize", examples=["hvmgr disk localize web vda"])

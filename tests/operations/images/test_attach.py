@@ -39,7 +39,9 @@ def said():
 def host(tmp_path, said):
     """A host without a libvirt, as far as an attachment is concerned: its VMs are in another test."""
     reporter = hvmgr.Reporter(notice=said.append)
-    with hvmgr.Host("qemu:///system?socket=/nonexistent/libvirt", tmp_path / "root", wait_s=5, reporter=reporter) as host:
+    with hvmgr.Host(
+        "qemu:///system?socket=/nonexistent/libvirt", tmp_path / "root", wait_s=5, reporter=reporter
+    ) as host:
         yield host
 
 
