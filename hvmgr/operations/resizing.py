@@ -53,6 +53,7 @@ def plan_resize(session: Session, slot: str, size: int, *, shrink: bool = False)
         operation="disk resize",
         subject=_subject(session, slot, size),
         switch=step,
+        finish=(step,) if size < image.size else (),  # what is cut off in two acts is completed from the first one on
         hold=() if state in (State.RUNNING, State.PAUSED) else ((path, image.format),),
     )
 
