@@ -13,6 +13,7 @@ from hvmgr.vhd.image import ZEROS, Extent, Image, open_image, whole_sectors
 from hvmgr.vhd.rules import Fault
 from hvmgr.vhd.source import Stretch, clear
 
+_ZEROS = bytes(1 << 20)
 MAX_DEPTH = 256  # files in a chain; each costs a file handle
 
 
@@ -163,6 +164,12 @@ class Chain:
         if self.top.kind is Kind.DIFFERENCING:
             offset, data = whole_sectors(self, offset, memoryview(data))
         self.top.write(offset, data)
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """The range reads as zeros; where it does so already, nothing is written and no space taken."""
+        for stretch in list(self.stretches(offset, length)):
+            for at in range(0, stretch.length if stretch.data else 0, len(_ZEROS)):
+                self.write(stretch.offset + at, memoryview(_ZEROS)[: stretch.length - at])
 
     def flush(self) -> None:
         """All that was written is on the disk."""

@@ -86,13 +86,12 @@ class File:
         return data
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills the whole buffer; what lies behind the end of the file becomes zeros."""
+        """Fills the whole buffer; Corrupt when the file ends before."""
         with explained(self.path):
             while buffer:
                 count = os.preadv(self.descriptor, [buffer], offset)
                 if count == 0:
-                    buffer[:] = bytes(len(buffer))
-                    return
+                    raise errors.Corrupt(f"{self.path} ends at byte {offset}, in the middle of its data", offset=offset)
                 buffer, offset = buffer[count:], offset + count
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:

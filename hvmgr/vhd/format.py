@@ -25,6 +25,7 @@ UNUSED = 0xFFFFFFFF  # a block that the file does not hold
 NOWHERE = 0xFFFFFFFFFFFFFFFF  # an offset that leads nowhere
 VERSION = 0x00010000
 RESERVED_FEATURE, TEMPORARY_FEATURE = 2, 1
+CREATOR, CREATOR_VERSION, CREATOR_HOST = b"win ", 0x000A0000, b"Wi2k"  # of Windows 10: all believe its size
 NO_ID = bytes(16)
 EPOCH = datetime(2000, 1, 1, tzinfo=UTC)
 NAME_UNITS = 256  # UTF-16 units that the name of the parent may have
@@ -123,9 +124,9 @@ class Footer:
     data_offset: int = SECTOR
     geometry: Geometry = MAX_GEOMETRY
     original_size: int = 0
-    creator: bytes = b"win "
-    creator_version: int = 0x000A0000
-    creator_host: bytes = b"Wi2k"
+    creator: bytes = CREATOR
+    creator_version: int = CREATOR_VERSION
+    creator_host: bytes = CREATOR_HOST
     features: int = RESERVED_FEATURE
     version: int = VERSION
     saved_state: int = 0

@@ -70,10 +70,13 @@ class Image:
         self._table = found.table or Table.empty(0)
         self._block = found.header.block_size if found.header else 0
         self._bitmap = format.bitmap_size(self._block) if self._block else 0
+        self._room = max(8, _BITMAPS // self._bitmap) if self._block else 0  # bitmaps that are kept
         self._bitmaps: OrderedDict[int, bytearray] = OrderedDict()
         self._dirty: set[int] = set()  # blocks whose bitmap waits for its data to be on the disk
         self._fresh: set[int] = set()  # blocks whose entry waits for its bitmap
-        self._free = self._end = found.end  # the next block's place; where the footer stands
+        self._end = found.end  # where the footer stands
+        # The next block's place; behind a last block that its writer cut at the disk's end.
+        self._free = max(found.end, found.blocks_end)
         self._reserve = 1
 
     def __enter__(self) -> Self:
@@ -166,8 +169,8 @@ class Image:
         """The bitmap of a block that the file holds. Not to be changed by others."""
         found = self._bitmaps.get(block)
         if found is None:
-            data = self.file.read(self._table[block] * SECTOR, self._bitmap)
-            found = self._bitmaps[block] = bytearray(data.ljust(self._bitmap, b"\0"))
+            found = self._bitmaps[block] = bytearray(self._bitmap)
+            self.file.read_into(self._table[block] * SECTOR, memoryview(found))
             self._forget()
         else:
             self._bitmaps.move_to_end(block)
@@ -175,8 +178,7 @@ class Image:
 
     def _forget(self) -> None:
         """Keeps the bitmaps that were used last, and all that still have to be written."""
-        room = max(8, _BITMAPS // self._bitmap)
-        while len(self._bitmaps) > room and (oldest := next(iter(self._bitmaps))) not in self._dirty:
+        while len(self._bitmaps) > self._room and (oldest := next(iter(self._bitmaps))) not in self._dirty:
             del self._bitmaps[oldest]
 
     # --- writing ---
@@ -316,10 +318,25 @@ class Image:
             self.file.sync()
 
     def change_header(self, **values: object) -> None:
-        """Fields of the header."""
+        """Fields of the header.
+
+        It takes two sectors, of which a power failure may leave one old and one new. So a change of both is written
+        elsewhere first, and the footers lead there until it stands at its own place.
+        """
         assert self.header is not None
+        old, place = self.header.pack(), self.footer.data_offset
         self.header = replace(self.header, **values)  # type: ignore[arg-type]
-        self.file.write(self.footer.data_offset, self.header.pack())
+        data = self.header.pack()
+        if data[SECTOR:] == old[SECTOR:]:
+            self.file.write(place, data[:SECTOR])
+        else:
+            aside = self.take_space(len(data))
+            self.file.write(aside, data)
+            self.file.sync()
+            self.change_footer(data_offset=aside)
+            self.file.write(place, data)
+            self.file.sync()
+            self.change_footer(data_offset=place)
         self.file.sync()
 
     def take_space(self, length: int) -> int:
@@ -337,6 +354,8 @@ class Image:
         zeros first. At each moment the file is valid, and has the old size or the new one.
         """
         self.flush()
+        if size == self.size:
+            return
         if not self._block:
             self._set_fixed_size(size)
         elif size > self.size:
@@ -344,16 +363,26 @@ class Image:
             for offset, length in hidden:
                 self._write_zeros(offset, length)
             self.flush()
-            self.change_footer(size=size, geometry=format.geometry(size))
-        elif size < self.size:
-            self.change_footer(size=size, geometry=format.geometry(size))
+            self._change_size(size)
+        else:
+            self._change_size(size)
             self._drop_behind(size)
+
+    def _change_size(self, size: int) -> None:
+        """The creator changes with it: of some creators QEMU believes the geometry and not the size."""
+        self.change_footer(
+            size=size,
+            geometry=format.geometry(size),
+            creator=format.CREATOR,
+            creator_version=format.CREATOR_VERSION,
+            creator_host=format.CREATOR_HOST,
+        )
 
     def _set_fixed_size(self, size: int) -> None:
         old, self._end = self._end, size
         self._free = size
         try:
-            self.change_footer(size=size, geometry=format.geometry(size))
+            self._change_size(size)
         except errors.NoSpace:
             self.file.set_length(old + format.FOOTER_SIZE)
             raise
@@ -385,8 +414,8 @@ class Image:
         assert self.header is not None
         place = self.header.table_offset
         others = [area.start for area in self.structure.areas if area.start > place]
-        first = min((self._table[block] * SECTOR for block in self._table.allocated()), default=self._end)
-        return min([*others, first, self._end])
+        blocks = self._table.start()
+        return min([*others, self._end, *([blocks] if blocks > place else [])])
 
     def _clear_tail(self, block: int) -> None:
         """In the last block the bytes behind the disk's end are made zeros, and its bits cleared."""
@@ -419,8 +448,8 @@ class Image:
     def _drop_behind(self, size: int) -> None:
         assert self.header is not None
         keep, old = format.block_count(size, self._block), len(self._table)
-        for block in range(keep, old):
-            self._bitmaps.pop(block, None)
+        for block in [one for one in self._bitmaps if one >= keep]:
+            del self._bitmaps[block]
         self._table.resize(keep)
         self.file.write(self.header.table_offset + 4 * keep, b"\xff" * (4 * (old - keep)))
         self.file.sync()
@@ -429,6 +458,8 @@ class Image:
 
 def whole_sectors(source: Source, offset: int, view: memoryview) -> tuple[int, memoryview]:
     """The same bytes with the rest of their first and last sector around them."""
+    if not view or not (offset % SECTOR or len(view) % SECTOR):
+        return offset, view
     start, end = offset // SECTOR * SECTOR, format.round_up(offset + len(view), SECTOR)
     whole = memoryview(bytearray(end - start))
     source.read_into(start, whole[:SECTOR])

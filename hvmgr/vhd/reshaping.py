@@ -5,7 +5,7 @@ A crash at any point leaves valid files, with the old state or the new one. Who 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +25,8 @@ def merge(chain: Chain, into: int = 1, *, on_progress: OnProgress | None = None)
     """The image ``into`` of the chain gets the bytes of the whole disk, and its size; the images above stay as they are.
 
     All the while the disk shows the same bytes through each of them, and after a crash merging again goes on. What the
-    images between hide by being shorter is written as zeros. ``into`` must have no other children.
+    images between hide by being shorter is written as zeros. ``into`` must have no other children, and the chain is to be
+    closed afterwards: it does not see what became of it.
     Conflict when a saved VM is on one of them.
     """
     if not 0 < into < len(chain.images):
@@ -35,35 +36,29 @@ def merge(chain: Chain, into: int = 1, *, on_progress: OnProgress | None = None)
     chain.flush()
     with open_image(chain.images[into].path, writable=True) as target:
         below = Chain([target, *chain.images[into + 1 :]])
-        if target.size < chain.size:
-            target.set_size(chain.size, _hidden(below, target.size, chain.size))
+        _set_size(below, max(chain.size, target.size))
         for piece in chain.pieces(depth=into):
             if piece.level is not None:
                 target.copy_from(chain.images[piece.level].file, piece.position, piece.offset, piece.length)
             elif piece.position == ZEROS:
-                _write_zeros(target, _hidden(below, piece.offset, piece.offset + piece.length))
+                below.write_zeros(piece.offset, piece.length)
             if on_progress is not None:
                 on_progress(piece.offset + piece.length, chain.size)
-        target.flush()
-        if target.size > chain.size:
-            target.set_size(chain.size)
+        _set_size(below, chain.size)
 
 
-def _hidden(below: Chain, start: int, end: int) -> Iterator[tuple[int, int]]:
-    """Where images that a shorter one hides have data."""
-    for level in range(len(below.images)):
-        lower = Chain(below.images[level:])
-        stop = min(end, lower.size)
-        if start < stop:
-            yield from ((one.offset, one.length) for one in lower.stretches(start, stop - start) if one.data)
-            start = stop
+def _set_size(chain: Chain, size: int) -> None:
+    """The first of the chain has this size; what it grows by is zeros, whatever its parents have there."""
+    hidden = _hidden(Chain(chain.images[1:]), chain.size, size) if chain.images[1:] else []
+    chain.top.set_size(size, hidden)
 
 
-def _write_zeros(target: Image, ranges: Iterator[tuple[int, int]]) -> None:
-    zeros = memoryview(bytes(_PIECE))
-    for offset, length in list(ranges):
-        for at in range(0, length, _PIECE):
-            target.write(offset + at, zeros[: min(_PIECE, length - at)])
+def _hidden(parents: Chain, start: int, end: int) -> list[tuple[int, int]]:
+    """Where the parents have data that a disk which ends at ``start`` hides."""
+    stop = min(end, parents.size)
+    return (
+        [(one.offset, one.length) for one in parents.stretches(start, stop - start) if one.data] if start < stop else []
+    )
 
 
 def resize(
@@ -87,10 +82,7 @@ def resize(
                 f"{path} has {chain.size} bytes; what lies behind {size} would be lost",
                 hint="shrink the partitions and file systems in it first, then allow it",
             )
-        hidden: list[tuple[int, int]] = []
-        if size > chain.size and len(chain.images) > 1:
-            hidden = list(_hidden(Chain(chain.images[1:]), chain.size, size))
-        chain.top.set_size(size, hidden)
+        _set_size(chain, size)
 
 
 def compact(path: Path | str, *, on_progress: OnProgress | None = None) -> tuple[int, int]:
@@ -131,9 +123,9 @@ def _same_layout(image: Image) -> Layout:
         footer,
         data_offset=format.FOOTER_SIZE,
         geometry=format.geometry(footer.size),
-        creator=b"win ",
-        creator_version=0x000A0000,
-        creator_host=b"Wi2k",
+        creator=format.CREATOR,
+        creator_version=format.CREATOR_VERSION,
+        creator_host=format.CREATOR_HOST,
     )
     return Layout(ours, new, tuple(placed), free + format.table_size(entries))
 

@@ -22,7 +22,7 @@ from hvmgr.vhd.table import Table
 MAX_TABLE = 64 << 20  # a table of 16 million blocks; only blocks far smaller than any writer's need more
 MAX_TEXT = 128 << 10  # twice the longest path that Windows knows
 _CLOCK_ERROR = 30 * 60  # seconds that another computer's clock may be ahead
-_READABLE = frozenset({"F3", "F4", "F5", "F6", "F7", "F22"})  # faults over which the rest can still be read
+_READABLE = frozenset({"F4", "F5", "F6", "F7", "F22"})  # faults over which the rest can still be read
 
 
 class Text(NamedTuple):
@@ -58,6 +58,7 @@ class Structure:
     texts: tuple[Text, ...] = ()
     areas: tuple[Area, ...] = ()  # header, table, locators, batmap: where no block may lie
     data_end: int = 0  # where the last block, or the last of the areas, ends
+    blocks_end: int = 0  # where the last block would end if its writer had not cut it at the disk's end
     faults: tuple[Fault, ...] = ()
 
     @property
@@ -70,7 +71,7 @@ class Structure:
 
         ``tolerant``: not for wrong checksums and footers that contradict each other, as long as the rest can be read.
         """
-        grave = [one for one in self.faults if not (tolerant and one.code in _READABLE)]
+        grave = [one for one in self.faults if not (tolerant and _is_readable(one))]
         rules.refuse(grave, self.path)
         if self.footer is None or (self.kind is not Kind.FIXED and (self.header is None or self.table is None)):
             rules.refuse(self.faults, self.path)
@@ -285,8 +286,9 @@ class _Reading:
         result = replace(result, header=header, texts=texts, areas=tuple(areas))
         data_end = max(area.end for area in areas)
         if entries is not None and not self._has("F14", "F26"):
-            data_end = max(data_end, self._judge_blocks(entries, header, footer, areas))
-            result = replace(result, table=entries)
+            blocks_end = self._judge_blocks(entries, header, footer, areas)
+            data_end = max(data_end, blocks_end if self._cut else min(blocks_end, self._end))
+            result = replace(result, table=entries, blocks_end=blocks_end)
         if self._cut:
             self._judge_cut(data_end)
         return replace(result, data_end=data_end, end=self._end)
@@ -436,7 +438,7 @@ class _Reading:
     # --- blocks ---
 
     def _judge_blocks(self, entries: Table, header: Header, footer: Footer, areas: list[Area]) -> int:
-        """Where the last block ends, its missing part behind the disk's end not counted."""
+        """Where the last block in the file ends, be all of it there or not."""
         bitmap, places = format.bitmap_size(header.block_size), entries.places()
         stride = bitmap + header.block_size
         for area in areas:
@@ -464,7 +466,7 @@ class _Reading:
             severity = Severity.WARNING if is_tail else None
             at = self._entry_at(header, block)
             self._note("F30", at, severity=severity, block=block, at=place * SECTOR, over=over)
-        return min(end, self._end)
+        return end
 
     def _entry_at(self, header: Header, block: int) -> int:
         return header.table_offset + 4 * block
@@ -481,6 +483,11 @@ class _Reading:
 def base_name(text: str) -> str:
     """The last part of a path of Windows or of Unix."""
     return text.replace("\\", "/").rpartition("/")[2]
+
+
+def _is_readable(fault: Fault) -> bool:
+    """F3 is grave only when a block is cut."""
+    return fault.code in _READABLE or (fault.code == "F3" and fault.repairable)
 
 
 def _differences(one: Footer, other: Footer) -> list[str]:
