@@ -106,8 +106,8 @@ def read(path: Path, fmt: str) -> Header:
     if fmt == VPC:
         return _read_vhd(path)
     if fmt == RAW:
-        head, size, facts = _head(path)
-        return _plain(path, RAW, size - size % 512 if len(head) < 512 else size, facts)
+        _, size, facts = _head(path, 0)
+        return _plain(path, RAW, size + -size % 512, facts)  # QEMU shows a last sector that is not whole with zeros
     raise errors.Unsupported(
         f"{path} has the format {fmt}", hint=f"convert it: qemu-img convert -f {fmt} -O qcow2 {path} NEW.qcow2"
     )

@@ -43,6 +43,7 @@ class SourceSnapshot:
     configuration: Configuration
     file: Path
     disks: dict[str, str]
+    left_out: dict[str, str]  # disks that the snapshot does not freeze: slot, and the image's place now
     memory: Path | None = None
     saved: Configuration | None = None  # the XML inside the memory
     nvram: Path | None = None
@@ -58,6 +59,8 @@ class SourceHome:
     present: Configuration
     facts: Metadata | None
     disks: Mapping[str, str]
+    left_out: Mapping[str, str]  # hard disks that snapshots do not freeze
+    named: Mapping[str, str]  # such disks of all configurations: the name there, and the image's place now
     nvram: Path | None
     tpm: Path | None
     memory: Path | None
@@ -122,6 +125,7 @@ def at_snapshot(source: SourceHome, snapshot: SourceSnapshot) -> SourceHome:
         present=present,
         facts=facts,
         disks=snapshot.disks,
+        left_out=snapshot.left_out,
         nvram=snapshot.nvram,
         tpm=snapshot.tpm,
         memory=snapshot.memory,
@@ -261,12 +265,15 @@ class _Reader:
             self._problem("damaged", f"{self.file} is the configuration of {present.uuid}", self.file)
         layout = Layout(home=self.folder, vm_id=present.uuid)
         snapshots = self._snapshots(layout) if is_home and facts is not None else ()
-        disks = self.finder.disks(present)
-        self.finder.replace_by_slot(present, disks, [one.disks for one in snapshots])
+        disks, left_out = self.finder.disks(present), self.finder.disks_left_out(present)
+        others = [left_out, *(each for one in snapshots for each in (one.disks, one.left_out))]
+        self.finder.replace_by_slot(present, disks, others)
         self._check_tree(facts, snapshots)
         self.finder.check_cycles()
         undo = self._undo(layout) if is_home else None
         undo_disks = {} if undo is None else self.finder.disks(undo)
+        if undo is not None:
+            self.finder.disks_left_out(undo)
         memory = self._file(layout.present_memory)
         change = None if facts is None else facts.change
         tpm = self._folder(layout.present_tpm) or (change and self._folder(layout.tpm_copy(change))) or None
@@ -276,6 +283,8 @@ class _Reader:
             present=present,
             facts=facts,
             disks=disks,
+            left_out=left_out,
+            named=self.finder.left_out,
             nvram=self._named_file(present.nvram),
             tpm=tpm,
             memory=memory,
@@ -351,6 +360,7 @@ class _Reader:
             configuration=parsed,
             file=file,
             disks=self.finder.disks(parsed),
+            left_out=self.finder.disks_left_out(parsed),
             memory=memory if record.state is not SavedState.NONE else None,
             saved=saved,
             nvram=self._file(folder / "nvram"),

@@ -59,6 +59,7 @@ class Finder:
     trusted: bool
     listed: Mapping[str, manifest.Image] = field(default_factory=dict)  # by the place in the folder, and where it was
     expected: dict[str, manifest.Image] = field(default_factory=dict)  # by the place where it was found
+    left_out: dict[str, str] = field(default_factory=dict)  # disks that snapshots leave out: name, and place now
     images: dict[str, SourceImage] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
@@ -82,6 +83,23 @@ class Finder:
                 self.problem("double-slot", f"{one.source} has two disks {disk.slot}", one.source)
                 continue
             disks[disk.slot] = self._image(disk.slot, disk.source, disk.format or images.RAW)
+        return disks
+
+    def disks_left_out(self, one: Configuration) -> dict[str, str]:
+        """The hard disks that snapshots leave out and that have to come along: slot and the image's place now.
+
+        Such a disk is written by its VM alone. One that is shared by its XML, or only read, may stay where it is, unless
+        it is a file of the source itself.
+        """
+        disks: dict[str, str] = {}
+        for disk in one.disks():
+            if not disk.is_left_out or disk.source is None or disk.slot in disks:
+                continue
+            place = self.locate(disk.source)
+            if (disk.readonly or disk.shareable) and not self._is_inside(place):
+                continue
+            disks[disk.slot] = self._image(disk.slot, disk.source, disk.format or images.RAW)
+            self.left_out[disk.source] = disks[disk.slot]
         return disks
 
     def _image(self, slot: str, recorded: str, fmt: str) -> str:
@@ -237,12 +255,16 @@ class Finder:
         for each in (disks, *others):
             if each.get(entry.old) == old:
                 each[entry.old] = new
+        for name, place in self.left_out.items():
+            if place == old:
+                self.left_out[name] = new
 
     def _format_of(self, present: Configuration, slot: str, old: str, disks: dict[str, str]) -> str:
         """The format that is stated for an image: by its child, or by the configuration."""
         stated = next((one.parent_format for one in self.images.values() if one.parent == old), None)
         disk = present.find_disk(slot)
-        named = disk.format if disk is not None and disks.get(slot) == old else None
+        is_top = disks.get(slot) == old or old in self.left_out.values()
+        named = disk.format if disk is not None and is_top else None
         return stated or named or images.QCOW2
 
     def check_cycles(self) -> None:

@@ -100,7 +100,7 @@ def examine(
 def _require_all_used(comparison: Comparison) -> None:
     """A value that would be ignored is an error, and says what there is."""
     for entry in comparison.maps.disk_targets:
-        if entry.old in comparison.source.disks:
+        if entry.old in comparison.source.disks or entry.old in comparison.source.left_out:
             comparison.used.entries.add(entry)
     left = comparison.used.unused(comparison.maps)
     if not left:
@@ -116,7 +116,7 @@ def _require_all_used(comparison: Comparison) -> None:
 
 def _what_there_is(comparison: Comparison, option: str) -> str | None:
     if option in {"disk", "disk-target"}:
-        return "it has the disks " + ", ".join(comparison.source.disks)
+        return "it has the disks " + ", ".join((*comparison.source.disks, *comparison.source.left_out))
     cards: dict[str, tuple[str, str | None]] = {}
     for one in comparison.source.configurations():
         cards |= maps.networks_of(one)
@@ -165,7 +165,7 @@ def _is_dropped(comparison: Comparison, snapshot_id: str) -> bool:
 def _broken(comparison: Comparison) -> Iterator[str]:
     """Images that are needed and were not read."""
     source = comparison.source
-    for disks in (source.disks, *(one.disks for one in comparison.snapshots)):
+    for disks in intake.disks_of(source, comparison.snapshots):
         for top in disks.values():
             chain = source.chain(top)
             if not chain:

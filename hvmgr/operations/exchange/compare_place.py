@@ -125,7 +125,7 @@ def space_finding(folder: Path, size: int) -> Iterator[Finding]:
 
 def _link_findings(comparison: Comparison, owner: tuple[int, int] | None) -> Iterator[Finding]:
     source = comparison.source
-    for image in intake.needed_images(source, comparison.snapshots):
+    for image in intake.needed_images(source, comparison.snapshots, left_out=False):
         path = Path(image.path)
         facts = path.stat()
         read_only = os.statvfs(path).f_flag & os.ST_RDONLY

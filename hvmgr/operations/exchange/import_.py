@@ -69,12 +69,11 @@ def take_in(
     snapshots = intake.kept_snapshots(source, options)
     targets = {one.old: one.new for one in maps.disk_targets}
     for entry in maps.disk_targets:
-        if entry.old in source.disks:
+        if entry.old in source.disks or entry.old in source.left_out:
             used.entries.add(entry)
-    if options.mode is Mode.COPY:
-        places = intake.place_images(session.layout, source, snapshots, targets, session.new_id)
-    else:
-        places = {path: path for path in source.images}
+    places = intake.place_images(session.layout, source, snapshots, targets, session.new_id)
+    if options.mode is not Mode.COPY:
+        places |= {one.path: one.path for one in intake.needed_images(source, snapshots, left_out=False)}
     return Intake(
         source=source,
         options=options,
@@ -104,13 +103,15 @@ def plan_new(session: Session, taken: Intake) -> Plan:
         prepare.append(plan.MakeRoots(places=tuple((str(name), str(place)) for name, place in layout.links())))
     prepare.append(plan.MakeHome(home=str(layout.home), vm_id=layout.vm_id))
     prepare.append(_note_use(session, taken, linked=linked))
-    prepare += children if linked else taken.steps_for_images(hold=_to_hold(session, source))
+    prepare += children
+    prepare += taken.steps_for_images(hold=_to_hold(session, source), only=taken.left_out() if linked else None)
     prepare += taken.steps_for_snapshots()
     nvram = layout.nvram(session.new_id()) if source.present.nvram is not None else None
     prepare += _firmware(session, source, nvram)
     prepare += _managed_save(session, taken, disks, nvram)
     frozen = () if linked else taken.frozen()
-    gold = tuple((one.path, _digest(source, one.path)) for one in taken.needed()) if linked else ()
+    shared = intake.needed_images(source, taken.snapshots, left_out=False) if linked else []
+    gold = tuple((one.path, _digest(source, one.path)) for one in shared)
     finish: list[Step] = [plan.WritePresent()]
     finish += [plan.RecordFrozen(paths=frozen)] if frozen else []
     finish += [plan.RecordGold(images=gold)] if gold else []
@@ -160,8 +161,9 @@ def _to_hold(session: Session, source: SourceHome) -> tuple[str, ...]:
     domain = session.connection.find_domain(source.vm_id)
     if not source.trusted or domain is None:
         return ()
-    present = vm_home.disks_of(configuration.parse(domain.xml(live=False), source="libvirt"))
-    return tuple(path for path in source.disks.values() if path in present.values())
+    parsed = configuration.parse(domain.xml(live=False), source="libvirt")
+    present = {vm_home.canonical(disk.source) for disk in parsed.disks() if disk.source is not None}
+    return tuple(path for path in (*source.disks.values(), *source.left_out.values()) if path in present)
 
 
 def _firmware(session: Session, source: SourceHome, nvram: Path | None) -> list[Step]:

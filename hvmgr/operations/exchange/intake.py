@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -96,13 +96,22 @@ class Intake:
         changed = one.copy()
         changed.strip_backing_chains()
         maps.rewrite(changed, self.maps, self.used)
-        for slot, (path, fmt) in disks.items():
+        for slot, (path, fmt) in {**self._left_out(one), **disks}.items():
             changed.set_disk_source(slot, Path(path), fmt)
         self.identity.impress(changed)
         self._set_emulator(changed)
         if one.nvram is not None and nvram is not None:
             changed.set_nvram(nvram)
         return changed
+
+    def _left_out(self, one: Configuration) -> dict[str, tuple[str, str]]:
+        """The disks that snapshots do not freeze: two VMs must never write to one, and a source is never written."""
+        found: dict[str, tuple[str, str]] = {}
+        for disk in one.disks():
+            path = self.source.named.get(disk.source or "", "") if disk.is_left_out else ""
+            if path in self.places and path in self.source.images and self.places[path] != disk.source:
+                found[disk.slot] = (self.places[path], self.source.images[path].format)
+        return found
 
     def _set_emulator(self, changed: Configuration) -> None:
         """Distributions put QEMU into different places: where the source's is not, this host's own is."""
@@ -144,9 +153,14 @@ class Intake:
         """Every image that the present and the snapshots that come along stand on, bases first."""
         return needed_images(self.source, self.snapshots, shared=self.shared)
 
-    def steps_for_images(self, *, hold: tuple[str, ...]) -> list[Step]:
+    def left_out(self) -> list[SourceImage]:
+        """The images of disks that snapshots do not freeze, with what they stand on, bases first."""
+        shared = {one.path for one in needed_images(self.source, self.snapshots, left_out=False)}
+        return [one for one in self.needed() if one.path not in shared]
+
+    def steps_for_images(self, *, hold: tuple[str, ...], only: Sequence[SourceImage] | None = None) -> list[Step]:
         """The images are copied, name each other under their new names, and are frozen where they have to be."""
-        needed = self.needed()
+        needed = self.needed() if only is None else only
         if not needed:
             return []
         files = []
@@ -218,17 +232,37 @@ def kept_snapshots(source: SourceHome, options: ImportOptions) -> tuple[SourceSn
 
 
 def needed_images(
-    source: SourceHome, snapshots: Iterable[SourceSnapshot], *, shared: Container[str] = ()
+    source: SourceHome,
+    snapshots: Iterable[SourceSnapshot],
+    *,
+    shared: Container[str] = (),
+    left_out: bool = True,
 ) -> list[SourceImage]:
-    """The images of the present and of these snapshots with all their parents, bases first; none at or below ``shared``."""
+    """The images of the present and of these snapshots with all their parents, bases first; none at or below ``shared``.
+
+    ``left_out``: those of disks that snapshots do not freeze are among them.
+    """
     found: dict[str, SourceImage] = {}
-    tops = [*source.disks.values(), *(path for one in snapshots for path in one.disks.values())]
+    tops = (top for disks in disks_of(source, snapshots, left_out=left_out) for top in disks.values())
     for top in tops:
         chain = source.chain(top)
         count = next((number for number, image in enumerate(chain) if image.path in shared), len(chain))
         for image in reversed(chain[:count]):
             found.setdefault(image.path, image)
     return list(found.values())
+
+
+def disks_of(
+    source: SourceHome, snapshots: Iterable[SourceSnapshot], *, left_out: bool = True
+) -> Iterator[Mapping[str, str]]:
+    """The disks of the present and of these snapshots: slot and the image's place now."""
+    yield source.disks
+    if left_out:
+        yield source.left_out
+    for one in snapshots:
+        yield one.disks
+        if left_out:
+            yield one.left_out
 
 
 def place_images(
@@ -258,7 +292,7 @@ def place_images(
 def slots_of(source: SourceHome, snapshots: Iterable[SourceSnapshot]) -> dict[str, str]:
     """The slot of the disk that each image belongs to."""
     slots: dict[str, str] = {}
-    for disks in (source.disks, *(one.disks for one in snapshots)):
+    for disks in disks_of(source, snapshots):
         for slot, top in disks.items():
             for image in source.chain(top):
                 slots.setdefault(image.path, slot)
