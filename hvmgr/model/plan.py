@@ -385,6 +385,19 @@ class CopyImages(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class UnpackFiles(Step):
+    """Files of an archive: (name in it, target, SHA-256 or ''); ``size`` and ``mtime_ns`` tell that it is still the same."""
+
+    archive: str
+    size: int
+    mtime_ns: int
+    files: tuple[tuple[str, str, str], ...]
+
+    def describe(self) -> str:
+        return f"unpack {', '.join(_name(target) for _, target, _ in self.files)} from {_name(self.archive)}"
+
+
+@dataclass(frozen=True, slots=True)
 class NameParent(Step):
     """The header of an image names its parent anew; its guest-visible content is the same.
 

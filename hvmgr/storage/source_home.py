@@ -11,11 +11,10 @@ into a guest's disk.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvmgr import errors
@@ -28,7 +27,8 @@ from hvmgr.model.manifest import Image as Listed
 from hvmgr.model.manifest import Manifest
 from hvmgr.model.maps import Entry, Used
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
-from hvmgr.storage import index, vm_home
+from hvmgr.storage import archives, index, vm_home
+from hvmgr.storage.archives import Archive
 from hvmgr.storage.source_images import Finder, Missing, SourceImage
 
 # No domain XML comes near; a bomb does.
@@ -73,10 +73,29 @@ class SourceHome:
     undo_disks: Mapping[str, str]
     manifest: Manifest | None
     expected: Mapping[str, Listed]  # what the manifest says of images, by their place now
+    sums: Mapping[str, str]  # what an archive's own list says of its files
     is_export: bool
     is_home: bool
     trusted: bool
     is_present: bool = True  # False: seen as it was at a snapshot
+    archive: Archive | None = None  # the folder shows what it holds; images and saved memory are only begun there
+
+    @property
+    def origin(self) -> Path:
+        """What people call the source: its folder, or the archive."""
+        return self.folder if self.archive is None else self.archive.path
+
+    def data_of(self, path: Path) -> int:
+        """About how many bytes a copy of a file takes."""
+        name = None if self.archive is None else self.archive.name_of(path)
+        return path.stat().st_blocks * 512 if self.archive is None or name is None else self.archive.members[name].data
+
+    def hash_of(self, path: Path | str) -> str:
+        """The SHA-256 that the export records for a file; '' when it records none."""
+        listed = self.expected.get(str(path))
+        if listed is not None:
+            return listed.sha256 or ""
+        return self.sums.get(str(Path(path).relative_to(self.folder)), "")
 
     @property
     def vm_id(self) -> str:
@@ -118,9 +137,9 @@ def at_snapshot(source: SourceHome, snapshot: SourceSnapshot) -> SourceHome:
     facts = snapshot.configuration.metadata()
     present = snapshot.configuration.copy()
     if facts is not None:
-        facts = dataclasses.replace(facts, snapshot=None, parent=None)
+        facts = replace(facts, snapshot=None, parent=None)
         present.set_metadata(facts)
-    return dataclasses.replace(
+    return replace(
         source,
         present=present,
         facts=facts,
@@ -145,6 +164,9 @@ def find_configuration(source: Path, vm: str | None) -> tuple[Path, Path]:
     several to choose from.
     """
     source = Path(os.path.realpath(source))
+    if (archive := archives.find(source)) is not None:
+        with archive.naming():
+            return find_configuration(archive.folder, vm)
     if source.is_file():
         folder = source.parent.parent if source.parent.name == CONFIGURATIONS else source.parent
         return folder, source
@@ -185,6 +207,12 @@ def open_source(
     A home of this host is believed: one that the index knows, or that the caller works on (``own``).
     ``snapshots_from`` is a second folder in which snapshots that the source itself lacks are looked for.
     """
+    if (archive := archives.find(source)) is not None:
+        with archive.naming():
+            opened = open_source(
+                archive.folder, vm=vm, paths=paths, disks=disks, used=used, snapshots_from=snapshots_from
+            )
+            return _as_archive(opened, archive)
     folder, file = find_configuration(source, vm)
     present = read_xml(file)
     facts = present.metadata()
@@ -197,6 +225,15 @@ def open_source(
         trusted=own or (not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries())),
     )
     return _Reader(folder, file, present, finder, snapshots_from).read()
+
+
+def _as_archive(opened: SourceHome, archive: Archive) -> SourceHome:
+    """What the folder cannot say: how much data there is in the images that it only begins to show."""
+    images = {
+        path: image if (name := archive.name_of(path)) is None else replace(image, data=archive.members[name].data)
+        for path, image in opened.images.items()
+    }
+    return replace(opened, images=images, archive=archive, sums=archives.recorded(opened.folder))
 
 
 def _configurations(folder: Path) -> list[Path]:
@@ -297,6 +334,7 @@ class _Reader:
             undo_disks=undo_disks,
             manifest=told,
             expected=self.finder.expected,
+            sums={},
             is_export=(self.folder / manifest.FILE).is_file(),
             is_home=is_home,
             trusted=self.finder.trusted,

@@ -55,6 +55,12 @@ def read(source: Path, options: ImportOptions) -> tuple[SourceHome, Maps, Used]:
         used=used,
         snapshots_from=options.snapshot_source,
     )
+    if opened.archive is not None and options.mode is not Mode.COPY:
+        what = "become a home" if options.mode is Mode.REGISTER else "be shared"
+        raise errors.UsageError(
+            f"{opened.origin} is an archive, and files in it cannot {what}",
+            hint="import it with --mode copy, or unpack it first: tar -xf FILE",
+        )
     return opened, wanted, used
 
 
@@ -92,6 +98,8 @@ def examine(
         *compare_host.findings(connection, comparison),
         *compare_place.findings(connection, comparison),
     ]
+    if opened.archive is not None:
+        findings = [opened.archive.named(one) for one in findings]
     comparison.findings.extend(compatibility.worst_first(findings))
     _require_all_used(comparison)
     return comparison
@@ -154,6 +162,7 @@ def _source_findings(comparison: Comparison, *, thorough: bool) -> Iterator[Find
                 f"say where it is: --path OLD=NEW, or --disk {missing.slot}=FILE",
             )
     yield from _sizes(source, needed, thorough=thorough)
+    yield from _small_files(source)
     if source.undo is not None and options.mode is not Mode.REGISTER:
         yield found("undo-left-behind", "the undo slot does not come along", source.layout.undo)
 
@@ -187,5 +196,22 @@ def _sizes(source: SourceHome, needed: set[str], *, thorough: bool) -> Iterator[
                 path,
                 "name the right file with --disk or --path",
             )
-        elif thorough and listed.sha256 is not None and copy.sha256(Path(path)) != listed.sha256:
+        elif thorough and listed.sha256 is not None and _hash(source, path) != listed.sha256:
             yield found("wrong-hash", f"{path} holds other bytes than were recorded", path, "get a whole copy of it")
+
+
+def _hash(source: SourceHome, path: str) -> str:
+    packed = None if source.archive is None else source.archive.sha256(path)
+    return packed or copy.sha256(Path(path))
+
+
+def _small_files(source: SourceHome) -> Iterator[Finding]:
+    """What an archive holds besides images was read when it was opened."""
+    for name, digest in source.sums.items():
+        assert source.archive is not None
+        member = source.archive.members.get(str((source.folder / name).relative_to(source.archive.folder)))
+        if member is None:
+            yield found("damaged", f"{source.folder / name} is missing", source.folder / name, "get a whole copy of it")
+        elif member.sha256 is not None and member.sha256 != digest:
+            yield found("wrong-hash", f"{source.folder / name} holds other bytes than were recorded", source.folder / name,
+                        "get a whole copy of it")  # fmt: skip

@@ -87,7 +87,18 @@ def take_in(
         snapshots=snapshots,
         places=places,
         emulators=session.connection.capabilities().emulators,
+        present_memory=None if options.replace else _place_of_memory(session, source, who, options),
     )
+
+
+def _place_of_memory(session: Session, source: SourceHome, who: Identity, options: ImportOptions) -> Path | None:
+    """Where libvirt looks at the next start for the saved memory of the present."""
+    if source.memory is None or source.saved is None or options.without_state:
+        return None
+    target = session.connection.managed_save_path(who.name)
+    if target.exists():
+        raise errors.Conflict(f"{target} exists already", hint="remove it: it belongs to no VM", path=str(target))
+    return target
 
 
 # --- copy and link --------------------------------------------------------------------------------------------------
@@ -108,7 +119,7 @@ def plan_new(session: Session, taken: Intake) -> Plan:
     prepare += taken.steps_for_snapshots()
     nvram = layout.nvram(session.new_id()) if source.present.nvram is not None else None
     prepare += _firmware(session, source, nvram)
-    prepare += _managed_save(session, taken, disks, nvram)
+    prepare += _managed_save(taken, disks, nvram)
     frozen = () if linked else taken.frozen()
     shared = intake.needed_images(source, taken.snapshots, left_out=False) if linked else []
     gold = tuple((one.path, _digest(source, one.path)) for one in shared)
@@ -119,7 +130,7 @@ def plan_new(session: Session, taken: Intake) -> Plan:
         plan_id=change,
         vm_id=layout.vm_id,
         operation="import",
-        subject=f"import of {taken.identity.name} from {source.folder}",
+        subject=f"import of {taken.identity.name} from {source.origin}",
         prepare=tuple(prepare),
         switch=plan.Define(xml=taken.present(change=change, nvram=nvram, disks=disks).to_xml()),
         finish=tuple(finish),
@@ -186,16 +197,13 @@ def tpm_of(connection: Connection, source: SourceHome) -> Path | None:
     return folder if source.trusted and source.is_present and folder.is_dir() else None
 
 
-def _managed_save(session: Session, taken: Intake, disks: dict[str, tuple[str, str]], nvram: Path | None) -> list[Step]:
+def _managed_save(taken: Intake, disks: dict[str, tuple[str, str]], nvram: Path | None) -> list[Step]:
     """A present with saved memory goes on from it: libvirt looks for the file at the next start."""
-    source = taken.source
-    if source.memory is None or source.saved is None or taken.options.without_state:
+    source, target = taken.source, taken.present_memory
+    if source.memory is None or source.saved is None or target is None:
         return []
-    target = session.connection.managed_save_path(taken.identity.name)
-    if target.exists():
-        raise errors.Conflict(f"{target} exists already", hint="remove it: it belongs to no VM", path=str(target))
     xml = taken.saved(source.saved, source.present, disks, nvram)
-    return [plan.CopyMemory(source=str(source.memory), target=str(target), xml=xml)]
+    return [taken.step_for_memory(source.memory, target, source.saved, xml)]
 
 
 # --- in place of a VM -----------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def prepare(host: Host, source: Path, options: ImportOptions) -> ImportPlan:
     snapshots += [PlannedSnapshot(id=one, name="(missing)", keep=False) for one in sorted(missing - known)]
     return ImportPlan(
         host=host,
-        source=opened.folder if opened.is_home else opened.file,
+        source=opened.origin if opened.is_home else opened.file,
         vm=None,
         name=options.name or opened.present.name,
         mode=options.mode,

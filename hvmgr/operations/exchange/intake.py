@@ -47,6 +47,7 @@ class Intake:
         default_factory=dict
     )  # images of those that stand for the source's: their formats
     emulators: Mapping[str, Path] = field(default_factory=dict)  # this host's, by architecture
+    present_memory: Path | None = None  # where libvirt looks for the saved memory of the present, when it comes along
 
     # -- configurations ------------------------------------------------------------------------------------------------
 
@@ -161,19 +162,57 @@ class Intake:
     def steps_for_images(self, *, hold: tuple[str, ...], only: Sequence[SourceImage] | None = None) -> list[Step]:
         """The images are copied, name each other under their new names, and are frozen where they have to be."""
         needed = self.needed() if only is None else only
-        if not needed:
+        if not needed and self.source.archive is None:
             return []
+        parents = {image.parent for image in needed if image.parent is not None}
+        frozen = parents | {path for one in self.snapshots for path in one.disks.values()}
+        steps = self._steps_for_bytes(needed, hold)
+        steps += [step for image in needed if (step := self._rename_parent(image)) is not None]
+        steps += [plan.FreezeImage(path=self.places[image.path]) for image in needed if image.path in frozen]
+        return steps
+
+    def _steps_for_bytes(self, needed: Sequence[SourceImage], hold: tuple[str, ...]) -> list[Step]:
+        """Images as they are; out of an archive everything that is large, in one pass through it."""
         files = []
         for image in needed:
             listed = self.source.expected.get(image.path)
             digest = listed.sha256 if listed is not None and listed.bytes == image.length else None
             files.append((image.path, self.places[image.path], digest or ""))
-        parents = {image.parent for image in needed if image.parent is not None}
-        frozen = parents | {path for one in self.snapshots for path in one.disks.values()}
-        steps: list[Step] = [plan.CopyImages(files=tuple(files), hold=hold)]
-        steps += [step for image in needed if (step := self._rename_parent(image)) is not None]
-        steps += [plan.FreezeImage(path=self.places[image.path]) for image in needed if image.path in frozen]
+        archive = self.source.archive
+        if archive is None:
+            return [plan.CopyImages(files=tuple(files), hold=hold)]
+        packed, others, steps = list[tuple[str, str, str]](), list[tuple[str, str, str]](), list[Step]()
+        for path, target, digest in files:
+            name = archive.name_of(path)
+            if name is None:
+                others.append((path, target, digest))  # one that the user named by a map
+            else:
+                packed.append((name, target, digest))
+        for memory, target in self._memories():
+            name = archive.name_of(memory)
+            assert name is not None
+            packed.append((name, str(target), self.source.hash_of(memory)))
+            if target.is_relative_to(self.layout.snapshots):
+                steps.append(plan.MakeSnapshotFolder(snapshot_id=target.parent.name))
+        steps += [plan.CopyImages(files=tuple(others), hold=hold)] if others else []
+        if packed:
+            _, _, size, mtime_ns = archive.state
+            steps.append(plan.UnpackFiles(str(archive.path), size, mtime_ns, tuple(packed)))
         return steps
+
+    def _memories(self) -> Iterator[tuple[Path, Path]]:
+        """Saved memory that comes along, and where to."""
+        for one in self.snapshots:
+            if self.keeps_state(one) and one.memory is not None:
+                yield one.memory, self.layout.memory(self.identity.snapshot(one.record.id) or one.record.id)
+        if self.present_memory is not None and self.source.memory is not None:
+            yield self.source.memory, self.present_memory
+
+    def step_for_memory(self, source: Path, target: Path, before: Configuration, xml: str) -> Step:
+        """The saved state is at its place, with this configuration in it."""
+        if self.source.archive is not None:
+            return plan.ChangeMemory(path=str(target), before=before.to_xml(), after=xml)
+        return plan.CopyMemory(source=str(source), target=str(target), xml=xml)
 
     def frozen(self) -> tuple[str, ...]:
         """The copies that are frozen, for their records."""
@@ -210,8 +249,7 @@ class Intake:
                 assert one.saved is not None
                 disks = {slot: (self.places[path], self.source.images[path].format) for slot, path in one.disks.items()}
                 xml = self.saved(one.saved, one.configuration, disks, self.layout.snapshot_nvram(new_id))
-                memory = str(self.layout.memory(new_id))
-                steps.append(plan.CopyMemory(source=str(one.memory), target=memory, xml=xml))
+                steps.append(self.step_for_memory(one.memory, self.layout.memory(new_id), one.saved, xml))
             steps.append(plan.WriteSnapshot(snapshot_id=new_id, xml=self.snapshot(one).to_xml()))
         return steps
 

@@ -64,16 +64,15 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
     if taken.source.nvram is not None and nvram is not None:
         prepare.append(plan.CopyFile(source=str(taken.source.nvram), target=str(nvram)))
     prepare += replacement.put_present_away(session, present, facts, how)
-    finish: list[Step] = []
     if taken.source.memory is not None:
         session.say("the present of the export was saved; it comes back as after a power cut")
-    if taken.source.present.has_tpm:
-        finish += _tpm(session, taken)
+    brought, finish = _tpm(session, taken) if taken.source.present.has_tpm else ([], [])
+    prepare += brought
     return Plan(
         plan_id=change,
         vm_id=home.vm_id,
         operation="import",
-        subject=f"return of {present.name} to what was exported to {taken.source.folder}",
+        subject=f"return of {present.name} to what was exported to {taken.source.origin}",
         prepare=tuple(prepare),
         switch=plan.Define(xml=defined.to_xml()),
         finish=(
@@ -156,8 +155,13 @@ def _with_import(taken: Intake, before: Tree) -> Tree:
     return dataclasses.replace(before, images=images, nodes=nodes, present=present, undo=before.present)
 
 
-def _tpm(session: Session, taken: Intake) -> list[Step]:
+def _tpm(session: Session, taken: Intake) -> tuple[list[Step], list[Step]]:
+    """What is done before the switch and after it: by then the source may be away, and the state is taken from the home."""
     folder = session.connection.tpm_folder(session.home.vm_id)
-    if taken.source.tpm is not None:
-        return [plan.ReplaceFolder(source=str(taken.source.tpm), target=str(folder))]
-    return [plan.RemoveFolder(path=str(folder))]
+    if taken.source.tpm is None:
+        return [], [plan.RemoveFolder(path=str(folder))]
+    here = str(session.layout.private / "tpm")
+    return (
+        [plan.CopyFolder(source=str(taken.source.tpm), target=here)],
+        [plan.ReplaceFolder(source=here, target=str(folder)), plan.RemoveFolder(path=here)],
+    )

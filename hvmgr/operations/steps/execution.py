@@ -82,6 +82,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.PullDisk: move_steps.pull_disk,
     plan.TakeHome: import_steps.take_home,
     plan.CopyImages: import_steps.copy_images,
+    plan.UnpackFiles: import_steps.unpack_files,
     plan.NameParent: import_steps.name_parent,
     plan.CopyMemory: import_steps.copy_memory,
     plan.ChangeMemory: import_steps.change_memory,
@@ -120,6 +121,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.PullDisk: lambda _session, _step: None,  # the image holds the same, whoever holds it
     plan.TakeHome: import_steps.untake_home,
     plan.CopyImages: import_steps.uncopy_images,
+    plan.UnpackFiles: import_steps.pack_files_away,
     plan.NameParent: import_steps.unname_parent,
     plan.CopyMemory: import_steps.uncopy_memory,
     plan.ChangeMemory: import_steps.unchange_memory,
