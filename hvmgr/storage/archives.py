@@ -236,7 +236,7 @@ def _opened(path: Path, state: tuple[int, int, int, int], report: Report | None)
 
 def _taker(file: IO[bytes]) -> untar.Take:
     def take(view: memoryview) -> int:
-        return file.readinto(view) or 0  # type: ignore[attr-defined, no-any-return]
+        return file.readinto(view) or 0  # type: ignore[attr-defined]
 
     return take
 

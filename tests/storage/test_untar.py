@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import tarfile
@@ -156,7 +157,5 @@ def test_any_damage_is_an_error_of_ours_or_harmless(data):
     whole = bytearray(packed(("web/a", b"a" * 600), ("web/b", b"b", {"pax_headers": {"path": "web/ü"}})))
     for _ in range(data.draw(st.integers(1, 6))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
-    try:
+    with contextlib.suppress(errors.Corrupt, errors.Unsupported):
         read(bytes(whole))
-    except errors.HvmgrError as error:
-        assert "x.tar" in str(error)

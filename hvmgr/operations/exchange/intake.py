@@ -188,12 +188,12 @@ class Intake:
                 others.append((path, target, digest))  # one that the user named by a map
             else:
                 packed.append((name, target, digest))
-        for memory, target in self._memories():
+        for memory, place in self._memories():
             name = archive.name_of(memory)
             assert name is not None
-            packed.append((name, str(target), self.source.hash_of(memory)))
-            if target.is_relative_to(self.layout.snapshots):
-                steps.append(plan.MakeSnapshotFolder(snapshot_id=target.parent.name))
+            packed.append((name, str(place), self.source.hash_of(memory)))
+            if place.is_relative_to(self.layout.snapshots):
+                steps.append(plan.MakeSnapshotFolder(snapshot_id=place.parent.name))
         steps += [plan.CopyImages(files=tuple(others), hold=hold)] if others else []
         if packed:
             _, _, size, mtime_ns = archive.state

@@ -61,6 +61,8 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
     defined = taken.present(change=change, nvram=nvram, disks=disks)
     _apart(taken, defined, before)
     prepare: list[Step] = [*taken.steps_for_images(hold=()), *taken.steps_for_snapshots()]
+    if taken.present_memory is not None:  # of an archive it is unpacked by now
+        taken = dataclasses.replace(taken, source=dataclasses.replace(taken.source, memory=taken.present_memory))
     if taken.source.nvram is not None and nvram is not None:
         prepare.append(plan.CopyFile(source=str(taken.source.nvram), target=str(nvram)))
     prepare += replacement.put_present_away(session, present, facts, how)
@@ -82,6 +84,7 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
             *removed.finish,
             plan.RecordFrozen(paths=taken.frozen()),
             plan.RemoveFile(path=str(layout.put_away)),
+            plan.RemoveFile(path=str(_unpacked_memory(session))),
         ),
         hold=snapshots.working(before),
     )
@@ -96,9 +99,20 @@ def _take_in(session: Session, comparison: Comparison, before: Tree) -> Intake:
     own = _own_images(session, comparison, before)
     shared = {path: before.images[place].format for path, place in own.items()}
     places = intake.place_images(session.layout, source, fresh, {}, session.new_id, shared=shared)
+    has_memory = source.archive is not None and source.memory is not None and not comparison.options.without_state
     return dataclasses.replace(
-        taken, snapshots=fresh, places={**places, **own}, known=frozenset(before.nodes), shared=shared
+        taken,
+        snapshots=fresh,
+        places={**places, **own},
+        known=frozenset(before.nodes),
+        shared=shared,
+        present_memory=_unpacked_memory(session) if has_memory else None,
     )
+
+
+def _unpacked_memory(session: Session) -> Path:
+    """The saved memory of the present as an archive holds it."""
+    return session.layout.private / "unpacked.save"
 
 
 def _own_images(session: Session, comparison: Comparison, before: Tree) -> dict[str, str]:
