@@ -213,7 +213,7 @@ class Host:
         return VM(self, home)
 
     def verify(self, folder: Path | str) -> list[Finding]:
-        """What is wrong with an export, the worst first; nothing when it is whole. It needs no libvirt."""
+        """What is wrong with an export or its archive, the worst first; nothing when it is whole. It needs no libvirt."""
         from hvmgr.operations.exchange import verification
 
         self._has_looked_into_archives = True

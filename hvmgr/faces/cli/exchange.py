@@ -116,7 +116,7 @@ def _options(wishes: dict[str, Any]) -> ExportOptions:
 def verify(context: click.Context, /, folder: Path) -> None:
     """Check an export against its manifest: every byte, every chain, every configuration.
 
-    DIR is the export's folder, or the one above it. Nothing is written, and libvirt is not needed. The exit code is 6
+    DIR is the export's folder, the one above it, or an archive of it. Nothing is written, and libvirt is not needed. The exit code is 6
     when something is wrong.
     """
     request: Request = context.obj
