@@ -1,0 +1,80 @@
+"""The codec for VHD and AVHD files: read, written, checked and streamed without any other program.
+
+    from hvmgr import vhd
+
+    with vhd.open_chain("disk.avhd") as disk:
+        for stretch in disk.stretches():
+            ...
+
+Every name in ``__all__`` is imported when it is first used. The package knows nothing of VMs.
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know the name
+if TYPE_CHECKING:
+    from hvmgr.vhd.chain import Chain, open_chain
+    from hvmgr.vhd.creation import create, write_image
+    from hvmgr.vhd.format import Kind
+    from hvmgr.vhd.image import Image, open_image
+    from hvmgr.vhd.parents import find_parent
+    from hvmgr.vhd.reshaping import compact, merge, reparent, resize
+    from hvmgr.vhd.rules import Fault, Severity
+    from hvmgr.vhd.source import RawSource, Source, Stretch
+    from hvmgr.vhd.structure import Structure, identify
+
+__all__ = [
+    "Chain",
+    "Fault",
+    "Image",
+    "Kind",
+    "RawSource",
+    "Severity",
+    "Source",
+    "Stretch",
+    "Structure",
+    "compact",
+    "create",
+    "find_parent",
+    "identify",
+    "merge",
+    "open_chain",
+    "open_image",
+    "reparent",
+    "resize",
+    "write_image",
+]
+
+_HOMES = {
+    "Chain": "chain",
+    "Fault": "rules",
+    "Image": "image",
+    "Kind": "format",
+    "RawSource": "source",
+    "Severity": "rules",
+    "Source": "source",
+    "Stretch": "source",
+    "Structure": "structure",
+    "compact": "reshaping",
+    "create": "creation",
+    "find_parent": "parents",
+    "identify": "structure",
+    "merge": "reshaping",
+    "open_chain": "chain",
+    "open_image": "image",
+    "reparent": "reshaping",
+    "resize": "reshaping",
+    "write_image": "creation",
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hvmgr.vhd' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"hvmgr.vhd.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,454 @@
+"""One VHD file: what it holds itself, and writing to it so that a crash at any point leaves a valid file.
+
+Order of writing (specification, and what power failures teach): space is taken by writing the footer at the new end and
+syncing; then data; ``flush`` syncs it, writes the bitmaps, syncs, writes the table's entries, syncs. So a bitmap never says
+that a sector is there before its bytes are, and the table never leads to a bitmap that is not. A crash loses space, and what
+was written after the last ``flush``; nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from hvmgr import errors
+from hvmgr.vhd import bits, format, structure
+from hvmgr.vhd.file import File
+from hvmgr.vhd.format import NO_ID, SECTOR, UNUSED, Footer, Header, Kind
+from hvmgr.vhd.source import Source, Stretch, clear
+from hvmgr.vhd.structure import Structure
+from hvmgr.vhd.table import Table
+
+_BITMAPS = 4 << 20  # bytes of bitmaps that are kept
+_AHEAD = 64 << 20  # bytes of new blocks for which space is taken at once
+_PIECE = 1 << 20
+ABSENT, ZEROS = -1, -2  # positions: the parent has it; zeros whatever the parents have
+
+
+class Extent(NamedTuple):
+    """A range of the disk and where its bytes stand in the file, or ``ABSENT`` or ``ZEROS``."""
+
+    offset: int
+    length: int
+    position: int
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the file holds it."""
+        return self.position >= 0
+
+
+def open_image(path: Path | str, *, writable: bool = False, tolerant: bool = False) -> Image:
+    """One VHD file, without its parents.
+
+    Corrupt, Unsupported and so on when it breaks a rule. ``tolerant`` reads over wrong checksums and over footers that
+    contradict each other, as long as the rest can be believed; ``Image.structure.faults`` tells what was read over.
+    """
+    file = File(Path(path), writable=writable)
+    try:
+        found = structure.read(file)
+        found.refuse(tolerant=tolerant and not writable)
+        return Image(file, found, writable=writable)
+    except BaseException:
+        file.close()
+        raise
+
+
+class Image:
+    """An open VHD. As a ``Source`` it shows what this file holds: of a differencing disk that is not the whole disk."""
+
+    def __init__(self, file: File, found: Structure, *, writable: bool = False) -> None:
+        assert found.footer is not None
+        self.file = file
+        self.structure = found
+        self.footer: Footer = found.footer
+        self.header: Header | None = found.header
+        self.writable = writable
+        self._table = found.table or Table.empty(0)
+        self._block = found.header.block_size if found.header else 0
+        self._bitmap = format.bitmap_size(self._block) if self._block else 0
+        self._bitmaps: OrderedDict[int, bytearray] = OrderedDict()
+        self._dirty: set[int] = set()  # blocks whose bitmap waits for its data to be on the disk
+        self._fresh: set[int] = set()  # blocks whose entry waits for its bitmap
+        self._end = found.end  # where the footer stands
+        # The next block's place; behind a last block that its writer cut at the disk's end.
+        self._free = max(found.end, self._table.end(self._bitmap + self._block))
+        self._reserve = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.file.path
+
+    @property
+    def size(self) -> int:
+        """Bytes of the disk."""
+        return self.footer.size
+
+    @property
+    def kind(self) -> Kind:
+        """Fixed, dynamic or differencing."""
+        kind = self.footer.kind
+        assert kind is not None
+        return kind
+
+    @property
+    def uid(self) -> bytes:
+        """The 16 bytes by which children know this file. They are compared as bytes: their order as text differs."""
+        return self.footer.uid
+
+    @property
+    def parent_uid(self) -> bytes:
+        """The id of the parent; zeros without one."""
+        return self.header.parent_uid if self.header and self.kind is Kind.DIFFERENCING else NO_ID
+
+    @property
+    def block_size(self) -> int:
+        """Bytes of a block; 0 for fixed disks."""
+        return self._block
+
+    @property
+    def table(self) -> Table:
+        """Where the blocks are; empty for fixed disks. Not to be changed by others."""
+        return self._table
+
+    # --- reading ---
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """What this file holds of the range, ascending and without gaps; unaligned ranges are fine."""
+        end = self.size if length is None else offset + length
+        if not self._block:
+            if offset < end:
+                yield Extent(offset, end - offset, offset)
+            return
+        size, last = self._block, -(-end // self._block)
+        while offset < end:
+            block = offset // size
+            if self._table[block] == UNUSED:
+                stop = min(self._table.next_allocated(block, last) * size, end)
+                yield Extent(offset, stop - offset, ABSENT)
+            else:
+                stop = min((block + 1) * size, end)
+                yield from self._block_extents(block, offset, stop)
+            offset = stop
+
+    def _block_extents(self, block: int, offset: int, end: int) -> Iterator[Extent]:
+        start = block * self._block
+        place = self._table[block] * SECTOR + self._bitmap
+        first, stop = (offset - start) // SECTOR, -(-(end - start) // SECTOR)
+        for low, high, is_set in bits.runs(self.bitmap(block), first, stop - first):
+            begin = max(start + low * SECTOR, offset)
+            length = min(start + high * SECTOR, end) - begin
+            yield Extent(begin, length, place + begin - start if is_set else ABSENT)
+
+    def stretches(self, offset: int = 0, length: int | None = None) -> Iterator[Stretch]:
+        """What this file holds: ``data`` where it does."""
+        for extent in self.extents(offset, length):
+            yield Stretch(extent.offset, extent.length, extent.is_held)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The bytes that this file holds, zeros elsewhere."""
+        for extent in self.extents(offset, len(buffer)):
+            piece = buffer[extent.offset - offset :][: extent.length]
+            if extent.is_held:
+                self.file.read_into(extent.position, piece)
+            else:
+                clear(piece)
+
+    def bitmap(self, block: int) -> bytearray:
+        """The bitmap of a block that the file holds. Not to be changed by others."""
+        found = self._bitmaps.get(block)
+        if found is None:
+            found = self._bitmaps[block] = bytearray(self._bitmap)
+            self.file.read_into(self._table[block] * SECTOR, memoryview(found))
+            self._forget()
+        else:
+            self._bitmaps.move_to_end(block)
+        return found
+
+    def _forget(self) -> None:
+        """Keeps the bitmaps that were used last, and all that still have to be written."""
+        room = max(8, _BITMAPS // self._bitmap)
+        while len(self._bitmaps) > room and (oldest := next(iter(self._bitmaps))) not in self._dirty:
+            del self._bitmaps[oldest]
+
+    # --- writing ---
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """The bytes at that place of the disk; lasting after ``flush``.
+
+        A differencing disk takes whole sectors only: the rest of a sector would be the parent's (``Chain.write`` knows it).
+        NoSpace leaves a valid image.
+        """
+        view = memoryview(data)
+        if not self.writable:
+            raise errors.UsageError(f"{self.path} was opened for reading only")
+        if offset < 0 or offset + len(view) > self.size:
+            raise errors.UsageError(f"{self.path} has {self.size} bytes; nothing can be written behind them")
+        if not self._block:
+            self.file.write(offset, view)
+            return
+        if offset % SECTOR or len(view) % SECTOR:
+            if self.kind is Kind.DIFFERENCING:
+                raise errors.UsageError("a differencing disk takes whole sectors")
+            offset, view = whole_sectors(self, offset, view)
+        while view:
+            block, start = divmod(offset, self._block)
+            count = min(len(view), self._block - start)
+            self._write_piece(block, start, view[:count])
+            offset, view = offset + count, view[count:]
+
+    def copy_from(self, other: File, position: int, offset: int, length: int) -> None:
+        """As ``write``, with whole sectors that stand in another file, moved by the kernel."""
+        if not self._block:
+            self.file.copy_from(other, position, offset, length)
+            return
+        while length:
+            block, start = divmod(offset, self._block)
+            count = min(length, self._block - start)
+            place = self._place(block) + start
+            self.file.copy_from(other, position, place, count)
+            self._mark(block, start, count)
+            position, offset, length = position + count, offset + count, length - count
+
+    def _write_piece(self, block: int, start: int, piece: memoryview) -> None:
+        self.file.write(self._place(block) + start, piece)
+        self._mark(block, start, len(piece))
+
+    def _place(self, block: int) -> int:
+        """Where the data of a block stands; it gets a place if it has none."""
+        if self._table[block] == UNUSED:
+            self._allocate(block)
+        return self._table[block] * SECTOR + self._bitmap
+
+    def _mark(self, block: int, start: int, length: int) -> None:
+        bitmap = self.bitmap(block)
+        first, count = start // SECTOR, length // SECTOR
+        if not bits.are_set(bitmap, first, count):
+            bits.put(bitmap, first, count, value=True)
+            self._dirty.add(block)
+            if len(self._dirty) * self._bitmap > _BITMAPS:
+                self.flush()
+
+    def _allocate(self, block: int) -> None:
+        """A place for a block: where the footer stands, so that no old bytes lie below its clear bits."""
+        place = format.round_up(self._free + self._bitmap, format.ALIGNMENT) - self._bitmap
+        end = place + self._bitmap + self._block
+        if end // SECTOR >= UNUSED:
+            raise errors.NoSpace(f"{self.path} cannot become larger than 2 TiB", hint="compact it")
+        if end > self._end:
+            ahead = min(self._reserve - 1, _AHEAD // self._block)
+            self._move_footer(end + ahead * format.round_up(self._bitmap + self._block, format.ALIGNMENT))
+            self._reserve *= 2
+        self._table[block] = place // SECTOR
+        self._free = end
+        self._bitmaps[block] = bytearray(self._bitmap)
+        self._dirty.add(block)
+        self._fresh.add(block)
+
+    def _move_footer(self, end: int) -> None:
+        try:
+            self.file.write(end, self.footer.pack())
+        except errors.NoSpace:
+            self.file.set_length(self._end + format.FOOTER_SIZE)
+            raise
+        self.file.sync()
+        self._end = end
+
+    def flush(self) -> None:
+        """All that was written is on the disk, and a reader of the file finds it."""
+        self.file.sync()
+        if self._dirty:
+            for block in sorted(self._dirty, key=self._table.__getitem__):
+                self.file.write(self._table[block] * SECTOR, self._bitmaps[block])
+            self.file.sync()
+            self._dirty.clear()
+        if self._fresh:
+            self._write_entries(sorted(self._fresh))
+            self.file.sync()
+            self._fresh.clear()
+        self._forget()
+
+    def _write_entries(self, blocks: list[int]) -> None:
+        assert self.header is not None
+        unit = SECTOR // 4
+        for group in sorted({block // unit for block in blocks}):
+            first = group * unit
+            entries = self._table.pack(first, min(first + unit, len(self._table)))
+            self.file.write(self.header.table_offset + 4 * first, entries)
+
+    def close(self) -> None:
+        """Everything is written, space that was taken ahead is given back, and the file is closed."""
+        if self.file.descriptor < 0:
+            return
+        try:
+            if self.writable:
+                self.flush()
+                self._give_back()
+        finally:
+            self.file.close()
+
+    def _give_back(self) -> None:
+        end = format.round_up(self._free, SECTOR)
+        if end + SECTOR <= self._end:
+            self.file.write(end, self.footer.pack())
+            self.file.sync()
+            self._end = end
+            self.file.set_length(end + format.FOOTER_SIZE)
+
+    # --- what the file says of itself ---
+
+    def change_footer(self, **values: object) -> None:
+        """Fields of both footers; the one at the end first, so that it is the newer one when they differ."""
+        self.footer = replace(self.footer, **values)  # type: ignore[arg-type]
+        data = self.footer.pack()
+        self.file.write(self._end, data)
+        self.file.sync()
+        if self._block:
+            self.file.write(0, data)
+            self.file.sync()
+
+    def change_header(self, **values: object) -> None:
+        """Fields of the header."""
+        assert self.header is not None
+        self.header = replace(self.header, **values)  # type: ignore[arg-type]
+        self.file.write(self.footer.data_offset, self.header.pack())
+        self.file.sync()
+
+    def take_space(self, length: int) -> int:
+        """Where ``length`` new bytes of the file are free, in whole sectors. What stands there has no meaning."""
+        place, end = self._free, self._free + format.round_up(length, SECTOR)
+        if end > self._end:
+            self._move_footer(end)
+        self._free = end
+        return place
+
+    def set_size(self, size: int, hidden: Iterable[tuple[int, int]] = ()) -> None:
+        """Another size of the disk. What it grows by is zeros, what it shrinks by is lost.
+
+        ``hidden``: ranges behind the old end where the parents have data, which would come to light: they are written as
+        zeros first. At each moment the file is valid, and has the old size or the new one.
+        """
+        self.flush()
+        if size == self.size:
+            return
+        if not self._block:
+            self._set_fixed_size(size)
+        elif size > self.size:
+            self._prepare_growth(size)
+            for offset, length in hidden:
+                self._write_zeros(offset, length)
+            self.flush()
+            self._change_size(size)
+        else:
+            self._change_size(size)
+            self._drop_behind(size)
+
+    def _change_size(self, size: int) -> None:
+        """The creator changes with it: of some creators QEMU believes the geometry and not the size."""
+        self.change_footer(
+            size=size,
+            geometry=format.geometry(size),
+            creator=format.CREATOR,
+            creator_version=format.CREATOR_VERSION,
+            creator_host=format.CREATOR_HOST,
+        )
+
+    def _set_fixed_size(self, size: int) -> None:
+        old, self._end = self._end, size
+        self._free = size
+        try:
+            self._change_size(size)
+        except errors.NoSpace:
+            self.file.set_length(old + format.FOOTER_SIZE)
+            raise
+        if size > old:
+            self.file.write(old, bytes(min(format.FOOTER_SIZE, size - old)))  # the old footer is part of the disk now
+        else:
+            self.file.set_length(size + format.FOOTER_SIZE)
+        self.file.sync()
+
+    def _prepare_growth(self, size: int) -> None:
+        """The table has place for the new size, and nothing old lies behind the old end."""
+        assert self.header is not None
+        old, needed = len(self._table), format.block_count(size, self._block)
+        self._clear_tail(old - 1)
+        self._table.resize(needed)
+        place = self.header.table_offset
+        if place + format.table_size(needed) <= self._table_limit():
+            data, at = self._table.pack(old), place + 4 * old
+        else:
+            data, at = self._table.pack(), self.take_space(format.table_size(needed))
+            data, place = data.ljust(format.table_size(needed), b"\xff"), at
+        self.file.write(at, data)
+        self.file.sync()
+        if (place, max(needed, self.header.entries)) != (self.header.table_offset, self.header.entries):
+            self.change_header(table_offset=place, entries=needed)
+
+    def _table_limit(self) -> int:
+        """Where the table would meet something else if it grew at its place."""
+        assert self.header is not None
+        place = self.header.table_offset
+        others = [area.start for area in self.structure.areas if area.start > place]
+        blocks = self._table.start()
+        return min([*others, self._end, *([blocks] if blocks > place else [])])
+
+    def _clear_tail(self, block: int) -> None:
+        """In the last block the bytes behind the disk's end are made zeros, and its bits cleared."""
+        tail = self.size - block * self._block
+        if self._table[block] == UNUSED or tail == self._block:
+            return
+        place = self._table[block] * SECTOR + self._bitmap
+        if place + self._block > self._end:  # some writers cut the last block where the disk ends
+            self._move_footer(place + self._block)
+            self._free = self._end
+        self._zero_file(place + tail, self._block - tail)
+        bitmap = self.bitmap(block)
+        bits.put(bitmap, tail // SECTOR, (self._block - tail) // SECTOR, value=False)
+        self._dirty.add(block)
+        self.flush()
+
+    def _zero_file(self, position: int, length: int) -> None:
+        zeros = bytes(min(length, _PIECE))
+        for at in range(0, length, _PIECE):
+            self.file.write(position + at, memoryview(zeros)[: length - at])
+
+    def _write_zeros(self, offset: int, length: int) -> None:
+        zeros = memoryview(bytes(min(self._block, _PIECE)))
+        while length:
+            block, start = divmod(offset, self._block)
+            count = min(length, self._block - start, len(zeros))
+            self._write_piece(block, start, zeros[:count])
+            offset, length = offset + count, length - count
+
+    def _drop_behind(self, size: int) -> None:
+        assert self.header is not None
+        keep, old = format.block_count(size, self._block), len(self._table)
+        for block in [one for one in self._bitmaps if one >= keep]:
+            del self._bitmaps[block]
+        self._table.resize(keep)
+        self.file.write(self.header.table_offset + 4 * keep, b"\xff" * (4 * (old - keep)))
+        self.file.sync()
+        self._clear_tail(keep - 1)
+
+
+def whole_sectors(source: Source, offset: int, view: memoryview) -> tuple[int, memoryview]:
+    """The same bytes with the rest of their first and last sector around them."""
+    if not view or not (offset % SECTOR or len(view) % SECTOR):
+        return offset, view
+    start, end = offset // SECTOR * SECTOR, format.round_up(offset + len(view), SECTOR)
+    whole = memoryview(bytearray(end - start))
+    source.read_into(start, whole[:SECTOR])
+    if end - start > SECTOR:
+        source.read_into(end - SECTOR, whole[-SECTOR:])
+    whole[offset - start : offset - start + len(view)] = view
+    return start, whole

@@ -1,0 +1,115 @@
+"""The block allocation table: for each block of the disk the sector where it begins in the file.
+
+A disk of 2040 GiB has a million entries and more. They are kept in an array, and looked through by single calls over all
+of them; a loop in Python is for blocks that are there.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import islice
+from operator import sub
+
+from hvmgr.vhd.format import SECTOR, UNUSED
+
+_UNUSED_RUN = re.compile(rb"\xff*")
+_SWAPPED = sys.byteorder == "little"
+
+
+class Table:
+    """Entries by block number; ``UNUSED`` where the file does not hold the block."""
+
+    def __init__(self, entries: array[int]) -> None:
+        self._entries = entries
+
+    @classmethod
+    def unpack(cls, data: bytes | bytearray) -> Table:
+        """A table as it stands in a file."""
+        entries = array("I", data)
+        if _SWAPPED:
+            entries.byteswap()
+        return cls(entries)
+
+    @classmethod
+    def empty(cls, count: int) -> Table:
+        """A table of so many blocks that are not there."""
+        return cls(array("I", b"\xff" * (4 * count)))
+
+    def pack(self, first: int = 0, end: int | None = None) -> bytes:
+        """The entries from ``first`` up to ``end`` as they stand in a file."""
+        entries = self._entries[first:end]
+        if _SWAPPED:
+            entries.byteswap()
+        return entries.tobytes()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, block: int) -> int:
+        return self._entries[block]
+
+    def __setitem__(self, block: int, sector: int) -> None:
+        self._entries[block] = sector
+
+    def resize(self, count: int) -> None:
+        """So many entries; new ones are unused."""
+        missing = count - len(self._entries)
+        if missing > 0:
+            self._entries.frombytes(b"\xff" * (4 * missing))
+        else:
+            del self._entries[count:]
+
+    def next_allocated(self, block: int, end: int) -> int:
+        """The first block from ``block`` on that the file holds; ``end`` when there is none before it."""
+        if block >= end or self._entries[block] != UNUSED:
+            return min(block, end)
+        match = _UNUSED_RUN.match(memoryview(self._entries).cast("B"), 4 * block, 4 * end)
+        return match.end() // 4 if match else end
+
+    def allocated(self, first: int = 0, end: int | None = None) -> Iterator[int]:
+        """The numbers of the blocks that the file holds, ascending."""
+        stop = len(self._entries) if end is None else end
+        block = self.next_allocated(first, stop)
+        while block < stop:
+            yield block
+            block = self.next_allocated(block + 1, stop)
+
+    def count(self) -> int:
+        """How many blocks the file holds."""
+        return len(self._entries) - self._entries.count(UNUSED)
+
+    def block_at(self, sector: int, start: int = 0) -> int:
+        """The block that begins at this sector."""
+        return self._entries.index(sector, start)
+
+    def places(self) -> list[int]:
+        """The sectors at which blocks begin, ascending; as many as the file holds."""
+        return sorted(filter(UNUSED.__ne__, self._entries))
+
+    def start(self) -> int:
+        """Where the first block in the file begins, in bytes; 0 without any."""
+        return min(filter(UNUSED.__ne__, self._entries), default=0) * SECTOR
+
+    def end(self, stride: int) -> int:
+        """Where the last block in the file ends, in bytes, when each takes ``stride`` bytes; 0 without any."""
+        highest = max(filter(UNUSED.__ne__, self._entries), default=None)
+        return 0 if highest is None else highest * SECTOR + stride
+
+
+def overlaps(places: list[int], stride: int) -> list[tuple[int, int]]:
+    """Pairs of neighbours that are closer than ``stride`` sectors; the first few."""
+    if len(places) < 2 or min(map(sub, islice(places, 1, None), places)) >= stride:
+        return []
+    pairs = ((one, other) for one, other in zip(places, islice(places, 1, None), strict=False) if other - one < stride)
+    return list(islice(pairs, 16))
+
+
+def within(places: list[int], stride: int, start: int, end: int) -> list[int]:
+    """The blocks of ``stride`` sectors that reach into the bytes from ``start`` to ``end``; the first few."""
+    low = bisect_left(places, start // SECTOR - stride + 1)
+    high = bisect_left(places, -(-end // SECTOR))
+    return places[low : min(high, low + 16)]
