@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
+    from hvmgr.model.image_format import ImageFormat
+    from hvmgr.model.image_info import ImageCheck, ImageFault, ImageInfo, ImageOptions, ImageParent, ImageUse
     from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -42,6 +45,14 @@ __all__ = [
     "ExportOptions",
     "Finding",
     "Host",
+    "ImageCheck",
+    "ImageFault",
+    "ImageFormat",
+    "ImageInfo",
+    "ImageOptions",
+    "ImageParent",
+    "ImageUse",
+    "Images",
     "ImportOptions",
     "ImportPlan",
     "Mode",
@@ -70,6 +81,14 @@ _HOMES = {
     "ExportOptions": "hvmgr.model.export_options",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
+    "ImageCheck": "hvmgr.model.image_info",
+    "ImageFault": "hvmgr.model.image_info",
+    "ImageFormat": "hvmgr.model.image_format",
+    "ImageInfo": "hvmgr.model.image_info",
+    "ImageOptions": "hvmgr.model.image_info",
+    "ImageParent": "hvmgr.model.image_info",
+    "ImageUse": "hvmgr.model.image_info",
+    "Images": "hvmgr.operations.images.image_files",
     "ImportOptions": "hvmgr.model.import_options",
     "ImportPlan": "hvmgr.operations.exchange.import_plan",
     "Mode": "hvmgr.model.import_options",

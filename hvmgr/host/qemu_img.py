@@ -1,6 +1,7 @@
 """What qemu-img tells about an image (``info``, ``map``, ``check``, ``measure``, ``same``), and what it does to copies.
 
-It changes nothing else: ``name_parent`` writes a header, ``flatten`` makes a new image.
+It changes little else: ``name_parent`` writes a header, ``create`` and ``flatten`` make new images, ``resize`` grows or
+cuts one.
 
 The format is always stated, never guessed. A differencing VHD must not get here: QEMU ignores its parent.
 Raises everywhere: NotFound, Corrupt for a file of another format, Conflict when another process writes to it,
@@ -176,23 +177,51 @@ def name_parent(path: Path, parent: str, parent_fmt: str) -> None:
     _translated(argv, path)
 
 
+def create(
+    path: Path, fmt: str, *, size: int, options: Sequence[str] = (), backing: tuple[str, str] | None = None
+) -> None:
+    """A new image at ``path``, whose file may be there and is then overwritten.
+
+    ``backing`` is (name as written into the header, its format); the parent is not looked at.
+    """
+    argv: list[str | Path] = ["qemu-img", "create", "-q", "-f", fmt]
+    if options:
+        argv += ["-o", ",".join(options)]
+    if backing is not None:
+        argv += ["-u", "-b", backing[0], "-F", backing[1]]
+    _translated([*argv, path.absolute(), str(size)], path, timeout_s=_SCAN_S)
+
+
+def resize(path: Path, fmt: str, *, size: int, shrink: bool = False) -> None:
+    """The disk has ``size`` bytes; what lies behind is lost, and only with ``shrink``."""
+    options = ["--shrink"] if shrink else []
+    _translated(["qemu-img", "resize", "-q", "-f", fmt, *options, path.absolute(), str(size)], path, timeout_s=_SCAN_S)
+
+
 def flatten(
     path: Path,
     fmt: str,
     target: Path,
     *,
     target_fmt: str,
+    options: Sequence[str] = (),
+    above: tuple[str, str] | None = None,
     force_share: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> None:
     """All that a guest would read from the image, chain and all, in a new image of the format qcow2, raw or vpc.
 
     What reads as zeros is not written. Two to three times as fast as a job of the storage daemon (QEMU 7.2). A VHD has
-    exactly the size of the disk. ``on_progress`` gets the bytes that the target takes so far, some ten times a second;
+    exactly the size of the disk. ``options`` are those of the new format; with ``above`` (a parent's name and format) only
+    what lies above that parent of the image is taken, and the target names it. ``on_progress`` gets the bytes that the target takes so far, some ten times a second;
     when it raises, the program is stopped. A target that is not complete does not stay.
     """
-    options = ["-o", "subformat=dynamic,force_size=on"] if target_fmt == "vpc" else []
-    argv: list[str | Path] = ["qemu-img", "convert", "-W", "-m", "16", "-f", fmt, "-O", target_fmt, *options]
+    options = options or (["subformat=dynamic", "force_size=on"] if target_fmt == "vpc" else [])
+    argv: list[str | Path] = ["qemu-img", "convert", "-W", "-m", "16", "-f", fmt, "-O", target_fmt]
+    if options:
+        argv += ["-o", ",".join(options)]
+    if above is not None:
+        argv += ["-B", above[0], "-F", above[1]]
     argv += [*_share(force_share=force_share), path.absolute(), target.absolute()]
     try:
         with process.spawned(argv) as program:

@@ -34,6 +34,9 @@ class Code(StrEnum):
     INDEX_STALE = "index-stale"
     INDEX_MISSING = "index-missing"
 
+    # Image files outside all homes
+    IMAGE_CHANGE_OPEN = "image-change-open"
+
     # A home as a whole
     OPERATION_RUNNING = "operation-running"
     OPERATION_OPEN = "operation-open"
@@ -124,6 +127,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.INDEX_DAMAGED: _WARNING,
     Code.INDEX_STALE: _WARNING,
     Code.INDEX_MISSING: _WARNING,
+    Code.IMAGE_CHANGE_OPEN: _CONFLICT,
     Code.OPERATION_RUNNING: _INFO,
     Code.OPERATION_OPEN: _CONFLICT,
     Code.JOURNAL_DAMAGED: _CORRUPT,

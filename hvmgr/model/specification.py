@@ -15,6 +15,7 @@ from pathlib import Path
 
 from hvmgr import errors, units
 from hvmgr.model import yaml_text
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.yaml_text import Value
 
 DEFAULT_TEMPLATE = "generation2"
@@ -49,17 +50,6 @@ class NetworkKind(StrEnum):
     NETWORK = "network"  # one of libvirt's networks, by name
     BRIDGE = "bridge"  # a bridge of the host, by name
     USER = "user"  # QEMU's own translation: outward only, needs nothing of the host
-
-
-class ImageFormat(StrEnum):
-    """Formats of a disk that comes as a file, in hvmgr's words."""
-
-    QCOW2 = "qcow2"
-    RAW = "raw"
-    VHD = "vhd"
-    VHDX = "vhdx"
-    VMDK = "vmdk"
-    VDI = "vdi"
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.adopt.adoption import AdoptOptions
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
+    from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.session import Session
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
@@ -133,6 +134,13 @@ class Host:
             session.require_approval(plan)
             execution.run(session, plan)
         return VM(self, home)
+
+    @property
+    def images(self) -> Images:
+        """Image files, each named by its path."""
+        from hvmgr.operations.images.image_files import Images
+
+        return Images(self)
 
     def plan_import(self, source: Path | str, options: ImportOptions | None = None) -> ImportPlan:
         """An import of an export, a home or a domain's XML, to look at and change before it happens."""

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hvmgr import errors
@@ -19,6 +19,7 @@ TEMPORARY = ".hvmgr-part-"
 _COPY_PIECE = 128 << 20  # in the kernel: the fewer calls, the less each byte costs
 _READ_PIECE = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
+_PUNCH_HOLE = 1 | 2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 
 
 @contextlib.contextmanager
@@ -161,6 +162,104 @@ def rename(source: Path, target: Path) -> None:
         sync_folder(target.parent)
         if source.parent != target.parent:
             sync_folder(source.parent)
+
+
+@contextlib.contextmanager
+def appearing(path: Path, *, mode: int = 0o600) -> Iterator[Path]:
+    """A path in the same folder at which a program makes a file; it takes the name ``path`` when the block ends well.
+
+    Nothing is ever replaced: Conflict when ``path`` is there, now or then. Only one process at a time may make ``path``:
+    what a dead one left of an attempt is removed first.
+    """
+    part = path.with_name(f"{TEMPORARY}{path.name}")
+    with explained(path):
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        if not path.parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+        part.unlink(missing_ok=True)
+        try:
+            yield part
+            part.chmod(mode)
+            sync_file(part)
+            _name_without_replacing(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def _name_without_replacing(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if os.path.lexists(path):  # no hard links here: the name is looked at just before
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        os.rename(part, path)
+    else:
+        part.unlink()
+
+
+@contextlib.contextmanager
+def rewriting(path: Path) -> Iterator[Path]:
+    """A path at which a program makes a file that takes the place of ``path``, with its owner and mode."""
+    part = path.with_name(f"{TEMPORARY}{path.name}")
+    with explained(path):
+        part.unlink(missing_ok=True)
+        try:
+            yield part
+            part.chmod(path.stat().st_mode & 0o7777)
+            _take_owner(path, part)
+            sync_file(part)
+            os.rename(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def make_sized(path: Path, length: int, *, filled: bool) -> None:
+    """A new file of zeros, all of it a hole, or with all its space taken (``filled``)."""
+    with explained(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(descriptor, length)
+            if filled:
+                os.posix_fallocate(descriptor, 0, length)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def set_length(path: Path, length: int) -> None:
+    """The file has this many bytes, lastingly; what it grows by is a hole."""
+    with explained(path):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.ftruncate(descriptor, length)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def dig_holes(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
+    """The file's blocks in these ranges (offset, length), which hold zeros only, are holes; its length stays."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    with explained(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            for offset, length in ranges:
+                if libc.fallocate(descriptor, _PUNCH_HOLE, offset, length) != 0:
+                    number = ctypes.get_errno()
+                    raise OSError(number, os.strerror(number), str(path))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def exchange(first: Path, second: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import stat
 import struct
 from dataclasses import dataclass
@@ -37,8 +38,21 @@ _VHD_DYNAMIC, _VHD_DIFFERENCING, _VHD_FIXED = 3, 4, 2
 _VHD_EXACT_CREATORS = (b"win ", b"qem2", b"d2v ", b"tap\0", b"CTXS")
 _VHD_LARGEST = 65535 * 16 * 255
 _VHD_HEADERS = 512 + 1024  # the footer's copy and the dynamic header, at the start of a dynamic VHD
+_VHD_PARENT_NAME = slice(64, 576)  # in the dynamic header
 
 _FOREIGN_MAGICS = ((b"vhdxfile", "VHDX"), (b"KDMV", "VMDK"), (b"<<< ", "VDI"), (b"LUKS", "LUKS"), (b"QED\0", "QED"))
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What a file is by its content: ``format`` in hvmgr's words (raw when it is nothing else).
+
+    ``parent`` is the parent's name as a differencing VHD or VHDX, which QEMU must never open, stores it; else None.
+    """
+
+    format: str
+    is_differencing: bool = False
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +98,76 @@ def _identity(facts: os.stat_result) -> tuple[int, int]:
     return (facts.st_dev, facts.st_ino)
 
 
-def probe(path: Path) -> str:
-    """The format by the file's magic numbers; raises Unsupported for one that hvmgr cannot run on."""
+def identify(path: Path) -> Identity:
+    """What a file is, by its content alone: neither its name nor QEMU's guess counts. Cheap; for everybody.
+
+    A VHD is one whose last 512 bytes, or whose first, are its footer.
+    """
     head, size, _ = _head(path)
     if head.startswith(_QCOW2_MAGIC):
-        return QCOW2
+        return Identity(QCOW2)
     for magic, name in _FOREIGN_MAGICS:
         if head.startswith(magic):
-            raise errors.Unsupported(
-                f"{path} is a {name} image", hint=f"convert it: qemu-img convert -O qcow2 {path} NEW.qcow2"
-            )
-    if head.startswith(_VHD_COOKIE) or _vhd_footer_at_end(path, size) is not None:
+            return _identify_vhdx(path) if name == "VHDX" else Identity(name.lower())
+    footer = _vhd_footer(path, head, size)
+    if footer is None:
+        return Identity(RAW)
+    is_differencing = _VHD_FOOTER.unpack(footer)[13] == _VHD_DIFFERENCING
+    return Identity("vhd", is_differencing, _vhd_parent(path, footer) if is_differencing else None)
+
+
+def require_usable(path: Path) -> None:
+    """Unsupported for a differencing VHD or VHDX, whatever somebody states that it is: QEMU would show other bytes.
+
+    A file that is not there or cannot be read is nobody's concern here.
+    """
+    if not path.is_file() and not path.is_block_device():  # whoever opens a pipe waits for its other end
+        return
+    try:
+        found = identify(path)
+    except (errors.NotFound, errors.HostFailed, errors.Corrupt):
+        return
+    if found.is_differencing:
+        raise _differencing(path, found)
+
+
+def _differencing(path: Path, found: Identity) -> errors.Unsupported:
+    name = found.format.upper()
+    below = f" of {found.parent}" if found.parent else ""
+    why = "QEMU would read zeros in place of its parent's data" if name == "VHD" else "QEMU cannot read its parent"
+    way = (
+        f"convert it with its parents: hvmgr image convert {shlex.quote(str(path))} NEW.qcow2"
+        if name == "VHD"
+        else "merge it into its parent on Windows (Merge-VHD), then convert the result"
+    )
+    return errors.Unsupported(
+        f"{path} is a differencing {name}{below}; {why}", hint=way, path=str(path), parent=found.parent
+    )
+
+
+def _identify_vhdx(path: Path) -> Identity:
+    from hvmgr.storage import vhdx  # rarely met
+
+    facts = vhdx.read(path)
+    return Identity("vhdx", facts.is_differencing, facts.parent)
+
+
+def probe(path: Path) -> str:
+    """QEMU's word for the format, by the file's content; raises Unsupported for one that hvmgr cannot run on."""
+    found = identify(path)
+    if found.format in (QCOW2, RAW):
+        return found.format
+    if found.format == "vhd":
         return VPC
-    return RAW
+    if found.is_differencing:
+        raise _differencing(path, found)
+    raise errors.Unsupported(f"{path} is a {found.format.upper()} image", hint=_convert_hint(path, found.format))
+
+
+def _convert_hint(path: Path, fmt: str) -> str:
+    if fmt in ("vhdx", VPC):
+        return f"convert it: hvmgr image convert {shlex.quote(str(path))} NEW.qcow2"
+    return f"convert it: qemu-img convert -f {fmt} -O qcow2 {shlex.quote(str(path))} NEW.qcow2"
 
 
 def read(path: Path, fmt: str) -> Header:
@@ -106,11 +177,12 @@ def read(path: Path, fmt: str) -> Header:
     if fmt == VPC:
         return _read_vhd(path)
     if fmt == RAW:
-        _, size, facts = _head(path, 0)
+        head, size, facts = _head(path)
+        if head.startswith((_VHD_COOKIE, b"vhdxfile")):
+            require_usable(path)  # stated as raw, its container would be the guest's disk
         return _plain(path, RAW, size + -size % 512, facts)  # QEMU shows a last sector that is not whole with zeros
-    raise errors.Unsupported(
-        f"{path} has the format {fmt}", hint=f"convert it: qemu-img convert -f {fmt} -O qcow2 {path} NEW.qcow2"
-    )
+    require_usable(path)
+    raise errors.Unsupported(f"{path} has the format {fmt}", hint=_convert_hint(path, fmt))
 
 
 def internal_snapshots(path: Path) -> tuple[InternalSnapshot, ...]:
@@ -230,18 +302,14 @@ def _backing_format(head: bytes, start: int, end: int) -> str | None:
 def _read_vhd(path: Path) -> Header:
     head, size, facts = _head(path)
     at_end = _vhd_footer_at_end(path, size)
-    footer = head[:512] if head.startswith(_VHD_COOKIE) else at_end
+    footer = head[:512] if head.startswith(_VHD_COOKIE) and len(head) >= 512 else at_end
     if footer is None:
         raise errors.Corrupt(f"{path} is no VHD: it has no footer", path=str(path))
     fields = _VHD_FOOTER.unpack(footer)
     creator, current = fields[5], fields[9]
     cylinders, heads, sectors, kind = fields[10], fields[11], fields[12], fields[13]
     if kind == _VHD_DIFFERENCING:
-        raise errors.Unsupported(
-            f"{path} is a differencing VHD; QEMU would read zeros in place of its parent's data",
-            hint="merge it into its parent first, on Windows or with a tool that knows differencing VHDs",
-            path=str(path),
-        )
+        raise _differencing(path, Identity("vhd", True, _vhd_parent(path, footer)))
     if _vhd_checksum(footer) != struct.unpack_from(">I", footer, 64)[0]:
         raise errors.Corrupt(
             f"{path} has a footer with a wrong checksum", hint="get a whole copy of the file", path=str(path)
@@ -253,13 +321,30 @@ def _read_vhd(path: Path) -> Header:
     if seen != current:
         raise errors.Unsupported(
             f"{path} was made by '{creator.decode(errors='replace').strip()}': QEMU would cut it from {current} to {seen} bytes",
-            hint=f"convert it: qemu-img convert --image-opts driver=vpc,force_size_calc=current_size,"
-            f"file.driver=file,file.filename={path} -O qcow2 NEW.qcow2",
+            hint=_convert_hint(path, VPC),
             path=str(path),
         )
     if kind == _VHD_FIXED and size < current + 512:
         raise errors.Corrupt(f"{path} is cut off: a disk of {current} bytes in a file of {size}", path=str(path))
     return _plain(path, VPC, current, facts)
+
+
+def _vhd_footer(path: Path, head: bytes, size: int) -> bytes | None:
+    """The footer at the end, else its copy in front; before 2004 it had 511 bytes at the end."""
+    at_end = _vhd_footer_at_end(path, size)
+    if at_end is not None:
+        return at_end
+    return head[:512] if head.startswith(_VHD_COOKIE) and len(head) >= 512 else None
+
+
+def _vhd_parent(path: Path, footer: bytes) -> str | None:
+    """The name of the parent that a differencing VHD keeps in its header, as far as it can be read."""
+    with path.open("rb") as file:
+        file.seek(min(_VHD_FOOTER.unpack(footer)[3], 1 << 62))
+        header = file.read(1024)
+    if not header.startswith(b"cxsparse") or len(header) < 1024:
+        return None
+    return header[_VHD_PARENT_NAME].decode("utf-16-be", "replace").partition("\0")[0] or None
 
 
 def _vhd_footer_at_end(path: Path, size: int) -> bytes | None:

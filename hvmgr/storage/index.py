@@ -7,7 +7,9 @@ live in different places. One small file per VM; a home that has gone is skipped
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +136,42 @@ def forget_mode(path: Path) -> None:
 def _mode_file(folder: Path, path: Path) -> Path:
     device, inode = images.identity(path)
     return folder / f"{device}-{inode}.json"
+
+
+def note_change(journal: Path) -> None:
+    """An image outside all homes is being changed; its journal lies beside it."""
+    durable.write_file(_change_file(_make_folder("changes"), journal), json.dumps({"journal": str(journal)}).encode())
+
+
+def forget_change(journal: Path) -> None:
+    """That change is over."""
+    durable.remove(_change_file(_make_folder("changes"), journal))
+
+
+def open_changes() -> list[Path]:
+    """The journals of changes of images that have not come to their end, as far as they are still there."""
+    folder = settings.index_folder() / "changes"
+    found = []
+    for file in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+            found.append(Path(str(json.loads(file.read_bytes())["journal"])))
+    return [one for one in found if one.exists()]
+
+
+def _change_file(folder: Path, journal: Path) -> Path:
+    return folder / f"{hashlib.sha256(os.fsencode(journal)).hexdigest()[:32]}.json"
+
+
+@contextlib.contextmanager
+def making(path: Path, *, wait_s: float) -> Iterator[None]:
+    """No other hvmgr command on this host makes a file of this name."""
+    name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
+    lock = _make_folder("locks") / f"new-{name}"
+    with locks.held(lock, wait_s=wait_s, what=f"the new image {path}"):
+        try:
+            yield
+        finally:
+            durable.remove(lock)
 
 
 @contextlib.contextmanager

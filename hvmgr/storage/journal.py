@@ -49,6 +49,11 @@ class Entry:
     start: Start | None = None
 
 
+def beside(image: Path) -> Path:
+    """Where the journal of a change of this image file lies, which belongs to no home."""
+    return image.with_name(f".{image.name}.hvmgr-change")
+
+
 def is_open(path: Path) -> bool:
     """Whether a plan is open; costs one look."""
     return path.exists()

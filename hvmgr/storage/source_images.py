@@ -15,7 +15,7 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.model import manifest, maps
 from hvmgr.model.compatibility import found
-from hvmgr.model.configuration import Configuration
+from hvmgr.model.configuration import Configuration, Disk
 from hvmgr.model.finding import Finding
 from hvmgr.model.maps import Entry, Used
 from hvmgr.storage import images
@@ -78,6 +78,8 @@ class Finder:
             return disks
         for disk in listed:
             if not disk.takes_part or disk.source is None:
+                if not disk.is_left_out:
+                    self._require_usable(disk)
                 continue
             if disk.slot in disks:
                 self.problem("double-slot", f"{one.source} has two disks {disk.slot}", one.source)
@@ -97,10 +99,21 @@ class Finder:
                 continue
             place = self.locate(disk.source)
             if (disk.readonly or disk.shareable) and not self._is_inside(place):
+                self._require_usable(disk)
                 continue
             disks[disk.slot] = self._image(disk.slot, disk.source, disk.format or images.RAW)
             self.left_out[disk.source] = disks[disk.slot]
         return disks
+
+    def _require_usable(self, disk: Disk) -> None:
+        """What stays where it is must be something that QEMU reads as it is."""
+        if disk.source is None or disk.type not in {"file", "block"}:
+            return
+        path = self.locate(disk.source)
+        try:
+            images.require_usable(Path(path))
+        except errors.Unsupported as error:
+            self.problem("format-unsupported", str(error), path, error.hint)
 
     def _image(self, slot: str, recorded: str, fmt: str) -> str:
         """Where the image is now; it and its parents are read as far as they are there."""

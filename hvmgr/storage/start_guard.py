@@ -174,6 +174,10 @@ class _Case:
         if bases is None:
             sentence = "the snapshot above its present is gone, so that its disks cannot be compared with it"
             yield self._warning("snapshot-missing", sentence, home.path)
+        try:
+            vm_home.require_usable_disks(self.present)
+        except errors.Unsupported as error:
+            yield self._error("image-unreadable", str(error), str(error.facts["path"]))
         for disk in _writable(self.present):
             if disk.source is None:
                 continue

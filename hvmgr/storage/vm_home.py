@@ -430,6 +430,13 @@ def _iter_disks(one: Configuration) -> Iterator[_Disk]:
             yield disk.slot, disk.source, disk.format or images.RAW
 
 
+def require_usable_disks(one: Configuration) -> None:
+    """Unsupported when any drive, also one that snapshots leave out, holds a differencing VHD or VHDX."""
+    for disk in one.disks():
+        if disk.source is not None and disk.type in {"file", "block"}:
+            images.require_usable(Path(canonical(disk.source)))
+
+
 def formats_of(*configurations: Configuration) -> dict[str, str]:
     """The formats that configurations state for the images of their disks."""
     return {canonical(source): fmt for one in configurations for _, source, fmt in _iter_disks(one)}

@@ -26,6 +26,7 @@ COMMANDS = {
     "import": (f"{_HERE}.import_:import_command", "Make a VM out of an export, a VM home, or a domain's XML."),
     "compare": (f"{_HERE}.import_:compare", "Report what an import would find in its way, and change nothing."),
     "disk": (f"{_HERE}.disk:command", "Work on the disks of a VM, each named by its slot."),
+    "image": (f"{_HERE}.image:command", "Work on image files, each named by its path: VHD, VHDX, qcow2, raw."),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),

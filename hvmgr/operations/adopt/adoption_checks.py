@@ -87,6 +87,7 @@ def require_disks(name: str, present: Configuration, excluded: frozenset[str]) -
     for disk in present.disks():
         if disk.device in ("disk", "lun") and not disk.readonly and disk.slot not in excluded and disk.snapshot != "no":
             _require_disk(name, present, disk)
+    vm_home.require_usable_disks(present)
     if adoptee.has_nvram_elsewhere(present):
         raise errors.Unsupported(f"{name} keeps its firmware's variables in something that is no file")
 

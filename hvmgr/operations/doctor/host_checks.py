@@ -14,6 +14,7 @@ from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
 from hvmgr.operations import roles, start_hook
 from hvmgr.operations.doctor.surroundings import Surroundings, is_home_like
+from hvmgr.storage import index, journal
 
 # Older ones lack what hvmgr is built on; nobody has tried them.
 OLDEST_LIBVIRT = (9, 0)
@@ -42,6 +43,7 @@ def examine(around: Surroundings) -> Iterator[Finding]:
         yield from _abilities(around.connection, around.capabilities)
         yield from _confinement(around.connection, around.capabilities)
     yield from _index(around)
+    yield from _image_changes()
 
 
 def _versions(facts: Capabilities) -> Iterator[Finding]:
@@ -125,6 +127,19 @@ def _index(around: Surroundings) -> Iterator[Finding]:
         elif entry.home not in around.folders and not is_home_like(entry.home):
             sentence = f"the index knows a VM '{entry.name}' whose home {entry.home} is gone"
             yield finding(Code.INDEX_STALE, sentence, note.file, repair=_put_back(entry.home), vm=entry.name)
+
+
+def _image_changes() -> Iterator[Finding]:
+    for place in index.open_changes():
+        try:
+            entry = journal.read(place)
+        except errors.HvmgrError as error:
+            yield finding(Code.JOURNAL_DAMAGED, str(error), place)
+            continue
+        if entry is not None:
+            sentence = f"a command on image files was cut off: {entry.plan.subject}"
+            repair = "the next 'hvmgr image' command on one of these images completes it"
+            yield finding(Code.IMAGE_CHANGE_OPEN, sentence, place, repair=repair)
 
 
 def _put_back(home: Path) -> str:

@@ -29,6 +29,7 @@ def examine(seen: Survey, *, owner: Owner, dynamic: bool) -> Iterator[Finding]:
     for fault in seen.faults:
         if fault.file.suffix != ".xml":
             yield _unreadable(seen, fault.file, fault.error)
+    yield from _left_out(seen)
     yield from _chains(seen, forest)
     held = frozen_images(forest)
     yield from _since_frozen(seen, forest, held)
@@ -44,6 +45,19 @@ def _unreadable(seen: Survey, file: Path, error: errors.HvmgrError) -> Finding:
     if code is Code.IMAGE_UNREADABLE and seen.home.layout.owns(str(file)):
         repair = "put it back from a backup; doctor --repair sets it aside, so that what does not need it works again"
     return finding(code, sentence, file, repair=repair)
+
+
+def _left_out(seen: Survey) -> Iterator[Finding]:
+    """What no snapshot freezes is no part of the survey, and yet QEMU has to read it as it is."""
+    for part in seen.parts():
+        for disk in part.configuration.disks():
+            if disk.takes_part or disk.source is None or disk.type not in {"file", "block"}:
+                continue
+            try:
+                images.require_usable(Path(disk.source))
+            except errors.Unsupported as error:
+                sentence = f"{error}; needed by {part.who}, disk {disk.slot}"
+                yield finding(Code.IMAGE_UNSUPPORTED, sentence, disk.source, repair=error.hint)
 
 
 def frozen_images(forest: Tree) -> set[str]:

@@ -1,0 +1,1 @@
+"""What can be done with image files, each named by its path: the commands ``image …``."""

@@ -1,0 +1,218 @@
+"""The steps of ``model/image_plan``, done. Each may be done again, and each leaves whole images behind.
+
+What writes an image in place keeps every QEMU from it: by QEMU's own locks where our codec writes, else because QEMU
+itself has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hvmgr import errors, vhd
+from hvmgr.host import nbd_client, qemu_img, qemu_locks, storage_daemon
+from hvmgr.model import image_plan
+from hvmgr.model.image_format import ImageFormat
+from hvmgr.model.plan import Step
+from hvmgr.model.progress import Progress
+from hvmgr.operations.images import disks, recognition
+from hvmgr.storage import durable, images, partitions
+from hvmgr.vhd import repairing
+
+Report = Callable[[Progress], None]
+
+_TORN = ("F4", "F5", "F7")  # what a death between the writing of two footers leaves
+
+
+class Worker:
+    """Does steps, and tells how far it is; ``report`` raises where the user wants to stop."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+
+    def act(self, step: Step) -> None:
+        """One step, whatever it is."""
+        self._ACTS[type(step)](self, step)
+
+    def merge(self, step: image_plan.MergeChain) -> None:
+        """All images but the last go into the last."""
+        if not Path(step.images[0]).exists():
+            return  # done, and the merged images are on their way out
+        if step.formats[0] == "vhd":
+            self._merge_vhd([Path(one) for one in step.images])
+        else:
+            self._merge_qcow2(step)
+
+    def _merge_vhd(self, chain: Sequence[Path]) -> None:
+        with contextlib.ExitStack() as stack:
+            for path in chain:
+                stack.enter_context(qemu_locks.held(path))
+            folders = list(dict.fromkeys(path.parent for path in chain))
+            disk = stack.enter_context(vhd.open_chain(chain[0], folders=folders, any_size=True))
+            vhd.merge(disk, into=len(chain) - 1, on_progress=self._counted(f"merge into {chain[-1].name}"))
+
+    def _merge_qcow2(self, step: image_plan.MergeChain) -> None:
+        with storage_daemon.started(on_progress=self.report) as daemon:
+            node = None
+            opened = []
+            for path, fmt in reversed(list(zip(step.images, step.formats, strict=True))):
+                ends = path in (step.images[0], step.images[-1])
+                node = daemon.open(Path(path), fmt, writable=ends, backing=node)
+                opened.append(node)
+            daemon.commit(opened[-1], opened[0])
+            if step.formats[-1] == "qcow2":
+                daemon.drop_bitmaps(opened[0])
+        durable.sync_file(Path(step.images[-1]))
+
+    def grow(self, step: image_plan.GrowImage) -> None:
+        """The image is at least that large."""
+        path = Path(step.path)
+        if recognition.look(path).size < step.size:
+            _resize(path, step.format, step.size, shrink=False)
+
+    def point(self, step: image_plan.PointChild) -> None:
+        """The child's header names the parent."""
+        child, parent = Path(step.child), Path(step.parent)
+        if step.format == "vhd":
+            with qemu_locks.held(child):
+                vhd.reparent(child, parent, ignore_id=True, any_size=True, folders=[parent.parent])
+        else:
+            name = relative_name(child, parent)
+            qemu_img.name_parent(child, name, step.parent_format)
+            durable.sync_file(child)
+
+    def remove(self, step: image_plan.RemoveMerged) -> None:
+        """The file is gone."""
+        durable.remove(Path(step.path))
+
+    def fit(self, step: image_plan.FitPartitions) -> None:
+        """The second copy of a GPT stands before the new end; an image that has been cut already needs nothing."""
+        path = Path(step.path)
+        found = recognition.look(path)
+        if found.size <= step.size:
+            return
+        with disks.opened(found) as disk:
+            writes = partitions.fitted(disk, step.size)
+        if writes:
+            _write(path, step.format, writes)
+
+    def resize(self, step: image_plan.ResizeImage) -> None:
+        """The disk has that size."""
+        path = Path(step.path)
+        if recognition.look(path).size != step.size:
+            _resize(path, step.format, step.size, shrink=step.shrink)
+
+    def compact(self, step: image_plan.CompactImage) -> None:
+        """Blocks of zeros take no space."""
+        path = Path(step.path)
+        if step.format == "vhd":
+            with qemu_locks.held(path):
+                vhd.compact(path, on_progress=self._counted(f"compact {path.name}"))
+        elif step.format == "raw":
+            with qemu_locks.held(path):
+                self._dig(path)
+        else:
+            self._rewrite(path, step.format)
+
+    def _dig(self, path: Path) -> None:
+        what = f"compact {path.name}"
+        with disks.opened(recognition.look(path, ImageFormat.RAW)) as disk:
+            durable.dig_holes(
+                path,
+                (
+                    (offset + start, end - start)
+                    for offset, piece in disks.pieces(disk, what, self.report)
+                    for start, end, is_zero in disks.runs(piece)
+                    if is_zero
+                ),
+            )
+
+    def _rewrite(self, path: Path, fmt: str) -> None:
+        """A copy without the zeros takes the image's name; QEMU opens the image, and so keeps others out of it."""
+        found = recognition.look(path)
+        above = None
+        if found.is_differencing:
+            header = images.read(path, fmt)
+            assert header.backing is not None
+            above = (header.backing, header.backing_format or "")
+        taken = path.stat().st_blocks * 512
+        what = f"compact {path.name}"
+        with durable.rewriting(path) as part:
+            qemu_img.flatten(
+                path, fmt, part, target_fmt=fmt, above=above,
+                on_progress=lambda done: self.report(Progress(min(done, taken), taken, what)),
+            )  # fmt: skip
+
+    def repair(self, step: image_plan.RepairImage) -> None:
+        """What is repairable is right."""
+        path = Path(step.path)
+        if step.format == "vhd":
+            with qemu_locks.held(path):
+                repairing.repair(path)
+        else:
+            qemu_img.check(path, step.format, repair_leaks=True)
+            durable.sync_file(path)
+
+    def _counted(self, what: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.report(Progress(done, total, what))
+
+    _ACTS: ClassVar[Mapping[type[Step], Callable[[Worker, Any], None]]] = {
+        image_plan.MergeChain: merge,
+        image_plan.GrowImage: grow,
+        image_plan.PointChild: point,
+        image_plan.RemoveMerged: remove,
+        image_plan.FitPartitions: fit,
+        image_plan.ResizeImage: resize,
+        image_plan.CompactImage: compact,
+        image_plan.RepairImage: repair,
+    }
+
+
+def heal(paths: Sequence[Path]) -> None:
+    """A VHD whose two footers a dead command left different says one thing again: the one at the end is written first."""
+    for path in paths:
+        if not path.exists() or images.identify(path).format != "vhd":
+            continue
+        try:
+            vhd.open_image(path).close()
+        except errors.Corrupt as error:
+            if error.facts.get("fault") in _TORN:
+                with qemu_locks.held(path):
+                    repairing.repair(path, keep=repairing.Keep.END)
+
+
+def relative_name(child: Path, parent: Path) -> str:
+    """A parent's name as it is written into a child: relative where both lie in one folder, never read as a protocol."""
+    if child.parent != parent.parent:
+        return str(parent)
+    return f"./{parent.name}" if ":" in parent.name else parent.name
+
+
+def _resize(path: Path, fmt: str, size: int, *, shrink: bool) -> None:
+    if fmt == "vhd":
+        with qemu_locks.held(path):
+            vhd.resize(path, size, allow_shrink=shrink)
+    elif fmt == "raw":
+        with qemu_locks.held(path):
+            durable.set_length(path, size)
+    else:
+        qemu_img.resize(path, fmt, size=size, shrink=shrink)
+        durable.sync_file(path)
+
+
+def _write(path: Path, fmt: str, writes: Sequence[tuple[int, bytes]]) -> None:
+    """Bytes of the disk, each on disk before the next."""
+    if fmt == "vhd":
+        with qemu_locks.held(path), vhd.open_image(path, writable=True) as image:
+            for offset, data in writes:
+                image.write(offset, data)
+                image.flush()
+        return
+    with storage_daemon.started() as daemon:
+        node = daemon.open(path, fmt, writable=True)
+        with daemon.exported(node, writable=True) as uri, nbd_client.connected(uri) as client:
+            for offset, data in writes:
+                client.write(offset, memoryview(data))
+                client.flush()

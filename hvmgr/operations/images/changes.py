@@ -1,0 +1,158 @@
+"""A change of an image in place: locked, journaled, and completed by the next command when it was cut off.
+
+The journal is a small file beside the image that is written, ``.NAME.hvmgr-change``, and is told in the host's index, so
+that ``doctor`` names it.
+
+| cut off                              | what is true                             | the next command |
+|--------------------------------------|------------------------------------------|------------------|
+| before the journal                   | nothing was changed                      | goes on          |
+| in a step of ``NEUTRAL``             | every image shows its guest what it did  | does it again    |
+| while children and files are settled | the data is where it belongs             | does the rest    |
+
+An error, or Ctrl-C, in a step of the second row ends the change there and then: the state before is still true.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvmgr import errors
+from hvmgr.host import qemu_locks
+from hvmgr.model import image_plan
+from hvmgr.model.plan import Plan, Step
+from hvmgr.model.progress import Progress
+from hvmgr.storage import index, journal
+
+if TYPE_CHECKING:
+    from hvmgr.operations.host import Host
+
+NEUTRAL = (
+    image_plan.GrowImage,
+    image_plan.MergeChain,
+    image_plan.FitPartitions,
+    image_plan.ResizeImage,
+    image_plan.CompactImage,
+    image_plan.RepairImage,
+)
+
+
+def plan_of(operation: str, subject: str, steps: Sequence[Step]) -> Plan:
+    """The plan of a command on image files."""
+    return Plan(plan_id=str(uuid.uuid4()), vm_id="", operation=operation, subject=subject, finish=tuple(steps))
+
+
+def require_approval(host: Host, plan: Plan) -> None:
+    """The caller has seen the plan and wants it; Declined otherwise."""
+    if not host.reporter.approve(plan):
+        raise errors.Declined("not done; nothing was changed")
+
+
+@contextlib.contextmanager
+def locked(host: Host, paths: Sequence[Path]) -> Iterator[None]:
+    """No other command of hvmgr's works on these images; whatever else has one of them open is a Conflict."""
+    with index.locked(paths, wait_s=host.wait_s):
+        for path in paths:
+            require_closed(path)
+        yield
+
+
+def require_closed(path: Path) -> None:
+    """Conflict when any other program has the file open, be it QEMU with its locks or without."""
+    from hvmgr.host import qemu_errors
+
+    if os.access(path, os.W_OK) and path.is_file() and qemu_locks.is_locked(path):
+        raise qemu_locks.in_use(path)
+    if qemu_errors.holders_of(path):
+        raise qemu_locks.in_use(path)
+
+
+def complete(host: Host, chain: Sequence[Path]) -> None:
+    """What a dead command began on one of these images comes to its end; in a dry run that is a Conflict."""
+    for image in chain:
+        complete_about(host, image)
+        _complete(host, journal.beside(image))
+
+
+def complete_about(host: Host, image: Path) -> None:
+    """The same for a change whose journal lies beside another image and names this one, which may be gone by now."""
+    for place in index.open_changes():
+        entry = journal.read(place)
+        if entry is not None and image in _images_of(entry.plan):
+            _complete(host, place)
+
+
+def _complete(host: Host, place: Path) -> None:
+    entry = journal.read(place)
+    if entry is None:
+        return
+    if host.reporter.dry_run:
+        raise errors.Conflict(
+            f"an operation was cut off: {entry.plan.subject}",
+            hint="run the command without --dry-run: it completes that first",
+            journal=str(place),
+        )
+    named = _images_of(entry.plan)
+    with index.locked(named, wait_s=host.wait_s):
+        entry = journal.read(place)
+        if entry is not None:
+            from hvmgr.operations.images import acts  # QEMU, which nobody needs who only looks
+
+            acts.heal(named)
+            _carry_out(host, entry.plan, place)
+            host.reporter.notice(f"completed what was cut off: {entry.plan.subject}")
+
+
+def run(host: Host, plan: Plan, written: Path) -> None:
+    """The plan, which was approved and whose images are ``locked``, is carried out."""
+    place = journal.beside(written)
+    index.note_change(place)
+    journal.begin(place, plan)
+    _carry_out(host, plan, place)
+
+
+def _carry_out(host: Host, plan: Plan, place: Path) -> None:
+    from hvmgr.operations.images import acts
+    from hvmgr.operations.session import Interrupts
+
+    interrupts = Interrupts()
+    is_neutral = True
+
+    def report(progress: Progress) -> None:
+        interrupts.check()
+        host.reporter.progress(progress)
+
+    worker = acts.Worker(report)
+    try:
+        for step in plan.steps():
+            is_neutral = is_neutral and isinstance(step, NEUTRAL)
+            with contextlib.nullcontext() if is_neutral else interrupts.held_back():
+                worker.act(step)
+    except Exception:
+        if is_neutral:
+            _end(place)
+        raise
+    finally:
+        interrupts.close()
+    _end(place)
+
+
+def _end(place: Path) -> None:
+    journal.end(place)
+    index.forget_change(place)
+
+
+def _images_of(plan: Plan) -> list[Path]:
+    """Every file that the steps name."""
+    found: dict[Path, None] = {}
+    for step in plan.steps():
+        for name in ("path", "child", "parent"):
+            if (value := getattr(step, name, None)) is not None:
+                found[Path(value)] = None
+        for value in getattr(step, "images", ()):
+            found[Path(value)] = None
+    return list(found)

@@ -1,0 +1,263 @@
+"""New image files: empty ones, and those that show the disk of another. Complete or absent, and never in another's place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvmgr import errors, units
+from hvmgr.host import qemu_img
+from hvmgr.model import image_plan
+from hvmgr.model.image_format import ImageFormat
+from hvmgr.model.image_info import ImageOptions, ImageType
+from hvmgr.model.progress import Progress
+from hvmgr.operations.images import acts, changes, disks, recognition
+from hvmgr.operations.images.recognition import Recognised
+from hvmgr.storage import durable, images, index
+
+if TYPE_CHECKING:
+    from hvmgr.operations.host import Host
+
+VHD_MAX = 2040 * units.GIB
+VHDX_MAX = 64 * units.TIB
+_SECTOR = 512
+# What Windows takes for a VHD is 512 KiB and 2 MiB; the format knows any power of two from a sector on.
+_VHD_BLOCKS = (512 * units.KIB, 256 * units.MIB)
+_VHDX_BLOCKS = (units.MIB, 256 * units.MIB)
+_QCOW2_CLUSTERS = (512, 2 * units.MIB)
+_VHD_DEFAULT_BLOCK = 2 * units.MIB
+_VHDX_DEFAULT_BLOCK = 32 * units.MIB
+
+
+def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None:
+    """An empty image; with a parent a differencing one of the parent's size."""
+    fmt = recognition.format_of(path, wish.format)
+    parent = None if wish.parent is None else _parent(host, wish.parent, fmt, wish)
+    if parent is not None and size is not None and size != parent.size:
+        if fmt is ImageFormat.VHD or size < parent.size:
+            raise errors.UsageError(
+                f"a differencing image of {parent.path} has its size, {parent.size} bytes", hint="leave --size out"
+            )
+    elif parent is not None:
+        size = parent.size
+    if size is None:
+        raise errors.UsageError("an image without a parent needs a size", hint="give it with --size, as in --size 10G")
+    require_size(fmt, size)
+    _require_block_size(fmt, wish)
+    step = image_plan.MakeImage(
+        path=str(path), format=fmt.value, type=_type(wish).value, size=size,
+        parent=None if parent is None else str(parent.path), parent_format=None if parent is None else parent.driver,
+        block_size=wish.block_size,
+    )  # fmt: skip
+    plan = changes.plan_of("image create", f"creation of {path}", [step])
+    _require_new(path)
+    changes.require_approval(host, plan)
+    with index.making(path, wait_s=host.wait_s), _kept_still(host, parent), durable.appearing(path) as part:
+        _make(part, path, step)
+
+
+def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
+    """An image that shows the same bytes in a disk of the same size."""
+    fmt = recognition.format_of(path, wish.format)
+    stated = wish.source_format
+    if stated is not ImageFormat.RAW:
+        changes.complete(host, recognition.known_chain(source, wish.folders))
+    found = recognition.look(source, stated, folders=wish.folders)
+    if found.format is ImageFormat.VHDX and found.is_differencing:
+        images.require_usable(source)
+    parent = None if wish.parent is None else _parent(host, wish.parent, fmt, wish)
+    if parent is not None and parent.size != found.size:
+        raise errors.Conflict(
+            f"{parent.path} has another size than {source}: {parent.size} and {found.size} bytes",
+            hint="only a disk of the same size can be its parent",
+        )
+    require_size(fmt, found.size)
+    _require_block_size(fmt, wish)
+    if wish.keep_id and (fmt is not ImageFormat.VHD or found.format is not ImageFormat.VHD):
+        raise errors.UsageError("--keep-id is for a VHD that is made of a VHD: nothing else has such an id")
+    step = image_plan.ConvertImage(
+        source=str(source), source_format=found.format.value, path=str(path), format=fmt.value,
+        type=_type(wish).value, parent=None if parent is None else str(parent.path),
+        parent_format=None if parent is None else parent.driver, keep_id=wish.keep_id, block_size=wish.block_size,
+    )  # fmt: skip
+    plan = changes.plan_of("image convert", f"conversion of {source} into {path}", [step])
+    _require_new(path)
+    changes.require_approval(host, plan)
+    with index.making(path, wait_s=host.wait_s), _kept_still(host, found, parent), durable.appearing(path) as part:
+        _convert(found, parent, part, path, step, host.reporter.progress)
+
+
+def _parent(host: Host, path: Path, fmt: ImageFormat, wish: ImageOptions) -> Recognised:
+    """The parent of a new image, which has to be one that a child of this format can have."""
+    changes.complete(host, recognition.known_chain(path, wish.folders))
+    if wish.fixed:
+        raise errors.UsageError("a differencing image is neither fixed nor dynamic", hint="leave --fixed out")
+    found = recognition.look(path, folders=wish.folders)
+    if fmt is ImageFormat.VHD and found.format is not ImageFormat.VHD:
+        raise errors.Unsupported(
+            f"{path} is a {found.format.value} image; the parent of a differencing VHD is a VHD",
+            hint="convert it first: hvmgr image convert, or make a qcow2 child with --format qcow2",
+        )
+    if fmt is ImageFormat.QCOW2 and found.format not in (ImageFormat.QCOW2, ImageFormat.RAW, ImageFormat.VHD):
+        raise errors.Unsupported(
+            f"{path} is a {found.format.value} image, on which libvirt runs no qcow2 image",
+            hint="convert it first: hvmgr image convert",
+        )
+    if fmt is ImageFormat.QCOW2:
+        images.read(path, found.driver)  # refuses what QEMU would read wrongly: a differencing VHD above all
+    elif fmt is not ImageFormat.VHD:
+        raise errors.Unsupported(
+            f"a {fmt.value} image has no parent here", hint="differencing images are VHD (.vhd, .avhd) or qcow2"
+        )
+    return found
+
+
+def _type(wish: ImageOptions) -> ImageType:
+    if wish.parent is not None:
+        return ImageType.DIFFERENCING
+    return ImageType.FIXED if wish.fixed else ImageType.DYNAMIC
+
+
+def _require_new(path: Path) -> None:
+    with durable.explained(path):
+        if os.path.lexists(path):
+            raise errors.Conflict(f"{path} exists already", hint="choose another name: nothing is ever replaced")
+        if not path.parent.is_dir():
+            raise errors.NotFound(f"there is no folder {path.parent}")
+
+
+def require_size(fmt: ImageFormat, size: int) -> None:
+    """Refuses a size that no image of the format can have."""
+    if size <= 0:
+        raise errors.UsageError("a disk of 0 bytes is none", hint="give a size such as 10G")
+    if size % _SECTOR and fmt is not ImageFormat.RAW:
+        raise errors.UsageError(
+            f"{size} bytes are no whole number of sectors of 512 bytes",
+            hint=f"the next larger size is {-(-size // _SECTOR) * _SECTOR}",
+        )
+    largest = {ImageFormat.VHD: VHD_MAX, ImageFormat.VHDX: VHDX_MAX}.get(fmt)
+    if largest is not None and size > largest:
+        raise errors.Unsupported(
+            f"a {fmt.value.upper()} has at most {units.format_size(largest)} ({largest} bytes), not {size}",
+            hint="qcow2 and raw can be larger" + ("; so can vhdx" if fmt is ImageFormat.VHD else ""),
+        )
+
+
+def _require_block_size(fmt: ImageFormat, wish: ImageOptions) -> None:
+    block = wish.block_size
+    if block is None:
+        return
+    ranges = {ImageFormat.VHD: _VHD_BLOCKS, ImageFormat.VHDX: _VHDX_BLOCKS, ImageFormat.QCOW2: _QCOW2_CLUSTERS}
+    if fmt not in ranges or (fmt is ImageFormat.VHD and wish.fixed):
+        raise errors.UsageError("such an image has no blocks", hint="leave --block-size out")
+    least, most = ranges[fmt]
+    if not least <= block <= most or block & (block - 1):
+        raise errors.UsageError(
+            f"{block} bytes are no block size of {fmt.value}",
+            hint=f"a power of two from {units.format_size(least)} to {units.format_size(most)}",
+        )
+
+
+@contextlib.contextmanager
+def _kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
+    """The images that are read are written by no other command of hvmgr's meanwhile."""
+    paths = [one.path for one in read if one is not None]
+    with index.locked(paths, wait_s=host.wait_s):
+        yield
+
+
+# --- the bytes ------------------------------------------------------------------------------------------------------
+
+
+def _make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
+    fmt = ImageFormat(step.format)
+    if fmt is ImageFormat.VHD:
+        from hvmgr import vhd
+
+        parent = None if step.parent is None else Path(step.parent)
+        vhd.create(part, step.size, kind=vhd.Kind(step.type), parent=parent, block_size=step.block_size)
+    elif fmt is ImageFormat.RAW:
+        durable.make_sized(part, step.size, filled=step.type == ImageType.FIXED)
+    else:
+        backing = None
+        if step.parent is not None:
+            backing = (acts.relative_name(path, Path(step.parent)), step.parent_format or "")
+        qemu_img.create(part, fmt.value, size=step.size, options=_options(fmt, step), backing=backing)
+
+
+def _options(fmt: ImageFormat, step: image_plan.MakeImage | image_plan.ConvertImage) -> list[str]:
+    if fmt is ImageFormat.VHDX:
+        return [f"subformat={step.type}", f"block_size={step.block_size or _VHDX_DEFAULT_BLOCK}"]
+    found = [] if step.block_size is None else [f"cluster_size={step.block_size}"]
+    return [*found, "preallocation=falloc"] if step.type == ImageType.FIXED else found
+
+
+def _convert(
+    found: Recognised,
+    parent: Recognised | None,
+    part: Path,
+    path: Path,
+    step: image_plan.ConvertImage,
+    report: disks.Report,
+) -> None:
+    fmt, what = ImageFormat(step.format), f"write {path.name}"
+    if fmt is ImageFormat.VHD:
+        _convert_to_vhd(found, parent, part, path, step, what, report)
+        return
+    if found.format is not ImageFormat.VHD and parent is None:
+        recognition.require_whole(found)
+        options = [] if fmt is ImageFormat.RAW else _options(fmt, step)
+        if fmt is ImageFormat.RAW and found.format is ImageFormat.RAW:
+            with disks.opened(found) as disk:
+                disks.write_raw(part, disk, fixed=step.type == ImageType.FIXED, what=what, report=report)
+            return
+        qemu_img.flatten(
+            found.path, found.driver, part, target_fmt=fmt.value, options=options,
+            on_progress=lambda done: report(Progress(min(done, found.size), found.size, what)),
+        )  # fmt: skip
+        return
+    with disks.opened(found) as disk:
+        if fmt is ImageFormat.RAW:
+            disks.write_raw(part, disk, fixed=step.type == ImageType.FIXED, what=what, report=report)
+            return
+        backing = None if parent is None else (acts.relative_name(path, parent.path), parent.driver)
+        qemu_img.create(part, fmt.value, size=disk.size, options=_options(fmt, step), backing=backing)
+        if parent is None:
+            disks.write_qemu(part, fmt.value, disk, what=what, report=report)
+            return
+        with disks.opened(parent) as below:
+            disks.write_difference(part, disk, below, what=what, report=report)
+
+
+def _convert_to_vhd(
+    found: Recognised,
+    parent: Recognised | None,
+    part: Path,
+    path: Path,
+    step: image_plan.ConvertImage,
+    what: str,
+    report: disks.Report,
+) -> None:
+    from hvmgr import vhd
+    from hvmgr.vhd import creation
+
+    uid = None
+    if step.keep_id:
+        with vhd.open_image(found.path) as image:
+            uid = image.uid
+
+    def counted(done: int, total: int) -> None:
+        report(Progress(done, total, what))
+
+    size = step.block_size or _VHD_DEFAULT_BLOCK
+    with disks.opened(found) as disk, contextlib.ExitStack() as stack:
+        if parent is None:
+            vhd.write_image(part, disk, kind=vhd.Kind(step.type), block_size=size, uid=uid, on_progress=counted)
+            return
+        below = stack.enter_context(disks.opened(parent))
+        origin = creation.describe_parent(path, parent.path)
+        difference = disks.Difference(disk, below, what, report)
+        vhd.write_image(part, difference, kind=vhd.Kind.DIFFERENCING, block_size=size, parent=origin, uid=uid)

@@ -1,0 +1,117 @@
+"""``image merge``: as Hyper-V merges. The child's data goes into an ancestor, which keeps its name and its id.
+
+What stood on the child stands on the ancestor afterwards, and shows what it did; images in between and the child itself
+are superseded and go, unless they are to be kept. Nobody else may need any of the images: a VM or a domain that names
+one of them, or another differencing image on the ancestor or between, is a Conflict that names it.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvmgr import errors
+from hvmgr.model import image_plan
+from hvmgr.model.image_format import ImageFormat
+from hvmgr.model.image_info import UseKind
+from hvmgr.model.plan import Step
+from hvmgr.operations.images import changes, recognition
+from hvmgr.operations.images.recognition import Recognised
+from hvmgr.operations.images.users import Users, children_of
+
+if TYPE_CHECKING:
+    from hvmgr.operations.host import Host
+
+
+def merge(host: Host, child: Path, into: Path | None, folders: Sequence[Path] = (), *, keep: bool) -> Path:
+    """The ancestor shows what the child did; it is returned."""
+    changes.complete(host, recognition.known_chain(child, folders))
+    if not child.exists():
+        raise errors.NotFound(f"{child} is gone: an earlier command that was cut off has merged it")
+    whole = recognition.chain_of(child, folders)
+    chain = _part(whole, into)
+    looked = [recognition.look(path) for path in chain]
+    steps = _steps(looked, whole, keep=keep)
+    with changes.locked(host, [*chain, *_pointed(steps)]):
+        _require_unused(host, chain)
+        plan = changes.plan_of("image merge", f"merge of {chain[0]} into {chain[-1]}", steps)
+        changes.require_approval(host, plan)
+        changes.run(host, plan, chain[-1])
+    return chain[-1]
+
+
+def _part(whole: Sequence[Path], into: Path | None) -> list[Path]:
+    """The chain from the child down to the ancestor."""
+    if len(whole) == 1:
+        raise errors.UsageError(f"{whole[0]} is no differencing image: there is nothing to merge it into")
+    if into is None:
+        return list(whole[:2])
+    wanted = Path(os.path.realpath(into))
+    if wanted not in whole[1:]:
+        raise errors.UsageError(
+            f"{into} is no ancestor of {whole[0]}", hint="its ancestors are: " + ", ".join(map(str, whole[1:]))
+        )
+    return list(whole[: whole.index(wanted) + 1])
+
+
+def _steps(looked: Sequence[Recognised], whole: Sequence[Path], *, keep: bool) -> list[Step]:
+    child, ancestor = looked[0], looked[-1]
+    below = whole[len(looked) :]
+    _require_mergeable(looked)
+    steps: list[Step] = []
+    if child.size != ancestor.size and child.format is not ImageFormat.VHD:
+        if child.size < ancestor.size or below:
+            raise errors.Unsupported(
+                f"{child.path} and {ancestor.path} have different sizes: {child.size} and {ancestor.size} bytes",
+                hint=f"convert it instead: hvmgr image convert {shlex.quote(str(child.path))} NEW",
+            )
+        steps.append(image_plan.GrowImage(str(ancestor.path), _word(ancestor), child.size))
+    paths, formats = tuple(str(one.path) for one in looked), tuple(_word(one) for one in looked)
+    steps.append(image_plan.MergeChain(paths[:-1], paths[-1], formats))
+    for upper in children_of(child.path):
+        fmt = _word(recognition.look(upper))
+        steps.append(image_plan.PointChild(str(upper), fmt, str(ancestor.path), ancestor.driver))
+    if not keep:
+        steps += [image_plan.RemoveMerged(str(one.path)) for one in looked[:-1]]
+    return steps
+
+
+def _require_mergeable(looked: Sequence[Recognised]) -> None:
+    child, *below = looked
+    for one in below:
+        is_fit = one.format is child.format or (child.format is ImageFormat.QCOW2 and one.format is ImageFormat.RAW)
+        if not is_fit:
+            raise errors.Unsupported(
+                f"{child.path} ({child.format.value}) cannot be merged into {one.path} ({one.format.value})",
+                hint=f"convert it instead: hvmgr image convert {shlex.quote(str(child.path))} NEW",
+            )
+    if child.format is ImageFormat.QCOW2:
+        recognition.require_no_differencing_below(child.path)
+
+
+def _word(found: Recognised) -> str:
+    return found.format.value
+
+
+def _pointed(steps: Sequence[Step]) -> list[Path]:
+    return [Path(one.child) for one in steps if isinstance(one, image_plan.PointChild)]
+
+
+def _require_unused(host: Host, chain: Sequence[Path]) -> None:
+    """Nobody but the chain itself needs its images; what stands on the child is pointed to the ancestor."""
+    users = Users(host)
+    for number, path in enumerate(chain):
+        vms = users.vms(path)
+        others = [one for one in users.children(path) if number and not chain[number - 1].samefile(one.name)]
+        for use in (*vms, *others):
+            hint = "merge or convert that one first, or make a complete image of it: hvmgr image convert"
+            if use.kind is UseKind.VM:
+                hint = f"snapshots of a VM are merged by: hvmgr snapshot merge {shlex.quote(use.name)}"
+            elif use.kind is UseKind.DOMAIN:
+                hint = "let that VM use another image first (virsh edit)"
+            raise errors.Conflict(f"{path} is needed by {use.describe()}", hint=hint, path=str(path), user=use.name)
+    if not users.asked_libvirt:
+        host.reporter.notice("libvirt could not be asked which of its VMs need these images")

@@ -1,0 +1,215 @@
+"""A disk as a VHD stream, front to back: its exact length is known before the first byte, and nothing is read twice.
+
+A dynamic disk has all blocks that hold data; a differencing one the blocks that differ from its parent, whole and
+consolidated, so that readers which ignore bitmaps read them right. Blocks ascend by number and by offset.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol, cast, runtime_checkable
+
+from hvmgr import errors
+from hvmgr.vhd import bits, format, layout
+from hvmgr.vhd.format import SECTOR, Kind
+from hvmgr.vhd.layout import Parentage
+from hvmgr.vhd.outlet import Outlet
+from hvmgr.vhd.source import Source
+
+_PIECE = 2 << 20  # the most bytes of the disk in one chunk
+_ZEROS = memoryview(bytes(1 << 20))
+
+OnProgress = Callable[[int, int], None]
+Locate = Callable[[int, int], "tuple[int, int] | None"]
+
+
+@runtime_checkable
+class Located(Protocol):
+    """A source whose data may lie in files just as it is on the disk."""
+
+    def locate(self, offset: int, length: int) -> tuple[int, int] | None:
+        """Descriptor and offset of a file that holds this range in one piece; None where no file does."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Bytes of the stream that lie in a file."""
+
+    descriptor: int
+    offset: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+class StreamWriter:
+    """One disk, ready to be sent.
+
+    Without ``parent`` the whole disk, dynamic or fixed. With one, the blocks touched by ``changed`` (offset and length
+    of all that may differ from the parent, ascending), each with what ``source`` reads as there. ``alignment`` is that
+    of each block's data: 4096 for a file on which a disk will run.
+
+    The source must not change as long as this is in use.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        kind: Kind = Kind.DYNAMIC,
+        parent: Parentage | None = None,
+        changed: Iterable[tuple[int, int]] = (),
+        uid: bytes | None = None,
+        time: datetime | None = None,
+        block_size: int = format.DEFAULT_BLOCK,
+        alignment: int = SECTOR,
+    ) -> None:
+        self._source = source
+        self.size = source.size
+        self.kind = kind if parent is None else Kind.DIFFERENCING
+        self._plan = layout.design(self.size, self.kind, block_size=block_size, parent=parent, uid=uid, time=time)
+        self.footer = self._plan.footer
+        self.block_size = block_size
+        self.length = self.size + format.FOOTER_SIZE
+        if self.kind is not Kind.FIXED:
+            self._place_blocks(_data_ranges(source) if parent is None else changed, alignment)
+
+    def chunks(self) -> Iterator[bytes | memoryview]:
+        """All bytes of the stream, in pieces of about 2 MiB; each is valid until the next one is asked for."""
+        return cast("Iterator[bytes | memoryview]", self._pieces(_nowhere))
+
+    def send(self, descriptor: int, on_progress: OnProgress | None = None) -> None:
+        """All bytes of the stream into a pipe, a socket or a file; by the kernel alone where a file holds them.
+
+        ``on_progress`` gets bytes done and bytes in all. What the descriptor answers is the caller's (OSError).
+        """
+        outlet, done = Outlet(descriptor), 0
+        locate = self._source.locate if isinstance(self._source, Located) else _nowhere
+        for piece in self._pieces(locate):
+            if isinstance(piece, _Place):
+                outlet.send(piece.descriptor, piece.offset, piece.length)
+            else:
+                outlet.write(piece)
+            done += len(piece)
+            if on_progress is not None:
+                on_progress(done, self.length)
+
+    def _place_blocks(self, ranges: Iterable[tuple[int, int]], alignment: int) -> None:
+        """Where each block stands, one after the other.
+
+        In front of a block's data is its bitmap, and before that as much padding as the alignment of the data wants.
+        """
+        self._bitmap_size = self._plan.bitmap_size
+        data = format.round_up(self._plan.start + self._bitmap_size, alignment)
+        step = format.round_up(self._bitmap_size + self.block_size, alignment)
+        self._room = max(step - self.block_size, data - self._plan.start)
+        self._table = array("I", [format.UNUSED]) * format.block_count(self.size, self.block_size)
+        self.allocated = 0
+        for first, end in _block_runs(ranges, self.block_size):
+            place = data - self._bitmap_size + self.allocated * step
+            places = range(place // SECTOR, (place + (end - first) * step) // SECTOR, step // SECTOR)
+            if places[-1] >= format.UNUSED:
+                raise errors.UsageError(
+                    f"a VHD in blocks of {self.block_size} bytes cannot hold so much data", hint="use larger blocks"
+                )
+            self._table[first:end] = array("I", places)
+            self.allocated += end - first
+        last = data + (self.allocated - 1) * step + self.block_size
+        self.length = (last if self.allocated else self._plan.start) + format.FOOTER_SIZE
+
+    def _pieces(self, locate: Locate) -> Iterator[bytes | memoryview | _Place]:
+        if self.kind is Kind.FIXED:
+            yield from self._fixed(_Carrier(self._source, locate, 0))
+        else:
+            yield from self._sparse(_Carrier(self._source, locate, self._room))
+        yield self.footer.pack()
+
+    def _sparse(self, carrier: _Carrier) -> Iterator[bytes | memoryview | _Place]:
+        yield b"".join(data for _, data in self._plan.front())
+        table = self._table[:]
+        if sys.byteorder == "little":
+            table.byteswap()
+        yield table.tobytes().ljust(format.table_size(len(table)), b"\xff")
+        at = self._plan.start
+        for number, sector in enumerate(self._table):
+            if sector == format.UNUSED:
+                continue
+            start = number * self.block_size
+            held = min(self.block_size, self.size - start)
+            lead = bytes(sector * SECTOR - at) + self._bitmap(held)
+            at = sector * SECTOR + self._bitmap_size + self.block_size
+            yield from carrier.carry(start, held, lead)
+            yield from _zeros(self.block_size - held)
+
+    def _fixed(self, carrier: _Carrier) -> Iterator[bytes | memoryview | _Place]:
+        for offset, length, data in self._source.stretches():
+            yield from carrier.carry(offset, length) if data else _zeros(length)
+
+    def _bitmap(self, held: int) -> bytes:
+        """All sectors are here; those behind the end of the disk are nowhere."""
+        bitmap = bytearray(self._bitmap_size)
+        bits.put(bitmap, 0, held // SECTOR, value=True)
+        return bytes(bitmap)
+
+
+class _Carrier:
+    """Ranges of the disk as pieces of the stream, all through one buffer where no file holds them."""
+
+    def __init__(self, source: Source, locate: Locate, room: int) -> None:
+        self._source = source
+        self._locate = locate
+        self._room = room
+        self._buffer: memoryview | None = None
+
+    def carry(self, start: int, length: int, lead: bytes = b"") -> Iterator[bytes | memoryview | _Place]:
+        """A range of the disk, with ``lead`` before it."""
+        place = self._locate(start, length)
+        if place is not None:
+            if lead:
+                yield lead
+            yield _Place(*place, length)
+            return
+        if self._buffer is None:
+            self._buffer = memoryview(bytearray(self._room + _PIECE))
+        for at in range(0, length, _PIECE):
+            count = min(_PIECE, length - at)
+            piece = self._buffer[: len(lead) + count]
+            piece[: len(lead)] = lead
+            self._source.read_into(start + at, piece[len(lead) :])
+            yield piece
+            lead = b""
+
+
+def _zeros(length: int) -> Iterator[memoryview]:
+    for at in range(0, length, len(_ZEROS)):
+        yield _ZEROS[: length - at]
+
+
+def _nowhere(_offset: int, _length: int) -> None:
+    return None
+
+
+def _data_ranges(source: Source) -> Iterator[tuple[int, int]]:
+    return ((offset, length) for offset, length, data in source.stretches() if data)
+
+
+def _block_runs(ranges: Iterable[tuple[int, int]], block_size: int) -> Iterator[tuple[int, int]]:
+    """The blocks that the ranges touch, as runs: first and end."""
+    first = end = 0
+    for offset, length in ranges:
+        if length <= 0:
+            continue
+        low, high = offset // block_size, format.block_count(offset + length, block_size)
+        if low > end:
+            if end > first:
+                yield first, end
+            first = low
+        end = max(end, high)
+    if end > first:
+        yield first, end
