@@ -36,6 +36,7 @@ _ZSTD = ("zstd", "-q", "-d", "-c")
 
 MEMORY = "memory.save"
 _HEAD, _HEAD_OF_MEMORY, _TAIL = 1 << 20, 16 << 20, 64 << 10
+_HEAD_OF_VHD = 20 << 20  # with the whole table of blocks of the largest disk
 _SMALL_MAX = 128 << 20  # NVRAM is 64 MiB on some machines
 _ALL_MAX = 1 << 30
 _FOLDER_MODE, _FILE_MODE = 0o700, 0o600
@@ -308,7 +309,7 @@ def _is_large(name: str) -> bool:
 def _show(reader: untar.Reader, entry: untar.Entry, target: Path, *, hashed: bool) -> str | None:
     """The file, or what is shown of it; its hash when that is wanted."""
     is_large, digest = _is_large(entry.name), copy.Digest() if hashed else None
-    head = (_HEAD_OF_MEMORY if target.name == MEMORY else _HEAD) if is_large else entry.size
+    head = _head_of(target) if is_large else entry.size
     tail = entry.size - _TAIL
     with durable.explained(target), target.open("xb", buffering=0) as file:
         os.fchmod(file.fileno(), _FILE_MODE)
@@ -319,6 +320,12 @@ def _show(reader: untar.Reader, entry: untar.Entry, target: Path, *, hashed: boo
             if offset < head or offset + len(piece) > tail:
                 copy.write_data(file.fileno(), offset, piece)
     return None if digest is None else digest.finish(entry.size)
+
+
+def _head_of(target: Path) -> int:
+    if target.name == MEMORY:
+        return _HEAD_OF_MEMORY
+    return _HEAD_OF_VHD if target.suffix in (".vhd", ".avhd") else _HEAD
 
 
 def _digest(reader: untar.Reader, size: int) -> str:

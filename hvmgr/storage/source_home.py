@@ -307,6 +307,7 @@ class _Reader:
         self.finder.replace_by_slot(present, disks, others)
         self._check_tree(facts, snapshots)
         self.finder.check_cycles()
+        self.finder.check_vhds()
         undo = self._undo(layout) if is_home else None
         undo_disks = {} if undo is None else self.finder.disks(undo)
         if undo is not None:

@@ -92,7 +92,8 @@ def _absolute(path: str) -> Path:
 
 
 def _options(wishes: dict[str, Any]) -> ExportOptions:
-    from hvmgr.model.export_options import ExportOptions, ImageFormat
+    from hvmgr.model.export_options import ExportOptions
+    from hvmgr.model.image_format import ImageFormat
     from hvmgr.model.manifest import Extent
 
     image_format = wishes["image_format"]

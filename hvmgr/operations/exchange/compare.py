@@ -163,8 +163,25 @@ def _source_findings(comparison: Comparison, *, thorough: bool) -> Iterator[Find
             )
     yield from _sizes(source, needed, thorough=thorough)
     yield from _small_files(source)
+    yield from _vhds(comparison)
     if source.undo is not None and options.mode is not Mode.REGISTER:
         yield found("undo-left-behind", "the undo slot does not come along", source.layout.undo)
+
+
+def _vhds(comparison: Comparison) -> Iterator[Finding]:
+    """QEMU reads zeros from a differencing VHD, and spoils it with the first write: it never gets one."""
+    source, mode = comparison.source, comparison.options.mode
+    used = {one.path for one in intake.needed_images(source, comparison.snapshots, left_out=mode is Mode.REGISTER)}
+    for image in intake.needed_images(source, comparison.snapshots):
+        if not image.is_foreign:
+            continue
+        kind = "a differencing VHD" if image.parent is not None else "a VHD that QEMU would cut short"
+        if mode is Mode.COPY or image.path not in used:
+            yield found("vhd-converted", f"{image.path} is {kind}: it becomes a qcow2 image", image.path)
+        else:
+            yield found(
+                "vhd-differencing", f"{image.path} is {kind}", image.path, "use --mode copy, which makes it qcow2"
+            )
 
 
 def _is_dropped(comparison: Comparison, snapshot_id: str) -> bool:

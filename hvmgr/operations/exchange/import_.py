@@ -71,7 +71,8 @@ def take_in(
     for entry in maps.disk_targets:
         if entry.old in source.disks or entry.old in source.left_out:
             used.entries.add(entry)
-    places = intake.place_images(session.layout, source, snapshots, targets, session.new_id)
+    converted = intake.to_convert(source, snapshots, options, left_out=options.mode is Mode.LINK)
+    places = intake.place_images(session.layout, source, snapshots, targets, session.new_id, converted=converted)
     if options.mode is not Mode.COPY:
         places |= {one.path: one.path for one in intake.needed_images(source, snapshots, left_out=False)}
     return Intake(
@@ -86,6 +87,7 @@ def take_in(
         new_id=session.new_id,
         snapshots=snapshots,
         places=places,
+        converted=converted,
         emulators=session.connection.capabilities().emulators,
         present_memory=None if options.replace else _place_of_memory(session, source, who, options),
     )
@@ -108,7 +110,7 @@ def plan_new(session: Session, taken: Intake) -> Plan:
     """A VM in a home of its own, off or saved: its images are copied, or stand on those of the source."""
     layout, source, change = session.layout, taken.source, session.new_id()
     linked = taken.options.mode is Mode.LINK
-    disks, children = _working_images(session, taken) if linked else (_copied(taken), [])
+    disks, children = _working_images(session, taken) if linked else (taken.placed(source.disks), [])
     prepare: list[Step] = []
     if layout.links():
         prepare.append(plan.MakeRoots(places=tuple((str(name), str(place)) for name, place in layout.links())))
@@ -126,6 +128,7 @@ def plan_new(session: Session, taken: Intake) -> Plan:
     finish: list[Step] = [plan.WritePresent()]
     finish += [plan.RecordFrozen(paths=frozen)] if frozen else []
     finish += [plan.RecordGold(images=gold)] if gold else []
+    finish += taken.steps_after()
     return Plan(
         plan_id=change,
         vm_id=layout.vm_id,
@@ -135,10 +138,6 @@ def plan_new(session: Session, taken: Intake) -> Plan:
         switch=plan.Define(xml=taken.present(change=change, nvram=nvram, disks=disks).to_xml()),
         finish=tuple(finish),
     )
-
-
-def _copied(taken: Intake) -> dict[str, tuple[str, str]]:
-    return {slot: (taken.places[path], taken.source.images[path].format) for slot, path in taken.source.disks.items()}
 
 
 def _working_images(session: Session, taken: Intake) -> tuple[dict[str, tuple[str, str]], list[Step]]:

@@ -47,6 +47,7 @@ class Intake:
         default_factory=dict
     )  # images of those that stand for the source's: their formats
     emulators: Mapping[str, Path] = field(default_factory=dict)  # this host's, by architecture
+    converted: frozenset[str] = frozenset()  # VHDs that become qcow2
     present_memory: Path | None = None  # where libvirt looks for the saved memory of the present, when it comes along
 
     # -- configurations ------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ class Intake:
 
     def snapshot(self, one: SourceSnapshot) -> Configuration:
         """The configuration of a snapshot as it will be written."""
-        disks = {slot: (self.places[path], self.source.images[path].format) for slot, path in one.disks.items()}
+        disks = self.placed(one.disks)
         new_id = self.identity.snapshot(one.record.id)
         assert new_id is not None
         changed = self._changed(one.configuration, disks, self.layout.snapshot_nvram(new_id))
@@ -90,6 +91,14 @@ class Intake:
         changed.set_metadata(dataclasses.replace(self._facts(facts_of), snapshot=None))
         return changed.to_xml()
 
+    def format_of(self, path: str) -> str:
+        """The format of an image of the source at its place."""
+        return images.QCOW2 if path in self.converted else self.source.images[path].format
+
+    def placed(self, disks: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Disks by slot as (path, format), at their places."""
+        return {slot: (self.places[path], self.format_of(path)) for slot, path in disks.items()}
+
     def keeps_state(self, one: SourceSnapshot) -> bool:
         return one.memory is not None and one.saved is not None and not self.options.without_state
 
@@ -111,7 +120,7 @@ class Intake:
         for disk in one.disks():
             path = self.source.named.get(disk.source or "", "") if disk.is_left_out else ""
             if path in self.places and path in self.source.images and self.places[path] != disk.source:
-                found[disk.slot] = (self.places[path], self.source.images[path].format)
+                found[disk.slot] = (self.places[path], self.format_of(path))
         return found
 
     def _set_emulator(self, changed: Configuration) -> None:
@@ -172,15 +181,47 @@ class Intake:
         return steps
 
     def _steps_for_bytes(self, needed: Sequence[SourceImage], hold: tuple[str, ...]) -> list[Step]:
-        """Images as they are; out of an archive everything that is large, in one pass through it."""
-        files = []
-        for image in needed:
-            listed = self.source.expected.get(image.path)
-            digest = listed.sha256 if listed is not None and listed.bytes == image.length else None
-            files.append((image.path, self.places[image.path], digest or ""))
+        """The images' bytes; out of an archive everything that is large, in one pass through it."""
+        as_they_are = [one for one in needed if one.path not in self.converted]
+        files = [(one.path, self.places[one.path], self._digest(one)) for one in as_they_are]
+        files += [(one.path, str(self._waiting(one)), self._digest(one)) for one in needed if self._is_packed_vhd(one)]
+        steps = self._steps_for_files(files, hold)
+        return [*steps, *(self._convert(one) for one in needed if one.path in self.converted)]
+
+    def _digest(self, image: SourceImage) -> str:
+        listed = self.source.expected.get(image.path)
+        return (listed.sha256 if listed is not None and listed.bytes == image.length else None) or ""
+
+    def _is_packed_vhd(self, image: SourceImage) -> bool:
+        """Whether a VHD has to be unpacked before it can be converted."""
+        archive = self.source.archive
+        return image.path in self.converted and archive is not None and archive.name_of(image.path) is not None
+
+    def _waiting(self, image: SourceImage) -> Path:
+        """Where a VHD out of an archive waits to be converted."""
+        return self.unpacked / Path(self.places[image.path]).with_suffix(".vhd").name
+
+    @property
+    def unpacked(self) -> Path:
+        """A folder for what is needed only as long as the import takes."""
+        return self.layout.private / "unpacked"
+
+    def _convert(self, image: SourceImage) -> plan.ConvertVhd:
+        target, packed = self.places[image.path], self._is_packed_vhd(image)
+        parent = None if image.parent is None else self.layout.parent_name(Path(target), self.places[image.parent])
+        return plan.ConvertVhd(
+            source=str(self._waiting(image)) if packed else image.path,
+            target=target,
+            size=image.size,
+            parent=parent,
+            parent_format=None if image.parent is None else self.shared.get(image.parent, self.format_of(image.parent)),
+            sha256="" if packed else self._digest(image),
+        )
+
+    def _steps_for_files(self, files: Sequence[tuple[str, str, str]], hold: tuple[str, ...]) -> list[Step]:
         archive = self.source.archive
         if archive is None:
-            return [plan.CopyImages(files=tuple(files), hold=hold)]
+            return [plan.CopyImages(files=tuple(files), hold=hold)] if files else []
         packed, others, steps = list[tuple[str, str, str]](), list[tuple[str, str, str]](), list[Step]()
         for path, target, digest in files:
             name = archive.name_of(path)
@@ -194,6 +235,8 @@ class Intake:
             packed.append((name, str(place), self.source.hash_of(memory)))
             if place.is_relative_to(self.layout.snapshots):
                 steps.append(plan.MakeSnapshotFolder(snapshot_id=place.parent.name))
+        if any(Path(target).is_relative_to(self.unpacked) for _, target, _ in packed):
+            steps.append(plan.MakeFolders(folders=(str(self.unpacked),)))
         steps += [plan.CopyImages(files=tuple(others), hold=hold)] if others else []
         if packed:
             _, _, size, mtime_ns = archive.state
@@ -214,6 +257,11 @@ class Intake:
             return plan.ChangeMemory(path=str(target), before=before.to_xml(), after=xml)
         return plan.CopyMemory(source=str(source), target=str(target), xml=xml)
 
+    def steps_after(self) -> list[Step]:
+        """What was needed on the way is gone."""
+        is_used = any(self._is_packed_vhd(one) for one in self.needed())
+        return [plan.RemoveFolder(path=str(self.unpacked))] if is_used else []
+
     def frozen(self) -> tuple[str, ...]:
         """The copies that are frozen, for their records."""
         needed = self.needed()
@@ -221,13 +269,13 @@ class Intake:
         return tuple(self.places[image.path] for image in needed if image.path in frozen)
 
     def _rename_parent(self, image: SourceImage) -> plan.NameParent | None:
-        if image.parent is None or image.backing is None:
+        if image.parent is None or image.backing is None or image.path in self.converted:
             return None
         child, parent = Path(self.places[image.path]), self.places[image.parent]
         name = self.layout.parent_name(child, parent)
-        if name == image.backing and image.parent not in self.shared:
+        if name == image.backing and image.parent not in self.shared and image.parent not in self.converted:
             return None
-        fmt = self.shared.get(image.parent, image.parent_format)
+        fmt = self.shared.get(image.parent, images.QCOW2 if image.parent in self.converted else image.parent_format)
         assert fmt is not None
         return plan.NameParent(
             path=str(child), parent=name, parent_format=fmt, before=image.backing, mode=frozen.WORKING_MODE
@@ -247,7 +295,7 @@ class Intake:
             if self.keeps_state(one):
                 assert one.memory is not None
                 assert one.saved is not None
-                disks = {slot: (self.places[path], self.source.images[path].format) for slot, path in one.disks.items()}
+                disks = self.placed(one.disks)
                 xml = self.saved(one.saved, one.configuration, disks, self.layout.snapshot_nvram(new_id))
                 steps.append(self.step_for_memory(one.memory, self.layout.memory(new_id), one.saved, xml))
             steps.append(plan.WriteSnapshot(snapshot_id=new_id, xml=self.snapshot(one).to_xml()))
@@ -311,6 +359,7 @@ def place_images(
     new_id: Callable[[], str],
     *,
     shared: Container[str] = (),
+    converted: Container[str] = (),
 ) -> dict[str, str]:
     """Where the copy of each image goes: names stay as far as they are free; ``targets`` are places for bases by slot."""
     slots = slots_of(source, snapshots)
@@ -318,13 +367,34 @@ def place_images(
     taken: set[str] = set()
     for image in needed_images(source, snapshots, shared=shared):
         slot = slots.get(image.path, "disk")
+        name = Path(image.path).name if image.inside or image.parent is not None else f"{slot}{_SUFFIXES[image.format]}"
+        if image.path in converted:
+            name = str(Path(name).with_suffix(_SUFFIXES[images.QCOW2]))
         if image.parent is None:
-            target = _place_base(layout, image, slot, targets.get(slot), taken)
+            target = _place_base(layout, name, targets.get(slot), taken)
         else:
-            target = _place_child(layout, image, slot, taken, new_id)
+            target = _place_child(layout, name, slot, taken, new_id)
         places[image.path] = target
         taken.add(target)
     return places
+
+
+def to_convert(
+    source: SourceHome, snapshots: Sequence[SourceSnapshot], options: ImportOptions, *, left_out: bool
+) -> frozenset[str]:
+    """The VHDs that become qcow2: all of a source where one is differencing, or where saved memory is to go on.
+
+    QEMU runs on a VHD that has no parent; but it saves no memory then. ``left_out``: of disks that snapshots leave out only.
+    """
+    needed = needed_images(source, snapshots)
+    if left_out:
+        shared = {one.path for one in needed_images(source, snapshots, left_out=False)}
+        needed = [one for one in needed if one.path not in shared]
+    saved = [source.saved, *(one.saved for one in snapshots)]
+    has_memory = not options.without_state and any(one is not None for one in saved)
+    if has_memory or any(one.is_foreign for one in needed):
+        return frozenset(one.path for one in needed if one.format == images.VPC)
+    return frozenset()
 
 
 def slots_of(source: SourceHome, snapshots: Iterable[SourceSnapshot]) -> dict[str, str]:
@@ -337,15 +407,14 @@ def slots_of(source: SourceHome, snapshots: Iterable[SourceSnapshot]) -> dict[st
     return slots
 
 
-def _place_base(layout: Layout, image: SourceImage, slot: str, target: str | None, taken: set[str]) -> str:
-    name = Path(image.path).name if image.inside else f"{slot}{_SUFFIXES[image.format]}"
+def _place_base(layout: Layout, name: str, target: str | None, taken: set[str]) -> str:
     if target is not None:
         return str(Path(target) / name) if Path(target).is_dir() else target
     return _free(layout.bases, Path(name), taken)
 
 
-def _place_child(layout: Layout, image: SourceImage, slot: str, taken: set[str], new_id: Callable[[], str]) -> str:
-    target = layout.images / Path(image.path).name
+def _place_child(layout: Layout, name: str, slot: str, taken: set[str], new_id: Callable[[], str]) -> str:
+    target = layout.images / name
     ours = vm_home._OURS.fullmatch(target.name) is not None  # noqa: SLF001
     while not ours or str(target) in taken or target.exists():
         target, ours = layout.image(slot, new_id()), True

@@ -57,7 +57,7 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
     removed = tree.remove_userless(after, away)
     change = session.new_id()
     nvram = layout.nvram(session.new_id()) if taken.source.present.nvram is not None else None
-    disks = {slot: (taken.places[path], taken.source.images[path].format) for slot, path in taken.source.disks.items()}
+    disks = taken.placed(taken.source.disks)
     defined = taken.present(change=change, nvram=nvram, disks=disks)
     _apart(taken, defined, before)
     prepare: list[Step] = [*taken.steps_for_images(hold=()), *taken.steps_for_snapshots()]
@@ -85,6 +85,7 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
             plan.RecordFrozen(paths=taken.frozen()),
             plan.RemoveFile(path=str(layout.put_away)),
             plan.RemoveFile(path=str(_unpacked_memory(session))),
+            *taken.steps_after(),
         ),
         hold=snapshots.working(before),
     )
@@ -98,7 +99,9 @@ def _take_in(session: Session, comparison: Comparison, before: Tree) -> Intake:
     taken = import_.take_in(session, source, comparison.options, who, comparison.maps, comparison.used)
     own = _own_images(session, comparison, before)
     shared = {path: before.images[place].format for path, place in own.items()}
-    places = intake.place_images(session.layout, source, fresh, {}, session.new_id, shared=shared)
+    places = intake.place_images(
+        session.layout, source, fresh, {}, session.new_id, shared=shared, converted=taken.converted
+    )
     has_memory = source.archive is not None and source.memory is not None and not comparison.options.without_state
     return dataclasses.replace(
         taken,
@@ -159,7 +162,7 @@ def _with_import(taken: Intake, before: Tree) -> Tree:
         place = taken.places[one.path]
         parent = None if one.parent is None else taken.places[one.parent]
         keeper = Keeper.BASES if one.parent is None else Keeper.IMAGES
-        images[place] = Image(place, parent, one.format, one.size, one.data, keeper)
+        images[place] = Image(place, parent, taken.format_of(one.path), one.size, one.data, keeper)
     nodes = dict(before.nodes)
     for each in taken.snapshots:
         disks = {slot: taken.places[path] for slot, path in each.disks.items()}

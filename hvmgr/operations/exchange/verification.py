@@ -39,7 +39,7 @@ CODES: Mapping[str, tuple[Severity, str]] = {
         code: (compatibility.KINDS[code].severity, compatibility.KINDS[code].meaning)
         for code in (
             "damaged", "name-escapes", "link", "double-slot", "cycle", "missing-snapshot", "missing-disk",
-            "saved-state-damaged", "newer-format", "format-unsupported", "image-outside",
+            "saved-state-damaged", "newer-format", "format-unsupported", "vhd-differencing", "image-outside",
         )
     },
 }  # fmt: skip
