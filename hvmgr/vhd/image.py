@@ -70,12 +70,13 @@ class Image:
         self._table = found.table or Table.empty(0)
         self._block = found.header.block_size if found.header else 0
         self._bitmap = format.bitmap_size(self._block) if self._block else 0
+        self._room = max(8, _BITMAPS // self._bitmap) if self._block else 0  # bitmaps that are kept
         self._bitmaps: OrderedDict[int, bytearray] = OrderedDict()
         self._dirty: set[int] = set()  # blocks whose bitmap waits for its data to be on the disk
         self._fresh: set[int] = set()  # blocks whose entry waits for its bitmap
         self._end = found.end  # where the footer stands
         # The next block's place; behind a last block that its writer cut at the disk's end.
-        self._free = max(found.end, self._table.end(self._bitmap + self._block))
+        self._free = max(found.end, found.blocks_end)
         self._reserve = 1
 
     def __enter__(self) -> Self:
@@ -177,8 +178,7 @@ class Image:
 
     def _forget(self) -> None:
         """Keeps the bitmaps that were used last, and all that still have to be written."""
-        room = max(8, _BITMAPS // self._bitmap)
-        while len(self._bitmaps) > room and (oldest := next(iter(self._bitmaps))) not in self._dirty:
+        while len(self._bitmaps) > self._room and (oldest := next(iter(self._bitmaps))) not in self._dirty:
             del self._bitmaps[oldest]
 
     # --- writing ---
@@ -318,10 +318,25 @@ class Image:
             self.file.sync()
 
     def change_header(self, **values: object) -> None:
-        """Fields of the header."""
+        """Fields of the header.
+
+        It takes two sectors, of which a power failure may leave one old and one new. So a change of both is written
+        elsewhere first, and the footers lead there until it stands at its own place.
+        """
         assert self.header is not None
+        old, place = self.header.pack(), self.footer.data_offset
         self.header = replace(self.header, **values)  # type: ignore[arg-type]
-        self.file.write(self.footer.data_offset, self.header.pack())
+        data = self.header.pack()
+        if data[SECTOR:] == old[SECTOR:]:
+            self.file.write(place, data[:SECTOR])
+        else:
+            aside = self.take_space(len(data))
+            self.file.write(aside, data)
+            self.file.sync()
+            self.change_footer(data_offset=aside)
+            self.file.write(place, data)
+            self.file.sync()
+            self.change_footer(data_offset=place)
         self.file.sync()
 
     def take_space(self, length: int) -> int:
