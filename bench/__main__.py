@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots, vhd
 from tests import private_libvirt
 
 SUITES = {
@@ -14,6 +14,7 @@ SUITES = {
     "beside_libvirt": beside_libvirt.measure,
     "import": exchange_import.measure,
     "exchange": exchange.measure,
+    "vhd": vhd.measure,
 }
 
 

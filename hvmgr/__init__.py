@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
     from hvmgr.model.image_format import ImageFormat
-    from hvmgr.model.image_info import ImageCheck, ImageFault, ImageInfo, ImageOptions, ImageParent, ImageUse
+    from hvmgr.model.image_info import ImageCheck, ImageFault, ImageInfo, ImageOptions, ImageParent
     from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
@@ -51,7 +51,6 @@ __all__ = [
     "ImageInfo",
     "ImageOptions",
     "ImageParent",
-    "ImageUse",
     "Images",
     "ImportOptions",
     "ImportPlan",
@@ -87,7 +86,6 @@ _HOMES = {
     "ImageInfo": "hvmgr.model.image_info",
     "ImageOptions": "hvmgr.model.image_info",
     "ImageParent": "hvmgr.model.image_info",
-    "ImageUse": "hvmgr.model.image_info",
     "Images": "hvmgr.operations.images.image_files",
     "ImportOptions": "hvmgr.model.import_options",
     "ImportPlan": "hvmgr.operations.exchange.import_plan",

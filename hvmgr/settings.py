@@ -47,6 +47,11 @@ def cache_folder() -> Path:
     return SYSTEM_CACHE if is_root() else Path.home() / ".cache" / "hvmgr"
 
 
+def runtime_folder() -> Path:
+    """What lasts until this host is started again: sockets of attached images. Short, for a socket's path has 107 bytes."""
+    return Path(os.environ.get("HVMGR_RUN", "/run/hvmgr"))
+
+
 def templates_folder() -> Path:
     """The shipped templates: inside the installed package, or beside it in an editable install."""
     package = Path(__file__).resolve().parent

@@ -29,7 +29,6 @@ PUBLIC = [
     "ImageInfo",
     "ImageOptions",
     "ImageParent",
-    "ImageUse",
     "Images",
     "ImportOptions",
     "ImportPlan",

@@ -36,8 +36,10 @@ _PACKAGES = {
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
     "setpriv": "util-linux",
+    "setsid": "util-linux",
     "swtpm": "swtpm",
     "swtpm_setup": "swtpm-tools",
+    "unshare": "util-linux",
     "virt-xml-validate": "libvirt-clients",
     "wimlib-imagex": "wimtools",
     "zstd": "zstd",
@@ -250,6 +252,44 @@ def end_left_over(pid: int, started: int, *, timeout_s: float = TERMINATE_S) -> 
     finally:
         os.close(descriptor)
     return True
+
+
+def is_running(pid: int, started: int) -> bool:
+    """Whether the process with this pid and ``start_time`` is there and has not ended (a zombie has)."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    fields = stat.rpartition(b")")[2].split()
+    return fields[0] not in {b"Z", b"X"} and int(fields[19]) == started
+
+
+def naming(word: str) -> list[tuple[int, int]]:
+    """The running processes, each with its ``start_time``, whose command lines have ``word`` in them, but for our own."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with contextlib.suppress(OSError):
+                pid = int(entry.name)
+                started = start_time(pid)
+                if word.encode() in (entry / "cmdline").read_bytes() and started and is_running(pid, started):
+                    found.append((pid, started))
+    return found
+
+
+def end(pid: int, started: int, *, timeout_s: float) -> None:
+    """The process has ended, asked by SIGTERM first; nothing happens when it is another one by now."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            if start_time(pid) == started:
+                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+                poller = select.poll()
+                poller.register(descriptor, select.POLLIN)
+                poller.poll(timeout_s * 1000)
+        finally:
+            os.close(descriptor)
+    end_left_over(pid, started)
 
 
 @contextlib.contextmanager

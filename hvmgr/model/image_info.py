@@ -18,15 +18,6 @@ class ImageType(StrEnum):
     DIFFERENCING = "differencing"
 
 
-class UseKind(StrEnum):
-    """Who needs an image."""
-
-    CHILD = "child"  # a differencing image in the same folder
-    VM = "vm"  # a VM with a home
-    DOMAIN = "domain"  # one of libvirt's without a home
-    PROCESS = "process"  # a program that has the file open
-
-
 class FaultSeverity(StrEnum):
     """How grave a fault is: readers go on, or refuse the image; what is repairable can be put right without guessing."""
 
@@ -53,23 +44,26 @@ class ImageOptions:
     folders: tuple[Path, ...] = ()
 
 
+class Use(StrEnum):
+    """What somebody needs an image for."""
+
+    RUNS = "runs"  # the working image of a VM that runs
+    OFF = "off"  # the working image of a VM that is off
+    SAVED = "saved"  # the working image of a VM whose memory is saved: it must fit that
+    SNAPSHOT = "snapshot"  # a snapshot froze it
+    UNDO = "undo"  # it lies in the undo slot
+    PARENT = "parent"  # another image stands on it
+    ATTACHED = "attached"  # it is a block device
+    UNKNOWN = "unknown"  # a home that nobody can read may need it
+
+
 @dataclass(frozen=True, slots=True)
-class ImageUse:
-    """One user of an image: a path, the name of a VM, or the number of a process. ``active``: it runs now."""
+class User:
+    """One user of an image, with a name for people, and the name of the VM where it is one."""
 
-    kind: UseKind
+    use: Use
     name: str
-    active: bool = False
-
-    def describe(self) -> str:
-        """The user as people say it."""
-        words = {
-            UseKind.CHILD: "the differencing image",
-            UseKind.VM: "the VM",
-            UseKind.DOMAIN: "the VM",
-            UseKind.PROCESS: "process",
-        }
-        return f"{words[self.kind]} {self.name}"
+    vm: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +101,7 @@ class ImageInfo:
     parent: ImageParent | None
     allocation: float | None
     fragmentation: float | None
-    used_by: tuple[ImageUse, ...]
+    used_by: tuple[User, ...]
     libvirt_asked: bool
     faults: tuple[str, ...] = ()  # what is wrong with it and was read over
     open_change: str | None = None  # an operation that was cut off, which the next command completes

@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from hvmgr.model.import_options import ImportOptions
     from hvmgr.model.specification import Specification
     from hvmgr.operations.adopt.adoption import AdoptOptions
+    from hvmgr.operations.attaching import Shown
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.session import Session
+    from hvmgr.storage.attachments import Attachment
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
 
@@ -219,6 +221,38 @@ class Host:
             session.require_approval(plan)
             execution.run(session, plan)
         return VM(self, home)
+
+    def attach_image(self, path: Path | str, *, read_only: bool = False, format: str | None = None) -> Shown:
+        """The disk in an image file is a block device until ``detach_image``; its attachment, with device and partitions.
+
+        What others need unchanged is attached read-only. ``format`` is raw, qcow2, vpc or vhdx; without one what VMs and
+        children state counts, and then the content. Conflict when a running VM works on it, or it is attached already.
+        """
+        from hvmgr.operations import attaching
+        from hvmgr.storage import attachments
+
+        real = Path(os.path.realpath(path))
+        attaching.require_image(real)
+        with attachments.locked(wait_s=self.wait_s), self._shared([real]):
+            return attaching.attach(self, real, read_only=read_only, fmt=format)
+
+    def detach_image(self, device: Path | str) -> Attachment:
+        """What was attached, named by its device or its image, is not any more, and all that was written is in the image.
+
+        Conflict while it is mounted or open.
+        """
+        from hvmgr.operations import attaching
+        from hvmgr.storage import attachments
+
+        with attachments.locked(wait_s=self.wait_s):
+            return attaching.detach(self, str(device))
+
+    def attachments(self) -> list[Shown]:
+        """What is attached on this host, and what is left over of that; nothing is cleaned up."""
+        from hvmgr.operations import attaching
+        from hvmgr.storage import attachments
+
+        return [attaching.shown(one) for one in attachments.all_records()]
 
     def verify(self, folder: Path | str) -> list[Finding]:
         """What is wrong with an export or its archive, the worst first; nothing when it is whole. It needs no libvirt."""

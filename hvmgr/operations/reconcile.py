@@ -31,7 +31,7 @@ from hvmgr.operations import chains, takeover
 from hvmgr.operations.chains import Deed
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import domain_steps, execution
-from hvmgr.storage import durable, journal, vm_home
+from hvmgr.storage import attachments, durable, journal, vm_home
 
 
 def bring_together(session: Session, *, needs_present: bool = True) -> None:
@@ -57,6 +57,19 @@ def bring_together(session: Session, *, needs_present: bool = True) -> None:
     _look_at_chains(session, present)
     if session.doubt is not None and needs_present:
         raise session.doubt
+    if needs_present:
+        _require_not_attached(present)
+
+
+def _require_not_attached(present: Configuration) -> None:
+    """Nobody builds on an image that somebody writes, or holds open, as a block device."""
+    for path, (one, *_) in attachments.users(vm_home.disks_of(present).values()).items():
+        raise errors.Conflict(
+            f"{path} is attached as {one.device or 'a block device'}",
+            hint=f"hvmgr image detach {one.device or one.path}",
+            path=path,
+            device=one.device,
+        )
 
 
 def accept_present(session: Session) -> list[str]:

@@ -66,7 +66,7 @@ def notes() -> list[Note]:
 
 def set_aside(note: Note) -> Path:
     """The index no longer counts on this file; it is kept in a folder beside the others."""
-    target = _make_folder("quarantine") / note.file.name
+    target = make_folder("quarantine") / note.file.name
     durable.rename(note.file, target)
     return target
 
@@ -87,7 +87,7 @@ def _read(file: Path) -> Entry | None:
 
 def record(entry: Entry) -> None:
     """The index says exactly this of the VM."""
-    file = _make_folder("homes") / f"{entry.vm_id}.json"
+    file = make_folder("homes") / f"{entry.vm_id}.json"
     facts = {"name": entry.name, "home": str(entry.home), "uri": entry.uri, "outside": sorted(entry.outside)}
     data = json.dumps(facts).encode()
     if not file.exists() or file.read_bytes() != data:
@@ -103,7 +103,7 @@ def forget(vm_id: str) -> None:
 
 def keep_mode(path: Path, mode: int) -> None:
     """The first VM that freezes an image outside all homes notes its mode here, for the last one that lets go of it."""
-    file = _mode_file(_make_folder("modes"), path)
+    file = _mode_file(make_folder("modes"), path)
     if not file.exists():
         durable.write_file(file, json.dumps({"path": str(path), "mode": mode}).encode())
 
@@ -140,12 +140,12 @@ def _mode_file(folder: Path, path: Path) -> Path:
 
 def note_change(journal: Path) -> None:
     """An image outside all homes is being changed; its journal lies beside it."""
-    durable.write_file(_change_file(_make_folder("changes"), journal), json.dumps({"journal": str(journal)}).encode())
+    durable.write_file(_change_file(make_folder("changes"), journal), json.dumps({"journal": str(journal)}).encode())
 
 
 def forget_change(journal: Path) -> None:
     """That change is over."""
-    durable.remove(_change_file(_make_folder("changes"), journal))
+    durable.remove(_change_file(make_folder("changes"), journal))
 
 
 def open_changes() -> list[Path]:
@@ -166,7 +166,7 @@ def _change_file(folder: Path, journal: Path) -> Path:
 def making(path: Path, *, wait_s: float) -> Iterator[None]:
     """No other hvmgr command on this host makes a file of this name."""
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
-    lock = _make_folder("locks") / f"new-{name}"
+    lock = make_folder("locks") / f"new-{name}"
     with locks.held(lock, wait_s=wait_s, what=f"the new image {path}"):
         try:
             yield
@@ -177,7 +177,7 @@ def making(path: Path, *, wait_s: float) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(paths: Iterable[Path], *, wait_s: float) -> Iterator[None]:
     """No other hvmgr command on this host adds a user to one of these images or writes it."""
-    folder = _make_folder("locks")
+    folder = make_folder("locks")
     by_identity = {images.identity(path): path for path in paths if path.exists()}
     with contextlib.ExitStack() as stack:
         for (device, inode), path in sorted(by_identity.items()):  # one order for all: no deadlock
@@ -187,12 +187,13 @@ def locked(paths: Iterable[Path], *, wait_s: float) -> Iterator[None]:
         yield
 
 
-def _make_folder(name: str) -> Path:
+def make_folder(name: str) -> Path:
+    """A folder of the index, made if it is not there."""
     folder = settings.index_folder() / name
     try:
         for one in (folder.parent.parent, folder.parent, folder):
             durable.make_folder(one, mode=_FOLDER_MODE if one != folder.parent.parent else 0o711)
     except errors.NotFound:
         folder.parent.parent.mkdir(parents=True, exist_ok=True)
-        return _make_folder(name)
+        return make_folder(name)
     return folder

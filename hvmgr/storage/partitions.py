@@ -6,13 +6,15 @@ bytes. A damaged GPT is told as such and its second copy used; what cannot be un
 
 from __future__ import annotations
 
+import os
 import struct
 import uuid
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from pathlib import Path
+from typing import Protocol, Self
 
 from hvmgr import errors
 
@@ -46,6 +48,28 @@ class Disk(Protocol):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer with the bytes from ``offset``."""
+
+
+class File:
+    """A raw image or a block device as such a disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb", buffering=0)
+        self.size = self._file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Behind the end there are zeros."""
+        while buffer:
+            count = os.preadv(self._file.fileno(), [buffer], offset)
+            if count == 0:
+                buffer[:] = bytes(len(buffer))
+            buffer, offset = buffer[count or len(buffer) :], offset + count
 
 
 class Scheme(StrEnum):

@@ -11,6 +11,7 @@
 | image-unreadable  | error    | an image is damaged, or of another format than is stated, or none is stated        |
 | image-frozen      | error    | the VM would write to an image that snapshots need unchanged                       |
 | image-changed     | error    | a frozen image has another size or header than when it was frozen                  |
+| image-attached    | error    | an image that the VM would write, or one that is written there, is a block device  |
 | image-swapped     | error    | a working image does not stand on what the snapshot above it froze                 |
 | image-touched     | warning  | a frozen image has another time alone: put back from a backup, or written in place |
 | snapshot-missing  | warning  | the snapshot above the present is gone: nobody can compare                         |
@@ -32,7 +33,7 @@ from hvmgr.model.configuration import Configuration, Disk
 from hvmgr.model.finding import Finding, Severity
 from hvmgr.model.layout import Layout
 from hvmgr.model.metadata import Metadata
-from hvmgr.storage import durable, frozen, images, index, journal, locks, vm_home
+from hvmgr.storage import attachments, durable, frozen, images, index, journal, locks, vm_home
 from hvmgr.storage.frozen import Condition
 from hvmgr.storage.images import Header
 from hvmgr.storage.vm_home import VmHome
@@ -185,8 +186,16 @@ class _Case:
             if self._is_frozen(path):
                 sentence = f"disk {disk.slot} would write to {path}, which snapshots need unchanged"
                 yield self._error("image-frozen", sentence, path)
+            yield from self._attached(path, is_written=True)
             if disk.takes_part:
                 yield from self._chain(disk, path, bases or {}, is_known=path in known)
+
+    def _attached(self, path: str, *, is_written: bool) -> Iterator[Finding]:
+        for one in attachments.users([path]).get(path, ()):
+            if is_written or not one.read_only:
+                sentence = f"{path} is attached as {one.device or 'a block device'}"
+                detach = f"hvmgr image detach {one.device or shlex.quote(one.path)}"
+                yield Finding("image-attached", Severity.ERROR, sentence, path, detach)
 
     def _is_frozen(self, path: str) -> bool:
         """By the home's records; in a home that came without them by its mode; outside by any VM of this host."""
@@ -211,6 +220,7 @@ class _Case:
             formats[path] = header.format
             if path != top:
                 yield from self._since_frozen(path)
+                yield from self._attached(path, is_written=False)
             path, fmt = (None, None) if header.parent is None else (str(header.parent), header.backing_format)
         for working in formats.keys() & bases.keys():
             base = bases[working]

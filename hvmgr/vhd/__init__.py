@@ -14,25 +14,36 @@ from __future__ import annotations
 TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know the name
 if TYPE_CHECKING:
     from hvmgr.vhd.chain import Chain, open_chain
-    from hvmgr.vhd.creation import create, write_image
+    from hvmgr.vhd.checking import check
+    from hvmgr.vhd.creation import create, write_image, write_raw
     from hvmgr.vhd.format import Kind
     from hvmgr.vhd.image import Image, open_image
+    from hvmgr.vhd.layout import Parentage
     from hvmgr.vhd.parents import find_parent
+    from hvmgr.vhd.receiving import receive
+    from hvmgr.vhd.repairing import Keep, repair
     from hvmgr.vhd.reshaping import compact, merge, reparent, resize
     from hvmgr.vhd.rules import Fault, Severity
     from hvmgr.vhd.source import RawSource, Source, Stretch
+    from hvmgr.vhd.stream_reader import StreamReader
+    from hvmgr.vhd.stream_writer import StreamWriter
     from hvmgr.vhd.structure import Structure, identify
 
 __all__ = [
     "Chain",
     "Fault",
     "Image",
+    "Keep",
     "Kind",
+    "Parentage",
     "RawSource",
     "Severity",
     "Source",
+    "StreamReader",
+    "StreamWriter",
     "Stretch",
     "Structure",
+    "check",
     "compact",
     "create",
     "find_parent",
@@ -40,21 +51,29 @@ __all__ = [
     "merge",
     "open_chain",
     "open_image",
+    "receive",
+    "repair",
     "reparent",
     "resize",
     "write_image",
+    "write_raw",
 ]
 
 _HOMES = {
     "Chain": "chain",
     "Fault": "rules",
     "Image": "image",
+    "Keep": "repairing",
     "Kind": "format",
+    "Parentage": "layout",
     "RawSource": "source",
     "Severity": "rules",
     "Source": "source",
+    "StreamReader": "stream_reader",
+    "StreamWriter": "stream_writer",
     "Stretch": "source",
     "Structure": "structure",
+    "check": "checking",
     "compact": "reshaping",
     "create": "creation",
     "find_parent": "parents",
@@ -62,9 +81,12 @@ _HOMES = {
     "merge": "reshaping",
     "open_chain": "chain",
     "open_image": "image",
+    "receive": "receiving",
+    "repair": "repairing",
     "reparent": "reshaping",
     "resize": "reshaping",
     "write_image": "creation",
+    "write_raw": "creation",
 }
 
 

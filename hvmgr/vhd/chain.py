@@ -11,7 +11,7 @@ from hvmgr.vhd import parents, rules
 from hvmgr.vhd.format import Kind
 from hvmgr.vhd.image import ZEROS, Extent, Image, open_image, whole_sectors
 from hvmgr.vhd.rules import Fault
-from hvmgr.vhd.source import Stretch, clear
+from hvmgr.vhd.source import Place, Stretch, clear
 
 _ZEROS = bytes(1 << 20)
 MAX_DEPTH = 256  # files in a chain; each costs a file handle
@@ -149,6 +149,12 @@ class Chain:
                 pending = Stretch(piece.offset, piece.length, has_data)
         if pending is not None:
             yield pending
+
+    def places(self, offset: int = 0, length: int | None = None) -> Iterator[Place]:
+        """In which of the files the bytes of the range are."""
+        for piece in self.pieces(offset, length):
+            file = None if piece.level is None else self.images[piece.level].file
+            yield Place(piece.offset, piece.length, file, piece.position)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """The bytes of the disk."""

@@ -110,13 +110,13 @@ class Writer:
         if not self._keeps_zeros and is_zero(piece):
             return
         if self._plan.header is None:
-            self._write_sparse(offset, piece)
+            write_sparse(self._file, offset, piece)
             return
         block, start = divmod(offset, self._block_size)
         if block != self._block:
             self._end_block()
             self._begin_block(block)
-        self._write_sparse(self._table[block] * SECTOR + len(self._bitmap) + start, piece)
+        write_sparse(self._file, self._table[block] * SECTOR + len(self._bitmap) + start, piece)
         if self._keeps_zeros:
             low, high = start // SECTOR, -(-(start + len(piece)) // SECTOR)
             bits.put(self._bitmap, low, high - low, value=True)
@@ -137,15 +137,6 @@ class Writer:
             self._file.write(self._table[self._block] * SECTOR, self._bitmap)
             self._block = -1
 
-    def _write_sparse(self, position: int, piece: memoryview) -> None:
-        """All but the zeros, which are holes of the new file already."""
-        run = 0
-        for at in range(0, len(piece), _GRAIN):
-            if is_zero(piece[at : at + _GRAIN]):
-                self._file.write(position + run, piece[run:at])
-                run = at + _GRAIN
-        self._file.write(position + run, piece[run:])
-
     def finish(self) -> None:
         """Everything but the blocks."""
         for offset, data in self._plan.front():
@@ -154,6 +145,29 @@ class Writer:
             entries = self._table.pack()
             self._file.write(header.table_offset, entries.ljust(format.table_size(len(self._table)), b"\xff"))
         self._file.write(format.round_up(self._end, SECTOR), self._plan.footer.pack())
+
+
+def write_raw(path: Path | str, source: Source, *, on_progress: OnProgress | None = None) -> None:
+    """A new raw file with the bytes of ``source``; zeros are holes. Conflict when ``path`` exists."""
+    with created(Path(path)) as file:
+        file.set_length(source.size)
+        buffer = memoryview(bytearray(_PIECE))
+        for offset, length in _pieces(source, _PIECE):
+            piece = buffer[: min(length, source.size - offset)]
+            source.read_into(offset, piece)
+            write_sparse(file, offset, piece)
+            if on_progress is not None:
+                on_progress(offset + len(piece), source.size)
+
+
+def write_sparse(file: File, position: int, piece: memoryview) -> None:
+    """All but the zeros, which are holes of a new file already."""
+    run = 0
+    for at in range(0, len(piece), _GRAIN):
+        if is_zero(piece[at : at + _GRAIN]):
+            file.write(position + run, piece[run:at])
+            run = at + _GRAIN
+    file.write(position + run, piece[run:])
 
 
 def _pieces(source: Source, block_size: int) -> Iterator[tuple[int, int]]:

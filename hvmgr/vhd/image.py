@@ -18,7 +18,7 @@ from hvmgr import errors
 from hvmgr.vhd import bits, format, structure
 from hvmgr.vhd.file import File
 from hvmgr.vhd.format import NO_ID, SECTOR, UNUSED, Footer, Header, Kind
-from hvmgr.vhd.source import Source, Stretch, clear
+from hvmgr.vhd.source import Place, Source, Stretch, clear
 from hvmgr.vhd.structure import Structure
 from hvmgr.vhd.table import Table
 
@@ -155,6 +155,11 @@ class Image:
         """What this file holds: ``data`` where it does."""
         for extent in self.extents(offset, length):
             yield Stretch(extent.offset, extent.length, extent.is_held)
+
+    def places(self, offset: int = 0, length: int | None = None) -> Iterator[Place]:
+        """Where this file holds the bytes of the range."""
+        for extent in self.extents(offset, length):
+            yield Place(extent.offset, extent.length, self.file if extent.is_held else None, extent.position)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """The bytes that this file holds, zeros elsewhere."""

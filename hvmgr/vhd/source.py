@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 from hvmgr.vhd.file import File
 
@@ -31,6 +31,24 @@ class Source(Protocol):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fills the whole buffer with the bytes from ``offset`` on; the range lies within the disk."""
+        ...
+
+
+class Place(NamedTuple):
+    """A range of a disk and where its bytes stand in a file just as they are; without a file it reads as zeros."""
+
+    offset: int
+    length: int
+    file: File | None
+    position: int
+
+
+@runtime_checkable
+class Placed(Source, Protocol):
+    """A disk whose bytes lie in files, so that the kernel can move them."""
+
+    def places(self, offset: int = 0, length: int | None = None) -> Iterator[Place]:
+        """Where the bytes of the range are: ascending, without gaps."""
         ...
 
 
@@ -61,6 +79,11 @@ class RawSource:
             offset = stop
         if offset < end:
             yield Stretch(offset, end - offset, data=False)
+
+    def places(self, offset: int = 0, length: int | None = None) -> Iterator[Place]:
+        """Each byte of the disk is at its own offset."""
+        for start, count, data in self.stretches(offset, length):
+            yield Place(start, count, self._file if data else None, start)
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Bytes of the file."""

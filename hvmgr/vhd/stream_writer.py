@@ -9,43 +9,22 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol, cast, runtime_checkable
+from itertools import islice
+from typing import cast
 
 from hvmgr import errors
 from hvmgr.vhd import bits, format, layout
 from hvmgr.vhd.format import SECTOR, Kind
 from hvmgr.vhd.layout import Parentage
 from hvmgr.vhd.outlet import Outlet
-from hvmgr.vhd.source import Source
+from hvmgr.vhd.source import Place, Placed, Source
 
 _PIECE = 2 << 20  # the most bytes of the disk in one chunk
+_GRAIN = 64 << 10  # in smaller pieces than that, what is in many places goes through memory
 _ZEROS = memoryview(bytes(1 << 20))
 
 OnProgress = Callable[[int, int], None]
-Locate = Callable[[int, int], "tuple[int, int] | None"]
-
-
-@runtime_checkable
-class Located(Protocol):
-    """A source whose data may lie in files just as it is on the disk."""
-
-    def locate(self, offset: int, length: int) -> tuple[int, int] | None:
-        """Descriptor and offset of a file that holds this range in one piece; None where no file does."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Bytes of the stream that lie in a file."""
-
-    descriptor: int
-    offset: int
-    length: int
-
-    def __len__(self) -> int:
-        return self.length
 
 
 class StreamWriter:
@@ -82,7 +61,7 @@ class StreamWriter:
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """All bytes of the stream, in pieces of about 2 MiB; each is valid until the next one is asked for."""
-        return cast("Iterator[bytes | memoryview]", self._pieces(_nowhere))
+        return cast("Iterator[bytes | memoryview]", self._pieces(None))
 
     def send(self, descriptor: int, on_progress: OnProgress | None = None) -> None:
         """All bytes of the stream into a pipe, a socket or a file; by the kernel alone where a file holds them.
@@ -90,13 +69,14 @@ class StreamWriter:
         ``on_progress`` gets bytes done and bytes in all. What the descriptor answers is the caller's (OSError).
         """
         outlet, done = Outlet(descriptor), 0
-        locate = self._source.locate if isinstance(self._source, Located) else _nowhere
-        for piece in self._pieces(locate):
-            if isinstance(piece, _Place):
-                outlet.send(piece.descriptor, piece.offset, piece.length)
+        for piece in self._pieces(self._source if isinstance(self._source, Placed) else None):
+            if isinstance(piece, Place):
+                assert piece.file is not None
+                outlet.send(piece.file.descriptor, piece.position, piece.length)
+                done += piece.length
             else:
                 outlet.write(piece)
-            done += len(piece)
+                done += len(piece)
             if on_progress is not None:
                 on_progress(done, self.length)
 
@@ -123,14 +103,14 @@ class StreamWriter:
         last = data + (self.allocated - 1) * step + self.block_size
         self.length = (last if self.allocated else self._plan.start) + format.FOOTER_SIZE
 
-    def _pieces(self, locate: Locate) -> Iterator[bytes | memoryview | _Place]:
+    def _pieces(self, placed: Placed | None) -> Iterator[bytes | memoryview | Place]:
         if self.kind is Kind.FIXED:
-            yield from self._fixed(_Carrier(self._source, locate, 0))
+            yield from self._fixed(_Carrier(self._source, placed, 0))
         else:
-            yield from self._sparse(_Carrier(self._source, locate, self._room))
+            yield from self._sparse(_Carrier(self._source, placed, self._room))
         yield self.footer.pack()
 
-    def _sparse(self, carrier: _Carrier) -> Iterator[bytes | memoryview | _Place]:
+    def _sparse(self, carrier: _Carrier) -> Iterator[bytes | memoryview | Place]:
         yield b"".join(data for _, data in self._plan.front())
         table = self._table[:]
         if sys.byteorder == "little":
@@ -147,7 +127,7 @@ class StreamWriter:
             yield from carrier.carry(start, held, lead)
             yield from _zeros(self.block_size - held)
 
-    def _fixed(self, carrier: _Carrier) -> Iterator[bytes | memoryview | _Place]:
+    def _fixed(self, carrier: _Carrier) -> Iterator[bytes | memoryview | Place]:
         for offset, length, data in self._source.stretches():
             yield from carrier.carry(offset, length) if data else _zeros(length)
 
@@ -159,21 +139,22 @@ class StreamWriter:
 
 
 class _Carrier:
-    """Ranges of the disk as pieces of the stream, all through one buffer where no file holds them."""
+    """Ranges of the disk as pieces of the stream, through one buffer where the kernel cannot move them."""
 
-    def __init__(self, source: Source, locate: Locate, room: int) -> None:
+    def __init__(self, source: Source, placed: Placed | None, room: int) -> None:
         self._source = source
-        self._locate = locate
+        self._placed = placed
         self._room = room
         self._buffer: memoryview | None = None
 
-    def carry(self, start: int, length: int, lead: bytes = b"") -> Iterator[bytes | memoryview | _Place]:
+    def carry(self, start: int, length: int, lead: bytes = b"") -> Iterator[bytes | memoryview | Place]:
         """A range of the disk, with ``lead`` before it."""
-        place = self._locate(start, length)
-        if place is not None:
+        places = list(islice(self._placed.places(start, length), length // _GRAIN + 2)) if self._placed else []
+        if places and places[-1].offset + places[-1].length == start + length:
             if lead:
                 yield lead
-            yield _Place(*place, length)
+            for place in places:
+                yield from _zeros(place.length) if place.file is None else (place,)
             return
         if self._buffer is None:
             self._buffer = memoryview(bytearray(self._room + _PIECE))
@@ -189,10 +170,6 @@ class _Carrier:
 def _zeros(length: int) -> Iterator[memoryview]:
     for at in range(0, length, len(_ZEROS)):
         yield _ZEROS[: length - at]
-
-
-def _nowhere(_offset: int, _length: int) -> None:
-    return None
 
 
 def _data_ranges(source: Source) -> Iterator[tuple[int, int]]:

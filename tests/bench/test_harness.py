@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots, vhd
 from bench.harness import Result
 from hvmgr import units
 
@@ -99,3 +99,22 @@ def test_exports_are_measured():
     )
     results = exchange.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
+
+
+def test_every_part_of_vhd_measures():
+    if shutil.which("qemu-img") is None:
+        pytest.skip("needs qemu-img")
+    scale = vhd.Scale(
+        rounds=1,
+        warm_up=0,
+        disk=64 * units.MIB,
+        data=16 * units.MIB,
+        chain=2,
+        image_data=2 * units.MIB,
+        checked=64 * units.MIB,
+        allocated=16 * units.MIB,
+        opened=units.GIB,
+    )
+    results = vhd.measure(lambda _: None, scale)
+    assert [result.what for result in results if not result.ours > 0] == []
+    assert len(harness.table(results).splitlines()) == 2 + len(results)

@@ -15,8 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvmgr import errors
+from hvmgr.vhd.chain import open_chain
+from hvmgr.vhd.creation import create, write_image
 from hvmgr.vhd.format import Kind
 from hvmgr.vhd.layout import Parentage
+from hvmgr.vhd.outlet import Outlet
 from hvmgr.vhd.source import RawSource, Stretch
 from hvmgr.vhd.stream_reader import StreamReader
 from hvmgr.vhd.stream_writer import StreamWriter
@@ -185,18 +188,11 @@ def _collect(writer, reading, writing) -> bytes:
     return found[0]
 
 
-class Placed(RawSource):
-    """A raw disk that says where its bytes are."""
-
-    def locate(self, offset, length):
-        return self._file.descriptor, offset
-
-
 @pytest.mark.parametrize("kind", [Kind.DYNAMIC, Kind.FIXED])
 @pytest.mark.parametrize("send", [into_file, into_pipe, into_patient_pipe, into_socket, into_appended_file])
 def test_sent_bytes_are_the_chunks(tmp_path: Path, kind, send) -> None:
     path = raw_file(tmp_path, (100_000, os.urandom(300_000)), ((3 << 20) + 5, b"y" * 512), size=(7 << 19) + 512)
-    with Placed(path) as source:
+    with RawSource(path) as source:
         writer = StreamWriter(source, kind=kind, block_size=512 << 10, uid=planted.UID)
         done: list[tuple[int, int]] = []
         assert send(writer, tmp_path) == written(writer)
@@ -206,12 +202,31 @@ def test_sent_bytes_are_the_chunks(tmp_path: Path, kind, send) -> None:
 
 
 def test_file_that_became_shorter_is_said(tmp_path: Path) -> None:
-    path = raw_file(tmp_path, (0, b"x" * 8192), size=8192)
-    with Placed(path) as source:
-        writer = StreamWriter(source, block_size=UNIT)
-        os.truncate(path, 4096)
-        with (tmp_path / "sent").open("wb") as file, pytest.raises(errors.Corrupt, match="ends at byte 4096"):
-            writer.send(file.fileno())
+    path = raw_file(tmp_path, (0, b"x" * 4096), size=4096)
+    for target in ("wb", "ab"):
+        with (
+            path.open("rb") as source,
+            (tmp_path / "sent").open(target) as file,
+            pytest.raises(errors.Corrupt, match="ends at byte 4096"),
+        ):
+            Outlet(file.fileno()).send(source.fileno(), 0, 8192)
+
+
+@pytest.mark.parametrize("pieces", [1, 20])
+def test_disk_in_many_files_is_sent(tmp_path: Path, pieces) -> None:
+    """A block in few pieces by the kernel, in many through memory."""
+    below, above = tmp_path / "below.vhd", tmp_path / "above.vhd"
+    write_image(below, Memory(DISK), block_size=UNIT)
+    create(above, parent=below)
+    with open_chain(above, writable=True) as chain:
+        for at in range(pieces):
+            chain.write(UNIT + at * 1024, b"!" * 512)
+    with open_chain(above) as chain:
+        writer = StreamWriter(chain, block_size=UNIT)
+        assert into_pipe(writer, tmp_path) == written(writer)
+        assert received(StreamReader(io.BytesIO(written(writer)))) == bytes(DISK[:UNIT]) + (
+            b"".join(b"!" * 512 + b"a" * 512 for _ in range(pieces)).ljust(UNIT, b"a") + DISK[2 * UNIT :]
+        )
 
 
 @pytest.mark.parametrize(

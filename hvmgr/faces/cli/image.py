@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors, units
-from hvmgr.faces.cli import arguments, json_out, render
+from hvmgr.faces.cli import arguments, attach, json_out, render
 from hvmgr.faces.cli.groups import READS, Group
 from hvmgr.faces.cli.request import Request
 
@@ -200,6 +200,9 @@ def reparent(request: Request, /, *, child: Path, parent: Path, ignore_id: bool,
         request.done(f"{child} stands on {parent}", {"image": _document(made), "proof": proof.value})
 
 
+attach.register(command)
+
+
 # --- what is said ---------------------------------------------------------------------------------------------------
 
 
@@ -248,7 +251,7 @@ def _document(one: ImageInfo) -> json_out.Document:
         },
         "allocation": one.allocation,
         "fragmentation": one.fragmentation,
-        "used_by": [{"kind": use.kind.value, "name": use.name, "active": use.active} for use in one.used_by],
+        "used_by": [{"use": user.use.value, "name": user.name, "vm": user.vm} for user in one.used_by],
         "libvirt_asked": one.libvirt_asked,
         "faults": list(one.faults),
         "open_change": one.open_change,
@@ -275,9 +278,9 @@ def _facts(one: ImageInfo) -> list[tuple[str, str]]:
         )
         rows.append(("Parent id", one.parent.id or ""))
         rows += [(f"Parent as {kind}", name) for kind, name in one.parent.names]
-    rows += [("Used by", use.describe() + (", which runs" if use.active else "")) for use in one.used_by]
+    rows += [("Used by", f"{user.name} ({user.use})") for user in one.used_by]
     if not one.libvirt_asked:
-        rows.append(("Used by", "libvirt could not be asked"))
+        rows.append(("Note", "libvirt could not be asked who uses it"))
     rows += [("Wrong", fault) for fault in one.faults]
     rows.append(("Cut off", one.open_change or ""))
     return [row for row in rows if row[1]]
@@ -289,7 +292,7 @@ def _drawn(chain: list[ImageInfo]) -> list[str]:
     for depth, one in enumerate(chain):
         place = "" if depth == 0 else "    " * (depth - 1) + "└── "
         share = "" if one.allocation is None else f", {one.allocation} % here"
-        used = [use.describe() for use in one.used_by if use.kind.value != "child"]
+        used = [user.name for user in one.used_by if user.use.value != "parent"]
         note = f"; used by {', '.join(used)}" if used else ""
         lines.append(f"{place}{one.path} ({one.type} {one.format}, {units.format_size(one.size)}{share}){note}")
     last = chain[-1].parent

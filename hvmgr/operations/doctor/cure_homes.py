@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.host import hypervisor, qemu_img
@@ -20,15 +21,18 @@ from hvmgr.model.diagnosis import Code
 from hvmgr.model.finding import Finding
 from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
-from hvmgr.operations import chains, reconcile
+from hvmgr.operations import attaching, chains, reconcile
 from hvmgr.operations.chains import Deed
 from hvmgr.operations.doctor import domain_checks, image_checks, surroundings
 from hvmgr.operations.doctor.cure import Case, Cure, keep_copy, set_aside
 from hvmgr.operations.doctor.surroundings import Known
 from hvmgr.operations.steps import execution
-from hvmgr.storage import durable, images, index, journal, survey, vm_home
+from hvmgr.storage import attachments, durable, images, index, journal, survey, vm_home
 from hvmgr.storage.survey import Part, Survey
 from hvmgr.storage.vm_home import VmHome
+
+if TYPE_CHECKING:
+    from hvmgr.operations.host import Host
 
 # --- what commands left -----------------------------------------------------------------------------------------------
 
@@ -328,3 +332,17 @@ def index_notes(around: surroundings.Surroundings, found: tuple[Finding, ...]) -
 
 def _forget(note: index.Note) -> None:
     index.set_aside(note)
+
+
+def attachments_left(host: Host, found: tuple[Finding, ...]) -> Iterator[Cure]:
+    """What broken off attachments left over is taken down."""
+    for one in found:
+        if one.code == Code.ATTACHMENT_LEFT:
+            yield Cure(one, f"clean up the attachment of {one.where}", partial(_take_down, host, one.where))
+
+
+def _take_down(host: Host, path: str) -> None:
+    with attachments.locked(wait_s=host.wait_s):
+        for one in attaching.left_over():
+            if one.path == path:
+                attaching.take_down(one)

@@ -12,7 +12,7 @@ from hvmgr.host import confinement, process
 from hvmgr.host.hypervisor import Capabilities, Connection, Driver
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
-from hvmgr.operations import roles, start_hook
+from hvmgr.operations import attaching, roles, start_hook
 from hvmgr.operations.doctor.surroundings import Surroundings, is_home_like
 from hvmgr.storage import index, journal
 
@@ -44,6 +44,7 @@ def examine(around: Surroundings) -> Iterator[Finding]:
         yield from _confinement(around.connection, around.capabilities)
     yield from _index(around)
     yield from _image_changes()
+    yield from _attachments()
 
 
 def _versions(facts: Capabilities) -> Iterator[Finding]:
@@ -140,6 +141,12 @@ def _image_changes() -> Iterator[Finding]:
             sentence = f"a command on image files was cut off: {entry.plan.subject}"
             repair = "the next 'hvmgr image' command on one of these images completes it"
             yield finding(Code.IMAGE_CHANGE_OPEN, sentence, place, repair=repair)
+
+
+def _attachments() -> Iterator[Finding]:
+    for one in attaching.left_over():
+        sentence = f"an attachment of {one.path} was broken off, and something of it may be left"
+        yield finding(Code.ATTACHMENT_LEFT, sentence, one.path, repair="doctor --repair cleans it up")
 
 
 def _put_back(home: Path) -> str:

@@ -76,7 +76,8 @@ def repair(host: Host, vm: str | None, wish: Wish) -> list[Repaired]:
 
 
 def _index(host: Host, around: Surroundings) -> Iterator[Repaired]:
-    for cure in cure_homes.index_notes(around, tuple(host_checks.examine(around))):
+    found = tuple(host_checks.examine(around))
+    for cure in (*cure_homes.index_notes(around, found), *cure_homes.attachments_left(host, found)):
         yield _carried_out(host, cure)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hvmgr import errors, vhd
-from hvmgr.host import nbd_client, qemu_img, qemu_locks, storage_daemon
+from hvmgr.host import image_locks, nbd_client, qemu_img, storage_daemon
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.plan import Step
@@ -48,7 +48,7 @@ class Worker:
     def _merge_vhd(self, chain: Sequence[Path]) -> None:
         with contextlib.ExitStack() as stack:
             for path in chain:
-                stack.enter_context(qemu_locks.held(path))
+                stack.enter_context(image_locks.held(path))
             folders = list(dict.fromkeys(path.parent for path in chain))
             disk = stack.enter_context(vhd.open_chain(chain[0], folders=folders, any_size=True))
             vhd.merge(disk, into=len(chain) - 1, on_progress=self._counted(f"merge into {chain[-1].name}"))
@@ -76,7 +76,7 @@ class Worker:
         """The child's header names the parent."""
         child, parent = Path(step.child), Path(step.parent)
         if step.format == "vhd":
-            with qemu_locks.held(child):
+            with image_locks.held(child):
                 vhd.reparent(child, parent, ignore_id=True, any_size=True, folders=[parent.parent])
         else:
             name = relative_name(child, parent)
@@ -108,10 +108,10 @@ class Worker:
         """Blocks of zeros take no space."""
         path = Path(step.path)
         if step.format == "vhd":
-            with qemu_locks.held(path):
+            with image_locks.held(path):
                 vhd.compact(path, on_progress=self._counted(f"compact {path.name}"))
         elif step.format == "raw":
-            with qemu_locks.held(path):
+            with image_locks.held(path):
                 self._dig(path)
         else:
             self._rewrite(path, step.format)
@@ -149,7 +149,7 @@ class Worker:
         """What is repairable is right."""
         path = Path(step.path)
         if step.format == "vhd":
-            with qemu_locks.held(path):
+            with image_locks.held(path):
                 repairing.repair(path)
         else:
             qemu_img.check(path, step.format, repair_leaks=True)
@@ -179,7 +179,7 @@ def heal(paths: Sequence[Path]) -> None:
             vhd.open_image(path).close()
         except errors.Corrupt as error:
             if error.facts.get("fault") in _TORN:
-                with qemu_locks.held(path):
+                with image_locks.held(path):
                     repairing.repair(path, keep=repairing.Keep.END)
 
 
@@ -192,10 +192,10 @@ def relative_name(child: Path, parent: Path) -> str:
 
 def _resize(path: Path, fmt: str, size: int, *, shrink: bool) -> None:
     if fmt == "vhd":
-        with qemu_locks.held(path):
+        with image_locks.held(path):
             vhd.resize(path, size, allow_shrink=shrink)
     elif fmt == "raw":
-        with qemu_locks.held(path):
+        with image_locks.held(path):
             durable.set_length(path, size)
     else:
         qemu_img.resize(path, fmt, size=size, shrink=shrink)
@@ -205,7 +205,7 @@ def _resize(path: Path, fmt: str, size: int, *, shrink: bool) -> None:
 def _write(path: Path, fmt: str, writes: Sequence[tuple[int, bytes]]) -> None:
     """Bytes of the disk, each on disk before the next."""
     if fmt == "vhd":
-        with qemu_locks.held(path), vhd.open_image(path, writable=True) as image:
+        with image_locks.held(path), vhd.open_image(path, writable=True) as image:
             for offset, data in writes:
                 image.write(offset, data)
                 image.flush()

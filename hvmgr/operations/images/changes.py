@@ -15,17 +15,19 @@ An error, or Ctrl-C, in a step of the second row ends the change there and then:
 from __future__ import annotations
 
 import contextlib
-import os
+import shlex
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
-from hvmgr.host import qemu_locks
+from hvmgr.host import image_locks
 from hvmgr.model import image_plan
+from hvmgr.model.image_info import Use, User
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.progress import Progress
+from hvmgr.operations import image_users
 from hvmgr.storage import index, journal
 
 if TYPE_CHECKING:
@@ -62,13 +64,45 @@ def locked(host: Host, paths: Sequence[Path]) -> Iterator[None]:
 
 
 def require_closed(path: Path) -> None:
-    """Conflict when any other program has the file open, be it QEMU with its locks or without."""
+    """Conflict when any other program has the file open, be it a QEMU with its locks or one without."""
     from hvmgr.host import qemu_errors
 
-    if os.access(path, os.W_OK) and path.is_file() and qemu_locks.is_locked(path):
-        raise qemu_locks.in_use(path)
-    if qemu_errors.holders_of(path):
-        raise qemu_locks.in_use(path)
+    with image_locks.held(path):
+        if qemu_errors.holders_of(path):
+            raise image_locks.in_use(path)
+
+
+def require_unused(host: Host, path: Path, *, but: Collection[Use] = ()) -> None:
+    """Conflict when anybody needs the image as it is; those of the kinds ``but`` may.
+
+    A VM that libvirt has and hvmgr does not may use it while it is off: its disk is what the user wants to change.
+    """
+    managed = {entry.name for entry in index.entries()}
+    for user in image_users.of(host, path):
+        if user.use in but or (user.use is Use.OFF and user.vm not in managed):
+            continue
+        raise needed(path, user, managed)
+    say_if_libvirt_is_silent(host)
+
+
+def needed(path: Path, user: User, managed: Container[str]) -> errors.Conflict:
+    """The refusal of an image that somebody needs, with what to do about it."""
+    hint = "merge that one first, or make a complete image of it: hvmgr image convert"
+    if user.use is Use.ATTACHED:
+        hint = f"detach it first: hvmgr image detach {shlex.quote(str(path))}"
+    elif user.vm in managed:
+        name = shlex.quote(str(user.vm))
+        hint = f"images of a VM are changed by commands on the VM: hvmgr snapshot merge {name}, hvmgr disk"
+    elif user.vm is not None:
+        hint = "stop that VM, or let it use another image first"
+    running = ", which runs" if user.use is Use.RUNS else ""
+    return errors.Conflict(f"{path} is needed by {user.name}{running}", hint=hint, path=str(path), user=user.name)
+
+
+def say_if_libvirt_is_silent(host: Host) -> None:
+    """Without libvirt nobody knows whether one of its VMs has a part in an image; people are told so."""
+    if not image_users.is_libvirt_there(host):
+        host.reporter.notice("libvirt could not be asked whether one of its VMs needs the image")
 
 
 def complete(host: Host, chain: Sequence[Path]) -> None:

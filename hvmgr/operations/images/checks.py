@@ -10,9 +10,8 @@ from hvmgr import errors
 from hvmgr.host import qemu_img
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.image_info import FaultSeverity, ImageCheck, ImageFault
+from hvmgr.model.image_info import FaultSeverity, ImageCheck, ImageFault, Use
 from hvmgr.operations.images import changes, recognition
-from hvmgr.operations.images.sizing import require_unused
 from hvmgr.storage import images
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def check(host: Host, path: Path, *, chain: bool, repair: bool, folders: Sequenc
     if not repair or not mended:
         return ImageCheck(path, fmt.value, tuple(found))
     with changes.locked(host, [path]):
-        require_unused(host, path, children_too=False)
+        changes.require_unused(host, path, but=(Use.PARENT,))
         plan = changes.plan_of("image check", f"repair of {path}", [image_plan.RepairImage(str(path), fmt.value)])
         changes.require_approval(host, plan)
         changes.run(host, plan, path)

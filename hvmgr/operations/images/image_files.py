@@ -43,7 +43,7 @@ class Images:
 
         made, wish = _new(path), self._resolved(options)
         making.create(self._host, made, size, wish)
-        return self.info(made, folders=wish.folders)
+        return self._made(made, wish)
 
     def info(self, path: AnyPath, *, folders: Sequence[AnyPath] = ()) -> ImageInfo:
         """What the image is and who uses it; parents that are missing or wrong are part of the answer."""
@@ -73,7 +73,7 @@ class Images:
 
         made, wish = _new(path), self._resolved(options)
         making.convert(self._host, self._there(source), made, wish)
-        return self.info(made, folders=wish.folders)
+        return self._made(made, wish)
 
     def merge(
         self, child: AnyPath, *, into: AnyPath | None = None, keep: bool = False, folders: Sequence[AnyPath] = ()
@@ -114,12 +114,17 @@ class Images:
 
     def _inspected(self, path: AnyPath, folders: Sequence[AnyPath], *, chain: bool) -> list[ImageInfo]:
         from hvmgr.operations.images import inspection
-        from hvmgr.operations.images.users import Users
 
-        found, users = self._there(path), Users(self._host)
+        found = self._there(path)
         if chain:
-            return inspection.chain(found, users, _paths(folders))
-        return [inspection.info(found, users, _paths(folders))]
+            return inspection.chain(self._host, found, _paths(folders))
+        return [inspection.info(self._host, found, _paths(folders))]
+
+    def _made(self, path: Path, wish: ImageOptions) -> ImageInfo:
+        """What was made, as the format that it was made in: a raw disk may look like anything."""
+        from hvmgr.operations.images import inspection, recognition
+
+        return inspection.info(self._host, path, wish.folders, stated=recognition.format_of(path, wish.format))
 
     def _resolved(self, options: ImageOptions | None) -> ImageOptions:
         wish = options or ImageOptions()

@@ -8,43 +8,50 @@ from typing import TYPE_CHECKING, Any
 
 from hvmgr import errors
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.image_info import ImageInfo, ImageParent
+from hvmgr.model.image_info import ImageInfo, ImageParent, Use, User
+from hvmgr.operations import image_users
 from hvmgr.operations.images import recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.operations.images.users import Users
 from hvmgr.storage import images, journal, vhdx
 
 if TYPE_CHECKING:
     from hvmgr import vhd
+    from hvmgr.operations.host import Host
 
 _ALIGNMENT = 4 << 10  # a gap that only makes data begin on a page of the disk below
 
 
-def info(path: Path, users: Users, folders: Sequence[Path] = ()) -> ImageInfo:
+def info(host: Host, path: Path, folders: Sequence[Path] = (), *, stated: ImageFormat | None = None) -> ImageInfo:
     """One image, whatever is wrong with its parents."""
-    found = recognition.look(path, folders=folders, tolerant=True)
+    found = recognition.look(path, stated, folders=folders, tolerant=True)
     facts = path.stat()
     answer: dict[str, Any] = {
         "block_size": None, "creator": None, "created": None, "id": None, "parent": None, "allocation": None,
         "fragmentation": None,
     }  # fmt: skip
     answer |= _READERS[found.format](found)
-    used = users.of(path)
     return ImageInfo(
         path=path, format=found.format.value, type=found.type, size=found.size, file_size=images.length(path),
-        taken=facts.st_blocks * 512, used_by=used, libvirt_asked=users.asked_libvirt, faults=found.faults,
+        taken=facts.st_blocks * 512, used_by=_users(host, path), libvirt_asked=image_users.is_libvirt_there(host), faults=found.faults,
         open_change=_open_subject(path), **answer,
     )  # fmt: skip
 
 
-def chain(path: Path, users: Users, folders: Sequence[Path] = ()) -> list[ImageInfo]:
+def chain(host: Host, path: Path, folders: Sequence[Path] = ()) -> list[ImageInfo]:
     """The image and all that it stands on, highest first; it ends where a parent cannot be found."""
-    found = [info(path, users, folders)]
+    found = [info(host, path, folders)]
     while (parent := found[-1].parent) is not None and parent.path is not None:
         if any(parent.path.samefile(one.path) for one in found):
             raise errors.Corrupt(f"the chain of {path} runs in a circle at {parent.path}", path=str(parent.path))
-        found.append(info(parent.path, users, folders))
+        found.append(info(host, parent.path, folders))
     return found
+
+
+def _users(host: Host, path: Path) -> tuple[User, ...]:
+    try:
+        return tuple(image_users.of(host, path))
+    except errors.Conflict as error:  # half-way between two states of a VM
+        return (User(Use.UNKNOWN, str(error)),)
 
 
 def _open_subject(path: Path) -> str | None:

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.image_info import UseKind
+from hvmgr.model.image_info import Use
 from hvmgr.model.plan import Step
+from hvmgr.operations import image_users
 from hvmgr.operations.images import changes, recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.operations.images.users import Users, children_of
+from hvmgr.storage import index
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
@@ -71,7 +72,7 @@ def _steps(looked: Sequence[Recognised], whole: Sequence[Path], *, keep: bool) -
         steps.append(image_plan.GrowImage(str(ancestor.path), _word(ancestor), child.size))
     paths, formats = tuple(str(one.path) for one in looked), tuple(_word(one) for one in looked)
     steps.append(image_plan.MergeChain(paths[:-1], paths[-1], formats))
-    for upper in children_of(child.path):
+    for upper in sorted(Path(one.name) for one in image_users.beside(child.path)):
         fmt = _word(recognition.look(upper))
         steps.append(image_plan.PointChild(str(upper), fmt, str(ancestor.path), ancestor.driver))
     if not keep:
@@ -102,16 +103,11 @@ def _pointed(steps: Sequence[Step]) -> list[Path]:
 
 def _require_unused(host: Host, chain: Sequence[Path]) -> None:
     """Nobody but the chain itself needs its images; what stands on the child is pointed to the ancestor."""
-    users = Users(host)
+    managed = {entry.name for entry in index.entries()}
     for number, path in enumerate(chain):
-        vms = users.vms(path)
-        others = [one for one in users.children(path) if number and not chain[number - 1].samefile(one.name)]
-        for use in (*vms, *others):
-            hint = "merge or convert that one first, or make a complete image of it: hvmgr image convert"
-            if use.kind is UseKind.VM:
-                hint = f"snapshots of a VM are merged by: hvmgr snapshot merge {shlex.quote(use.name)}"
-            elif use.kind is UseKind.DOMAIN:
-                hint = "let that VM use another image first (virsh edit)"
-            raise errors.Conflict(f"{path} is needed by {use.describe()}", hint=hint, path=str(path), user=use.name)
-    if not users.asked_libvirt:
-        host.reporter.notice("libvirt could not be asked which of its VMs need these images")
+        for user in image_users.of(host, path):
+            is_child = user.use is Use.PARENT and user.vm is None
+            if is_child and (number == 0 or chain[number - 1].samefile(user.name)):
+                continue
+            raise changes.needed(path, user, managed)
+    changes.say_if_libvirt_is_silent(host)

@@ -162,9 +162,11 @@ def require_whole(found: Recognised) -> None:
 
 def require_no_differencing_below(path: Path) -> None:
     """Refuses a qcow2 image whose chain QEMU would have to guess, or in which it would meet a differencing VHD."""
-    step: Path | None = path
+    step: Path | None = Path(os.path.realpath(path))
     seen = set()
-    while step is not None and step not in seen:
+    while step is not None:
+        if step in seen:  # qemu-img would go round for ever
+            raise errors.Corrupt(f"the chain of {path} runs in a circle at {step}", path=str(step))
         seen.add(step)
         header = images.read(step, images.QCOW2)
         parent, stated = header.parent, header.backing_format

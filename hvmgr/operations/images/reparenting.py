@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
+from hvmgr.model.image_info import Use
 from hvmgr.operations.images import changes, disks, recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.operations.images.sizing import require_unused
 from hvmgr.storage import images
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def reparent(host: Host, child: Path, parent: Path, folders: Sequence[Path] = ()
     below = recognition.look(parent, folders=searched)
     _require_fit(found, below)
     with changes.locked(host, [child]):
-        require_unused(host, child, children_too=False)
+        changes.require_unused(host, child, but=(Use.PARENT,))
         proof = _proof(host, found, below, ignore_id=ignore_id)
         step = image_plan.PointChild(str(child), found.format.value, str(parent), below.driver)
         plan = changes.plan_of("image reparent", f"new parent of {child}", [step])
@@ -85,8 +85,8 @@ def _proof(host: Host, child: Recognised, parent: Recognised, *, ignore_id: bool
                 hint="--ignore-id names it all the same: then the child's disk is a mix of both",
             )
         return Proof.NONE
-    if before is not None:
-        return Proof.BYTES
+    if before is not None and child.format is not ImageFormat.VHD:
+        return Proof.BYTES  # it is the file that the child names already
     if child.format is ImageFormat.VHD and _has_wanted_id(child.path, parent.path):
         host.reporter.notice(f"{parent.path} has the right id; whether it was changed since cannot be proved")
         return Proof.ID

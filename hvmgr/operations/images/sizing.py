@@ -10,11 +10,10 @@ from hvmgr import errors, units
 from hvmgr.host import qemu_img
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.image_info import ImageType, UseKind
+from hvmgr.model.image_info import ImageType, Use
 from hvmgr.model.plan import Step
 from hvmgr.operations.images import changes, disks, making, recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.operations.images.users import Users
 from hvmgr.storage import images, partitions
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def resize(host: Host, path: Path, size: int, *, shrink: bool) -> bool:
     if size == found.size:
         return False
     with changes.locked(host, [path]):
-        require_unused(host, path)
+        changes.require_unused(host, path)
         steps: list[Step] = []
         if size < found.size:
             steps += _shrinking(found, size, shrink=shrink)
@@ -85,7 +84,7 @@ def compact(host: Host, path: Path) -> int:
     _require_compactable(found)
     before = path.stat().st_blocks * 512
     with changes.locked(host, [path]):
-        require_unused(host, path, children_too=False)
+        changes.require_unused(host, path, but=(Use.PARENT,))
         steps = [image_plan.CompactImage(str(path), found.format.value)]
         plan = changes.plan_of("image compact", f"compaction of {path}", steps)
         changes.require_approval(host, plan)
@@ -109,21 +108,3 @@ def _require_compactable(found: Recognised) -> None:
                 hint="remove them first: qemu-img snapshot -d, qemu-img bitmap --remove",
             )
         recognition.require_no_differencing_below(found.path)
-
-
-def require_unused(host: Host, path: Path, *, children_too: bool = True) -> None:
-    """Conflict when a running VM uses the image, when a VM of hvmgr's has it, or (``children_too``) images stand on it."""
-    users = Users(host)
-    found = [*users.vms(path), *(users.children(path) if children_too else ())]
-    for use in found:
-        if use.kind is UseKind.DOMAIN and not use.active:
-            continue
-        hint = "stop it first"
-        if use.kind is UseKind.VM:
-            hint = f"images of a VM are changed by its own commands: hvmgr disk, hvmgr snapshot merge {shlex.quote(use.name)}"
-        elif use.kind is UseKind.CHILD:
-            hint = "merge it first, or make a complete image of it: hvmgr image convert"
-        running = " (it runs)" if use.active else ""
-        raise errors.Conflict(f"{path} is needed by {use.describe()}{running}", hint=hint, user=use.name)
-    if not users.asked_libvirt:
-        host.reporter.notice("libvirt could not be asked which of its VMs need this image")

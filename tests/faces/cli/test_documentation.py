@@ -116,6 +116,11 @@ SHAPED = {
     "snapshot merge": ["snapshot", "merge", "VM"],
     "export": ["export", "VM", "OUT", "--no-checksums"],
     "verify": ["verify", "OUT"],
+    "image create": ["image", "create", "FILES/child.vhd", "--parent", "FILES/base.vhd"],
+    "image info": ["image", "info", "FILES/used.qcow2"],
+    "image check": ["image", "check", "FILES/torn.vhd", "--repair"],
+    "image compact": ["image", "compact", "FILES/user.qcow2"],
+    "image reparent": ["image", "reparent", "FILES/child.vhd", "FILES/base.vhd"],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -141,8 +146,23 @@ def ailing(branched, root):
     return branched
 
 
+@pytest.fixture
+def files(hvmgr, tmp_path):
+    """Image files: bases, one of which has a child, and one that is damaged."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    hvmgr.ok("image", "create", folder / "base.vhd", "--size", "4M")
+    hvmgr.ok("image", "create", folder / "used.qcow2", "--size", "4M")
+    hvmgr.ok("image", "create", folder / "user.qcow2", "--parent", folder / "used.qcow2")
+    hvmgr.ok("image", "create", folder / "torn.vhd", "--size", "4M")
+    with (folder / "torn.vhd").open("r+b") as file:
+        file.seek(64)
+        file.write(b"junk")
+    return folder
+
+
 @pytest.mark.usefixtures("ailing")
-def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path):
+def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path, files):
     with package.Host.open(root=root) as host:
         host.connection.define(
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
@@ -150,6 +170,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
     assert set(SHAPED) == set(SHAPES)
     meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out", "HOME": root / branched}
     for name, words in SHAPED.items():
+        words = [word.replace("FILES", str(files)) for word in words]
         answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
 

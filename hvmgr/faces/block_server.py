@@ -1,0 +1,54 @@
+"""A program of its own that serves a VHD and its parents by NBD: the part of ``image attach`` that QEMU cannot do.
+
+    python -m hvmgr.faces.block_server [--writable] PATH SOCKET
+
+It lets go of its output when it is ready, and ends at SIGTERM, when all that was written is on the disk. Whoever
+started it finds it by the socket's path on its command line (``host/image_export``).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvmgr import errors, vhd
+from hvmgr.host import image_locks
+from hvmgr.host.nbd_server import Server
+
+
+def main(words: Sequence[str]) -> int:
+    """Serve until the end that somebody asks for."""
+    writable = words[:1] == ["--writable"]
+    path, address = words[-2:]
+    try:
+        chain = vhd.open_chain(Path(path), writable=writable)
+        for number, image in enumerate(chain.images):
+            image_locks.take(image.path, writable=writable and number == 0)  # as long as this process lives
+    except errors.HvmgrError as error:
+        sys.stderr.write(f"{error.code}: {error.message}\n")
+        return error.exit_code
+    with chain, socket.socket(socket.AF_UNIX) as listener:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: listener.close())
+        listener.bind(address)
+        listener.listen()
+        _let_go_of_output()
+        server = Server(chain, writable=writable)
+        server.accept(listener)
+        server.flush()
+    return 0
+
+
+def _let_go_of_output() -> None:
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for number in (0, 1, 2):
+        os.dup2(nothing, number)
+    os.close(nothing)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

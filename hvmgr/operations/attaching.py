@@ -1,0 +1,319 @@
+"""Images as block devices: ``image attach`` and ``image detach``, and what is left over of those that died.
+
+| what                                     | how it is attached                                                      |
+|------------------------------------------|-------------------------------------------------------------------------|
+| an image that only one VM, off, works on | writable, or read-only as asked; the VM cannot start meanwhile          |
+| an image that nobody uses                | writable, or read-only as asked                                         |
+| frozen, with children, several users     | read-only, and why is said                                              |
+| a VM's that is saved, in the undo slot   | read-only: what is put away there has to fit                            |
+| the working image of a VM that runs      | not at all                                                              |
+
+The record comes before the first act and goes after the last one, and ``take_down`` can be done again from any point:
+whatever dies in between, the next command finds the record and takes down what is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import stat
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvmgr import errors, settings, units
+from hvmgr.host import image_export, loop
+from hvmgr.host.image_export import Link
+from hvmgr.model.image_info import Use, User
+from hvmgr.model.plan import Plan
+from hvmgr.operations import image_users
+from hvmgr.storage import attachments, durable, images, partitions
+from hvmgr.storage.attachments import Attachment, Phase
+from hvmgr.storage.partitions import Partition
+
+if TYPE_CHECKING:
+    from hvmgr.operations.host import Host
+
+VHDX = "vhdx"
+FORMATS = (images.RAW, images.QCOW2, images.VPC, VHDX)
+_VHDX_MAGIC = b"vhdxfile"
+_CHAIN_MAX = 200
+_HINT = "list what is attached: hvmgr image attachments"
+_READ_ONLY_USES = {
+    Use.SNAPSHOT: "it is frozen: {} needs it unchanged",
+    Use.PARENT: "{} stands on it",
+    Use.UNDO: "it lies in {}",
+    Use.SAVED: "the saved memory of {} has to fit it",
+    Use.UNKNOWN: "{} may need it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An attachment as it is now: whether it works, and its partitions by node."""
+
+    attachment: Attachment
+    is_alive: bool
+    partitions: tuple[tuple[str, Partition], ...]
+
+
+def require_image(path: Path) -> None:
+    """The path is that of a file or a block device."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise errors.NotFound(f"there is no {path}", path=str(path)) from error
+    if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+        raise errors.UsageError(f"{path} is no image file", hint="name an image file, or a block device")
+
+
+def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown:
+    """The disk in an image is a block device until ``detach``; the caller holds the locks of image and attachments."""
+    image_export.require()
+    loop.require()
+    clean(host)
+    links = chain_of(path, fmt or image_users.stated_format(host, path) or probe(path))
+    users = image_users.of(host, path)
+    _require_free(users, path)
+    reason = None if read_only else _why_read_only(users, path)
+    one = Attachment(
+        id=str(uuid.uuid4()),
+        path=str(path),
+        format="vpc" if links[0].format == image_export.CODEC else links[0].format,
+        read_only=read_only or reason is not None,
+        images=tuple(str(link.path) for link in links),
+        folder=str(settings.runtime_folder() / uuid.uuid4().hex[:12]),
+        boot=attachments.boot_id(),
+        since=units.to_rfc3339(datetime.now(UTC)),
+        reason=reason,
+    )
+    _approve(host, "attach", f"attach {path}{' read-only' if one.read_only else ''}")
+    if reason is not None:
+        host.reporter.notice(f"{path} is attached read-only: {reason}")
+    attachments.write(one)
+    try:
+        return shown(_set_up(one, links))
+    except BaseException:
+        take_down(one)
+        raise
+
+
+def detach(host: Host, reference: str) -> Attachment:
+    """Nothing of an attachment is left, and what was written to the device is in the image."""
+    one = _find(reference)
+    _approve(host, "detach", f"detach {one.path} from {one.device or 'nothing'}")
+    is_alive = one.is_alive
+    if is_alive:
+        attachments.write(dataclasses.replace(one, phase=Phase.DETACHING))
+    try:
+        take_down(one)
+    except (errors.Conflict, errors.HostFailed):
+        if is_alive and one.is_alive:
+            attachments.write(one)
+        raise
+    if not is_alive:
+        host.reporter.notice(f"{one.path}: {_LEFT_OVER}")
+    clean(host)
+    return one
+
+
+def shown(one: Attachment) -> Shown:
+    """An attachment as it is now."""
+    if not one.is_alive or one.device is None:
+        return Shown(one, False, ())
+    device = Path(one.device)
+    with partitions.File(device) as disk:
+        table = partitions.read(disk)
+    there = {part.number for part in loop.partitions(device)}
+    found = [part for part in (() if table is None else table.partitions) if part.number in there]
+    return Shown(one, True, tuple((str(loop.node(device, part.number)), part) for part in found))
+
+
+def clean(host: Host) -> list[Attachment]:
+    """What dead commands, dead daemons or a restart of the host left over is gone, and that is said; which it was."""
+    done = []
+    for one in left_over():
+        if host.reporter.dry_run:
+            continue
+        try:
+            take_down(one)
+        except errors.Conflict as error:
+            host.reporter.notice(f"what is left of the attachment of {one.path} stays: {error}")
+            continue
+        host.reporter.notice(f"{one.path}: {_LEFT_OVER}")
+        done.append(one)
+    return done
+
+
+def left_over() -> list[Attachment]:
+    """Attachments that do not work any more, or were never complete; none while another command is at work on them."""
+    return [] if attachments.is_busy() else [one for one in attachments.all_records() if not one.is_alive]
+
+
+_LEFT_OVER = "its attachment was broken off and is cleaned up; what had not been written out then is lost"
+
+
+# --- what to attach -------------------------------------------------------------------------------------------------
+
+
+def probe(path: Path) -> str:
+    """The format by content."""
+    with path.open("rb") as file:
+        if file.read(len(_VHDX_MAGIC)) == _VHDX_MAGIC:
+            return VHDX
+    return images.probe(path)
+
+
+def chain_of(path: Path, fmt: str) -> list[Link]:
+    """An image and its parents, top first. What QEMU does not read right is left to our own codec, with all below it."""
+    links: list[Link] = []
+    step: tuple[Path, str] | None = (path, fmt)
+    while step is not None:
+        here, stated = step
+        if any(images.identity(here) == images.identity(link.path) for link in links) or len(links) > _CHAIN_MAX:
+            raise errors.Corrupt(f"the chain of {path} runs in a circle at {here}", path=str(path))
+        step = None
+        if stated == VHDX:
+            links.append(Link(here, VHDX))
+            continue
+        if stated == images.VPC and not _qemu_reads(here):
+            return [*links, *_vhd_links(here)]
+        header = images.read(here, stated)
+        links.append(Link(here, header.format))
+        if header.parent is not None:
+            if header.backing_format is None:
+                raise errors.Unsupported(
+                    f"{here} does not state the format of its parent",
+                    hint=f"state it: qemu-img rebase -u -b '{header.backing}' -F FORMAT '{here}'",
+                )
+            step = (header.parent, header.backing_format)
+    return links
+
+
+def _qemu_reads(path: Path) -> bool:
+    """Whether QEMU shows a VHD as Windows would.
+
+    It reads zeros in place of a differencing one's parent, old data where a bitmap says that there is none, and takes the
+    size of some from their geometry. What is left are fixed ones.
+    """
+    from hvmgr import vhd
+
+    if vhd.identify(path) is not vhd.Kind.FIXED:
+        return False
+    try:
+        images.read(path, images.VPC)
+    except (errors.Unsupported, errors.Corrupt):  # our codec says more exactly what is wrong
+        return False
+    return True
+
+
+def _vhd_links(path: Path) -> list[Link]:
+    """A VHD that our own codec serves, and its parents, which count as in use with it."""
+    from hvmgr import vhd
+
+    with vhd.open_chain(path) as chain:
+        return [Link(image.path, image_export.CODEC) for image in chain.images]
+
+
+def _why_read_only(users: Sequence[User], path: Path) -> str | None:
+    for one in users:
+        if one.use in _READ_ONLY_USES:
+            return _READ_ONLY_USES[one.use].format(one.name)
+    names = list(dict.fromkeys(one.name for one in users))
+    if len(names) > 1:
+        return f"{' and '.join(names)} use it"
+    facts = path.stat()
+    if stat.S_ISREG(facts.st_mode) and not facts.st_mode & 0o222:
+        return "its mode lets nobody write it"
+    return None
+
+
+def _require_free(users: Sequence[User], path: Path) -> None:
+    for one in users:
+        if one.use is Use.ATTACHED:
+            raise errors.Conflict(f"{path} is attached already, as {one.name}", hint=_HINT, device=one.name)
+        if one.use is Use.RUNS:
+            raise errors.Conflict(
+                f"{path} belongs to {one.name}, which runs",
+                hint=f"stop it, or take a snapshot and attach the image that it froze: hvmgr snapshot create {one.vm}",
+                users=[one.name],
+            )
+
+
+# --- up and down ----------------------------------------------------------------------------------------------------
+
+
+def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
+    folder, writable = Path(one.folder), not one.read_only
+    folder.mkdir(mode=0o700, parents=True)
+    codec = next((number for number, link in enumerate(links) if link.format == image_export.CODEC), None)
+    if codec is not None:
+        image_export.serve(folder, links[codec].path, writable=writable and codec == 0)
+        links = links[: codec + 1]
+    image_export.start(folder, links, writable=writable)
+    with image_export.opened(folder, writable=writable) as file:
+        size = os.fstat(file).st_size
+        device = loop.attach(file, read_only=one.read_only, name=one.path)
+    one = dataclasses.replace(
+        one,
+        size=size,
+        device=str(device),
+        phase=Phase.ATTACHED,
+        processes=tuple(image_export.processes(folder)),
+    )
+    with partitions.File(device) as disk:
+        table = partitions.read(disk)
+    found = () if table is None else table.partitions
+    loop.set_partitions(device, [loop.Partition(part.number, part.start, part.size) for part in found])
+    attachments.write(one)
+    return one
+
+
+def take_down(one: Attachment) -> None:
+    """Device, then daemon, then record: each is gone afterwards, and may have been before."""
+    folder = Path(one.folder)
+    if one.boot == attachments.boot_id():
+        served = bool(image_export.processes(folder))
+        for device in loop.devices_of(image_export.file_of(folder)):
+            # Without a daemon nothing can be written out any more.
+            loop.detach(device, sync=durable.sync_file if served else _sync_nothing)
+        image_export.end(folder)
+        with contextlib.suppress(FileNotFoundError):
+            durable.sync_file(Path(one.path))
+    durable.remove_folder(folder)
+    attachments.remove(one)
+
+
+def _sync_nothing(_: Path) -> None:
+    pass
+
+
+def _find(reference: str) -> Attachment:
+    records = attachments.all_records()
+    path = Path(os.path.realpath(reference))
+    whole = str(path).rpartition("p")[0] if path.name.startswith("loop") else str(path)
+    for is_meant in _ways(reference, path, whole):
+        found = [one for one in records if is_meant(one)]
+        if found:
+            return found[-1]
+    raise errors.NotFound(f"'{reference}' is not attached", hint=_HINT)
+
+
+def _ways(reference: str, path: Path, whole: str) -> Sequence[Callable[[Attachment], bool]]:
+    """By device, by the image's path, by a partition of the device, by the record's id."""
+    return (
+        lambda one: one.device == str(path) and one.device is not None,
+        lambda one: one.path == str(path),
+        lambda one: one.device == whole and one.device is not None,
+        lambda one: one.id == reference,
+    )
+
+
+def _approve(host: Host, operation: str, subject: str) -> None:
+    plan = Plan(str(uuid.uuid4()), "", operation, subject)
+    if not host.reporter.approve(plan):
+        raise errors.Declined(f"{subject}: not done")

@@ -1,0 +1,178 @@
+"""Who on this host uses an image file: VMs of hvmgr's and libvirt's, attachments, images that stand on it.
+
+For commands on files, which have no VM's session; within a session the same is counted by ``strangers``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import stat
+from collections.abc import Container, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvmgr import errors
+from hvmgr.model.image_info import Use, User
+from hvmgr.operations.images import recognition
+from hvmgr.storage import attachments, images, index, journal, vm_home
+
+if TYPE_CHECKING:
+    from hvmgr.host.domain import Domain
+    from hvmgr.operations.host import Host
+    from hvmgr.storage.index import Entry
+    from hvmgr.storage.vm_home import VmHome
+
+
+def of(host: Host, path: Path) -> list[User]:
+    """Every user of an image. libvirt is asked as far as it can be: a host without it has no VMs that run.
+
+    Conflict when an interrupted operation on one of these VMs is still open: nobody knows yet who needs what.
+    """
+    domains = _domains(host)
+    found = list(_in_homes(host, path, domains))
+    known = {entry.vm_id for entry in index.entries()}
+    for domain in domains.values():
+        if domain.uuid not in known:
+            found += _in_domain(domain, path)
+    found += beside(path, known={user.name for user in found})
+    for one in attachments.users([str(path)]).get(str(path), ()):
+        found.append(User(Use.ATTACHED, one.device or one.id))
+    return list(dict.fromkeys(found))
+
+
+def stated_format(host: Host, path: Path) -> str | None:
+    """The format that a VM's configuration or a child states for an image; None when nobody says."""
+    wanted = images.identity(path)
+    for entry in index.entries():
+        if _concerns(entry, path, wanted):
+            with contextlib.suppress(errors.HvmgrError):
+                for image in vm_home.open_home(entry.home).tree().images.values():
+                    if _is(image.path, wanted):
+                        return image.format
+    for domain in _domains(host).values():
+        for disk in _disks(domain):
+            if disk[0] is not None and _is(disk[0], wanted):
+                return disk[1]
+    return None
+
+
+def is_libvirt_there(host: Host) -> bool:
+    """Whether libvirt can be asked."""
+    try:
+        return host.connection.is_alive()
+    except (errors.HostFailed, errors.Unsupported, errors.NotFound):
+        return False
+
+
+def _domains(host: Host) -> dict[str, Domain]:
+    try:
+        return {one.uuid: one for one in host.connection.domains()}
+    except (errors.HostFailed, errors.Unsupported, errors.NotFound):
+        return {}
+
+
+def _in_homes(host: Host, path: Path, domains: dict[str, Domain]) -> Iterator[User]:
+    wanted = images.identity(path)
+    for entry in index.entries():
+        if not _concerns(entry, path, wanted):
+            continue
+        try:
+            home = vm_home.open_home(entry.home)
+            _require_complete(entry, home)
+            yield from _in_home(entry, home, wanted, _use(domains.get(entry.vm_id) if entry.uri == host.uri else None))
+        except (errors.Corrupt, errors.NotFound, errors.Unsupported):
+            yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home cannot be read", entry.name)
+
+
+def _require_complete(entry: Entry, home: VmHome) -> None:
+    if journal.is_open(home.layout.journal):
+        raise errors.Conflict(
+            f"an interrupted operation on the VM '{entry.name}' is open",
+            hint=f"let it be completed: hvmgr vm show {entry.name}",
+        )
+
+
+def _in_home(entry: Entry, home: VmHome, wanted: tuple[int, int], present: Use) -> Iterator[User]:
+    forest = home.tree()
+    names, below = forest.named(), forest.children()
+    snapshots = {one.record.id: one.record.name for one in home.snapshots()}
+    for image in (path for path in forest.images if _is(path, wanted)):
+        for name in names.get(image, ()):
+            if name == "now":
+                yield User(present, f"the VM '{entry.name}'", entry.name)
+            elif name == "undo":
+                yield User(Use.UNDO, f"the undo slot of '{entry.name}'", entry.name)
+            else:
+                yield User(Use.SNAPSHOT, f"the snapshot '{snapshots.get(name, name)}' of '{entry.name}'", entry.name)
+        for child in below.get(image, ()):
+            yield User(Use.PARENT, child, entry.name)
+
+
+def _concerns(entry: Entry, path: Path, wanted: tuple[int, int]) -> bool:
+    inside = path.is_relative_to(entry.home) or path.stat().st_nlink > 1
+    return inside or any(_is(one, wanted) for one in entry.outside)
+
+
+def _in_domain(domain: Domain, path: Path) -> Iterator[User]:
+    """A VM of libvirt's that is not hvmgr's."""
+    wanted = images.identity(path)
+    for source, fmt in _disks(domain):
+        for number, one in enumerate(_chain(source, fmt)):
+            if _is(one, wanted):
+                yield User(Use.PARENT if number else _use(domain), f"the VM '{domain.name}'", domain.name)
+
+
+def _use(domain: Domain | None) -> Use:
+    if domain is None:
+        return Use.OFF
+    if domain.is_active():
+        return Use.RUNS
+    return Use.SAVED if domain.has_managed_save() else Use.OFF
+
+
+def _disks(domain: Domain) -> list[tuple[str, str]]:
+    from hvmgr.model import configuration
+
+    texts = [domain.xml(live=False)] + ([domain.xml(live=True)] if domain.is_active() else [])
+    return [
+        (vm_home.canonical(disk.source), disk.format or images.RAW)
+        for text in texts
+        for disk in configuration.parse(text, source=f"libvirt's XML of {domain.name}").disks()
+        if disk.source is not None and disk.type in {"file", "block"} and Path(disk.source).exists()
+    ]
+
+
+def _chain(path: str, fmt: str) -> Iterator[str]:
+    """An image and its parents, as far as the files tell."""
+    seen: set[str] = set()
+    while path not in seen and Path(path).exists():
+        seen.add(path)
+        yield path
+        try:
+            header = images.read(Path(path), fmt)
+        except errors.HvmgrError:
+            return
+        if header.parent is None:
+            return
+        path, fmt = str(header.parent), header.backing_format or images.RAW
+
+
+def beside(path: Path, known: Container[str] = ()) -> Iterator[User]:
+    """Children that lie in the same folder: nobody else can know of those that no VM uses."""
+    wanted = images.identity(path)
+    if stat.S_ISBLK(path.stat().st_mode):
+        return
+    for file in sorted(path.parent.iterdir()):
+        if str(file) in known or not file.is_file() or _is(str(file), wanted):
+            continue
+        with contextlib.suppress(errors.HvmgrError, OSError):
+            parent = recognition.parent_of(file)
+            if parent is not None and _is(str(parent), wanted):
+                yield User(Use.PARENT, str(file))
+
+
+def _is(path: str, wanted: tuple[int, int]) -> bool:
+    try:
+        return images.identity(Path(path)) == wanted
+    except OSError:
+        return False

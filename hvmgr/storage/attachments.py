@@ -1,0 +1,131 @@
+"""Which images of this host are attached, as block devices: one record for each, in the host-wide index.
+
+A record is written before anything is done and goes when nothing of it is left, so that what a killed command or a power
+cut left over is always found. Images that are attached have a user like any other: whoever freezes, merges, removes or
+starts on one asks ``users``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from hvmgr import settings
+from hvmgr.host import image_export, loop, process
+from hvmgr.storage import durable, images, index, locks
+
+_NAME = "attachments"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Phase(StrEnum):
+    """How far an attachment has come."""
+
+    ATTACHING = "attaching"
+    ATTACHED = "attached"
+    DETACHING = "detaching"
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """An image as a block device; ``images`` are all of its chain, top first, ``processes`` (pid, start time)."""
+
+    id: str
+    path: str
+    format: str
+    read_only: bool
+    images: tuple[str, ...]
+    folder: str
+    boot: str
+    since: str
+    phase: Phase = Phase.ATTACHING
+    reason: str | None = None  # why it is read-only, where nobody asked for that
+    size: int = 0
+    device: str | None = None
+    processes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether everything that makes it work is there."""
+        return (
+            self.phase is Phase.ATTACHED
+            and self.boot == boot_id()
+            and all(process.is_running(*one) for one in self.processes)
+            and self.device is not None
+            and loop.backing(Path(self.device)) == str(image_export.file_of(Path(self.folder)))
+        )
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether a process may still read or write its images."""
+        return self.boot == boot_id() and bool(image_export.processes(Path(self.folder)))
+
+
+def boot_id() -> str:
+    """This start of the host."""
+    return _BOOT_ID.read_text().strip()
+
+
+def all_records() -> list[Attachment]:
+    """Every record, the oldest first, left-over ones too; one that cannot be understood is skipped."""
+    folder = settings.index_folder() / _NAME
+    found = [_read(file) for file in folder.glob("*.json")] if folder.is_dir() else []
+    return sorted((one for one in found if one is not None), key=lambda one: (one.since, one.id))
+
+
+def write(one: Attachment) -> None:
+    """The record says this."""
+    durable.write_file(index.make_folder(_NAME) / f"{one.id}.json", json.dumps(asdict(one)).encode())
+
+
+def remove(one: Attachment) -> None:
+    """There is no such attachment any more."""
+    durable.remove(settings.index_folder() / _NAME / f"{one.id}.json")
+
+
+def users(paths: Iterable[str]) -> dict[str, tuple[Attachment, ...]]:
+    """For each of these images the attachments that have it open, itself or as a parent."""
+    records = all_records()
+    if not records:
+        return {}
+    by_identity = {images.identity(Path(path)): path for path in paths if Path(path).exists()}
+    found: dict[str, list[Attachment]] = {}
+    for record in records:
+        named = [Path(path) for path in record.images if Path(path).exists()]
+        ours = [by_identity[key] for key in map(images.identity, named) if key in by_identity]
+        if ours and record.holds_images:
+            for path in dict.fromkeys(ours):
+                found.setdefault(path, []).append(record)
+    return {path: tuple(records) for path, records in found.items()}
+
+
+def is_busy() -> bool:
+    """Whether another command attaches, detaches or cleans up now."""
+    return locks.holder(settings.index_folder() / _NAME / "lock") not in {None, os.getpid()}
+
+
+def name_of(one: Attachment) -> str:
+    """How an attachment is called as the user of an image."""
+    return f"the attachment {one.device or one.id}"
+
+
+@contextlib.contextmanager
+def locked(*, wait_s: float) -> Iterator[None]:
+    """One command at a time attaches, detaches or cleans up."""
+    with locks.held(index.make_folder(_NAME) / "lock", wait_s=wait_s, what="attached images"):
+        yield
+
+
+def _read(file: Path) -> Attachment | None:
+    try:
+        facts = json.loads(file.read_bytes())
+        facts["images"] = tuple(map(str, facts["images"]))
+        facts["processes"] = tuple((int(pid), int(started)) for pid, started in facts["processes"])
+        return Attachment(**{**facts, "phase": Phase(facts["phase"])})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
