@@ -45,6 +45,8 @@ _PACKAGES = {
     "zstd": "zstd",
 }
 
+_PIPE = 1 << 20  # what an ordinary user may have
+
 # The kernel ends the program when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG). Should that have
 # happened before the prctl, no signal comes any more: the shell sees it by its parent and never starts the program.
 _GUARD = ("setpriv", "--pdeathsig", "KILL", "--", "sh", "-c", '[ "$PPID" = "$1" ] || exit 125; shift; exec "$@"', "sh")
@@ -185,6 +187,33 @@ def filtered(argv: Sequence[str | Path], *, to: int) -> Iterator[Callable[[memor
             raise _failed(command, Completed(b"", _text(stderr.read()), program.returncode))
 
 
+@contextlib.contextmanager
+def output_of(argv: Sequence[str | Path], *, source: int) -> Iterator[IO[bytes]]:
+    """What a program makes of the descriptor ``source``, unbuffered; HostFailed with its words when it fails.
+
+    The block has to read to the end; on an error it need not, and the program is then ended.
+    """
+    command = shlex.join(os.fspath(word) for word in argv)
+    with (
+        tempfile.TemporaryFile(prefix="hvmgr-") as stderr,
+        _started(argv, stdin=source, stdout=subprocess.PIPE, stderr=stderr, buffered=False) as program,
+    ):
+        assert program.stdout is not None
+        early: errors.HvmgrError | None = None
+        try:
+            yield program.stdout
+        except errors.Corrupt as error:
+            early = error  # its own words say better why what it gave is cut off
+        program.stdout.close()
+        program.wait()
+        stderr.seek(0)
+        words = _text(stderr.read())
+        if program.returncode > 0 or (early is None and program.returncode != 0):
+            raise _failed(command, Completed(b"", words, program.returncode)) from early
+        if early is not None:
+            raise early
+
+
 def start_time(pid: int) -> int | None:
     """When a process started, in clock ticks since boot: with the pid it names one process for ever.
 
@@ -271,13 +300,15 @@ def _started(
     stdout: int,
     stderr: int | IO[bytes],
     pass_fds: Sequence[int] = (),
+    buffered: bool = True,
 ) -> Iterator[subprocess.Popen[bytes]]:
     require(os.fspath(argv[0]))
     try:
         # A group of its own: Ctrl-C of the terminal reaches us alone, and we decide.
         process = subprocess.Popen(
-            argv, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=_environment(), process_group=0
-        )
+            argv, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=_environment(), process_group=0,
+            bufsize=-1 if buffered else 0, pipesize=-1 if buffered else _PIPE,
+        )  # fmt: skip
     except OSError as error:
         raise errors.HostFailed(f"cannot start '{argv[0]}': {error.strerror}") from error
     with process:

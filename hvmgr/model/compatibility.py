@@ -47,6 +47,9 @@ KINDS: Mapping[str, Kind] = {
     "saved-state-damaged": _error("a saved state cannot be used", errors.Corrupt),
     "newer-format": _error("the source was written by a newer hvmgr", errors.Unsupported),
     "format-unsupported": _error("a VM cannot run on an image of this format", errors.Unsupported),
+    "vhd-differencing": _error(
+        "a differencing VHD, which QEMU must never open, would be used as it is", errors.Unsupported
+    ),
     "image-outside": _error("an image lies outside the source, and nobody has said that it may be read"),
     "source-in-use": _error("the source's disks are being written"),
     "source-writable": _error("images that would be shared can still be written"),
@@ -73,6 +76,7 @@ KINDS: Mapping[str, Kind] = {
     "drive-emptied": _warning("a medium is not there: the drive will be empty"),
     "host-path": _info("the VM names a file or device of the host"),
     "address-in-state": _info("a guest that goes on from a saved state keeps its old addresses until it restarts"),
+    "vhd-converted": _info("a VHD that QEMU does not read as it is becomes a qcow2 image"),
     "undo-left-behind": _info("the undo slot of the source does not come along"),
 }
 

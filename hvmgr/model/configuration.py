@@ -58,6 +58,11 @@ class Disk:
         return self.device == "disk" and self.type in {"file", "block"} and not self.readonly and self.snapshot != "no"
 
     @property
+    def is_left_out(self) -> bool:
+        """Whether it is a hard disk in a file or device of the host that snapshots do not freeze."""
+        return self.device == "disk" and self.type in {"file", "block"} and not self.takes_part
+
+    @property
     def is_removable(self) -> bool:
         """Whether the medium can be taken out."""
         return self.device in _REMOVABLE

@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from hvmgr import errors
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
 
-
-class ImageFormat(StrEnum):
-    """How a flattened disk is written."""
-
-    QCOW2 = "qcow2"
-    RAW = "raw"
-    VHD = "vhd"
-
-    @property
-    def driver(self) -> str:
-        """QEMU's name for it."""
-        return "vpc" if self is ImageFormat.VHD else self.value
-
-    @property
-    def suffix(self) -> str:
-        """What the file's name ends with."""
-        return ".img" if self is ImageFormat.RAW else f".{self.value}"
+_WRITTEN = (ImageFormat.QCOW2, ImageFormat.RAW, ImageFormat.VHD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +17,7 @@ class ExportOptions:
 
     ``snapshots`` is ``all`` or ``none``; ``keep`` names the snapshots (by name or id) that alone are kept, ``snapshot``
     the one that becomes an independent VM. ``with_state`` keeps the memory of a running VM, ``without_state`` leaves
-    every saved memory out. ``format`` is that of flattened disks: of one snapshot, or of the present alone.
+    every saved memory out. ``format`` is that of flattened disks (of one snapshot, or of the present alone); VHD also of trees.
     """
 
     snapshots: Extent = Extent.ALL
@@ -79,8 +63,13 @@ class ExportOptions:
         for first, name, second, other in pairs:
             if first and second:
                 raise errors.UsageError(f"{name} and {other} exclude each other", hint="give one of them")
-        if self.format is not None and not self.flattens:
+        if self.format is not None and self.format not in _WRITTEN:
             raise errors.UsageError(
-                "--format is that of flattened disks, and trees keep theirs",
+                f"disks are exported as {', '.join(_WRITTEN)}, not as {self.format}",
+                hint="hvmgr image convert writes other formats",
+            )
+        if self.format not in (None, ImageFormat.VHD) and not self.flattens:
+            raise errors.UsageError(
+                f"a tree is exported as it is, or as VHDs: --format {self.format} is for flattened disks",
                 hint="give --snapshot SNAP or --snapshots none with it, or leave it out",
             )

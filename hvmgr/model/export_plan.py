@@ -101,6 +101,27 @@ class ExportFlat(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class ExportVhd(Step):
+    """A VHD of an image: a differencing one of what it holds itself, or of a whole disk.
+
+    ``chain`` is the image with all that it stands on (path, format), the top first; the first ``own`` of them go into the
+    VHD when it has a ``parent``, a VHD of the export. ``uid`` is its id as 32 digits.
+    """
+
+    source: str
+    chain: tuple[tuple[str, str], ...]
+    target: str
+    parent: str | None
+    own: int
+    uid: str
+    size: int
+
+    def describe(self) -> str:
+        how = f"a differencing VHD on {_name(self.parent)}" if self.parent else "a dynamic VHD"
+        return f"write {self.source} as {_name(self.target)}, {how}"
+
+
+@dataclass(frozen=True, slots=True)
 class ExportFolder(Step):
     """A folder of state files (TPM)."""
 
@@ -229,8 +250,10 @@ class Exported:
         return os.path.relpath(self.parent.name, PurePath(self.name).parent)
 
 
-def as_tree(forest: Tree, tops: Mapping[str, str], vm_id: str, *, merge: bool) -> dict[str, Exported]:
-    """The images below ``tops`` (path to slot), by path: parents first, each chain complete.
+def as_tree(
+    forest: Tree, tops: Mapping[str, str], vm_id: str, *, merge: bool, vhd: bool = False
+) -> dict[str, Exported]:
+    """The images below ``tops`` (path to slot), by path: parents first, each chain complete; with ``vhd`` as VHDs.
 
     With ``merge`` a differencing image that none of ``tops`` is and that has one child left goes into that child.
     """
@@ -258,10 +281,15 @@ def as_tree(forest: Tree, tops: Mapping[str, str], vm_id: str, *, merge: bool) -
         while below is not None and below in gone:
             merged.append(forest.images[below])
             below = forest.images[below].parent
-        name = _free(_name_of(image, slots[path], vm_id), names)
+        name = _name_of(image, slots[path], vm_id)
+        if vhd:
+            name = str(PurePath(name).with_suffix(".vhd" if below is None else ".avhd"))
+        name = _free(name, names)
         names.add(name)
         parent_made = None if below is None else made[below]
-        made[path] = Exported(name, image, image.format, parent_made, tuple(merged))
+        chain = tuple(forest.chain(path)) if vhd else ()
+        fmt = "vpc" if vhd else image.format
+        made[path] = Exported(name, image, fmt, parent_made, tuple(merged), chain=chain)
     return made
 
 

@@ -230,6 +230,14 @@ def require_inside(name: str) -> str:
     return name
 
 
+def read_sum(line: str) -> tuple[str, str]:
+    """A line of ``SHA256SUMS``: the file's name and its hash; ValueError for anything else."""
+    digest, mark, name = line[:64], line[64:66], line[66:]
+    if _SHA256.fullmatch(digest) is None or mark not in ("  ", " *"):
+        raise ValueError("no hash and file name")
+    return require_inside(name), digest
+
+
 # --- reading --------------------------------------------------------------------------------------------------------
 
 

@@ -399,6 +399,38 @@ class CopyImages(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class UnpackFiles(Step):
+    """Files of an archive: (name in it, target, SHA-256 or ''); ``size`` and ``mtime_ns`` tell that it is still the same."""
+
+    archive: str
+    size: int
+    mtime_ns: int
+    files: tuple[tuple[str, str, str], ...]
+
+    def describe(self) -> str:
+        return f"unpack {', '.join(_name(target) for _, target, _ in self.files)} from {_name(self.archive)}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertVhd(Step):
+    """What one VHD holds, without its parents, in a new qcow2 image; ``parent`` is how that names its own.
+
+    ``sha256`` is what the VHD's file must have, '' when that is not known.
+    """
+
+    source: str
+    target: str
+    size: int
+    parent: str | None
+    parent_format: str | None
+    sha256: str
+
+    def describe(self) -> str:
+        on = f" on {_name(self.parent)}" if self.parent else ""
+        return f"convert {_name(self.source)} into {_name(self.target)}{on}"
+
+
+@dataclass(frozen=True, slots=True)
 class NameParent(Step):
     """The header of an image names its parent anew; its guest-visible content is the same.
 

@@ -53,6 +53,7 @@ class Host:
         self.wait_s = wait_s
         self.reporter = reporter or Reporter()
         self._connection: Connection | None = None
+        self._has_looked_into_archives = False
 
     @classmethod
     def open(
@@ -78,7 +79,15 @@ class Host:
         self.close()
 
     def close(self) -> None:
-        """Let go of libvirt."""
+        """Let go of libvirt, and of what archives showed."""
+        if self._has_looked_into_archives:
+            from hvmgr.storage import archives
+
+            archives.release()
+            self._has_looked_into_archives = False
+        self._disconnect()
+
+    def _disconnect(self) -> None:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -89,7 +98,7 @@ class Host:
         from hvmgr.host import hypervisor
 
         if self._connection is not None and not self._connection.is_alive():
-            self.close()
+            self._disconnect()
         if self._connection is None:
             self._connection = hypervisor.connect(self.uri, wait_s=self.wait_s)
         return self._connection
@@ -140,6 +149,7 @@ class Host:
         from hvmgr.model.import_options import ImportOptions
         from hvmgr.operations.exchange import import_plan
 
+        self._look_into(Path(source))
         return import_plan.prepare(self, Path(source), options or ImportOptions())
 
     def import_vm(self, source: Path | str, options: ImportOptions | None = None) -> VM:
@@ -147,6 +157,7 @@ class Host:
         from hvmgr.model.import_options import ImportOptions
         from hvmgr.operations.exchange import importing
 
+        self._look_into(Path(source))
         return importing.run(self, Path(source), options or ImportOptions())
 
     def doctor(self, vm: str | None = None, *, thorough: bool = False) -> list[Finding]:
@@ -244,10 +255,21 @@ class Host:
         return [attaching.shown(one) for one in attachments.all_records()]
 
     def verify(self, folder: Path | str) -> list[Finding]:
-        """What is wrong with an export, the worst first; nothing when it is whole. It needs no libvirt."""
+        """What is wrong with an export or its archive, the worst first; nothing when it is whole. It needs no libvirt."""
         from hvmgr.operations.exchange import verification
 
+        self._has_looked_into_archives = True
         return verification.verify(Path(folder), on_progress=self.reporter.progress)
+
+    def _look_into(self, source: Path) -> None:
+        """An archive is read once, from one end to the other, and that takes its time."""
+        from hvmgr.model.progress import Progress
+        from hvmgr.storage import archives
+
+        self._has_looked_into_archives = True
+        archives.find(
+            source, report=lambda done, total: self.reporter.progress(Progress(done, total, f"look into {source.name}"))
+        )
 
     def _named(self) -> list[tuple[str, VmHome]]:
         """The homes, each with the name of its VM."""
@@ -289,6 +311,10 @@ class Host:
         """What a killed ``vm create``, ``adopt`` or ``delete`` left is undone or completed, before anybody is shown it."""
         if self.reporter.dry_run:
             return
+        if (settings.index_folder() / "archives").is_dir():
+            from hvmgr.storage import archives
+
+            archives.sweep()
         for folder in self._folders():
             if journal.is_open(Layout(home=folder, vm_id="").journal):
                 self._complete(folder)

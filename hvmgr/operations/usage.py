@@ -102,7 +102,15 @@ def _orphans(home: VmHome, known: set[str], inside: dict[str, int]) -> tuple[tup
             path = vm_home.canonical(str(file))
             if path not in known and file.is_file():
                 found.append((path, inside.get(path, _size(file))))
-    return tuple(found)
+    left_out = _left_out(home) if found else set()  # not for each list: it reads every configuration
+    return tuple(one for one in found if one[0] not in left_out)
+
+
+def _left_out(home: VmHome) -> set[str]:
+    """The disks that the VM uses and that no snapshot freezes."""
+    every = (home.present(), home.undo(), *(home.snapshot(one.record.id) for one in home.entries()))
+    named = {disk.source for one in every if one is not None for disk in one.disks() if disk.is_left_out}
+    return {vm_home.canonical(path) for path in named if path is not None}
 
 
 def _size(file: Path) -> int:

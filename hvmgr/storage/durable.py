@@ -364,9 +364,12 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: int, owner: tuple[int, int] | None) -> Iterator[int]:
-    """A descriptor, for reading and writing, of a new file that takes the name ``path`` when the block ends well."""
-    part = path.with_name(f"{TEMPORARY}{_unique()}")
+def replacing(path: Path, mode: int, owner: tuple[int, int] | None, *, part: Path | None = None) -> Iterator[int]:
+    """A descriptor, for reading and writing, of a new file that takes the name ``path`` when the block ends well.
+
+    ``part`` is its name until then; whoever chooses it knows what to remove after a death.
+    """
+    part = part or path.with_name(f"{TEMPORARY}{_unique()}")
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:

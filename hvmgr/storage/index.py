@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors, settings
+from hvmgr.model.layout import Layout
 from hvmgr.storage import durable, images, locks
 
 _FOLDER_MODE = 0o700
@@ -42,9 +43,19 @@ class Note:
 def entries() -> list[Entry]:
     """Every VM that hvmgr knows on this host and whose home is still there.
 
-    The homes are the truth; a damaged note is skipped, and written again by the next operation.
+    The homes are the truth; a damaged note is skipped, and written again by the next operation. So is that of a VM whose
+    home was removed by hand, when another VM's home stands in its place.
     """
-    return [note.entry for note in notes() if note.entry is not None and note.entry.home.is_dir()]
+    return [note.entry for note in notes() if note.entry is not None and _is_there(note.entry)]
+
+
+def _is_there(entry: Entry) -> bool:
+    """Whether the folder is a home of this VM, or about to become it."""
+    layout = Layout(home=entry.home, vm_id=entry.vm_id)
+    if layout.configuration.exists() or not entry.home.is_dir():
+        return layout.configuration.exists()
+    others = [one.stem for one in layout.configuration.parent.glob("*.xml") if len(one.stem) == len(entry.vm_id)]
+    return layout.journal.exists() or not others
 
 
 def notes() -> list[Note]:

@@ -11,11 +11,10 @@ into a guest's disk.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import stat
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvmgr import errors
@@ -28,7 +27,8 @@ from hvmgr.model.manifest import Image as Listed
 from hvmgr.model.manifest import Manifest
 from hvmgr.model.maps import Entry, Used
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
-from hvmgr.storage import index, vm_home
+from hvmgr.storage import archives, index, vm_home
+from hvmgr.storage.archives import Archive
 from hvmgr.storage.source_images import Finder, Missing, SourceImage
 
 # No domain XML comes near; a bomb does.
@@ -43,6 +43,7 @@ class SourceSnapshot:
     configuration: Configuration
     file: Path
     disks: dict[str, str]
+    left_out: dict[str, str]  # disks that the snapshot does not freeze: slot, and the image's place now
     memory: Path | None = None
     saved: Configuration | None = None  # the XML inside the memory
     nvram: Path | None = None
@@ -58,6 +59,8 @@ class SourceHome:
     present: Configuration
     facts: Metadata | None
     disks: Mapping[str, str]
+    left_out: Mapping[str, str]  # hard disks that snapshots do not freeze
+    named: Mapping[str, str]  # such disks of all configurations: the name there, and the image's place now
     nvram: Path | None
     tpm: Path | None
     memory: Path | None
@@ -70,10 +73,29 @@ class SourceHome:
     undo_disks: Mapping[str, str]
     manifest: Manifest | None
     expected: Mapping[str, Listed]  # what the manifest says of images, by their place now
+    sums: Mapping[str, str]  # what an archive's own list says of its files
     is_export: bool
     is_home: bool
     trusted: bool
     is_present: bool = True  # False: seen as it was at a snapshot
+    archive: Archive | None = None  # the folder shows what it holds; images and saved memory are only begun there
+
+    @property
+    def origin(self) -> Path:
+        """What people call the source: its folder, or the archive."""
+        return self.folder if self.archive is None else self.archive.path
+
+    def data_of(self, path: Path) -> int:
+        """About how many bytes a copy of a file takes."""
+        name = None if self.archive is None else self.archive.name_of(path)
+        return path.stat().st_blocks * 512 if self.archive is None or name is None else self.archive.members[name].data
+
+    def hash_of(self, path: Path | str) -> str:
+        """The SHA-256 that the export records for a file; '' when it records none."""
+        listed = self.expected.get(str(path))
+        if listed is not None:
+            return listed.sha256 or ""
+        return self.sums.get(str(Path(path).relative_to(self.folder)), "")
 
     @property
     def vm_id(self) -> str:
@@ -115,13 +137,14 @@ def at_snapshot(source: SourceHome, snapshot: SourceSnapshot) -> SourceHome:
     facts = snapshot.configuration.metadata()
     present = snapshot.configuration.copy()
     if facts is not None:
-        facts = dataclasses.replace(facts, snapshot=None, parent=None)
+        facts = replace(facts, snapshot=None, parent=None)
         present.set_metadata(facts)
-    return dataclasses.replace(
+    return replace(
         source,
         present=present,
         facts=facts,
         disks=snapshot.disks,
+        left_out=snapshot.left_out,
         nvram=snapshot.nvram,
         tpm=snapshot.tpm,
         memory=snapshot.memory,
@@ -141,6 +164,9 @@ def find_configuration(source: Path, vm: str | None) -> tuple[Path, Path]:
     several to choose from.
     """
     source = Path(os.path.realpath(source))
+    if (archive := archives.find(source)) is not None:
+        with archive.naming():
+            return find_configuration(archive.folder, vm)
     if source.is_file():
         folder = source.parent.parent if source.parent.name == CONFIGURATIONS else source.parent
         return folder, source
@@ -181,6 +207,12 @@ def open_source(
     A home of this host is believed: one that the index knows, or that the caller works on (``own``).
     ``snapshots_from`` is a second folder in which snapshots that the source itself lacks are looked for.
     """
+    if (archive := archives.find(source)) is not None:
+        with archive.naming():
+            opened = open_source(
+                archive.folder, vm=vm, paths=paths, disks=disks, used=used, snapshots_from=snapshots_from
+            )
+            return _as_archive(opened, archive)
     folder, file = find_configuration(source, vm)
     present = read_xml(file)
     facts = present.metadata()
@@ -193,6 +225,15 @@ def open_source(
         trusted=own or (not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries())),
     )
     return _Reader(folder, file, present, finder, snapshots_from).read()
+
+
+def _as_archive(opened: SourceHome, archive: Archive) -> SourceHome:
+    """What the folder cannot say: how much data there is in the images that it only begins to show."""
+    images = {
+        path: image if (name := archive.name_of(path)) is None else replace(image, data=archive.members[name].data)
+        for path, image in opened.images.items()
+    }
+    return replace(opened, images=images, archive=archive, sums=archives.recorded(opened.folder))
 
 
 def _configurations(folder: Path) -> list[Path]:
@@ -261,12 +302,16 @@ class _Reader:
             self._problem("damaged", f"{self.file} is the configuration of {present.uuid}", self.file)
         layout = Layout(home=self.folder, vm_id=present.uuid)
         snapshots = self._snapshots(layout) if is_home and facts is not None else ()
-        disks = self.finder.disks(present)
-        self.finder.replace_by_slot(present, disks, [one.disks for one in snapshots])
+        disks, left_out = self.finder.disks(present), self.finder.disks_left_out(present)
+        others = [left_out, *(each for one in snapshots for each in (one.disks, one.left_out))]
+        self.finder.replace_by_slot(present, disks, others)
         self._check_tree(facts, snapshots)
         self.finder.check_cycles()
+        self.finder.check_vhds()
         undo = self._undo(layout) if is_home else None
         undo_disks = {} if undo is None else self.finder.disks(undo)
+        if undo is not None:
+            self.finder.disks_left_out(undo)
         memory = self._file(layout.present_memory)
         change = None if facts is None else facts.change
         tpm = self._folder(layout.present_tpm) or (change and self._folder(layout.tpm_copy(change))) or None
@@ -276,6 +321,8 @@ class _Reader:
             present=present,
             facts=facts,
             disks=disks,
+            left_out=left_out,
+            named=self.finder.left_out,
             nvram=self._named_file(present.nvram),
             tpm=tpm,
             memory=memory,
@@ -288,6 +335,7 @@ class _Reader:
             undo_disks=undo_disks,
             manifest=told,
             expected=self.finder.expected,
+            sums={},
             is_export=(self.folder / manifest.FILE).is_file(),
             is_home=is_home,
             trusted=self.finder.trusted,
@@ -351,6 +399,7 @@ class _Reader:
             configuration=parsed,
             file=file,
             disks=self.finder.disks(parsed),
+            left_out=self.finder.disks_left_out(parsed),
             memory=memory if record.state is not SavedState.NONE else None,
             saved=saved,
             nvram=self._file(folder / "nvram"),

@@ -36,6 +36,7 @@ class SourceImage:
     parent_format: str | None
     backing: str | None  # as the header names it
     inside: bool
+    is_foreign: bool = False  # a VHD that QEMU would not read as it is: a copy of it becomes qcow2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Finder:
     trusted: bool
     listed: Mapping[str, manifest.Image] = field(default_factory=dict)  # by the place in the folder, and where it was
     expected: dict[str, manifest.Image] = field(default_factory=dict)  # by the place where it was found
+    vhd_parents: set[str] = field(default_factory=set)  # found by the words and the id that their children have
+    left_out: dict[str, str] = field(default_factory=dict)  # disks that snapshots leave out: name, and place now
     images: dict[str, SourceImage] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
     problems: list[Finding] = field(default_factory=list)
@@ -77,7 +80,8 @@ class Finder:
             return disks
         for disk in listed:
             if not disk.takes_part or disk.source is None:
-                self._require_usable(disk)
+                if not disk.is_left_out:
+                    self._require_usable(disk)
                 continue
             if disk.slot in disks:
                 self.problem("double-slot", f"{one.source} has two disks {disk.slot}", one.source)
@@ -85,8 +89,26 @@ class Finder:
             disks[disk.slot] = self._image(disk.slot, disk.source, disk.format or images.RAW)
         return disks
 
+    def disks_left_out(self, one: Configuration) -> dict[str, str]:
+        """The hard disks that snapshots leave out and that have to come along: slot and the image's place now.
+
+        Such a disk is written by its VM alone. One that is shared by its XML, or only read, may stay where it is, unless
+        it is a file of the source itself.
+        """
+        disks: dict[str, str] = {}
+        for disk in one.disks():
+            if not disk.is_left_out or disk.source is None or disk.slot in disks:
+                continue
+            place = self.locate(disk.source)
+            if (disk.readonly or disk.shareable) and not self._is_inside(place):
+                self._require_usable(disk)
+                continue
+            disks[disk.slot] = self._image(disk.slot, disk.source, disk.format or images.RAW)
+            self.left_out[disk.source] = disks[disk.slot]
+        return disks
+
     def _require_usable(self, disk: Disk) -> None:
-        """What snapshots leave out stays where it is, and must be something that QEMU reads as it is."""
+        """What stays where it is must be something that QEMU reads as it is."""
         if disk.source is None or disk.type not in {"file", "block"}:
             return
         path = self.locate(disk.source)
@@ -109,6 +131,8 @@ class Finder:
         try:
             if os.path.lexists(path) and not self.may_read(path, recorded):
                 return None, "", ""
+            if self._is_foreign(path, fmt):
+                return self._read_vhd(slot, path, recorded)
             header = images.read(Path(path), fmt)
         except errors.NotFound:
             self.missing.append(Missing(slot, recorded, path))
@@ -131,6 +155,67 @@ class Finder:
             parent_format=header.backing_format, backing=header.backing, inside=self._is_inside(path),
         )  # fmt: skip
         return parent, header.backing_format or images.RAW, named
+
+    def _is_foreign(self, path: str, fmt: str) -> bool:
+        """Whether it is a VHD that our own codec has to read: differencing, the parent of such a one, cut short by QEMU."""
+        if fmt == images.QCOW2 or not os.path.isfile(path):
+            return False
+        found = images.identify(Path(path))
+        if found.format != "vhd" or found.is_differencing or path in self.vhd_parents or fmt != images.VPC:
+            return found.is_differencing or path in self.vhd_parents
+        try:
+            images.read(Path(path), fmt)
+        except errors.Unsupported:
+            return True
+        except errors.Corrupt:
+            return False
+        return False
+
+    def _read_vhd(self, slot: str, path: str, recorded: str) -> tuple[str | None, str, str]:
+        from hvmgr import vhd  # rarely met
+
+        parent = None
+        with vhd.open_image(path) as image:
+            if image.kind is vhd.Kind.DIFFERENCING:
+                try:
+                    parent = str(vhd.find_parent(image, folders=self._vhd_folders()))
+                except (errors.NotFound, errors.Conflict, errors.Unsupported) as error:
+                    repair = "say which folder it is in: --path DIR=DIR"
+                    self.problem("missing-disk", f"disk {slot}: {error}", path, repair)
+            self.images[path] = SourceImage(
+                path=path, recorded=recorded, format=images.VPC, size=image.size, data=os.stat(path).st_blocks * 512,
+                length=os.stat(path).st_size, identity=images.identity(Path(path)), parent=parent,
+                parent_format=None if parent is None else images.VPC,
+                backing=None if parent is None else os.path.relpath(parent, os.path.dirname(path)),
+                inside=self._is_inside(path),
+                is_foreign=image.kind is vhd.Kind.DIFFERENCING or path not in self.vhd_parents,
+            )  # fmt: skip
+        if parent is not None:
+            self.vhd_parents.add(parent)
+            if parent in self.listed:
+                self.expected[parent] = self.listed[parent]
+        return parent, images.VPC, parent or ""
+
+    def _vhd_folders(self) -> list[Path]:
+        """Where parents of VHDs may be: in the source, where maps lead, beside a file that the user named."""
+        named = [Path(os.path.realpath(one.new)) for one in (*self.paths, *self.by_slot)]
+        folders = [one if one.is_dir() else one.parent for one in named if one.exists()]
+        return list(dict.fromkeys([self.folder, *folders]))
+
+    def check_vhds(self) -> None:
+        """Note a differencing VHD of another size than its parent, and one that an image of QEMU's stands on."""
+        for path, image in self.images.items():
+            below = self.images.get(image.parent or "")
+            if below is None:
+                continue
+            if image.format != images.VPC and below.is_foreign and below.parent is not None:
+                self.problem(
+                    "vhd-differencing", f"{path} stands on the differencing VHD {below.path}, whose parent QEMU never read",
+                    path, "take the VHD itself as the disk",
+                )  # fmt: skip
+            elif image.format == images.VPC and image.size != below.size:
+                sizes = f"{image.size} bytes, its parent {below.path} has {below.size}"
+                self.problem("wrong-size", f"{path} is a disk of {sizes}", path, "get the parent that it was made from")
 
     def _parent(self, child: str, recorded: str, backing: str) -> tuple[str, str]:
         """A parent's place now, and its name as the home knew it: beside the child, mapped, or moved with the home."""
@@ -173,7 +258,7 @@ class Finder:
         """Whether an image may be looked at; the reason is a finding."""
         if self._is_inside(path):
             return self.is_plain(Path(path))
-        if self.trusted or self._is_mapped(path):
+        if self.trusted or self._is_mapped(path) or path in self.vhd_parents:
             return True
         self.problem(
             "image-outside", f"{recorded} lies outside {self.folder}; it is read only when you say so", path,
@@ -238,7 +323,7 @@ class Finder:
         self.missing[:] = [one for one in self.missing if one.looked != old]
         self.problems[:] = [one for one in self.problems if not (one.code == "image-outside" and one.where == old)]
         self.images.pop(old, None)
-        fmt = self._format_of(present, entry.old, old, disks)
+        fmt = self._format_of(present, entry.old, old, new, disks)
         below: str | None = new
         while below is not None and below not in self.images:
             below, fmt, recorded = self._read_image(entry.old, below, fmt, recorded)
@@ -248,12 +333,18 @@ class Finder:
         for each in (disks, *others):
             if each.get(entry.old) == old:
                 each[entry.old] = new
+        for name, place in self.left_out.items():
+            if place == old:
+                self.left_out[name] = new
 
-    def _format_of(self, present: Configuration, slot: str, old: str, disks: dict[str, str]) -> str:
-        """The format that is stated for an image: by its child, or by the configuration."""
+    def _format_of(self, present: Configuration, slot: str, old: str, new: str, disks: dict[str, str]) -> str:
+        """The format of a file that the user named: VHD by its content, else as its child or the configuration state."""
+        if os.path.isfile(new) and images.identify(Path(new)).format == "vhd":
+            return images.VPC
         stated = next((one.parent_format for one in self.images.values() if one.parent == old), None)
         disk = present.find_disk(slot)
-        named = disk.format if disk is not None and disks.get(slot) == old else None
+        is_top = disks.get(slot) == old or old in self.left_out.values()
+        named = disk.format if disk is not None and is_top else None
         return stated or named or images.QCOW2
 
     def check_cycles(self) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hvmgr import errors
-from hvmgr.model.export_options import ExportOptions, ImageFormat
+from hvmgr.model.export_options import ExportOptions
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
 
 

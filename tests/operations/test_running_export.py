@@ -16,7 +16,7 @@ from hvmgr import errors
 from hvmgr.faces import console
 from hvmgr.host import saved_state
 from hvmgr.model import manifest
-from hvmgr.model.export_options import ImageFormat
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.specification import Firmware

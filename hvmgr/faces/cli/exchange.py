@@ -92,7 +92,8 @@ def _absolute(path: str) -> Path:
 
 
 def _options(wishes: dict[str, Any]) -> ExportOptions:
-    from hvmgr.model.export_options import ExportOptions, ImageFormat
+    from hvmgr.model.export_options import ExportOptions
+    from hvmgr.model.image_format import ImageFormat
     from hvmgr.model.manifest import Extent
 
     image_format = wishes["image_format"]
@@ -116,7 +117,7 @@ def _options(wishes: dict[str, Any]) -> ExportOptions:
 def verify(context: click.Context, /, folder: Path) -> None:
     """Check an export against its manifest: every byte, every chain, every configuration.
 
-    DIR is the export's folder, or the one above it. Nothing is written, and libvirt is not needed. The exit code is 6
+    DIR is the export's folder, the one above it, or an archive of it. Nothing is written, and libvirt is not needed. The exit code is 6
     when something is wrong.
     """
     request: Request = context.obj

@@ -74,6 +74,7 @@ def _import_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("import", cls=Command, examples=["hvmgr import /exports/web",
+                                                "hvmgr import /exports/web.tar.zst --name web2",
                                                 "hvmgr import /exports/web --name web2 --network lan=dmz",
                                                 "hvmgr import /gold/web --mode link --name web7",
                                                 "hvmgr import /srv/web --mode register",
@@ -86,7 +87,7 @@ def _import_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def import_command(context: click.Context, /, src: Path | None, file: Path | None, **options: Any) -> None:
     """Make a VM out of an export, a VM home, or a domain's XML.
 
-    SRC is the folder, the folder above it, or the configuration's file. All snapshots and saved states come along, and
+    SRC is the folder, the folder above it, the configuration's file, or an archive of an export. All snapshots and saved states come along, and
     the maps reach each of them. The VM is off afterwards. What is in the way is told before anything is touched.
     """
     request: Request = context.obj

@@ -55,6 +55,12 @@ def read(source: Path, options: ImportOptions) -> tuple[SourceHome, Maps, Used]:
         used=used,
         snapshots_from=options.snapshot_source,
     )
+    if opened.archive is not None and options.mode is not Mode.COPY:
+        what = "become a home" if options.mode is Mode.REGISTER else "be shared"
+        raise errors.UsageError(
+            f"{opened.origin} is an archive, and files in it cannot {what}",
+            hint="import it with --mode copy, or unpack it first: tar -xf FILE",
+        )
     return opened, wanted, used
 
 
@@ -92,6 +98,8 @@ def examine(
         *compare_host.findings(connection, comparison),
         *compare_place.findings(connection, comparison),
     ]
+    if opened.archive is not None:
+        findings = [opened.archive.named(one) for one in findings]
     comparison.findings.extend(compatibility.worst_first(findings))
     _require_all_used(comparison)
     return comparison
@@ -100,7 +108,7 @@ def examine(
 def _require_all_used(comparison: Comparison) -> None:
     """A value that would be ignored is an error, and says what there is."""
     for entry in comparison.maps.disk_targets:
-        if entry.old in comparison.source.disks:
+        if entry.old in comparison.source.disks or entry.old in comparison.source.left_out:
             comparison.used.entries.add(entry)
     left = comparison.used.unused(comparison.maps)
     if not left:
@@ -116,7 +124,7 @@ def _require_all_used(comparison: Comparison) -> None:
 
 def _what_there_is(comparison: Comparison, option: str) -> str | None:
     if option in {"disk", "disk-target"}:
-        return "it has the disks " + ", ".join(comparison.source.disks)
+        return "it has the disks " + ", ".join((*comparison.source.disks, *comparison.source.left_out))
     cards: dict[str, tuple[str, str | None]] = {}
     for one in comparison.source.configurations():
         cards |= maps.networks_of(one)
@@ -154,8 +162,26 @@ def _source_findings(comparison: Comparison, *, thorough: bool) -> Iterator[Find
                 f"say where it is: --path OLD=NEW, or --disk {missing.slot}=FILE",
             )
     yield from _sizes(source, needed, thorough=thorough)
+    yield from _small_files(source)
+    yield from _vhds(comparison)
     if source.undo is not None and options.mode is not Mode.REGISTER:
         yield found("undo-left-behind", "the undo slot does not come along", source.layout.undo)
+
+
+def _vhds(comparison: Comparison) -> Iterator[Finding]:
+    """QEMU reads zeros from a differencing VHD, and spoils it with the first write: it never gets one."""
+    source, mode = comparison.source, comparison.options.mode
+    used = {one.path for one in intake.needed_images(source, comparison.snapshots, left_out=mode is Mode.REGISTER)}
+    for image in intake.needed_images(source, comparison.snapshots):
+        if not image.is_foreign:
+            continue
+        kind = "a differencing VHD" if image.parent is not None else "a VHD that QEMU would cut short"
+        if mode is Mode.COPY or image.path not in used:
+            yield found("vhd-converted", f"{image.path} is {kind}: it becomes a qcow2 image", image.path)
+        else:
+            yield found(
+                "vhd-differencing", f"{image.path} is {kind}", image.path, "use --mode copy, which makes it qcow2"
+            )
 
 
 def _is_dropped(comparison: Comparison, snapshot_id: str) -> bool:
@@ -165,7 +191,7 @@ def _is_dropped(comparison: Comparison, snapshot_id: str) -> bool:
 def _broken(comparison: Comparison) -> Iterator[str]:
     """Images that are needed and were not read."""
     source = comparison.source
-    for disks in (source.disks, *(one.disks for one in comparison.snapshots)):
+    for disks in intake.disks_of(source, comparison.snapshots):
         for top in disks.values():
             chain = source.chain(top)
             if not chain:
@@ -187,5 +213,22 @@ def _sizes(source: SourceHome, needed: set[str], *, thorough: bool) -> Iterator[
                 path,
                 "name the right file with --disk or --path",
             )
-        elif thorough and listed.sha256 is not None and copy.sha256(Path(path)) != listed.sha256:
+        elif thorough and listed.sha256 is not None and _hash(source, path) != listed.sha256:
             yield found("wrong-hash", f"{path} holds other bytes than were recorded", path, "get a whole copy of it")
+
+
+def _hash(source: SourceHome, path: str) -> str:
+    packed = None if source.archive is None else source.archive.sha256(path)
+    return packed or copy.sha256(Path(path))
+
+
+def _small_files(source: SourceHome) -> Iterator[Finding]:
+    """What an archive holds besides images was read when it was opened."""
+    for name, digest in source.sums.items():
+        assert source.archive is not None
+        member = source.archive.members.get(str((source.folder / name).relative_to(source.archive.folder)))
+        if member is None:
+            yield found("damaged", f"{source.folder / name} is missing", source.folder / name, "get a whole copy of it")
+        elif member.sha256 is not None and member.sha256 != digest:
+            yield found("wrong-hash", f"{source.folder / name} holds other bytes than were recorded", source.folder / name,
+                        "get a whole copy of it")  # fmt: skip

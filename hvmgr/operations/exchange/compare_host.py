@@ -26,11 +26,11 @@ def findings(connection: Connection, comparison: Comparison) -> Iterator[Finding
     host = connection.capabilities()
     networks = connection.active_networks()
     seen: set[Finding] = set()
-    for where, one in _mapped(comparison):
+    for where, one, taken in _mapped(comparison):
         for finding in (
             *_network_findings(where, one, networks),
             *_machine_findings(connection, host, one),
-            *_file_findings(where, one),
+            *_file_findings(where, one, taken),
         ):
             if finding not in seen:
                 seen.add(finding)
@@ -40,14 +40,18 @@ def findings(connection: Connection, comparison: Comparison) -> Iterator[Finding
     yield from _state_findings(comparison)
 
 
-def _mapped(comparison: Comparison) -> Iterator[tuple[str, Configuration]]:
-    """Every configuration as it will be, with whose it is; saved states follow the maps like the rest."""
+def _mapped(comparison: Comparison) -> Iterator[tuple[str, Configuration, set[str]]]:
+    """Every configuration as it will be, with whose it is, and the slots of the disks that it takes along.
+
+    Saved states follow the maps like the rest.
+    """
+    named_disks = comparison.source.named
     named = [("now", comparison.source.present)]
     named += [(f"snapshot '{one.record.name}'", one.configuration) for one in comparison.snapshots]
     for where, one in named:
         changed = one.copy()
         maps.rewrite(changed, comparison.maps, comparison.used)
-        yield where, changed
+        yield where, changed, {disk.slot for disk in one.disks() if disk.is_left_out and disk.source in named_disks}
     for saved in (comparison.source.saved, *(each.saved for each in comparison.snapshots)):
         if saved is not None:
             maps.rewrite(saved.copy(), comparison.maps, comparison.used)
@@ -92,10 +96,10 @@ def _machine_findings(connection: Connection, host: Capabilities, one: Configura
             yield found("firmware-missing", "libvirt finds no UEFI firmware here", "efi", "install the package ovmf")
 
 
-def _file_findings(where: str, one: Configuration) -> Iterator[Finding]:
+def _file_findings(where: str, one: Configuration, taken: set[str]) -> Iterator[Finding]:
     removable = {disk.source for disk in one.disks() if disk.is_removable}
     for what, path in maps.paths_of(one):
-        if what == "loader":
+        if what == "loader" or what.removeprefix("drive ") in taken:
             continue
         if Path(path).exists():
             yield found("host-path", f"{what} is {path}, a file of this host", path)

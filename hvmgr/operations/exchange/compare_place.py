@@ -105,7 +105,7 @@ def _space_findings(comparison: Comparison) -> Iterator[Finding]:
         for memory in (comparison.source.memory, *(one.memory for one in comparison.snapshots)):
             if memory is not None:
                 place = _nearest(layout.snapshots)
-                needed[place] = needed.get(place, 0) + memory.stat().st_blocks * 512
+                needed[place] = needed.get(place, 0) + comparison.source.data_of(memory)
     by_device: dict[int, tuple[Path, int]] = {}
     for folder, size in needed.items():
         first, total = by_device.get(folder.stat().st_dev, (folder, 0))
@@ -125,7 +125,7 @@ def space_finding(folder: Path, size: int) -> Iterator[Finding]:
 
 def _link_findings(comparison: Comparison, owner: tuple[int, int] | None) -> Iterator[Finding]:
     source = comparison.source
-    for image in intake.needed_images(source, comparison.snapshots):
+    for image in intake.needed_images(source, comparison.snapshots, left_out=False):
         path = Path(image.path)
         facts = path.stat()
         read_only = os.statvfs(path).f_flag & os.ST_RDONLY

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvmgr import errors
+from hvmgr import errors, units
 from hvmgr.host import saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import export_plan, identity, manifest, names
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.export_options import ExportOptions
 from hvmgr.model.export_plan import Exported
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.layout import BASES, SNAPSHOTS, Layout
 from hvmgr.model.manifest import Extent
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
@@ -29,6 +31,7 @@ from hvmgr.operations.exchange.export_place import Place
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, frozen, images, vm_home
 
+_VHD_MAX = 2040 * units.GIB
 _ACTIVE = (State.RUNNING, State.PAUSED)
 
 
@@ -64,6 +67,8 @@ class Planner:
         self.forest = self._forest()
         self._check()
         self.images = {} if options.config_only else self._images()
+        if self.as_vhd:
+            self._check_sizes()
 
     # -- what is asked for -----------------------------------------------------------------------------------------
 
@@ -119,13 +124,27 @@ class Planner:
         if options.quiesce:
             freezing.require_agent(self.session)
         self._check_excluded()
-        if options.format is not None and options.format.driver == "vpc" and self._memory() is not None:
+        if self.as_vhd and options.flattens and self._memory() is not None:
             raise errors.UsageError(
                 "a VM does not go on from saved memory on VHD disks", hint="give --without-state with it"
             )
         for one in self._configurations():
             for disk in one.disks():
                 self._check_disk(one, disk.slot)
+
+    def _check_sizes(self) -> None:
+        """A VHD has the size of its parent, and an end."""
+        for one in self.images.values():
+            if one.source.size > _VHD_MAX:
+                raise errors.Unsupported(
+                    f"{one.source.path} is a disk of {units.format_size(one.source.size)}; a VHD has at most 2040 GiB",
+                    hint="export it as qcow2 or raw",
+                )
+            if one.parent is not None and any(image.size != one.source.size for image in one.chain):
+                raise errors.Unsupported(
+                    f"a disk was resized between snapshots, and a differencing VHD has its parent's size ({one.name})",
+                    hint="export the tree without --format, or one snapshot: --snapshot SNAP --format vhd",
+                )
 
     def _check_excluded(self) -> None:
         known = {disk.slot for one in self._configurations() for disk in one.disks()}
@@ -177,14 +196,19 @@ class Planner:
 
     def _images(self) -> dict[str, Exported]:
         if self.options.flattens:
-            fmt = None if self.options.format is None else self.options.format.driver
+            fmt = images.VPC if self.as_vhd else self.options.format
             return export_plan.as_disks(self.forest, {slot: path for slot, path, _ in self._disks(self.origin)}, fmt)
         tops: dict[str, str] = {}
         for one in self._configurations():
             for slot, path, _ in self._disks(one):
                 tops.setdefault(path, slot)
         merge = self.options.extent is Extent.KEPT
-        return export_plan.as_tree(self.forest, tops, self.source.vm_id, merge=merge)
+        return export_plan.as_tree(self.forest, tops, self.source.vm_id, merge=merge, vhd=self.as_vhd)
+
+    @property
+    def as_vhd(self) -> bool:
+        """Whether every image becomes a VHD."""
+        return self.options.format == ImageFormat.VHD
 
     def _image_steps(self) -> list[Step]:
         plain: list[Step] = []
@@ -196,7 +220,24 @@ class Planner:
             (plain if isinstance(step, export_plan.ExportFile) else others).append(step)
         return [*plain, *others]
 
+    def _vhd_step(self, one: Exported) -> Step:
+        """An image that a snapshot froze has the same id in every export; one that is still written, a new one each time."""
+        path, data = one.source.path, sum(image.data for image in (one.source, *one.merged))
+        is_frozen = path not in self.forest.present.disks.values()
+        uid = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.source.vm_id}/{path}") if is_frozen else uuid.uuid4()
+        return export_plan.ExportVhd(
+            source=path,
+            chain=tuple((image.path, image.format) for image in one.chain),
+            target=str(self.place.home / one.name),
+            parent=None if one.parent is None else str(self.place.home / one.parent.name),
+            own=1 + len(one.merged),
+            uid=uid.hex,
+            size=min(data if one.parent else sum(image.data for image in one.chain), one.source.size),
+        )
+
     def _image_step(self, one: Exported) -> Step:
+        if self.as_vhd and (one.flat or not self.options.flattens):
+            return self._vhd_step(one)
         source, target, data = one.source.path, str(self.place.home / one.name), one.source.data
         if one.flat:
             size = min(sum(image.data for image in one.chain), one.source.size)

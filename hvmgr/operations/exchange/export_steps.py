@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from hvmgr import errors
+from hvmgr import errors, vhd
 from hvmgr.host import qemu_img, saved_state
 from hvmgr.host.storage_daemon import Node
 from hvmgr.model import export_plan, manifest
 from hvmgr.model.manifest import Image
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.progress import Progress
+from hvmgr.operations.exchange import mapped_disk
 from hvmgr.operations.exchange.export_place import PUBLISHED_MODE, Place
 from hvmgr.operations.session import Session
 from hvmgr.storage import copy, durable, images
 from hvmgr.storage.copy import Job
 from hvmgr.storage.finished import Made
+from hvmgr.vhd import creation
 
 FILE_MODE = 0o440
 _FOLDER_MODE = 0o700  # while it is made
@@ -36,6 +38,7 @@ _HASHED_AFTERWARDS = (
     export_plan.ExportImage,
     export_plan.ExportMerged,
     export_plan.ExportFlat,
+    export_plan.ExportVhd,
     export_plan.ExportMemory,
 )
 
@@ -162,6 +165,28 @@ class Exporter:
 
         self._make(step, step.chain, f"flat {step.format}", act)
 
+    def _vhd(self, step: export_plan.ExportVhd) -> None:
+        chain = [(Path(path), fmt) for path, fmt in step.chain]
+        origin, how = None, "VHD"
+        if step.parent is not None:
+            origin = creation.describe_parent(Path(step.target), Path(step.parent))
+            how = f"VHD of {step.own} on {origin.uid.hex()} {origin.relative}"
+
+        def act(target: Path) -> None:
+            shared = bool(self._shared.intersection(path for path, _ in step.chain))
+            own = None if origin is None else step.own
+            with mapped_disk.opened(chain, own=own, beside=target, force_share=shared) as disk:
+                vhd.write_image(
+                    target,
+                    disk,
+                    kind=vhd.Kind.DYNAMIC if origin is None else vhd.Kind.DIFFERENCING,
+                    parent=origin,
+                    uid=bytes.fromhex(step.uid),
+                    on_progress=lambda done, total: self._tell(done * step.size // total),
+                )
+
+        self._make(step, [path for path, _ in step.chain], how, act)
+
     def _merged(self, step: export_plan.ExportMerged) -> None:
         parent = _relative(step.parent, step.target)
 
@@ -270,6 +295,7 @@ class Exporter:
         export_plan.MakeExport: _folders,
         export_plan.ExportImage: _image,
         export_plan.ExportMerged: _merged,
+        export_plan.ExportVhd: _vhd,
         export_plan.ExportFlat: _flat,
         export_plan.ExportMemory: _memory,
         export_plan.ExportFolder: _folder,

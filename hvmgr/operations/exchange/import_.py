@@ -69,12 +69,12 @@ def take_in(
     snapshots = intake.kept_snapshots(source, options)
     targets = {one.old: one.new for one in maps.disk_targets}
     for entry in maps.disk_targets:
-        if entry.old in source.disks:
+        if entry.old in source.disks or entry.old in source.left_out:
             used.entries.add(entry)
-    if options.mode is Mode.COPY:
-        places = intake.place_images(session.layout, source, snapshots, targets, session.new_id)
-    else:
-        places = {path: path for path in source.images}
+    converted = intake.to_convert(source, snapshots, options, left_out=options.mode is Mode.LINK)
+    places = intake.place_images(session.layout, source, snapshots, targets, session.new_id, converted=converted)
+    if options.mode is not Mode.COPY:
+        places |= {one.path: one.path for one in intake.needed_images(source, snapshots, left_out=False)}
     return Intake(
         source=source,
         options=options,
@@ -87,8 +87,20 @@ def take_in(
         new_id=session.new_id,
         snapshots=snapshots,
         places=places,
+        converted=converted,
         emulators=session.connection.capabilities().emulators,
+        present_memory=None if options.replace else _place_of_memory(session, source, who, options),
     )
+
+
+def _place_of_memory(session: Session, source: SourceHome, who: Identity, options: ImportOptions) -> Path | None:
+    """Where libvirt looks at the next start for the saved memory of the present."""
+    if source.memory is None or source.saved is None or options.without_state:
+        return None
+    target = session.connection.managed_save_path(who.name)
+    if target.exists():
+        raise errors.Conflict(f"{target} exists already", hint="remove it: it belongs to no VM", path=str(target))
+    return target
 
 
 # --- copy and link --------------------------------------------------------------------------------------------------
@@ -98,35 +110,34 @@ def plan_new(session: Session, taken: Intake) -> Plan:
     """A VM in a home of its own, off or saved: its images are copied, or stand on those of the source."""
     layout, source, change = session.layout, taken.source, session.new_id()
     linked = taken.options.mode is Mode.LINK
-    disks, children = _working_images(session, taken) if linked else (_copied(taken), [])
+    disks, children = _working_images(session, taken) if linked else (taken.placed(source.disks), [])
     prepare: list[Step] = []
     if layout.links():
         prepare.append(plan.MakeRoots(places=tuple((str(name), str(place)) for name, place in layout.links())))
     prepare.append(plan.MakeHome(home=str(layout.home), vm_id=layout.vm_id))
     prepare.append(_note_use(session, taken, linked=linked))
-    prepare += children if linked else taken.steps_for_images(hold=_to_hold(session, source))
+    prepare += children
+    prepare += taken.steps_for_images(hold=_to_hold(session, source), only=taken.left_out() if linked else None)
     prepare += taken.steps_for_snapshots()
     nvram = layout.nvram(session.new_id()) if source.present.nvram is not None else None
     prepare += _firmware(session, source, nvram)
-    prepare += _managed_save(session, taken, disks, nvram)
+    prepare += _managed_save(taken, disks, nvram)
     frozen = () if linked else taken.frozen()
-    gold = tuple((one.path, _digest(source, one.path)) for one in taken.needed()) if linked else ()
+    shared = intake.needed_images(source, taken.snapshots, left_out=False) if linked else []
+    gold = tuple((one.path, _digest(source, one.path)) for one in shared)
     finish: list[Step] = [plan.WritePresent()]
     finish += [plan.RecordFrozen(paths=frozen)] if frozen else []
     finish += [plan.RecordGold(images=gold)] if gold else []
+    finish += taken.steps_after()
     return Plan(
         plan_id=change,
         vm_id=layout.vm_id,
         operation="import",
-        subject=f"import of {taken.identity.name} from {source.folder}",
+        subject=f"import of {taken.identity.name} from {source.origin}",
         prepare=tuple(prepare),
         switch=plan.Define(xml=taken.present(change=change, nvram=nvram, disks=disks).to_xml()),
         finish=tuple(finish),
     )
-
-
-def _copied(taken: Intake) -> dict[str, tuple[str, str]]:
-    return {slot: (taken.places[path], taken.source.images[path].format) for slot, path in taken.source.disks.items()}
 
 
 def _working_images(session: Session, taken: Intake) -> tuple[dict[str, tuple[str, str]], list[Step]]:
@@ -160,8 +171,9 @@ def _to_hold(session: Session, source: SourceHome) -> tuple[str, ...]:
     domain = session.connection.find_domain(source.vm_id)
     if not source.trusted or domain is None:
         return ()
-    present = vm_home.disks_of(configuration.parse(domain.xml(live=False), source="libvirt"))
-    return tuple(path for path in source.disks.values() if path in present.values())
+    parsed = configuration.parse(domain.xml(live=False), source="libvirt")
+    present = {vm_home.canonical(disk.source) for disk in parsed.disks() if disk.source is not None}
+    return tuple(path for path in (*source.disks.values(), *source.left_out.values()) if path in present)
 
 
 def _firmware(session: Session, source: SourceHome, nvram: Path | None) -> list[Step]:
@@ -184,16 +196,13 @@ def tpm_of(connection: Connection, source: SourceHome) -> Path | None:
     return folder if source.trusted and source.is_present and folder.is_dir() else None
 
 
-def _managed_save(session: Session, taken: Intake, disks: dict[str, tuple[str, str]], nvram: Path | None) -> list[Step]:
+def _managed_save(taken: Intake, disks: dict[str, tuple[str, str]], nvram: Path | None) -> list[Step]:
     """A present with saved memory goes on from it: libvirt looks for the file at the next start."""
-    source = taken.source
-    if source.memory is None or source.saved is None or taken.options.without_state:
+    source, target = taken.source, taken.present_memory
+    if source.memory is None or source.saved is None or target is None:
         return []
-    target = session.connection.managed_save_path(taken.identity.name)
-    if target.exists():
-        raise errors.Conflict(f"{target} exists already", hint="remove it: it belongs to no VM", path=str(target))
     xml = taken.saved(source.saved, source.present, disks, nvram)
-    return [plan.CopyMemory(source=str(source.memory), target=str(target), xml=xml)]
+    return [taken.step_for_memory(source.memory, target, source.saved, xml)]
 
 
 # --- in place of a VM -----------------------------------------------------------------------------------------------

@@ -141,7 +141,7 @@ def prepare(host: Host, source: Path, options: ImportOptions) -> ImportPlan:
     snapshots += [PlannedSnapshot(id=one, name="(missing)", keep=False) for one in sorted(missing - known)]
     return ImportPlan(
         host=host,
-        source=opened.folder if opened.is_home else opened.file,
+        source=opened.origin if opened.is_home else opened.file,
         vm=None,
         name=options.name or opened.present.name,
         mode=options.mode,
@@ -165,9 +165,9 @@ def prepare(host: Host, source: Path, options: ImportOptions) -> ImportPlan:
 
 
 def _disks(opened: SourceHome, options: ImportOptions) -> list[PlannedDisk]:
-    recorded = {disk.slot: disk.source or "" for disk in opened.present.disks() if disk.takes_part}
+    recorded = {disk.slot: disk.source or "" for disk in opened.present.disks() if disk.takes_part or disk.is_left_out}
     planned = []
-    for slot, path in opened.disks.items():
+    for slot, path in {**opened.disks, **opened.left_out}.items():
         image = opened.images.get(path)
         planned.append(
             PlannedDisk(

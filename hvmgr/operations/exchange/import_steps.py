@@ -12,7 +12,7 @@ from hvmgr.host import qemu_img, saved_state
 from hvmgr.model import plan
 from hvmgr.model.progress import Progress
 from hvmgr.operations.session import Session
-from hvmgr.storage import copy, durable, frozen, images, index
+from hvmgr.storage import archives, copy, durable, frozen, images, index
 
 
 def make_roots(_session: Session, step: plan.MakeRoots) -> None:
@@ -71,6 +71,24 @@ def copy_images(session: Session, step: plan.CopyImages) -> None:
 def uncopy_images(_session: Session, step: plan.CopyImages) -> None:
     """No copy is there."""
     for _, target, _ in step.files:
+        durable.remove(Path(target))
+
+
+def unpack_files(session: Session, step: plan.UnpackFiles) -> None:
+    """Every file is complete, on disk, and the bytes are those that were recorded."""
+    archives.unpack(
+        Path(step.archive),
+        (step.size, step.mtime_ns),
+        {name: (Path(target), sha256) for name, target, sha256 in step.files},
+        owner=session.owner,
+        report=lambda done, total: session.progress(Progress(done, total, "unpack the archive")),
+    )
+
+
+def pack_files_away(_session: Session, step: plan.UnpackFiles) -> None:
+    """None of the files is there."""
+    for _, target, _ in step.files:
+        durable.remove(archives.part_of(Path(target)))
         durable.remove(Path(target))
 
 

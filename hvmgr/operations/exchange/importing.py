@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.model import configuration
 from hvmgr.model.import_options import ImportOptions, Mode
+from hvmgr.operations import reconcile
 from hvmgr.operations.exchange import compare, import_, intake
 from hvmgr.operations.exchange.compare import Comparison
 from hvmgr.operations.steps import execution
@@ -154,8 +155,11 @@ def clone(vm: VM, name: str, how: CloneOptions) -> VM:
         tags=how.tags,
     )
     snapshot_id = None if how.snapshot is None else vm.snapshot(how.snapshot).id
-    vm.now()  # sets right what a dead command left
     host = vm.host
+    with host.session(vm.home) as session:
+        reconcile.bring_together(session)  # what others changed is cloned too
+        if session.doubt is not None and snapshot_id is None:
+            raise session.doubt
     with vm.home.locked(wait_s=host.wait_s):
         source = source_home.open_source(vm.path, own=True)
         if snapshot_id is not None:

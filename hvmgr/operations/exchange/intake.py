@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -47,6 +47,8 @@ class Intake:
         default_factory=dict
     )  # images of those that stand for the source's: their formats
     emulators: Mapping[str, Path] = field(default_factory=dict)  # this host's, by architecture
+    converted: frozenset[str] = frozenset()  # VHDs that become qcow2
+    present_memory: Path | None = None  # where libvirt looks for the saved memory of the present, when it comes along
 
     # -- configurations ------------------------------------------------------------------------------------------------
 
@@ -66,7 +68,7 @@ class Intake:
 
     def snapshot(self, one: SourceSnapshot) -> Configuration:
         """The configuration of a snapshot as it will be written."""
-        disks = {slot: (self.places[path], self.source.images[path].format) for slot, path in one.disks.items()}
+        disks = self.placed(one.disks)
         new_id = self.identity.snapshot(one.record.id)
         assert new_id is not None
         changed = self._changed(one.configuration, disks, self.layout.snapshot_nvram(new_id))
@@ -89,6 +91,14 @@ class Intake:
         changed.set_metadata(dataclasses.replace(self._facts(facts_of), snapshot=None))
         return changed.to_xml()
 
+    def format_of(self, path: str) -> str:
+        """The format of an image of the source at its place."""
+        return images.QCOW2 if path in self.converted else self.source.images[path].format
+
+    def placed(self, disks: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+        """Disks by slot as (path, format), at their places."""
+        return {slot: (self.places[path], self.format_of(path)) for slot, path in disks.items()}
+
     def keeps_state(self, one: SourceSnapshot) -> bool:
         return one.memory is not None and one.saved is not None and not self.options.without_state
 
@@ -96,13 +106,22 @@ class Intake:
         changed = one.copy()
         changed.strip_backing_chains()
         maps.rewrite(changed, self.maps, self.used)
-        for slot, (path, fmt) in disks.items():
+        for slot, (path, fmt) in {**self._left_out(one), **disks}.items():
             changed.set_disk_source(slot, Path(path), fmt)
         self.identity.impress(changed)
         self._set_emulator(changed)
         if one.nvram is not None and nvram is not None:
             changed.set_nvram(nvram)
         return changed
+
+    def _left_out(self, one: Configuration) -> dict[str, tuple[str, str]]:
+        """The disks that snapshots do not freeze: two VMs must never write to one, and a source is never written."""
+        found: dict[str, tuple[str, str]] = {}
+        for disk in one.disks():
+            path = self.source.named.get(disk.source or "", "") if disk.is_left_out else ""
+            if path in self.places and path in self.source.images and self.places[path] != disk.source:
+                found[disk.slot] = (self.places[path], self.format_of(path))
+        return found
 
     def _set_emulator(self, changed: Configuration) -> None:
         """Distributions put QEMU into different places: where the source's is not, this host's own is."""
@@ -144,22 +163,104 @@ class Intake:
         """Every image that the present and the snapshots that come along stand on, bases first."""
         return needed_images(self.source, self.snapshots, shared=self.shared)
 
-    def steps_for_images(self, *, hold: tuple[str, ...]) -> list[Step]:
+    def left_out(self) -> list[SourceImage]:
+        """The images of disks that snapshots do not freeze, with what they stand on, bases first."""
+        shared = {one.path for one in needed_images(self.source, self.snapshots, left_out=False)}
+        return [one for one in self.needed() if one.path not in shared]
+
+    def steps_for_images(self, *, hold: tuple[str, ...], only: Sequence[SourceImage] | None = None) -> list[Step]:
         """The images are copied, name each other under their new names, and are frozen where they have to be."""
-        needed = self.needed()
-        if not needed:
+        needed = self.needed() if only is None else only
+        if not needed and self.source.archive is None:
             return []
-        files = []
-        for image in needed:
-            listed = self.source.expected.get(image.path)
-            digest = listed.sha256 if listed is not None and listed.bytes == image.length else None
-            files.append((image.path, self.places[image.path], digest or ""))
         parents = {image.parent for image in needed if image.parent is not None}
         frozen = parents | {path for one in self.snapshots for path in one.disks.values()}
-        steps: list[Step] = [plan.CopyImages(files=tuple(files), hold=hold)]
+        steps = self._steps_for_bytes(needed, hold)
         steps += [step for image in needed if (step := self._rename_parent(image)) is not None]
         steps += [plan.FreezeImage(path=self.places[image.path]) for image in needed if image.path in frozen]
         return steps
+
+    def _steps_for_bytes(self, needed: Sequence[SourceImage], hold: tuple[str, ...]) -> list[Step]:
+        """The images' bytes; out of an archive everything that is large, in one pass through it."""
+        as_they_are = [one for one in needed if one.path not in self.converted]
+        files = [(one.path, self.places[one.path], self._digest(one)) for one in as_they_are]
+        files += [(one.path, str(self._waiting(one)), self._digest(one)) for one in needed if self._is_packed_vhd(one)]
+        steps = self._steps_for_files(files, hold)
+        return [*steps, *(self._convert(one) for one in needed if one.path in self.converted)]
+
+    def _digest(self, image: SourceImage) -> str:
+        listed = self.source.expected.get(image.path)
+        return (listed.sha256 if listed is not None and listed.bytes == image.length else None) or ""
+
+    def _is_packed_vhd(self, image: SourceImage) -> bool:
+        """Whether a VHD has to be unpacked before it can be converted."""
+        archive = self.source.archive
+        return image.path in self.converted and archive is not None and archive.name_of(image.path) is not None
+
+    def _waiting(self, image: SourceImage) -> Path:
+        """Where a VHD out of an archive waits to be converted."""
+        return self.unpacked / Path(self.places[image.path]).with_suffix(".vhd").name
+
+    @property
+    def unpacked(self) -> Path:
+        """A folder for what is needed only as long as the import takes."""
+        return self.layout.private / "unpacked"
+
+    def _convert(self, image: SourceImage) -> plan.ConvertVhd:
+        target, packed = self.places[image.path], self._is_packed_vhd(image)
+        parent = None if image.parent is None else self.layout.parent_name(Path(target), self.places[image.parent])
+        return plan.ConvertVhd(
+            source=str(self._waiting(image)) if packed else image.path,
+            target=target,
+            size=image.size,
+            parent=parent,
+            parent_format=None if image.parent is None else self.shared.get(image.parent, self.format_of(image.parent)),
+            sha256="" if packed else self._digest(image),
+        )
+
+    def _steps_for_files(self, files: Sequence[tuple[str, str, str]], hold: tuple[str, ...]) -> list[Step]:
+        archive = self.source.archive
+        if archive is None:
+            return [plan.CopyImages(files=tuple(files), hold=hold)] if files else []
+        packed, others, steps = list[tuple[str, str, str]](), list[tuple[str, str, str]](), list[Step]()
+        for path, target, digest in files:
+            name = archive.name_of(path)
+            if name is None:
+                others.append((path, target, digest))  # one that the user named by a map
+            else:
+                packed.append((name, target, digest))
+        for memory, place in self._memories():
+            name = archive.name_of(memory)
+            assert name is not None
+            packed.append((name, str(place), self.source.hash_of(memory)))
+            if place.is_relative_to(self.layout.snapshots):
+                steps.append(plan.MakeSnapshotFolder(snapshot_id=place.parent.name))
+        if any(Path(target).is_relative_to(self.unpacked) for _, target, _ in packed):
+            steps.append(plan.MakeFolders(folders=(str(self.unpacked),)))
+        steps += [plan.CopyImages(files=tuple(others), hold=hold)] if others else []
+        if packed:
+            _, _, size, mtime_ns = archive.state
+            steps.append(plan.UnpackFiles(str(archive.path), size, mtime_ns, tuple(packed)))
+        return steps
+
+    def _memories(self) -> Iterator[tuple[Path, Path]]:
+        """Saved memory that comes along, and where to."""
+        for one in self.snapshots:
+            if self.keeps_state(one) and one.memory is not None:
+                yield one.memory, self.layout.memory(self.identity.snapshot(one.record.id) or one.record.id)
+        if self.present_memory is not None and self.source.memory is not None:
+            yield self.source.memory, self.present_memory
+
+    def step_for_memory(self, source: Path, target: Path, before: Configuration, xml: str) -> Step:
+        """The saved state is at its place, with this configuration in it."""
+        if self.source.archive is not None:
+            return plan.ChangeMemory(path=str(target), before=before.to_xml(), after=xml)
+        return plan.CopyMemory(source=str(source), target=str(target), xml=xml)
+
+    def steps_after(self) -> list[Step]:
+        """What was needed on the way is gone."""
+        is_used = any(self._is_packed_vhd(one) for one in self.needed())
+        return [plan.RemoveFolder(path=str(self.unpacked))] if is_used else []
 
     def frozen(self) -> tuple[str, ...]:
         """The copies that are frozen, for their records."""
@@ -168,13 +269,13 @@ class Intake:
         return tuple(self.places[image.path] for image in needed if image.path in frozen)
 
     def _rename_parent(self, image: SourceImage) -> plan.NameParent | None:
-        if image.parent is None or image.backing is None:
+        if image.parent is None or image.backing is None or image.path in self.converted:
             return None
         child, parent = Path(self.places[image.path]), self.places[image.parent]
         name = self.layout.parent_name(child, parent)
-        if name == image.backing and image.parent not in self.shared:
+        if name == image.backing and image.parent not in self.shared and image.parent not in self.converted:
             return None
-        fmt = self.shared.get(image.parent, image.parent_format)
+        fmt = self.shared.get(image.parent, images.QCOW2 if image.parent in self.converted else image.parent_format)
         assert fmt is not None
         return plan.NameParent(
             path=str(child), parent=name, parent_format=fmt, before=image.backing, mode=frozen.WORKING_MODE
@@ -194,10 +295,9 @@ class Intake:
             if self.keeps_state(one):
                 assert one.memory is not None
                 assert one.saved is not None
-                disks = {slot: (self.places[path], self.source.images[path].format) for slot, path in one.disks.items()}
+                disks = self.placed(one.disks)
                 xml = self.saved(one.saved, one.configuration, disks, self.layout.snapshot_nvram(new_id))
-                memory = str(self.layout.memory(new_id))
-                steps.append(plan.CopyMemory(source=str(one.memory), target=memory, xml=xml))
+                steps.append(self.step_for_memory(one.memory, self.layout.memory(new_id), one.saved, xml))
             steps.append(plan.WriteSnapshot(snapshot_id=new_id, xml=self.snapshot(one).to_xml()))
         return steps
 
@@ -218,17 +318,37 @@ def kept_snapshots(source: SourceHome, options: ImportOptions) -> tuple[SourceSn
 
 
 def needed_images(
-    source: SourceHome, snapshots: Iterable[SourceSnapshot], *, shared: Container[str] = ()
+    source: SourceHome,
+    snapshots: Iterable[SourceSnapshot],
+    *,
+    shared: Container[str] = (),
+    left_out: bool = True,
 ) -> list[SourceImage]:
-    """The images of the present and of these snapshots with all their parents, bases first; none at or below ``shared``."""
+    """The images of the present and of these snapshots with all their parents, bases first; none at or below ``shared``.
+
+    ``left_out``: those of disks that snapshots do not freeze are among them.
+    """
     found: dict[str, SourceImage] = {}
-    tops = [*source.disks.values(), *(path for one in snapshots for path in one.disks.values())]
+    tops = (top for disks in disks_of(source, snapshots, left_out=left_out) for top in disks.values())
     for top in tops:
         chain = source.chain(top)
         count = next((number for number, image in enumerate(chain) if image.path in shared), len(chain))
         for image in reversed(chain[:count]):
             found.setdefault(image.path, image)
     return list(found.values())
+
+
+def disks_of(
+    source: SourceHome, snapshots: Iterable[SourceSnapshot], *, left_out: bool = True
+) -> Iterator[Mapping[str, str]]:
+    """The disks of the present and of these snapshots: slot and the image's place now."""
+    yield source.disks
+    if left_out:
+        yield source.left_out
+    for one in snapshots:
+        yield one.disks
+        if left_out:
+            yield one.left_out
 
 
 def place_images(
@@ -239,6 +359,7 @@ def place_images(
     new_id: Callable[[], str],
     *,
     shared: Container[str] = (),
+    converted: Container[str] = (),
 ) -> dict[str, str]:
     """Where the copy of each image goes: names stay as far as they are free; ``targets`` are places for bases by slot."""
     slots = slots_of(source, snapshots)
@@ -246,34 +367,54 @@ def place_images(
     taken: set[str] = set()
     for image in needed_images(source, snapshots, shared=shared):
         slot = slots.get(image.path, "disk")
+        name = Path(image.path).name if image.inside or image.parent is not None else f"{slot}{_SUFFIXES[image.format]}"
+        if image.path in converted:
+            name = str(Path(name).with_suffix(_SUFFIXES[images.QCOW2]))
         if image.parent is None:
-            target = _place_base(layout, image, slot, targets.get(slot), taken)
+            target = _place_base(layout, name, targets.get(slot), taken)
         else:
-            target = _place_child(layout, image, slot, taken, new_id)
+            target = _place_child(layout, name, slot, taken, new_id)
         places[image.path] = target
         taken.add(target)
     return places
 
 
+def to_convert(
+    source: SourceHome, snapshots: Sequence[SourceSnapshot], options: ImportOptions, *, left_out: bool
+) -> frozenset[str]:
+    """The VHDs that become qcow2: all of a source where one is differencing, or where saved memory is to go on.
+
+    QEMU runs on a VHD that has no parent; but it saves no memory then. ``left_out``: of disks that snapshots leave out only.
+    """
+    needed = needed_images(source, snapshots)
+    if left_out:
+        shared = {one.path for one in needed_images(source, snapshots, left_out=False)}
+        needed = [one for one in needed if one.path not in shared]
+    saved = [source.saved, *(one.saved for one in snapshots)]
+    has_memory = not options.without_state and any(one is not None for one in saved)
+    if has_memory or any(one.is_foreign for one in needed):
+        return frozenset(one.path for one in needed if one.format == images.VPC)
+    return frozenset()
+
+
 def slots_of(source: SourceHome, snapshots: Iterable[SourceSnapshot]) -> dict[str, str]:
     """The slot of the disk that each image belongs to."""
     slots: dict[str, str] = {}
-    for disks in (source.disks, *(one.disks for one in snapshots)):
+    for disks in disks_of(source, snapshots):
         for slot, top in disks.items():
             for image in source.chain(top):
                 slots.setdefault(image.path, slot)
     return slots
 
 
-def _place_base(layout: Layout, image: SourceImage, slot: str, target: str | None, taken: set[str]) -> str:
-    name = Path(image.path).name if image.inside else f"{slot}{_SUFFIXES[image.format]}"
+def _place_base(layout: Layout, name: str, target: str | None, taken: set[str]) -> str:
     if target is not None:
         return str(Path(target) / name) if Path(target).is_dir() else target
     return _free(layout.bases, Path(name), taken)
 
 
-def _place_child(layout: Layout, image: SourceImage, slot: str, taken: set[str], new_id: Callable[[], str]) -> str:
-    target = layout.images / Path(image.path).name
+def _place_child(layout: Layout, name: str, slot: str, taken: set[str], new_id: Callable[[], str]) -> str:
+    target = layout.images / name
     ours = vm_home._OURS.fullmatch(target.name) is not None  # noqa: SLF001
     while not ours or str(target) in taken or target.exists():
         target, ours = layout.image(slot, new_id()), True

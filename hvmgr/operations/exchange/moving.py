@@ -119,6 +119,10 @@ def _take_in(session: Session, new: Layout) -> Intake:
         for file in sorted(before.iterdir()) if before.is_dir() else ():
             if file.is_file():
                 places[str(file)] = str(after / file.name)
+    for path in source.images:
+        if path not in places:  # a disk that snapshots leave out may lie anywhere in the home
+            target = new.bases / Path(path).name
+            places[path] = str(target.with_stem(session.new_id()) if str(target) in places.values() else target)
     return Intake(
         source=source,
         options=ImportOptions(),

@@ -57,23 +57,24 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
     removed = tree.remove_userless(after, away)
     change = session.new_id()
     nvram = layout.nvram(session.new_id()) if taken.source.present.nvram is not None else None
-    disks = {slot: (taken.places[path], taken.source.images[path].format) for slot, path in taken.source.disks.items()}
+    disks = taken.placed(taken.source.disks)
     defined = taken.present(change=change, nvram=nvram, disks=disks)
     _apart(taken, defined, before)
     prepare: list[Step] = [*taken.steps_for_images(hold=()), *taken.steps_for_snapshots()]
+    if taken.present_memory is not None:  # of an archive it is unpacked by now
+        taken = dataclasses.replace(taken, source=dataclasses.replace(taken.source, memory=taken.present_memory))
     if taken.source.nvram is not None and nvram is not None:
         prepare.append(plan.CopyFile(source=str(taken.source.nvram), target=str(nvram)))
     prepare += replacement.put_present_away(session, present, facts, how)
-    finish: list[Step] = []
     if taken.source.memory is not None:
         session.say("the present of the export was saved; it comes back as after a power cut")
-    if taken.source.present.has_tpm:
-        finish += _tpm(session, taken)
+    brought, finish = _tpm(session, taken) if taken.source.present.has_tpm else ([], [])
+    prepare += brought
     return Plan(
         plan_id=change,
         vm_id=home.vm_id,
         operation="import",
-        subject=f"return of {present.name} to what was exported to {taken.source.folder}",
+        subject=f"return of {present.name} to what was exported to {taken.source.origin}",
         prepare=tuple(prepare),
         switch=plan.Define(xml=defined.to_xml()),
         finish=(
@@ -83,6 +84,8 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
             *removed.finish,
             plan.RecordFrozen(paths=taken.frozen()),
             plan.RemoveFile(path=str(layout.put_away)),
+            plan.RemoveFile(path=str(_unpacked_memory(session))),
+            *taken.steps_after(),
         ),
         hold=snapshots.working(before),
     )
@@ -96,10 +99,23 @@ def _take_in(session: Session, comparison: Comparison, before: Tree) -> Intake:
     taken = import_.take_in(session, source, comparison.options, who, comparison.maps, comparison.used)
     own = _own_images(session, comparison, before)
     shared = {path: before.images[place].format for path, place in own.items()}
-    places = intake.place_images(session.layout, source, fresh, {}, session.new_id, shared=shared)
-    return dataclasses.replace(
-        taken, snapshots=fresh, places={**places, **own}, known=frozenset(before.nodes), shared=shared
+    places = intake.place_images(
+        session.layout, source, fresh, {}, session.new_id, shared=shared, converted=taken.converted
     )
+    has_memory = source.archive is not None and source.memory is not None and not comparison.options.without_state
+    return dataclasses.replace(
+        taken,
+        snapshots=fresh,
+        places={**places, **own},
+        known=frozenset(before.nodes),
+        shared=shared,
+        present_memory=_unpacked_memory(session) if has_memory else None,
+    )
+
+
+def _unpacked_memory(session: Session) -> Path:
+    """The saved memory of the present as an archive holds it."""
+    return session.layout.private / "unpacked.save"
 
 
 def _own_images(session: Session, comparison: Comparison, before: Tree) -> dict[str, str]:
@@ -146,7 +162,7 @@ def _with_import(taken: Intake, before: Tree) -> Tree:
         place = taken.places[one.path]
         parent = None if one.parent is None else taken.places[one.parent]
         keeper = Keeper.BASES if one.parent is None else Keeper.IMAGES
-        images[place] = Image(place, parent, one.format, one.size, one.data, keeper)
+        images[place] = Image(place, parent, taken.format_of(one.path), one.size, one.data, keeper)
     nodes = dict(before.nodes)
     for each in taken.snapshots:
         disks = {slot: taken.places[path] for slot, path in each.disks.items()}
@@ -156,8 +172,13 @@ def _with_import(taken: Intake, before: Tree) -> Tree:
     return dataclasses.replace(before, images=images, nodes=nodes, present=present, undo=before.present)
 
 
-def _tpm(session: Session, taken: Intake) -> list[Step]:
+def _tpm(session: Session, taken: Intake) -> tuple[list[Step], list[Step]]:
+    """What is done before the switch and after it: by then the source may be away, and the state is taken from the home."""
     folder = session.connection.tpm_folder(session.home.vm_id)
-    if taken.source.tpm is not None:
-        return [plan.ReplaceFolder(source=str(taken.source.tpm), target=str(folder))]
-    return [plan.RemoveFolder(path=str(folder))]
+    if taken.source.tpm is None:
+        return [], [plan.RemoveFolder(path=str(folder))]
+    here = str(session.layout.private / "tpm")
+    return (
+        [plan.CopyFolder(source=str(taken.source.tpm), target=here)],
+        [plan.ReplaceFolder(source=here, target=str(folder)), plan.RemoveFolder(path=here)],
+    )

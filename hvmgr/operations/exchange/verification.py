@@ -18,11 +18,10 @@ from hvmgr.model.finding import Finding, Severity
 from hvmgr.model.manifest import Manifest
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.progress import Progress
-from hvmgr.storage import copy, images, source_home
+from hvmgr.storage import archives, copy, images, source_home
 from hvmgr.storage.source_home import SourceHome
 
 _MANIFEST_MAX = 64 << 20
-_SUM = 64  # digits, then two blanks or a blank and '*'
 
 # Code -> how much it stands in the way, and what it means; docs/commands.md has the same table (a test compares them).
 CODES: Mapping[str, tuple[Severity, str]] = {
@@ -40,7 +39,7 @@ CODES: Mapping[str, tuple[Severity, str]] = {
         code: (compatibility.KINDS[code].severity, compatibility.KINDS[code].meaning)
         for code in (
             "damaged", "name-escapes", "link", "double-slot", "cycle", "missing-snapshot", "missing-disk",
-            "saved-state-damaged", "newer-format", "format-unsupported", "image-outside",
+            "saved-state-damaged", "newer-format", "format-unsupported", "vhd-differencing", "image-outside",
         )
     },
 }  # fmt: skip
@@ -49,10 +48,20 @@ CODES: Mapping[str, tuple[Severity, str]] = {
 def verify(folder: Path, *, on_progress: Callable[[Progress], None] | None = None) -> list[Finding]:
     """Everything that is wrong with the export in ``folder`` (or the only one in a folder below), the worst first.
 
-    NotFound when there is none, Unsupported for one of a newer hvmgr.
+    An archive of an export is read once, from one end to the other. NotFound when there is none, Unsupported for one of a
+    newer hvmgr.
     """
-    place = find_export(folder)
-    return compatibility.worst_first(_Verification(place, on_progress).run())
+
+    def report(done: int, total: int) -> None:
+        if on_progress is not None:
+            on_progress(Progress(done, total, f"verify {folder.name}"))
+
+    archive = archives.find(folder, hashed=True, report=report)
+    if archive is None:
+        return compatibility.worst_first(_Verification(find_export(folder), on_progress).run())
+    with archive.naming():
+        found = _Verification(find_export(archive.folder), None, archive=archive).run()
+        return compatibility.worst_first(map(archive.named, found))
 
 
 def find_export(folder: Path) -> Path:
@@ -80,6 +89,7 @@ class _Verification:
 
     folder: Path
     on_progress: Callable[[Progress], None] | None
+    archive: archives.Archive | None = None
     found: list[Finding] = field(default_factory=list)
     files: dict[str, os.stat_result] = field(default_factory=dict)
 
@@ -135,11 +145,16 @@ class _Verification:
             return
         wanted = {name: digest for name, digest in sums.items() if self._is_there(name)}
         paths = {self.folder / name: name for name in wanted}
-        for path, digest in copy.hash_files(list(paths), on_progress=self._tell).items():
+        for path, digest in self._hashes(list(paths)).items():
             if digest != wanted[paths[path]]:
                 self._add("wrong-hash", f"{path} is not what was exported", path, "get a whole copy of the file")
         for name in sorted(set(self.files) - set(sums) - {manifest.SUMS}):
             self._add("unknown-file", f"{self.folder / name} is no part of the export", self.folder / name)
+
+    def _hashes(self, paths: list[Path]) -> Mapping[Path, str | None]:
+        if self.archive is not None:
+            return {path: self.archive.sha256(path) for path in paths}
+        return copy.hash_files(paths, on_progress=self._tell)
 
     def _is_there(self, name: str) -> bool:
         if name in self.files:
@@ -155,7 +170,8 @@ class _Verification:
             return None
         for number, line in enumerate(path.read_bytes().decode(errors="surrogateescape").splitlines(), 1):
             try:
-                sums[_name_in(line)] = line[:_SUM]
+                name, digest = manifest.read_sum(line)
+                sums[name] = digest
             except ValueError as error:
                 self._add("sums-damaged", f"{path}, line {number}: {error}", path)
                 return None
@@ -225,7 +241,12 @@ class _Verification:
         parent = None if told.parent is None else str(self.folder / told.parent)
         if there.parent != parent:
             self._add("wrong-parent", f"{path} stands on {there.parent}, not on {parent}", path)
-        if told.sha256 is None and there.format == images.QCOW2 and not qemu_img.check(path, images.QCOW2).is_sound:
+        if (
+            self.archive is None
+            and told.sha256 is None
+            and there.format == images.QCOW2
+            and not qemu_img.check(path, images.QCOW2).is_sound
+        ):
             self._add("damaged", f"the tables of {path} contradict each other", path)
 
     def _left_out(self, source: SourceHome) -> set[str]:
@@ -234,10 +255,3 @@ class _Verification:
         home = str(self.folder if facts is None else facts.home)
         named = {disk.source for one in source.configurations() for disk in one.disks() if disk.source is not None}
         return {f"{self.folder}{path.removeprefix(home)}" for path in named if path.startswith(f"{home}/")}
-
-
-def _name_in(line: str) -> str:
-    digest, mark, name = line[:_SUM], line[_SUM : _SUM + 2], line[_SUM + 2 :]
-    if len(digest) != _SUM or set(digest) - set("0123456789abcdef") or mark not in ("  ", " *"):
-        raise ValueError("no hash and file name")
-    return manifest.require_inside(name)

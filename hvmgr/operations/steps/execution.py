@@ -21,7 +21,7 @@ from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import plan
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations.exchange import import_steps, move_steps
+from hvmgr.operations.exchange import import_steps, move_steps, vhd_steps
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import domain_steps, file_steps, image_steps, resize_steps
 from hvmgr.storage import durable, journal
@@ -83,6 +83,8 @@ DO: Mapping[type[Step], _Act] = {
     plan.PullDisk: move_steps.pull_disk,
     plan.TakeHome: import_steps.take_home,
     plan.CopyImages: import_steps.copy_images,
+    plan.UnpackFiles: import_steps.unpack_files,
+    plan.ConvertVhd: vhd_steps.convert,
     plan.NameParent: import_steps.name_parent,
     plan.CopyMemory: import_steps.copy_memory,
     plan.ChangeMemory: import_steps.change_memory,
@@ -121,6 +123,8 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.PullDisk: lambda _session, _step: None,  # the image holds the same, whoever holds it
     plan.TakeHome: import_steps.untake_home,
     plan.CopyImages: import_steps.uncopy_images,
+    plan.UnpackFiles: import_steps.pack_files_away,
+    plan.ConvertVhd: vhd_steps.unconvert,
     plan.NameParent: import_steps.unname_parent,
     plan.CopyMemory: import_steps.uncopy_memory,
     plan.ChangeMemory: import_steps.unchange_memory,

@@ -447,6 +447,13 @@ def copied(host):
     subprocess.run(["chmod", "-R", "a-w", str(target)], check=True, timeout=20)
 
 
+def packed(host):
+    """A forked tree as an archive outside, from a VM that is no more."""
+    forked_tree(host)
+    vm(host).export_archive(source(host).with_suffix(".tar.zst"))
+    vm(host).delete(with_disks=True)
+
+
 def source(host):
     return host.root.parent / "outside" / "gold"
 
@@ -468,6 +475,7 @@ def clone(**how):
 
 IMPORTS = {
     "import-copy": Shape(gone_away, bring(), again=True),
+    "import-archive": Shape(packed, lambda host: host.import_vm(source(host).with_suffix(".tar.zst")), again=True),
     "import-register": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER), again=True),
     "import-register-new-id": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True),
     "import-link": Shape(gone_away, bring(mode=hvmgr.Mode.LINK), again=True),

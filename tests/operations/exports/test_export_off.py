@@ -9,7 +9,7 @@ import pytest
 
 import hvmgr
 from hvmgr import errors
-from hvmgr.model.export_options import ImageFormat
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
 from hvmgr.storage import copy
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import hvmgr
-from hvmgr.model.export_options import ImageFormat
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
 
 
