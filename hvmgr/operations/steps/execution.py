@@ -23,7 +23,7 @@ from hvmgr.model import plan
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations.exchange import import_steps, move_steps
 from hvmgr.operations.session import Session
-from hvmgr.operations.steps import domain_steps, file_steps, image_steps
+from hvmgr.operations.steps import domain_steps, file_steps, guest_steps, image_steps
 from hvmgr.storage import durable, journal
 
 _Act = Callable[[Session, Any], None]
@@ -62,6 +62,8 @@ DO: Mapping[type[Step], _Act] = {
     plan.SwitchDisks: domain_steps.switch_disks,
     plan.Suspend: domain_steps.suspend,
     plan.Resume: domain_steps.resume,
+    plan.QuiesceGuest: guest_steps.quiesce,
+    plan.WakeGuest: guest_steps.wake,
     plan.SavePresent: domain_steps.save_present,
     plan.TakeManagedSave: domain_steps.take_managed_save,
     plan.PointManagedSave: domain_steps.point_managed_save,
@@ -106,6 +108,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.MakeSnapshotFolder: file_steps.unmake_snapshot_folder,
     plan.NoteLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.Suspend: domain_steps.resume,
+    plan.QuiesceGuest: guest_steps.wake,
     plan.SavePresent: domain_steps.unsave_present,
     plan.TakeManagedSave: domain_steps.untake_managed_save,
     plan.PointManagedSave: domain_steps.unpoint_managed_save,
