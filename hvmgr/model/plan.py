@@ -505,6 +505,22 @@ class WriteFile(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class PutManagedSave(Step):
+    """The next start of the VM goes on from the saved memory of ``source``, with the configuration ``xml``.
+
+    ``kept`` is the copy that is made first. It stays until the plan is finished, and tells when that was: a VM that was
+    started from it in between has written to the disks of ``xml`` since.
+    """
+
+    source: str
+    kept: str
+    xml: str
+
+    def describe(self) -> str:
+        return f"let the next start go on from the saved memory {self.source}"
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeManagedSave(Step):
     """libvirt's managed save gets another configuration."""
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import qemu_img, saved_state
-from hvmgr.model import plan
+from hvmgr.model import configuration, plan
 from hvmgr.model.progress import Progress
 from hvmgr.operations.session import Session
-from hvmgr.storage import copy, durable, frozen, images, index
+from hvmgr.storage import copy, durable, frozen, images, index, vm_home
 
 
 def make_roots(_session: Session, step: plan.MakeRoots) -> None:
@@ -114,6 +114,38 @@ def uncopy_memory(_session: Session, step: plan.CopyMemory) -> None:
     target = Path(step.target)
     durable.remove(target.with_name(f"{durable.TEMPORARY}{target.name}"))
     durable.remove(target)
+
+
+def put_managed_save(session: Session, step: plan.PutManagedSave) -> None:
+    """libvirt finds the saved memory at the next start."""
+    kept, target = Path(step.kept), session.connection.managed_save_path(session.domain().name)
+    copy_memory(session, plan.CopyMemory(source=step.source, target=step.kept, xml=step.xml))
+    durable.link_or_copy(kept, target, owner=session.owner)
+    if not durable.is_same_or_copy(kept, target):
+        raise errors.Conflict(f"{target} was made by somebody else meanwhile", hint="run the command again")
+
+
+def unput_managed_save(session: Session, step: plan.PutManagedSave) -> None:
+    """libvirt does not find it; what others have put in its place stays."""
+    domain = session.domain()
+    target = session.connection.managed_save_path(domain.name)
+    with contextlib.suppress(errors.Corrupt):
+        if target.exists() and saved_state.read(target).xml == step.xml:
+            domain.remove_managed_save()
+    uncopy_memory(session, plan.CopyMemory(source=step.source, target=step.kept, xml=step.xml))
+
+
+def has_gone_on(session: Session, step: plan.PutManagedSave) -> bool:
+    """Whether somebody started the VM from the memory that was put there, before libvirt had its configuration."""
+    domain, kept = session.find_domain(), Path(step.kept)
+    written = set(vm_home.disks_of(configuration.parse(step.xml, source="the plan")).values())
+    if domain is None:
+        return False
+    if domain.is_active():
+        return bool(written & {vm_home.canonical(str(path)) for path in domain.writable_files()})
+    if not kept.exists() or domain.has_managed_save():
+        return False
+    return any(Path(path).stat().st_mtime_ns > kept.stat().st_mtime_ns for path in written)
 
 
 def change_memory(session: Session, step: plan.ChangeMemory) -> None:

@@ -86,6 +86,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.CopyImages: import_steps.copy_images,
     plan.NameParent: import_steps.name_parent,
     plan.CopyMemory: import_steps.copy_memory,
+    plan.PutManagedSave: import_steps.put_managed_save,
     plan.ChangeMemory: import_steps.change_memory,
     plan.ChangeFile: import_steps.change_file,
     plan.RenameFile: import_steps.rename_file,
@@ -125,6 +126,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.CopyImages: import_steps.uncopy_images,
     plan.NameParent: import_steps.unname_parent,
     plan.CopyMemory: import_steps.uncopy_memory,
+    plan.PutManagedSave: import_steps.unput_managed_save,
     plan.ChangeMemory: import_steps.unchange_memory,
     plan.ChangeFile: import_steps.unchange_file,
     plan.RenameFile: import_steps.unrename_file,
@@ -329,7 +331,10 @@ def _catch_up(session: Session, one: Plan) -> bool:
     What the guest has written since is in the new images: undoing would lose it.
     """
     made = {step.path for step in one.prepare if isinstance(step, plan.CreateImage) and step.parent is not None}
-    if not isinstance(one.switch, plan.Define) or not domain_steps.has_gone_on(session, made):
+    if not isinstance(one.switch, plan.Define):
+        return False
+    put = [step for step in one.prepare if isinstance(step, plan.PutManagedSave)]
+    if not any(import_steps.has_gone_on(session, step) for step in put) and not domain_steps.has_gone_on(session, made):
         return False
     DO[plan.Define](session, one.switch)
     return True

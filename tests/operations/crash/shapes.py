@@ -440,6 +440,19 @@ def bring(**options):
     return lambda host: host.import_vm(source(host), hvmgr.ImportOptions(**options))
 
 
+def exported_saved(host):
+    """A VM with a snapshot, and its export from when it was saved; the VM has gone on since, and is saved again."""
+    off(host)
+    take(host, "one", 0x20)
+    saved(host)
+    folder = vm(host).export(source(host).parent)
+    folder.chmod(0o755)
+    folder.rename(source(host))
+    vm(host).start()
+    vm(host).stop(force=True)
+    write_off(host, 0x30, "192k")
+
+
 def linked(host):
     """A linked VM with a snapshot of its own."""
     gone_away(host)
@@ -457,6 +470,7 @@ IMPORTS = {
     "import-register-new-id": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True),
     "import-link": Shape(gone_away, bring(mode=hvmgr.Mode.LINK), again=True),
     "import-replace": Shape(copied, bring(new_id=False, replace=True)),
+    "import-replace-memory": Shape(exported_saved, bring(new_id=False, replace=True), live=saved),
     "clone-snapshot": Shape(forked_tree, clone(snapshot="two"), again=True),
     "clone-linked": Shape(forked_tree, clone(snapshot="two", linked=True), again=True),
     "move": Shape(forked_tree, lambda host: vm(host).move(host.root / "else")),

@@ -10,6 +10,7 @@ SHAPES = {
     "import-register-new-id": 9,
     "import-link": 7,
     "import-replace": 11,
+    "import-replace-memory": 29,
     "clone-snapshot": 9,
     "clone-linked": 7,
     "move": 13,
