@@ -59,7 +59,9 @@ class Site:
 
     def run(self, *words, code=0):
         """What the command says, as JSON; it runs inside the host's namespaces."""
-        return json.loads(self.python("-m", "hvmgr", "-c", "qemu:///system", "--root", self.root, "--json", *words, code=code))
+        return json.loads(
+            self.python("-m", "hvmgr", "-c", "qemu:///system", "--root", self.root, "--json", *words, code=code)
+        )
 
     def python(self, *words, code=0):
         """What a Python inside the host's namespaces prints."""
