@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import socket
 from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import qemu_img, saved_state
 from hvmgr.model import configuration, plan
 from hvmgr.model.progress import Progress
+from hvmgr.operations.exchange import gold
 from hvmgr.operations.session import Session
 from hvmgr.storage import copy, durable, frozen, images, index, vm_home
 
@@ -89,7 +88,8 @@ def _name(session: Session, step: plan.NameParent, parent: str) -> None:
     path = Path(step.path)
     if images.read(path, images.QCOW2).backing != parent:
         durable.set_mode(path, frozen.WORKING_MODE)
-        qemu_img.name_parent(path, parent, step.parent_format)
+        with session.lent(step.path):
+            qemu_img.name_parent(path, parent, step.parent_format)
         durable.sync_file(path)
     durable.set_mode(path, step.mode)
     frozen.refresh(session.layout, path)  # whoever planned this has seen that the image was what it should be
@@ -239,10 +239,10 @@ def note_use(session: Session, step: plan.NoteUse) -> None:
     index.record(index.Entry(layout.vm_id, step.name, layout.home, session.connection.uri, step.outside))
     if step.beside is None:
         return
-    facts = {"vm": layout.vm_id, "name": step.name, "home": str(layout.home), "host": socket.gethostname()}
+    text = gold.text_of(layout.vm_id, step.name, layout.home)
     try:
         durable.make_folder(Path(step.beside), mode=0o755)
-        durable.write_file(_beside(session, step), json.dumps(facts).encode(), mode=0o644)
+        durable.write_file(_beside(session, step), text.encode(), mode=0o644)
     except errors.HvmgrError as error:  # a share that is read-only after all; this host's index has it
         session.say(f"the use could not be noted beside the source: {error}")
 

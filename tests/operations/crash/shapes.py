@@ -474,6 +474,9 @@ IMPORTS = {
     "clone-snapshot": Shape(forked_tree, clone(snapshot="two"), again=True),
     "clone-linked": Shape(forked_tree, clone(snapshot="two", linked=True), again=True),
     "move": Shape(forked_tree, lambda host: vm(host).move(host.root / "else")),
+    "localize-working": Shape(
+        lambda host: (gone_away(host), bring(mode=hvmgr.Mode.LINK)(host)), lambda host: vm(host).localize("hda")
+    ),
     "localize": Shape(linked, lambda host: vm(host).localize("hda")),
     "import-memory": Shape(lambda host: (with_memory(host), away(host)), bring(new_id=True), again=True),
     "import-memory-register": Shape(

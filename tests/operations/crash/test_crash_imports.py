@@ -15,6 +15,7 @@ SHAPES = {
     "clone-linked": 7,
     "move": 13,
     "localize": 13,
+    "localize-working": 19,
     "import-memory": 13,
     "import-memory-register": 11,
 }
