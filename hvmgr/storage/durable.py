@@ -128,13 +128,19 @@ def is_same_or_copy(one: Path, other: Path) -> bool:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """``target`` becomes a complete copy of the folder ``source``, with owners and modes."""
+    """``target`` becomes a complete copy of the folder ``source``, with owners, who alone may read and write what is in it.
+
+    Modes are those of TPM states in libvirt's own place, whatever an export made of them: swtpm, which runs as a user of
+    its own, passes through the outer folder.
+    """
     with explained(target):
         part = target.with_name(f"{TEMPORARY}{_unique()}")
         shutil.copytree(source, part, symlinks=True, copy_function=_copy_with_owner)
         for folder, _, names in os.walk(part):
             for name in names:
+                (Path(folder) / name).chmod(0o600)
                 sync_file(Path(folder) / name)
+            Path(folder).chmod(0o711 if Path(folder) == part else 0o700)
             sync_folder(Path(folder))
         _take_owner(source, part)
         if target.exists():

@@ -102,6 +102,7 @@ def examine(
         findings = [opened.archive.named(one) for one in findings]
     comparison.findings.extend(compatibility.worst_first(findings))
     _require_all_used(comparison)
+    _require_disk_root_used(comparison)
     return comparison
 
 
@@ -120,6 +121,20 @@ def _require_all_used(comparison: Comparison) -> None:
         option=entry.option,
         value=entry.old,
     )
+
+
+def _require_disk_root_used(comparison: Comparison) -> None:
+    """A place for every single disk leaves nothing to the common one."""
+    source, options = comparison.source, comparison.options
+    if options.disk_path is None or not options.disk_targets:
+        return
+    slots = intake.slots_of(source, comparison.snapshots)
+    bases = [one for one in intake.needed_images(source, comparison.snapshots) if one.parent is None]
+    if bases and all(slots[one.path] in options.disk_targets for one in bases):
+        raise errors.UsageError(
+            "--disk-path would be ignored: --disk-target wins, and names a place for every disk",
+            hint="leave one of them out",
+        )
 
 
 def _what_there_is(comparison: Comparison, option: str) -> str | None:

@@ -13,7 +13,7 @@ from hvmgr.host.hypervisor import Connection
 from hvmgr.model.compatibility import found
 from hvmgr.model.finding import Finding
 from hvmgr.model.import_options import Mode
-from hvmgr.operations.exchange import import_, intake
+from hvmgr.operations.exchange import gold, import_, intake
 from hvmgr.storage import index, vm_home
 
 if TYPE_CHECKING:
@@ -89,8 +89,21 @@ def _register_findings(comparison: Comparison) -> Iterator[Finding]:
         yield found("target-exists", sentence, source.file, "use --mode copy")
     if not os.access(source.folder, os.W_OK):
         yield found("not-readable", f"{source.folder} cannot be written", source.folder, "use --mode copy or link")
+    yield from _users_findings(comparison)
     if source.is_export:
         yield found("export-used-up", f"{source.folder} becomes the VM, and is no export any more", source.folder)
+
+
+def _users_findings(comparison: Comparison) -> Iterator[Finding]:
+    """A registered VM writes to the images of its present; with a new id, all of them get other names."""
+    source = comparison.source
+    moved = comparison.identity.vm_id != source.vm_id
+    touched = [path for path in source.images if moved or path in source.disks.values()]
+    for user in gold.users(source.folder, touched):
+        sentence = f"the VM {user} stands on images in {source.folder}, which would not stay what they are"
+        yield found(
+            "source-shared", sentence, source.folder, "use --mode copy or link, or localize that VM's disks first"
+        )
 
 
 def _space_findings(comparison: Comparison) -> Iterator[Finding]:

@@ -19,7 +19,7 @@ from hvmgr.model.import_options import ImportOptions, Mode
 from hvmgr.model.layout import Layout
 from hvmgr.model.maps import Maps, Used
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations.exchange import intake
+from hvmgr.operations.exchange import gold, intake
 from hvmgr.operations.exchange.intake import Intake
 from hvmgr.operations.session import Session
 from hvmgr.storage import images, vm_home
@@ -162,7 +162,7 @@ def _note_use(session: Session, taken: Intake, *, linked: bool) -> plan.NoteUse:
     folder = taken.source.folder
     beside = None
     if linked and taken.source.is_export and os.access(folder.parent, os.W_OK):
-        beside = str(folder.parent / f".{folder.name}.hvmgr-links")
+        beside = str(gold.place_of(folder))
     return plan.NoteUse(name=taken.identity.name, outside=outside, beside=beside)
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
 
 _FOLDER = 0o711
+_TPM_FOLDER = 0o700
 
 
 def run(host: Host, comparison: Comparison) -> VM:
@@ -243,6 +244,10 @@ def _modes(taken: Intake) -> Iterator[tuple[str, int, int, int, int]]:
     for file in state:
         if file.is_relative_to(source.folder):
             yield _mode(file, frozen.WORKING_MODE, with_owner=True)
+    for tpm in (one.tpm for one in source.snapshots if one.tpm is not None):
+        for entry in (tpm, *sorted(tpm.rglob("*"))):
+            mode = _TPM_FOLDER if entry.is_dir() else frozen.WORKING_MODE
+            yield _mode(entry, _FOLDER if entry == tpm else mode, with_owner=False)
     for file in [source.file, *(one.file for one in source.snapshots)]:
         yield _mode(file, frozen.WORKING_MODE, with_owner=False)
 

@@ -462,6 +462,19 @@ def bring(**options):
     return lambda host: host.import_vm(source(host), hvmgr.ImportOptions(**options))
 
 
+def exported_saved(host):
+    """A VM with a snapshot, and its export from when it was saved; the VM has gone on since, and is saved again."""
+    off(host)
+    take(host, "one", 0x20)
+    saved(host)
+    folder = vm(host).export(source(host).parent)
+    folder.chmod(0o755)
+    folder.rename(source(host))
+    vm(host).start()
+    vm(host).stop(force=True)
+    write_off(host, 0x30, "192k")
+
+
 def linked(host):
     """A linked VM with a snapshot of its own."""
     gone_away(host)
@@ -480,11 +493,15 @@ IMPORTS = {
     "import-register-new-id": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True),
     "import-link": Shape(gone_away, bring(mode=hvmgr.Mode.LINK), again=True),
     "import-replace": Shape(copied, bring(new_id=False, replace=True)),
+    "import-replace-memory": Shape(exported_saved, bring(new_id=False, replace=True), live=saved),
     "clone-snapshot": Shape(forked_tree, clone(snapshot="two"), again=True),
     "clone-linked": Shape(forked_tree, clone(snapshot="two", linked=True), again=True),
     "move": Shape(forked_tree, lambda host: vm(host).move(host.root / "else")),
     "resize": Shape(line, lambda host: vm(host).resize_disk("hda", 2 * crash.DISK)),
     "resize-smaller": Shape(partitioned, lambda host: vm(host).resize_disk("hda", crash.DISK // 2, shrink=True)),
+    "localize-working": Shape(
+        lambda host: (gone_away(host), bring(mode=hvmgr.Mode.LINK)(host)), lambda host: vm(host).localize("hda")
+    ),
     "localize": Shape(linked, lambda host: vm(host).localize("hda")),
     "import-memory": Shape(lambda host: (with_memory(host), away(host)), bring(new_id=True), again=True),
     "import-memory-register": Shape(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -176,6 +177,19 @@ class TestSource:
         (place / "text").write_text("hello")
         with pytest.raises(errors.Corrupt):
             bench.bring(place / "text")
+
+
+@pytest.mark.parametrize("what", [".", "Virtual Machines", "Snapshots"])
+def test_share_that_cannot_be_read(bench, branched, what):
+    """A folder that says nothing is not an empty one."""
+    source = bench.take_away(branched)
+    (source / what).chmod(0)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(errors.HostFailed, match="no permission for"):
+            source_home.open_source(source)
+    finally:
+        os.seteuid(0)
 
 
 class TestHostileSource:
