@@ -9,6 +9,8 @@ PYTEST  ?=
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
+# Each process that a test starts would compile all of hvmgr anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup test lint format demo bench clean
 
 run := $(VENV)/bin/python -m
