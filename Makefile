@@ -26,9 +26,7 @@ setup:  ## Debian packages and the virtual environment
 	@.ci/setup "$(VENV)" "$(PYTHON)"
 
 test: lint  ## the whole check: format, lint, types, tests
-	@$(run) pytest -rs -n $(WORKERS) --dist loadfile $(PYTEST) || { \
-		echo 'once more, one at a time: what failed while $(WORKERS) ran at once'; \
-		$(run) pytest -rs --last-failed --last-failed-no-failures none $(PYTEST); }
+	@.ci/test $(VENV)/bin/python $(WORKERS) $(PYTEST)
 
 lint: setup  ## format, lint and types only
 	@$(run) ruff format --check . || { echo 'make format puts this right' >&2; exit 1; }
