@@ -3,7 +3,7 @@
 What ``copy_files`` promises:
 
 - A target has its name when it is complete and on disk, never before; a copy that was stopped leaves no file.
-- Holes of the source are holes of the target, and so are blocks that hold nothing but zeros.
+- Holes of the source are holes of the target, and so are blocks that hold nothing but zeros where a hash is made.
 - The hash is that of the bytes that were read from the source, as ``sha256sum`` tells it.
 - A source that changes meanwhile is a Conflict.
 - With ``notes`` what is complete and large is noted; the same call later takes such a target as it is, as long as source
@@ -233,7 +233,7 @@ def _write_data(writer: int, start: int, piece: memoryview) -> None:
     offset, length, run = 0, len(piece), 0
     while offset < length:
         end = min(offset + _BLOCK, length)
-        if piece[offset:end].tobytes() == _ZEROS[: end - offset]:
+        if not piece[offset] and piece[offset:end].tobytes() == _ZEROS[: end - offset]:
             _write(writer, piece[run:offset], start + run)
             run = end
         offset = end
