@@ -76,6 +76,8 @@ def copy_files(
         running = [pool.submit(_copy, job, notes, meter) for job in jobs]
         _await(running, meter, on_progress)
         copied = [one.result() for one in running]
+    for folder in {job.target.parent for job in jobs}:
+        durable.sync_folder(folder)
     return {one.target: one for one in copied}
 
 
@@ -162,7 +164,7 @@ def _copy(job: Job, notes: Notes | None, meter: _Meter) -> Made:
     try:
         before = os.fstat(reader)
         size = length_of(reader)
-        with durable.explained(job.target), durable.replacing(job.target, job.mode, job.owner) as writer:
+        with durable.explained(job.target), durable.replacing(job.target, job.mode, job.owner, named=False) as writer:
             shared = _share(reader, writer)
             if not shared:
                 os.ftruncate(writer, size)
