@@ -25,6 +25,17 @@ _numbers = itertools.count()
 private_libvirt.take_place_of_init()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: at the end all processes have something to do."""
+    weights: dict[Path, int] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        weight = 0 if "crash" in marks else 1 if marks & {"guest", "libvirtd"} else 2
+        weights[item.path] = min(weight, weights.get(item.path, weight))
+    items.sort(key=lambda item: weights[item.path])
+
+
 def is_complete_run() -> bool:
     """Whether everything that tests need has to be there: in continuous integration and under ``.ci/run``."""
     return os.environ.get("HVMGR_REQUIRE_ALL", "0") == "1" or os.environ.get("CI") == "true"

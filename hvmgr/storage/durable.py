@@ -66,12 +66,22 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
-    """The file holds exactly ``data``: always the old content or the new one."""
-    with explained(path), replacing(path, mode, owner) as descriptor:
+def write_file(
+    path: Path, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None, named: bool = True
+) -> None:
+    """The file holds exactly ``data``: always the old content or the new one; ``named`` as in ``replacing``."""
+    with explained(path), replacing(path, mode, owner, named=named) as descriptor:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
+
+
+def write_hint(path: Path, data: bytes) -> None:
+    """As ``write_file``, for what may be lost: after a loss of power it may be missing, old or torn."""
+    with explained(path):
+        part = path.with_name(f"{TEMPORARY}{_unique()}")
+        part.write_bytes(data)
+        os.rename(part, path)
 
 
 def append(path: Path, data: bytes) -> None:
@@ -370,10 +380,13 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: int, owner: tuple[int, int] | None, *, part: Path | None = None) -> Iterator[int]:
+def replacing(
+    path: Path, mode: int, owner: tuple[int, int] | None, *, part: Path | None = None, named: bool = True
+) -> Iterator[int]:
     """A descriptor, for reading and writing, of a new file that takes the name ``path`` when the block ends well.
 
-    ``part`` is its name until then; whoever chooses it knows what to remove after a death.
+    ``part`` is its name until then; whoever chooses it knows what to remove after a death. Unless ``named``, the name
+    itself may be lost with the power: the caller syncs the folder, once for many files.
     """
     part = part or path.with_name(f"{TEMPORARY}{_unique()}")
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -390,7 +403,8 @@ def replacing(path: Path, mode: int, owner: tuple[int, int] | None, *, part: Pat
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if named:
+        sync_folder(path.parent)
 
 
 def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:

@@ -22,8 +22,10 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import random
 import re
 import select
@@ -53,6 +55,10 @@ from hvmgr.host.domain import Domain
 from hvmgr.model import configuration
 from hvmgr.model.tree import Tree
 from hvmgr.storage import durable, frozen, index, vm_home
+
+for _one in pkgutil.walk_packages(hvmgr.__path__, "hvmgr."):
+    if not _one.name.endswith("__main__"):
+        importlib.import_module(_one.name)  # once, not in each child
 
 NAME = "web"
 DISK = 1 << 20
