@@ -52,7 +52,7 @@ class CreateImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
-class ResizeImage(Step):
+class ResizeDisk(Step):
     """The working image of a disk has another size, in bytes; as a switch this makes the new present."""
 
     slot: str

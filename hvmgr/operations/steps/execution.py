@@ -30,7 +30,7 @@ _Act = Callable[[Session, Any], None]
 
 DO: Mapping[type[Step], _Act] = {
     plan.CreateImage: image_steps.create,
-    plan.ResizeImage: resize_steps.resize,
+    plan.ResizeDisk: resize_steps.resize,
     plan.FreezeImage: image_steps.freeze,
     plan.ThawImage: image_steps.thaw,
     plan.MergeUp: image_steps.merge_up,
@@ -141,7 +141,7 @@ UNDO: Mapping[type[Step], _Act] = {
 
 HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
     plan.Define: domain_steps.is_defined,
-    plan.ResizeImage: resize_steps.is_resized,
+    plan.ResizeDisk: resize_steps.is_resized,
     plan.SwitchDisks: domain_steps.is_switched,
     plan.RenameDomain: domain_steps.is_renamed,
     plan.ReleaseDomain: domain_steps.is_released,
