@@ -118,7 +118,11 @@ class _Search:
 
     def try_path(self, where: str, path: Path) -> Path | None:
         """The path when the parent is there; else why not is noted."""
-        found = _without_case(path)
+        try:
+            found = _without_case(path)
+        except OSError as error:  # such as a name that is too long
+            self._note(path, where, str(error.strerror))
+            return None
         if found is None:
             self._note(path, where, "not there")
             return None
