@@ -229,6 +229,34 @@ def test_disk_in_many_files_is_sent(tmp_path: Path, pieces) -> None:
         )
 
 
+def test_chain_is_sent_whole_and_as_a_delta(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.vhd" for number in range(3)]
+    write_image(paths[0], Memory(DISK), block_size=UNIT)
+    for path, below in zip(paths[1:], paths, strict=False):
+        create(path, parent=below)
+    for number, path in enumerate(paths[1:]):
+        with open_chain(path, writable=True) as chain:
+            chain.write((4 + 2 * number) * UNIT + 1024, bytes([number]) * 512)
+    with open_chain(paths[2]) as chain:
+        wanted = bytearray(chain.size)
+        chain.read_into(0, memoryview(wanted))
+        whole = StreamReader(io.BytesIO(written(StreamWriter.of_chain(chain))))
+        assert (whole.kind, whole.footer.uid) == (Kind.DYNAMIC, chain.top.uid)
+        assert received(whole) == wanted
+        for base in (1, 2):
+            writer = StreamWriter.of_chain(chain, base)
+            assert writer.allocated == base, "only the blocks that were changed above the base"
+            delta = StreamReader(io.BytesIO(written(writer)))
+            assert (delta.footer.uid, delta.header.parent_uid) == (chain.top.uid, chain.images[base].uid)
+            assert delta.header.name == f"{2 - base}.vhd"
+            with open_chain(paths[2 - base]) as below:
+                data = bytearray(below.size)
+                below.read_into(0, memoryview(data))
+            assert received(delta, bytes(data)) == wanted
+        with pytest.raises(errors.UsageError):
+            StreamWriter.of_chain(chain, 3)
+
+
 @pytest.mark.parametrize(
     ("size", "error"), [(0, errors.UsageError), (1000, errors.UsageError), ((2040 << 30) + 512, errors.UsageError)]
 )
@@ -397,6 +425,15 @@ def test_closing_footer_that_differs_is_refused(damage) -> None:
     with pytest.raises(errors.Corrupt) as caught:
         received(stream_of(damage(planted.sparse(MIXED))))
     assert caught.value.facts["fault"] == "F53"
+
+
+def test_transport_that_does_not_block_is_waited_for() -> None:
+    made = planted.sparse(MIXED)
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with open(reading, "rb", buffering=0) as file, open(writing, "wb", buffering=0) as sender:
+        threading.Timer(0.05, lambda: (sender.write(made.data), sender.close())).start()
+        assert received(StreamReader(file)) == planted.content(made)
 
 
 def test_open_transport_is_not_waited_for() -> None:
