@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -16,7 +16,7 @@ from hvmgr.vhd.creation import create, describe_parent, write_image
 from hvmgr.vhd.format import Kind
 from hvmgr.vhd.reshaping import compact, merge, reparent, resize
 from hvmgr.vhd.source import is_zero
-from tests.vhd.disks import KIB, MIB, content
+from tests.vhd.disks import KIB, MIB, STEADY, content
 
 SECTORS = st.integers(1, 2 * MIB // 512)
 BLOCKS = st.sampled_from([512 * KIB, 1 * MIB])
@@ -121,6 +121,4 @@ class Disks(RuleBasedStateMachine):
 
 
 TestDisks = Disks.TestCase
-TestDisks.settings = settings(
-    max_examples=30, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestDisks.settings = settings(STEADY, max_examples=25, stateful_step_count=12)
