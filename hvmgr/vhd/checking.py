@@ -23,13 +23,12 @@ from hvmgr.vhd.source import is_zero
 from hvmgr.vhd.structure import Structure
 
 _PIECE = 1 << 20
-_LOST = frozenset(
-    {"F14", "F26", "F27", "F29", "F30", "F31", "F37"}
-)  # the table leads to no blocks, or to others' bytes
+# With these the table leads to no blocks, or to others' bytes.
+_LOST = frozenset({"F14", "F26", "F27", "F29", "F30", "F31", "F37"})
 
 
 def check(
-    path: Path,
+    path: Path | str,
     *,
     chain: bool = False,
     strict: bool = False,
@@ -44,7 +43,7 @@ def check(
     a fault.
     """
     path = Path(path)
-    faults = _judge(path)[0]
+    faults = _judge(path)
     if chain:
         find = partial(find_parent, folders=folders, windows_paths=windows_paths)
         above = list(_judge_parents(path, find, parent, strict=strict))
@@ -54,11 +53,11 @@ def check(
     return faults
 
 
-def _judge(path: Path) -> tuple[list[Fault], Structure]:
+def _judge(path: Path) -> list[Fault]:
     file = File(path)
     try:
         found = structure.read(file)
-        return rules.of_file([*found.faults, *judge_blocks(file, found)], path), found
+        return rules.of_file([*found.faults, *judge_blocks(file, found)], path)
     finally:
         file.close()
 
@@ -92,18 +91,18 @@ def _judge_parents(path: Path, find: Callable[..., Path], parent: Path | None, *
             seen.add(child.file.identity())
             try:
                 where = find(child, parent=parent)
-                faults = _judge(where)[0]
+                facts = where.stat()
+                if (facts.st_dev, facts.st_ino) in seen or len(seen) >= MAX_DEPTH:
+                    is_circle = len(seen) < MAX_DEPTH
+                    yield rules.fault("F47", path=path, what=f"comes back to {where}" if is_circle else "is endless")
+                    return
+                faults = _judge(where)
                 yield from faults
                 above = stack.enter_context(open_image(where, tolerant=True))
             except errors.HvmgrError as error:
                 yield _as_fault(error, child)
                 return
             yield from _judge_bond(child, above, faults, strict=strict)
-            if above.file.identity() in seen or len(seen) >= MAX_DEPTH:
-                yield rules.fault(
-                    "F47", path=path, what=f"comes back to {where}" if len(seen) < MAX_DEPTH else "is endless"
-                )
-                return
             child, parent = above, None
 
 

@@ -26,16 +26,17 @@ class Keep(StrEnum):
     END = "end"
 
 
-def repair(path: Path, *, keep: Keep | None = None) -> list[Fault]:
+def repair(path: Path | str, *, keep: Keep | None = None) -> list[Fault]:
     """Puts right what needs no guess, and returns what that was; nothing is written when anything else is wrong.
 
-    A footer is written from the good one, or from two that agree, with its checksum; trailing bytes behind a good footer are cut off; data under
-    clear bits, which nobody may read, becomes zeros; a geometry larger than the disk becomes the right one. Where both
-    footers are good and differ, the caller says which one to ``keep``, else that is a Conflict.
+    A footer is written from the good one, or from two that agree, with its checksum; trailing bytes behind a good footer
+    are cut off; data under clear bits, which nobody may read, becomes zeros; a geometry larger than the disk becomes the
+    right one. Where both footers are good and differ, the caller says which one to ``keep``, else that is a Conflict.
 
     A death in the middle leaves a file that can be repaired again: the good footer is only written when the other one
-    is right and on the disk.
+    is right and on the disk. Where both change, the one at the end is then the newer one.
     """
+    path = Path(path)
     file = File(path, writable=True)
     try:
         found = structure.read(file)

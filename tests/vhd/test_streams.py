@@ -144,6 +144,28 @@ def test_qemu_reads_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes()[:size] == path.read_bytes()
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.integers(1, 5 * UNIT // 512).map(lambda sectors: sectors * 512),
+    runs=st.lists(st.tuples(st.integers(0, 5 * UNIT), st.integers(1, UNIT), st.integers(1, 255)), max_size=5),
+    delta=st.booleans(),
+    alignment=st.sampled_from([512, 4096]),
+    cut=st.floats(0, 1, exclude_max=True),
+)
+def test_any_disk_is_read_as_it_was_and_any_cut_refused(size, runs, delta, alignment, cut) -> None:
+    disk = bytearray(size)
+    for at, length, value in runs:
+        end = min(size, at + length)
+        disk[at:end] = bytes([value]) * max(0, end - at)
+    changed = sorted((at, min(length, size - at)) for at, length, _ in runs if at < size) if delta else ()
+    parent = PARENT if delta else None
+    writer = StreamWriter(Memory(bytes(disk)), parent=parent, changed=changed, block_size=UNIT, alignment=alignment)
+    data = written(writer)
+    assert received(StreamReader(io.BytesIO(data))) == disk
+    with pytest.raises(errors.Corrupt, match=f"at byte {int(cut * len(data))} of"):
+        received(StreamReader(io.BytesIO(data[: int(cut * len(data))])))
+
+
 # --- into descriptors -------------------------------------------------------------------------------------------------
 
 
