@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -122,3 +123,28 @@ class Disks(RuleBasedStateMachine):
 
 TestDisks = Disks.TestCase
 TestDisks.settings = settings(STEADY, max_examples=25, stateful_step_count=12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_life(seed: int) -> None:
+    """Many acts in a row on larger disks, more merges among them than a short life has."""
+    dice, disks = random.Random(seed), Disks()
+    sectors = lambda: dice.randrange(1, 5 * MIB // 512)  # noqa: E731
+    block = lambda: dice.choice([512 * KIB, 1 * MIB, 2 * MIB])  # noqa: E731
+    acts = {
+        "write": lambda: disks.write(seed=dice.randrange(1 << 30), zeros=dice.random() < 0.3),
+        "snapshot": lambda: disks.snapshot(block=block()),
+        "merge": lambda: len(disks.paths) > 1 and disks.merge(levels=dice.randrange(1, 4)),
+        "resize": lambda: disks.resize(sectors=sectors()),
+        "compact": disks.compact,
+        "move": lambda: len(disks.paths) > 1 and disks.put_on_a_copy(),
+        "copy": lambda: len(disks.paths) > 1 and disks.copy_the_delta(),
+    }
+    names = ["write"] * 4 + ["snapshot"] * 3 + ["merge"] * 2 + ["resize"] * 2 + ["compact", "move", "copy"]
+    try:
+        disks.begin(sectors=sectors(), block=block(), kind=dice.choice([Kind.FIXED, Kind.DYNAMIC]))
+        for _ in range(40):
+            acts[dice.choice(names)]()
+            disks.shows_its_bytes()
+    finally:
+        disks.teardown()
