@@ -462,8 +462,10 @@ def test_open_transport_is_not_waited_for() -> None:
     made = planted.sparse(MIXED)
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as file, open(writing, "wb", buffering=0) as sender:
-        sender.write(made.data)
+        thread = threading.Thread(target=sender.write, args=(made.data,))
+        thread.start()
         assert received(StreamReader(file, to_end=False)) == planted.content(made)
+        thread.join()
 
 
 def before_its_table(made):
