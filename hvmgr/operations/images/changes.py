@@ -145,7 +145,7 @@ def run(host: Host, plan: Plan, written: Path) -> None:
     """The plan, which was approved and whose images are ``locked``, is carried out."""
     place = journal.beside(written)
     index.note_change(place)
-    journal.begin(place, plan)
+    journal.begin(place, plan, alone=True)
     _carry_out(host, plan, place)
 
 
