@@ -76,7 +76,7 @@ class Image:
         self._fresh: set[int] = set()  # blocks whose entry waits for its bitmap
         self._end = found.end  # where the footer stands
         # The next block's place; behind a last block that its writer cut at the disk's end.
-        self._free = max(found.end, self._table.end(self._bitmap + self._block))
+        self._free = max(found.end, found.blocks_end)
         self._reserve = 1
 
     def __enter__(self) -> Self:

@@ -58,6 +58,7 @@ class Structure:
     texts: tuple[Text, ...] = ()
     areas: tuple[Area, ...] = ()  # header, table, locators, batmap: where no block may lie
     data_end: int = 0  # where the last block, or the last of the areas, ends
+    blocks_end: int = 0  # where the last block would end if its writer had not cut it at the disk's end
     faults: tuple[Fault, ...] = ()
 
     @property
@@ -184,7 +185,9 @@ class _Reading:
             if right:
                 self._note("F4", self._end)
                 return opening
-            self._note("F6", self._end, what="the footer and of its copy")
+            # Two copies that agree in every byte were not damaged: a program forgot the checksum.
+            agreed = Severity.REPAIRABLE if self._opening == self._closing else None
+            self._note("F6", self._end, severity=agreed, what="the footer and of its copy")
         elif not right:
             self._note("F5", 0, what="checksum")
             return closing
@@ -285,8 +288,9 @@ class _Reading:
         result = replace(result, header=header, texts=texts, areas=tuple(areas))
         data_end = max(area.end for area in areas)
         if entries is not None and not self._has("F14", "F26"):
-            data_end = max(data_end, self._judge_blocks(entries, header, footer, areas))
-            result = replace(result, table=entries)
+            blocks_end = self._judge_blocks(entries, header, footer, areas)
+            data_end = max(data_end, blocks_end if self._cut else min(blocks_end, self._end))
+            result = replace(result, table=entries, blocks_end=blocks_end)
         if self._cut:
             self._judge_cut(data_end)
         return replace(result, data_end=data_end, end=self._end)
@@ -436,7 +440,7 @@ class _Reading:
     # --- blocks ---
 
     def _judge_blocks(self, entries: Table, header: Header, footer: Footer, areas: list[Area]) -> int:
-        """Where the last block ends, its missing part behind the disk's end not counted."""
+        """Where the last block in the file ends, be all of it there or not."""
         bitmap, places = format.bitmap_size(header.block_size), entries.places()
         stride = bitmap + header.block_size
         for area in areas:
@@ -464,7 +468,7 @@ class _Reading:
             severity = Severity.WARNING if is_tail else None
             at = self._entry_at(header, block)
             self._note("F30", at, severity=severity, block=block, at=place * SECTOR, over=over)
-        return min(end, self._end)
+        return end
 
     def _entry_at(self, header: Header, block: int) -> int:
         return header.table_offset + 4 * block

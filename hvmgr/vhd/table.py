@@ -11,7 +11,7 @@ import sys
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from operator import sub
 
 from hvmgr.vhd.format import SECTOR, UNUSED
@@ -86,18 +86,23 @@ class Table:
         """The block that begins at this sector."""
         return self._entries.index(sector, start)
 
+    def _runs(self) -> Iterator[array[int]]:
+        """The entries that are used, run by run."""
+        entries, count, end = self._entries, len(self._entries), 0
+        while (start := self.next_allocated(end, count)) < count:
+            try:
+                end = entries.index(UNUSED, start)
+            except ValueError:
+                end = count
+            yield entries[start:end]
+
     def places(self) -> list[int]:
         """The sectors at which blocks begin, ascending; as many as the file holds."""
-        return sorted(filter(UNUSED.__ne__, self._entries))
+        return sorted(chain.from_iterable(self._runs()))
 
     def start(self) -> int:
         """Where the first block in the file begins, in bytes; 0 without any."""
-        return min(filter(UNUSED.__ne__, self._entries), default=0) * SECTOR
-
-    def end(self, stride: int) -> int:
-        """Where the last block in the file ends, in bytes, when each takes ``stride`` bytes; 0 without any."""
-        highest = max(filter(UNUSED.__ne__, self._entries), default=None)
-        return 0 if highest is None else highest * SECTOR + stride
+        return min(map(min, self._runs()), default=0) * SECTOR
 
 
 def overlaps(places: list[int], stride: int) -> list[tuple[int, int]]:

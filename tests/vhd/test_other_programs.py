@@ -163,6 +163,5 @@ def test_sample_of_windows_10(sample) -> None:
         held = [one for one in image.extents() if one.is_held]
         assert sum(one.length for one in held) == 18 * 512
         assert held[0].position % 512 == 0
-    with pytest.raises(errors.NotFound, match="fat-parent.vhd") as caught:
+    with pytest.raises(errors.NotFound, match=r"'fat-parent\.vhd' was not found; tried: "):
         open_chain(sample("dfvfs-fat-differential.vhd"))
-    assert "beside" not in caught.value.message
