@@ -71,9 +71,9 @@ def serve(folder: Path, path: Path, *, writable: bool) -> None:
     # It lets go of its output when it is ready: the call ends then, and what it says before is why it is not.
     said = process.run(argv, timeout_s=_START_S).stderr.strip()
     if not socket.exists():
-        kind, _, words = said.partition(": ")
+        kind, _, why = said.partition(": ")
         error = getattr(errors, kind, errors.HostFailed)
-        raise error(words or said or f"{path} cannot be served: the server ended without a word", path=str(path))
+        raise error(why or said or f"{path} cannot be served: the server ended without a word", path=str(path))
 
 
 def start(folder: Path, links: Sequence[Link], *, writable: bool) -> None:

@@ -42,6 +42,7 @@ VHDX = "vhdx"
 FORMATS = (images.RAW, images.QCOW2, images.VPC, VHDX)
 _VHDX_MAGIC = b"vhdxfile"
 _CHAIN_MAX = 200
+_EXTENDED_SHOWN = 1024
 _HINT = "list what is attached: hvmgr image attachments"
 _READ_ONLY_USES = {
     Use.SNAPSHOT: "it is frozen: {} needs it unchanged",
@@ -267,10 +268,14 @@ def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
     )
     with partitions.File(device) as disk:
         table = partitions.read(disk)
-    found = () if table is None else table.partitions
-    loop.set_partitions(device, [loop.Partition(part.number, part.start, part.size) for part in found])
+    loop.set_partitions(device, map(_to_kernel, () if table is None else table.partitions))
     attachments.write(one)
     return one
+
+
+def _to_kernel(part: Partition) -> loop.Partition:
+    """As Linux has it: of an extended partition only the start, for logical ones may not lie over another one."""
+    return loop.Partition(part.number, part.start, min(part.size, _EXTENDED_SHOWN) if part.is_extended else part.size)
 
 
 def take_down(one: Attachment) -> None:
