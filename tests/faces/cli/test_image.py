@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hvmgr.storage import index, journal
+from hvmgr.vhd.rules import RULES
 
 pytestmark = pytest.mark.usefixtures("root")  # a libvirt that can be asked
 
 MIB = 1 << 20
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "vhd.md").read_text("utf-8")
+
+
+def test_page_has_every_rule_with_its_severity():
+    rows = [line.split(" | ")[:2] for line in PAGE.splitlines() if line.startswith("| F")]
+    assert rows == [[f"| {code}", rule.severity.value] for code, rule in RULES.items()]
 
 
 @pytest.fixture
