@@ -20,7 +20,7 @@ from hvmgr.vhd.file import File
 from hvmgr.vhd.format import NO_ID, SECTOR, UNUSED, Footer, Header, Kind
 from hvmgr.vhd.source import Place, Source, Stretch, clear
 from hvmgr.vhd.structure import Structure
-from hvmgr.vhd.table import Table
+from hvmgr.vhd.table import Table, within
 
 _BITMAPS = 4 << 20  # bytes of bitmaps that are kept
 _AHEAD = 64 << 20  # bytes of new blocks for which space is taken at once
@@ -78,6 +78,7 @@ class Image:
         # The next block's place; behind a last block that its writer cut at the disk's end.
         self._free = max(found.end, found.blocks_end)
         self._reserve = 1
+        self._taken: list[int] = []  # where spaces that were taken for something else begin
 
     def __enter__(self) -> Self:
         return self
@@ -194,7 +195,7 @@ class Image:
         A differencing disk takes whole sectors only: the rest of a sector would be the parent's (``Chain.write`` knows it).
         NoSpace leaves a valid image.
         """
-        view = memoryview(data)
+        view = memoryview(data).cast("B")
         if not self.writable:
             raise errors.UsageError(f"{self.path} was opened for reading only")
         if offset < 0 or offset + len(view) > self.size:
@@ -350,6 +351,7 @@ class Image:
         if end > self._end:
             self._move_footer(end)
         self._free = end
+        self._taken.append(place)
         return place
 
     def set_size(self, size: int, hidden: Iterable[tuple[int, int]] = ()) -> None:
@@ -418,9 +420,9 @@ class Image:
         """Where the table would meet something else if it grew at its place."""
         assert self.header is not None
         place = self.header.table_offset
-        others = [area.start for area in self.structure.areas if area.start > place]
-        blocks = self._table.start()
-        return min([*others, self._end, *([blocks] if blocks > place else [])])
+        areas = [area.start for area in self.structure.areas] + self._taken
+        blocks = within(self._table.places(), 1, place, self._end)
+        return min([self._end, *(start for start in areas if start > place), *(one * SECTOR for one in blocks)])
 
     def _clear_tail(self, block: int) -> None:
         """In the last block the bytes behind the disk's end are made zeros, and its bits cleared."""

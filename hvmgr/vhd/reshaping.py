@@ -91,7 +91,7 @@ def compact(path: Path | str, *, on_progress: OnProgress | None = None) -> tuple
     Of a dynamic disk blocks of zeros go, of a differencing one blocks without a sector of its own. The id stays, so that
     children still know it. It needs space for the new file beside the old one.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     with open_image(path) as image:
         require_unsaved(image)
         if image.header is None:

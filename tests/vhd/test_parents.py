@@ -120,6 +120,13 @@ def test_name_beside_the_child(pair: Path) -> None:
     assert search(pair) == pair / "vm" / "parent.vhd"
 
 
+def test_texts_that_no_file_system_takes(pair: Path) -> None:
+    shutil.move(pair / "base" / "parent.vhd", pair / "vm" / "parent.vhd")
+    texts = {Code.RELATIVE: ".\\" + "x" * 300, Code.URL: "file://./%00/x", Code.ABSOLUTE: ".\\" + "y\\" * 200}
+    say(pair / "vm" / "child.avhd", texts, "parent.vhd")
+    assert search(pair) == pair / "vm" / "parent.vhd"
+
+
 def test_id_in_named_folders(pair: Path) -> None:
     (pair / "base" / "deep").mkdir()
     shutil.move(pair / "base" / "parent.vhd", pair / "base" / "deep" / "renamed.VHD")

@@ -13,6 +13,7 @@ from hvmgr.vhd.creation import create
 from hvmgr.vhd.format import Kind
 from hvmgr.vhd.image import open_image
 from hvmgr.vhd.reshaping import compact, merge, reparent, resize
+from hvmgr.vhd.source import read
 from tests.vhd.disks import KIB, MIB, content, make_chain
 
 
@@ -82,6 +83,43 @@ def test_old_bytes_behind_the_end_do_not_come_back(tmp_path: Path) -> None:
         assert content(path) == b"x" * 700 * 512 + bytes(3 * MIB - 700 * 512)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_table_that_outgrows_its_place_again_and_again(tmp_path: Path, depth: int) -> None:
+    """It moves behind the blocks, and blocks come to lie behind it."""
+    paths, shown = make_chain(tmp_path, depth, size=MIB)
+    path, places = paths[-1], set()
+    for number in range(6):
+        size = (200 << number) * MIB
+        resize(path, size)
+        write(path, size - 512, bytes([number + 1]) * 512)
+        with open_image(path) as image:
+            assert [one.code for one in image.structure.faults if one.code != "F44"] == []
+            assert image.header is not None
+            places.add(image.header.table_offset)
+    assert len(places) > 4
+    with open_chain(path, any_size=True) as disk:
+        assert read(disk, 0, MIB) == shown[-1]
+        for number in range(6):
+            assert (
+                read(disk, (200 << number) * MIB - 1024, 1536 if number < 5 else 1024)
+                == (bytes(512) + bytes([number + 1]) * 512 + bytes(512))[: 1536 if number < 5 else 1024]
+            )
+
+
+def test_everything_changes_while_a_disk_is_open(tmp_path: Path) -> None:
+    paths, shown = make_chain(tmp_path, 2, size=MIB)
+    with open_chain(paths[1], writable=True) as disk:
+        for number in range(1, 6):
+            disk.top.take_space(700)
+            disk.top.set_size((200 << number) * MIB)
+            disk.write((200 << number) * MIB - 512, b"end" * 170 + b"..")
+            disk.top.change_header(parent_time=number, parent_name=format.encode_name("disk0.vhd" + " " * number))
+    with open_chain(paths[1], any_size=True) as disk:
+        assert {one.code for one in disk.faults} == {"F40", "F44"}
+        assert read(disk, 0, MIB) == shown[1]
+        assert sum(one.length for one in disk.stretches(MIB) if one.data) == 5 * 512
+
+
 def test_shrinking_has_to_be_allowed(tmp_path: Path) -> None:
     create(tmp_path / "disk", 2 * MIB)
     with pytest.raises(errors.Conflict, match="would be lost") as caught:
@@ -140,9 +178,11 @@ def test_compact_drops_blocks_of_zeros_and_keeps_the_rest(tmp_path: Path) -> Non
     create(tmp_path / "child", parent=path)
     write(path, MIB, bytes(6 * MIB))
     path.chmod(0o440)
+    (tmp_path / "link").symlink_to("disk")
     with open_image(path) as image:
         uid, time = image.uid, image.footer.time
-    before, after = compact(path)
+    before, after = compact(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
     assert before > 8 * MIB
     assert 2 * MIB < after < 3 * MIB
     assert path.stat().st_mode & 0o777 == 0o440
