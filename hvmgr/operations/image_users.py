@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -173,20 +173,44 @@ def _chain(path: str, fmt: str) -> Iterator[str]:
 
 def _beside(path: Path, known: set[str]) -> Iterator[User]:
     """Children that lie in the same folder: nobody else can know of those that no VM uses."""
-    wanted = images.identity(path)
     if stat.S_ISBLK(path.stat().st_mode):
         return
+    is_child = _child_test(path)
     for file in sorted(path.parent.iterdir()):
-        if str(file) in known or not file.is_file() or _is(str(file), wanted):
-            continue
-        with contextlib.suppress(errors.HvmgrError, OSError):
-            parent = _parent_of(file)
-            if parent is not None and _is(str(parent), wanted):
-                yield User(Use.PARENT, str(file))
+        if str(file) not in known and file.is_file():
+            with contextlib.suppress(errors.HvmgrError, OSError):
+                if is_child(file):
+                    yield User(Use.PARENT, str(file))
 
 
-def _parent_of(file: Path) -> Path | None:
-    return images.read(file, images.QCOW2).parent if images.probe(file) == images.QCOW2 else None
+def _child_test(path: Path) -> Callable[[Path], bool]:
+    """Whether a file says that it stands on ``path``: qcow2 by the name in its header, VHD by the id."""
+    from hvmgr import vhd
+
+    wanted = images.identity(path)
+    own = vhd_id(path)
+
+    def is_child(file: Path) -> bool:
+        if images.probe(file) == images.QCOW2:
+            parent = images.read(file, images.QCOW2).parent
+            return parent is not None and _is(str(parent), wanted)
+        if own is None or vhd.identify(file) is not vhd.Kind.DIFFERENCING:
+            return False
+        with vhd.open_image(file, tolerant=True) as image:
+            return image.parent_uid == own
+
+    return is_child
+
+
+def vhd_id(path: Path) -> bytes | None:
+    """The id by which children know a VHD; None for all else, and for one that cannot be read."""
+    from hvmgr import vhd
+
+    with contextlib.suppress(errors.HvmgrError, OSError):
+        if vhd.identify(path) is not None:
+            with vhd.open_image(path, tolerant=True) as image:
+                return image.uid
+    return None
 
 
 def _is(path: str, wanted: tuple[int, int]) -> bool:
