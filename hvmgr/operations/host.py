@@ -222,7 +222,7 @@ class Host:
 
         real = Path(os.path.realpath(path))
         attaching.require_image(real)
-        with attachments.locked(wait_s=self.wait_s), self._shared([real]):
+        with attachments.locked(wait_s=self.wait_s), self._locked([real]):
             return attaching.attach(self, real, read_only=read_only, fmt=format)
 
     def detach_image(self, device: Path | str) -> Attachment:
@@ -327,6 +327,14 @@ class Host:
     @contextlib.contextmanager
     def _shared(self, paths: list[Path]) -> Iterator[None]:
         """Nobody else on this host counts, adds or removes users of the images that a new VM shares."""
+        from hvmgr.storage import attachments
+
+        with self._locked(paths):
+            attachments.require_free(map(str, paths))
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, paths: list[Path]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(index.locked(paths, wait_s=self.wait_s))
             for entry in index.entries():

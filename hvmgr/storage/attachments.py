@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from hvmgr import settings
+from hvmgr import errors, settings
 from hvmgr.host import image_export, loop, process
 from hvmgr.storage import durable, images, index, locks
 
@@ -102,6 +102,17 @@ def users(paths: Iterable[str]) -> dict[str, tuple[Attachment, ...]]:
             for path in dict.fromkeys(ours):
                 found.setdefault(path, []).append(record)
     return {path: tuple(records) for path, records in found.items()}
+
+
+def require_free(paths: Iterable[str]) -> None:
+    """Nobody builds on an image that somebody writes, or holds open, as a block device: Conflict."""
+    for path, (one, *_) in users(paths).items():
+        raise errors.Conflict(
+            f"{path} is attached as {one.device or 'a block device'}",
+            hint=f"hvmgr image detach {one.device or one.path}",
+            path=path,
+            device=one.device,
+        )
 
 
 def is_busy() -> bool:

@@ -219,6 +219,11 @@ class TestReadOnly:
         assert one.reason == f"{child} stands on it"
         assert said == [f"{one.path} is attached read-only: {one.reason}"]
 
+    def test_vhd_with_a_child_is_read_only(self, host, tmp_path):
+        vhd.create(tmp_path / "p.vhd", 4 * MIB)
+        vhd.create(tmp_path / "c.vhd", 4 * MIB, kind=vhd.Kind.DIFFERENCING, parent=tmp_path / "p.vhd")
+        assert host.attach_image(tmp_path / "p.vhd").attachment.reason == f"{tmp_path / 'c.vhd'} stands on it"
+
     def test_mode_is_respected(self, host, tmp_path):
         path = make(tmp_path / "disk.raw", "raw")
         path.chmod(0o440)
@@ -427,6 +432,12 @@ class TestVMs:
         assert help_.disk_of(path, "qcow2")[:7] == b"by hand"
         vm.create_snapshot("one")
         bench.check(vm)
+
+    def test_attached_image_gets_no_vm(self, bench):
+        path = bench.image("disk.raw", fmt="raw")
+        device = bench.host.attach_image(path).attachment.device
+        with pytest.raises(errors.Conflict, match=f"attached as {device}"):
+            bench.make(bench.in_place(path))
 
     def test_frozen_image_is_read_only_and_not_merged_away(self, bench):
         vm = bench.make(4)
