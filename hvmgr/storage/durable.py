@@ -239,6 +239,17 @@ def make_sized(path: Path, length: int, *, filled: bool) -> None:
             os.close(descriptor)
 
 
+def fill(path: Path) -> None:
+    """All holes of the file have their space now; its bytes stay."""
+    with explained(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def set_length(path: Path, length: int) -> None:
     """The file has this many bytes, lastingly; what it grows by is a hole."""
     with explained(path):
