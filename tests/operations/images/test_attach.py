@@ -68,7 +68,8 @@ def test_what_is_written_to_the_device_is_in_the_image(host, tmp_path, kind):
     shown = host.attach_image(path)
     device = shown.attachment.device
     help_.require_node(device)
-    assert (shown.attachment.size, shown.attachment.format, shown.attachment.read_only) == (8 * MIB, fmt, False)
+    assert shown.attachment.format == fmt.replace("vpc", "vhd")
+    assert (shown.attachment.size, shown.attachment.read_only) == (8 * MIB, False)
     assert help_.read(device, MIB - 512, 1024) == bytes(512) + b"\1" * 512
     help_.write(device, 5 * MIB + 512, b"new" * 1000)
     help_.zero_out(device, MIB + 4096, 8192)  # QEMU's own export would leave the old bytes there
