@@ -15,7 +15,7 @@ import hvmgr
 from hvmgr import errors, vhd
 from hvmgr.host import image_export, loop
 from hvmgr.operations import image_users
-from hvmgr.storage import attachments, durable
+from hvmgr.storage import attachments, durable, start_guard
 from tests.operations.images import attaching as help_
 from tests.operations.rules import conftest as rules
 from tests.storage.test_partitions import Memory, put_gpt, put_mbr
@@ -253,6 +253,14 @@ class TestRefusals:
         done = subprocess.run([*words, "-c", "write 0 512"], capture_output=True, text=True, timeout=60, check=False)
         assert "lock" in done.stderr + done.stdout
 
+    @pytest.mark.parametrize("kind", ["raw", "qcow2"])
+    def test_nobody_writes_what_is_attached_read_only(self, host, tmp_path, kind):
+        path = make(tmp_path / "disk", kind)
+        host.attach_image(path, read_only=True)
+        words = ["qemu-io", "-f", kind, "-c", "write 0 512", path]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert "lock" in done.stderr + done.stdout
+
     @pytest.mark.parametrize(
         ("make_it", "error"),
         [
@@ -428,6 +436,9 @@ class TestVMs:
             with pytest.raises(errors.Conflict, match=f"attached as {device}") as refused:
                 act()
             assert refused.value.hint == f"hvmgr image detach {device}"
+        assert [(one.code, one.repair) for one in start_guard.examine(vm.home.present())] == [
+            ("image-attached", f"hvmgr image detach {device}")
+        ]
         help_.write(device, 0, b"by hand")
         bench.host.detach_image(path)
         assert help_.disk_of(path, "qcow2")[:7] == b"by hand"
@@ -460,7 +471,9 @@ class TestVMs:
         vm = bench.make(4)
         vm.create_snapshot("one", type="disk-only")
         frozen = vm.snapshot("one").disks["hda"]
-        bench.start(vm)
+        assert bench.host.attach_image(frozen).attachment.read_only
+        bench.start(vm)  # what it only reads may be attached
+        bench.host.detach_image(frozen)
         for read_only in (False, True):
             with pytest.raises(errors.Conflict, match="belongs to the VM 'web', which runs"):
                 bench.host.attach_image(bench.disk(vm), read_only=read_only)
