@@ -186,6 +186,25 @@ def test_file_system_works_and_a_mounted_one_is_not_detached(host, tmp_path, req
     help_.run("e2fsck", "-fn", raw)
 
 
+def test_lost_write_is_told(host, tmp_path):
+    """The image's file system fills up behind the back of whoever writes to the device."""
+    place = tmp_path / "full"
+    place.mkdir()
+    hvmgr_ = f"{sys.executable} -m hvmgr -c qemu:///system?socket=/nonexistent/libvirt image"
+    script = f"""mount -t tmpfs -o size=1M none {place} && qemu-img create -q -f qcow2 {place}/disk 16M || exit 1
+        device=$({hvmgr_} attach {place}/disk | sed 's/.* as //')
+        head -c 4M /dev/urandom > $device
+        {hvmgr_} detach $device
+        echo $?
+        {hvmgr_} detach $device > /dev/null && umount {place}"""
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "8\n"
+    assert "not all that was written" in done.stderr
+    assert help_.is_clean()
+
+
 def test_open_device_is_not_detached_and_stays(host, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_END_S", 0.2)
     disk = Memory(4 * MIB)
