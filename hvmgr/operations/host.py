@@ -214,7 +214,7 @@ class Host:
     def attach_image(self, path: Path | str, *, read_only: bool = False, format: str | None = None) -> Shown:
         """The disk in an image file is a block device until ``detach_image``; its attachment, with device and partitions.
 
-        What others need unchanged is attached read-only. ``format`` is raw, qcow2, vpc or vhdx; without one what VMs and
+        What others need unchanged is attached read-only. ``format`` is vhd, vhdx, qcow2 or raw; without one what VMs and
         children state counts, and then the content. Conflict when a running VM works on it, or it is attached already.
         """
         from hvmgr.operations import attaching
