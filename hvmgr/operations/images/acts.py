@@ -100,7 +100,7 @@ class Worker:
         if writes:
             _write(path, step.format, writes)
 
-    def resize(self, step: image_plan.ResizeImage) -> None:
+    def resize(self, step: image_plan.SetSize) -> None:
         """The disk has that size."""
         path = Path(step.path)
         if recognition.look(path).size != step.size:
@@ -167,7 +167,7 @@ class Worker:
         image_plan.PointChild: point,
         image_plan.RemoveMerged: remove,
         image_plan.FitPartitions: fit,
-        image_plan.ResizeImage: resize,
+        image_plan.SetSize: resize,
         image_plan.CompactImage: compact,
         image_plan.RepairImage: repair,
     }

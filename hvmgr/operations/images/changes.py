@@ -37,7 +37,7 @@ NEUTRAL = (
     image_plan.GrowImage,
     image_plan.MergeChain,
     image_plan.FitPartitions,
-    image_plan.ResizeImage,
+    image_plan.SetSize,
     image_plan.CompactImage,
     image_plan.RepairImage,
 )
