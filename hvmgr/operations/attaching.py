@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
 
 VHDX = "vhdx"
-FORMATS = (images.RAW, images.QCOW2, images.VPC, VHDX)
+_VHD = "vhd"  # in hvmgr's words; QEMU calls it vpc
 _VHDX_MAGIC = b"vhdxfile"
 _CHAIN_MAX = 200
 _EXTENDED_SHOWN = 1024
@@ -77,14 +77,14 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
     image_export.require()
     loop.require()
     clean(host)
-    links = chain_of(path, fmt or image_users.stated_format(host, path) or probe(path))
+    links = chain_of(path, (images.VPC if fmt == _VHD else fmt) or image_users.stated_format(host, path) or probe(path))
     users = image_users.of(host, path)
     _require_free(users, path)
     reason = None if read_only else _why_read_only(users, path)
     one = Attachment(
         id=str(uuid.uuid4()),
         path=str(path),
-        format="vpc" if links[0].format == image_export.CODEC else links[0].format,
+        format=_VHD if links[0].format in {images.VPC, image_export.CODEC} else links[0].format,
         read_only=read_only or reason is not None,
         images=tuple(str(link.path) for link in links),
         folder=str(settings.runtime_folder() / uuid.uuid4().hex[:12]),

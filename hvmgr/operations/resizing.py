@@ -44,7 +44,9 @@ def plan_resize(session: Session, slot: str, size: int, *, shrink: bool = False)
     _require_state(session, state, image, size, shrink=shrink)
     if not _can_change(session, before, image):
         return _plan_child(session, before, slot, image, size, state)
-    if size < image.size:
+    if state is not State.OFF:
+        snapshots.require_same_disks(session, session.home.present(), with_memory=False)
+    elif size < image.size:
         _require_room(session, slot, image, size)
     step = plan.ResizeDisk(slot=slot, path=path, format=image.format, size=size, old=image.size)
     return Plan(
@@ -54,7 +56,7 @@ def plan_resize(session: Session, slot: str, size: int, *, shrink: bool = False)
         subject=_subject(session, slot, size),
         switch=step,
         finish=(step,) if size < image.size else (),  # what is cut off in two acts is completed from the first one on
-        hold=() if state in (State.RUNNING, State.PAUSED) else ((path, image.format),),
+        hold=((path, image.format),) if state is State.OFF else (),
     )
 
 

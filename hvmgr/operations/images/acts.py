@@ -7,12 +7,13 @@ itself has it.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hvmgr import errors, vhd
-from hvmgr.host import image_locks, nbd_client, qemu_img, storage_daemon
+from hvmgr.host import image_locks, nbd_client, qemu_errors, qemu_img, storage_daemon
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.plan import Step
@@ -23,6 +24,7 @@ from hvmgr.vhd import repairing
 
 Report = Callable[[Progress], None]
 
+_PART = re.compile(re.escape(durable.TEMPORARY) + "[0-9a-f]{16,32}")  # as a codec names what it has not finished
 _TORN = ("F4", "F5", "F7")  # what a death between the writing of two footers leaves
 
 
@@ -98,7 +100,7 @@ class Worker:
         if writes:
             _write(path, step.format, writes)
 
-    def resize(self, step: image_plan.ResizeImage) -> None:
+    def resize(self, step: image_plan.SetSize) -> None:
         """The disk has that size."""
         path = Path(step.path)
         if recognition.look(path).size != step.size:
@@ -108,6 +110,7 @@ class Worker:
         """Blocks of zeros take no space."""
         path = Path(step.path)
         if step.format == "vhd":
+            _sweep(path.parent)
             with image_locks.held(path):
                 vhd.compact(path, on_progress=self._counted(f"compact {path.name}"))
         elif step.format == "raw":
@@ -164,10 +167,17 @@ class Worker:
         image_plan.PointChild: point,
         image_plan.RemoveMerged: remove,
         image_plan.FitPartitions: fit,
-        image_plan.ResizeImage: resize,
+        image_plan.SetSize: resize,
         image_plan.CompactImage: compact,
         image_plan.RepairImage: repair,
     }
+
+
+def _sweep(folder: Path) -> None:
+    """What dead compactions left is gone; whoever is alive has its file open."""
+    for part in folder.glob(f"{durable.TEMPORARY}*"):
+        if _PART.fullmatch(part.name) and not qemu_errors.holders_of(part):
+            durable.remove(part)
 
 
 def heal(paths: Sequence[Path]) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors, units
-from hvmgr.host import qemu_img
+from hvmgr.host import image_locks, qemu_img
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.image_info import ImageOptions, ImageType
+from hvmgr.model.image_info import ImageOptions, ImageType, Use
 from hvmgr.model.progress import Progress
+from hvmgr.operations import image_users
 from hvmgr.operations.images import acts, changes, disks, recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import durable, images, index
@@ -54,6 +55,8 @@ def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None
     )  # fmt: skip
     plan = changes.plan_of("image create", f"creation of {path}", [step])
     _require_new(path)
+    if parent is not None:
+        _warn_of_writers(host, parent)
     changes.require_approval(host, plan)
     with index.making(path, wait_s=host.wait_s), _kept_still(host, parent), durable.appearing(path) as part:
         _make(part, path, step)
@@ -85,6 +88,8 @@ def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
     )  # fmt: skip
     plan = changes.plan_of("image convert", f"conversion of {source} into {path}", [step])
     _require_new(path)
+    if parent is not None:
+        _warn_of_writers(host, parent)
     changes.require_approval(host, plan)
     with index.making(path, wait_s=host.wait_s), _kept_still(host, found, parent), durable.appearing(path) as part:
         _convert(found, parent, part, path, step, host.reporter.progress)
@@ -163,10 +168,22 @@ def _require_block_size(fmt: ImageFormat, wish: ImageOptions) -> None:
 
 @contextlib.contextmanager
 def _kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
-    """The images that are read are written by no other command of hvmgr's meanwhile."""
-    paths = [one.path for one in read if one is not None]
-    with index.locked(paths, wait_s=host.wait_s):
+    """Nobody writes the images that are read, nor what they stand on: no command of hvmgr's, and no QEMU."""
+    chains = [recognition.known_chain(one.path, one.folders) for one in read if one is not None]
+    paths = list(dict.fromkeys(path for chain in chains for path in chain))
+    with index.locked(paths, wait_s=host.wait_s), contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(image_locks.held(path, writable=False))
         yield
+
+
+def _warn_of_writers(host: Host, parent: Recognised) -> None:
+    """A parent must not change any more: a VM that is off would write to it when it starts."""
+    for user in image_users.of(host, parent.path):
+        if user.use in (Use.OFF, Use.SAVED):
+            host.reporter.notice(
+                f"{user.name} writes to {parent.path} when it runs: the new image is wrong from then on"
+            )
 
 
 # --- the bytes ------------------------------------------------------------------------------------------------------
@@ -179,6 +196,8 @@ def _make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
 
         parent = None if step.parent is None else Path(step.parent)
         vhd.create(part, step.size, kind=vhd.Kind(step.type), parent=parent, block_size=step.block_size)
+        if step.type == ImageType.FIXED:
+            durable.fill(part)
     elif fmt is ImageFormat.RAW:
         durable.make_sized(part, step.size, filled=step.type == ImageType.FIXED)
     else:

@@ -15,7 +15,7 @@ import hvmgr
 from hvmgr import errors, vhd
 from hvmgr.host import image_export, loop
 from hvmgr.operations import image_users
-from hvmgr.storage import attachments, durable
+from hvmgr.storage import attachments, durable, start_guard
 from tests.operations.images import attaching as help_
 from tests.operations.rules import conftest as rules
 from tests.storage.test_partitions import Memory, put_gpt, put_mbr
@@ -68,7 +68,8 @@ def test_what_is_written_to_the_device_is_in_the_image(host, tmp_path, kind):
     shown = host.attach_image(path)
     device = shown.attachment.device
     help_.require_node(device)
-    assert (shown.attachment.size, shown.attachment.format, shown.attachment.read_only) == (8 * MIB, fmt, False)
+    assert shown.attachment.format == fmt.replace("vpc", "vhd")
+    assert (shown.attachment.size, shown.attachment.read_only) == (8 * MIB, False)
     assert help_.read(device, MIB - 512, 1024) == bytes(512) + b"\1" * 512
     help_.write(device, 5 * MIB + 512, b"new" * 1000)
     help_.zero_out(device, MIB + 4096, 8192)  # QEMU's own export would leave the old bytes there
@@ -185,6 +186,25 @@ def test_file_system_works_and_a_mounted_one_is_not_detached(host, tmp_path, req
     help_.run("e2fsck", "-fn", raw)
 
 
+def test_lost_write_is_told(host, tmp_path):
+    """The image's file system fills up behind the back of whoever writes to the device."""
+    place = tmp_path / "full"
+    place.mkdir()
+    hvmgr_ = f"{sys.executable} -m hvmgr -c qemu:///system?socket=/nonexistent/libvirt image"
+    script = f"""mount -t tmpfs -o size=1M none {place} && qemu-img create -q -f qcow2 {place}/disk 16M || exit 1
+        device=$({hvmgr_} attach {place}/disk | sed 's/.* as //')
+        head -c 4M /dev/urandom > $device
+        {hvmgr_} detach $device
+        echo $?
+        {hvmgr_} detach $device > /dev/null && umount {place}"""
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout == "8\n"
+    assert "not all that was written" in done.stderr
+    assert help_.is_clean()
+
+
 def test_open_device_is_not_detached_and_stays(host, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "_END_S", 0.2)
     disk = Memory(4 * MIB)
@@ -219,6 +239,11 @@ class TestReadOnly:
         assert one.reason == f"{child} stands on it"
         assert said == [f"{one.path} is attached read-only: {one.reason}"]
 
+    def test_vhd_with_a_child_is_read_only(self, host, tmp_path):
+        vhd.create(tmp_path / "p.vhd", 4 * MIB)
+        vhd.create(tmp_path / "c.vhd", 4 * MIB, kind=vhd.Kind.DIFFERENCING, parent=tmp_path / "p.vhd")
+        assert host.attach_image(tmp_path / "p.vhd").attachment.reason == f"{tmp_path / 'c.vhd'} stands on it"
+
     def test_mode_is_respected(self, host, tmp_path):
         path = make(tmp_path / "disk.raw", "raw")
         path.chmod(0o440)
@@ -245,6 +270,14 @@ class TestRefusals:
         assert help_.is_clean()
         host.attach_image(path)
         done = subprocess.run([*words, "-c", "write 0 512"], capture_output=True, text=True, timeout=60, check=False)
+        assert "lock" in done.stderr + done.stdout
+
+    @pytest.mark.parametrize("kind", ["raw", "qcow2"])
+    def test_nobody_writes_what_is_attached_read_only(self, host, tmp_path, kind):
+        path = make(tmp_path / "disk", kind)
+        host.attach_image(path, read_only=True)
+        words = ["qemu-io", "-f", kind, "-c", "write 0 512", path]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
         assert "lock" in done.stderr + done.stdout
 
     @pytest.mark.parametrize(
@@ -422,11 +455,20 @@ class TestVMs:
             with pytest.raises(errors.Conflict, match=f"attached as {device}") as refused:
                 act()
             assert refused.value.hint == f"hvmgr image detach {device}"
+        assert [(one.code, one.repair) for one in start_guard.examine(vm.home.present())] == [
+            ("image-attached", f"hvmgr image detach {device}")
+        ]
         help_.write(device, 0, b"by hand")
         bench.host.detach_image(path)
         assert help_.disk_of(path, "qcow2")[:7] == b"by hand"
         vm.create_snapshot("one")
         bench.check(vm)
+
+    def test_attached_image_gets_no_vm(self, bench):
+        path = bench.image("disk.raw", fmt="raw")
+        device = bench.host.attach_image(path).attachment.device
+        with pytest.raises(errors.Conflict, match=f"attached as {device}"):
+            bench.make(bench.in_place(path))
 
     def test_frozen_image_is_read_only_and_not_merged_away(self, bench):
         vm = bench.make(4)
@@ -448,7 +490,9 @@ class TestVMs:
         vm = bench.make(4)
         vm.create_snapshot("one", type="disk-only")
         frozen = vm.snapshot("one").disks["hda"]
-        bench.start(vm)
+        assert bench.host.attach_image(frozen).attachment.read_only
+        bench.start(vm)  # what it only reads may be attached
+        bench.host.detach_image(frozen)
         for read_only in (False, True):
             with pytest.raises(errors.Conflict, match="belongs to the VM 'web', which runs"):
                 bench.host.attach_image(bench.disk(vm), read_only=read_only)
