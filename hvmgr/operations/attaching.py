@@ -91,6 +91,7 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
         boot=attachments.boot_id(),
         since=units.to_rfc3339(datetime.now(UTC)),
         reason=reason,
+        file=images.identity(path),
     )
     _approve(host, "attach", f"attach {path}{' read-only' if one.read_only else ''}")
     if reason is not None:
@@ -119,6 +120,12 @@ def detach(host: Host, reference: str) -> Attachment:
     if not is_alive:
         host.reporter.notice(f"{one.path}: {_LEFT_OVER}")
     clean(host)
+    if not one.is_in_place and not one.read_only:
+        raise errors.HostFailed(
+            f"{one.path} was removed or replaced while it was attached: what was written to {one.device} is not in it",
+            hint="it is in the file that had this name before, if that one has another name still",
+            path=one.path,
+        )
     return one
 
 

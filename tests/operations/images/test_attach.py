@@ -347,6 +347,14 @@ class TestLeftOver:
         host.detach_image(path)
         assert help_.is_clean()
 
+    def test_image_that_went_away_is_told(self, host, tmp_path):
+        path = make(tmp_path / "disk.raw", "raw")
+        host.attach_image(path)
+        path.rename(tmp_path / "moved.raw")
+        with pytest.raises(errors.HostFailed, match="removed or replaced"):
+            host.detach_image(path)
+        assert help_.is_clean()
+
     def test_device_that_others_detached_goes(self, host, tmp_path):
         path = make(tmp_path / "disk.raw", "raw")
         device = host.attach_image(path).attachment.device
