@@ -168,7 +168,7 @@ class Chain:
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Into the first image; lasting after ``flush``."""
         if self.top.kind is Kind.DIFFERENCING:
-            offset, data = whole_sectors(self, offset, memoryview(data))
+            offset, data = whole_sectors(self, offset, memoryview(data).cast("B"))
         self.top.write(offset, data)
 
     def write_zeros(self, offset: int, length: int) -> None:

@@ -17,6 +17,7 @@ from hvmgr import errors
 from hvmgr.vhd import format, rules, structure
 from hvmgr.vhd.format import NO_ID, Code
 from hvmgr.vhd.image import Image
+from hvmgr.vhd.locators import base_name
 
 SUFFIXES = (".vhd", ".avhd")
 _DEPTH = 8  # folders below a named one that are looked through
@@ -103,7 +104,7 @@ class _Search:
     def _names(self, texts: Iterable[str]) -> list[str]:
         assert self.child.header is not None
         words = [self.child.header.name, *texts]
-        names = dict.fromkeys(structure.base_name(word) for word in words)
+        names = dict.fromkeys(base_name(word) for word in words)
         return [name for name in names if name not in ("", ".", "..")]
 
     def _map(self, text: str) -> Path | None:
@@ -118,7 +119,11 @@ class _Search:
 
     def try_path(self, where: str, path: Path) -> Path | None:
         """The path when the parent is there; else why not is noted."""
-        found = _without_case(path)
+        try:
+            found = _without_case(path)
+        except OSError as error:  # such as a name that is too long
+            self._note(path, where, str(error.strerror))
+            return None
         if found is None:
             self._note(path, where, "not there")
             return None
@@ -175,8 +180,8 @@ class _Search:
 
     def failure(self) -> errors.HvmgrError:
         assert self.child.header is not None
-        name = structure.base_name(self.child.header.name)
-        name = name or next((structure.base_name(one.text) for one in self.child.structure.texts if one.text), "?")
+        name = base_name(self.child.header.name)
+        name = name or next((base_name(one.text) for one in self.child.structure.texts if one.text), "?")
         fault = rules.fault("F42", path=self.child.path, name=name, tried="; ".join(self.tried) or "nothing")
         error = fault.error()
         error.hint = "name the file, or the folder that it is in"

@@ -86,6 +86,26 @@ def fault(
     return Fault(code, severity or rule.severity, offset, text, path, answer or rule.error)
 
 
+class Notes:
+    """The faults of one file, as they are met."""
+
+    def __init__(self, path: Path) -> None:
+        self.faults: list[Fault] = []
+        self._path = path
+
+    def add(
+        self,
+        code: str,
+        offset: int | None = None,
+        *,
+        severity: Severity | None = None,
+        answer: type[errors.HvmgrError] | None = None,
+        **values: object,
+    ) -> None:
+        """One more, as ``fault`` makes it."""
+        self.faults.append(fault(code, offset, severity=severity, answer=answer, path=self._path, **values))
+
+
 def refuse(faults: list[Fault] | tuple[Fault, ...], path: Path) -> None:
     """Raises the error of the gravest fault; warnings raise nothing."""
     for severity in (Severity.ERROR, Severity.REPAIRABLE):

@@ -10,36 +10,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 from hvmgr import errors
-from hvmgr.vhd import format, rules, table
+from hvmgr.vhd import format, locators, rules, table
 from hvmgr.vhd.file import File
-from hvmgr.vhd.format import FOOTER_SIZE, HEADER_SIZE, NO_ID, NOWHERE, SECTOR, Code, Footer, Header, Kind, Locator
-from hvmgr.vhd.rules import Fault, Severity
+from hvmgr.vhd.format import FOOTER_SIZE, HEADER_SIZE, NO_ID, NOWHERE, SECTOR, Footer, Header, Kind
+from hvmgr.vhd.locators import Area, Text
+from hvmgr.vhd.rules import Fault, Notes, Severity
 from hvmgr.vhd.table import Table
 
 MAX_TABLE = 64 << 20  # a table of 16 million blocks; only blocks far smaller than any writer's need more
-MAX_TEXT = 128 << 10  # twice the longest path that Windows knows
 _CLOCK_ERROR = 30 * 60  # seconds that another computer's clock may be ahead
 _READABLE = frozenset({"F4", "F5", "F6", "F7", "F22"})  # faults over which the rest can still be read
-
-
-class Text(NamedTuple):
-    """What a locator says, as bytes and, where it is one, as text."""
-
-    number: int
-    code: str
-    raw: bytes
-    text: str | None
-
-
-class Area(NamedTuple):
-    """A range of the file and what stands there."""
-
-    start: int
-    end: int
-    what: str
 
 
 @dataclass(frozen=True)
@@ -127,20 +109,9 @@ class _Reading:
         self._length = file.length()
         self._end, self._closing = _read_end(file, self._length)
         self._opening = file.read(0, FOOTER_SIZE)
-        self._faults: list[Fault] = []
+        self._notes = Notes(file.path)
+        self._note = self._notes.add
         self._cut = False  # the footer at the end is missing
-
-    def _note(
-        self,
-        code: str,
-        offset: int | None = None,
-        *,
-        severity: Severity | None = None,
-        answer: type[errors.HvmgrError] | None = None,
-        **values: object,
-    ) -> None:
-        path = self._file.path
-        self._faults.append(rules.fault(code, offset, severity=severity, answer=answer, path=path, **values))
 
     def run(self) -> Structure:
         footer = self._choose_footer()
@@ -152,7 +123,7 @@ class _Reading:
                 result = replace(result, data_end=footer.size)
             elif footer.kind is not None:
                 result = self._read_dynamic(result, footer)
-        return replace(result, faults=tuple(self._faults))
+        return replace(result, faults=tuple(self._notes.faults))
 
     # --- the footers ---
 
@@ -280,9 +251,10 @@ class _Reading:
         self._judge_header(header, footer, at)
         areas = [Area(0, FOOTER_SIZE, "copy of the footer"), Area(at, at + HEADER_SIZE, "header")]
         entries = self._read_table(header, footer, areas)
-        texts = tuple(self._read_locators(header, areas))
+        reading = locators.Reading(self._file, self._end, self._notes)
+        texts = tuple(reading.read(header.locators, areas))
         if footer.kind is Kind.DIFFERENCING:
-            self._judge_parent(header, texts)
+            reading.judge_parent(header, texts)
         result = replace(result, header=header, texts=texts, areas=tuple(areas))
         data_end = max(area.end for area in areas)
         if entries is not None and not self._has("F14", "F26"):
@@ -294,7 +266,7 @@ class _Reading:
         return replace(result, data_end=data_end, end=self._end)
 
     def _has(self, *codes: str) -> bool:
-        return any(one.code in codes and one.severity is Severity.ERROR for one in self._faults)
+        return any(one.code in codes and one.severity is Severity.ERROR for one in self._notes.faults)
 
     def _judge_header(self, header: Header, footer: Footer, at: int) -> None:
         if header.version != format.VERSION:
@@ -370,71 +342,6 @@ class _Reading:
                     self._note("F32", at + 4 * block, block=first + (at - start) // 4 + block)
                 return
 
-    # --- locators ---
-
-    def _read_locators(self, header: Header, areas: list[Area]) -> Iterator[Text]:
-        seen: set[bytes] = set()
-        known = {code.value.encode() for code in Code}
-        fixed = list(areas)
-        for number, locator in enumerate(header.locators):
-            if locator.is_unused:
-                if locator != Locator():
-                    self._note("F35", number=number, locator="none", what="an unused entry is all zeros")
-                continue
-            code = locator.code.decode("latin-1")
-            if locator.code in seen:
-                self._note("F36", number=number, what=f"the code {code!r} is there twice")
-                continue
-            seen.add(locator.code)
-            if locator.code not in known:
-                self._note("F36", number=number, what=f"the code {code!r} is not known", severity=Severity.WARNING)
-            if why := self._impossible(locator):
-                self._note("F35", number=number, locator=code, what=why)
-                continue
-            end = locator.offset + locator.space_bytes
-            for area in fixed:
-                if area.start < end and locator.offset < area.end:
-                    self._note("F37", locator.offset, number=number, locator=code, what=area.what)
-            areas.append(Area(locator.offset, end, f"locator {number}"))
-            yield self._read_text(number, code, locator)
-
-    def _impossible(self, locator: Locator) -> str | None:
-        space = locator.space_bytes
-        if locator.reserved:
-            return "its reserved bytes are not zero"
-        if locator.offset == 0:
-            return "its offset is 0"
-        if space <= 0:
-            return f"a space of {locator.space} is neither sectors nor bytes"
-        if not 0 < locator.length <= min(space, MAX_TEXT):
-            return f"a text of {locator.length} bytes in a space of {space}"
-        if locator.offset + space > self._end:
-            return "its text is not in the file"
-        return None
-
-    def _read_text(self, number: int, code: str, locator: Locator) -> Text:
-        raw = self._file.read(locator.offset, locator.length)
-        text = format.locator_text(locator.code, raw)
-        if text is None:
-            return Text(number, code, raw, None)
-        if why := _flaw(raw, code):
-            self._note("F38", locator.offset, number=number, locator=code, what=why)
-            return Text(number, code, raw, None)
-        if code == Code.RELATIVE and not text.startswith((".\\", "..\\")):
-            what = "does not begin with .\\ or ..\\"
-            self._note("F39", locator.offset, number=number, locator=code, text=text, what=what)
-        return Text(number, code, raw, text or None)
-
-    def _judge_parent(self, header: Header, texts: tuple[Text, ...]) -> None:
-        if header.parent_uid == NO_ID:
-            self._note("F45", severity=Severity.WARNING)
-        names = {base_name(one.text) for one in texts if one.text}
-        if not names:
-            self._note("F41", severity=Severity.WARNING)
-        names |= {base_name(header.name)} - {""}
-        if len({name.casefold() for name in names}) > 1:
-            self._note("F40", names=", ".join(sorted(names)))
-
     # --- blocks ---
 
     def _judge_blocks(self, entries: Table, header: Header, footer: Footer, areas: list[Area]) -> int:
@@ -480,11 +387,6 @@ class _Reading:
         self._end = format.round_up(max(data_end, self._length), SECTOR) if whole else self._length
 
 
-def base_name(text: str) -> str:
-    """The last part of a path of Windows or of Unix."""
-    return text.replace("\\", "/").rpartition("/")[2]
-
-
 def _is_readable(fault: Fault) -> bool:
     """F3 is grave only when a block is cut."""
     return fault.code in _READABLE or (fault.code == "F3" and fault.repairable)
@@ -499,15 +401,3 @@ def _shown(value: object) -> str:
     if isinstance(value, bytes):
         return value.hex() if len(value) <= 16 else "other bytes"
     return str(value)
-
-
-def _flaw(raw: bytes, code: str) -> str | None:
-    """Why these bytes are no proper text."""
-    encoding = "utf-8" if code == Code.URL else "utf-16-le"
-    if encoding == "utf-16-le" and len(raw) % 2:
-        return "an odd number of bytes"
-    try:
-        text = raw.decode(encoding)
-    except UnicodeDecodeError as error:
-        return error.reason
-    return "zeros within it" if "\0" in text.rstrip("\0") else None

@@ -100,10 +100,6 @@ class Table:
         """The sectors at which blocks begin, ascending; as many as the file holds."""
         return sorted(chain.from_iterable(self._runs()))
 
-    def start(self) -> int:
-        """Where the first block in the file begins, in bytes; 0 without any."""
-        return min(map(min, self._runs()), default=0) * SECTOR
-
 
 def overlaps(places: list[int], stride: int) -> list[tuple[int, int]]:
     """Pairs of neighbours that are closer than ``stride`` sectors; the first few."""

@@ -152,7 +152,7 @@ def test_another_parent(tmp_path: Path) -> None:
 
 
 def test_compacting_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths, shown = make_chain(tmp_path, 1, size=MIB)
+    paths, _ = make_chain(tmp_path, 1, size=MIB)
     before = paths[0].read_bytes()
     monkeypatch.setattr("hvmgr.vhd.creation.Writer.finish", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
