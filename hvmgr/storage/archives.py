@@ -163,11 +163,11 @@ atexit.register(release)
 
 
 def sweep() -> None:
-    """What processes left that were killed is gone."""
-    place = settings.index_folder() / "archives"
-    for folder in sorted(place.iterdir()) if place.is_dir() else ():
-        if folder.is_dir() and not locks.is_held(folder / "lock"):
-            durable.remove_folder(folder)
+    """What processes left that were killed is gone; whoever opens an archive at this moment does that himself."""
+    place = _place()
+    if place.is_dir():
+        with contextlib.suppress(errors.Busy), _place_locked(place, wait_s=0):
+            _sweep(place)
 
 
 def unpack(
@@ -200,6 +200,21 @@ def unpack(
 
 
 # --- inside ---------------------------------------------------------------------------------------------------------
+
+
+def _place() -> Path:
+    return settings.index_folder() / "archives"
+
+
+def _place_locked(place: Path, *, wait_s: float) -> contextlib.AbstractContextManager[None]:
+    """Nobody makes or removes a folder there."""
+    return locks.held(place / ".lock", wait_s=wait_s, what="the folder for archives")
+
+
+def _sweep(place: Path) -> None:
+    for folder in sorted(place.iterdir()):
+        if folder.is_dir() and not locks.is_held(folder / "lock"):
+            durable.remove_folder(folder)
 
 
 def _state(facts: os.stat_result) -> tuple[int, int, int, int]:
@@ -255,28 +270,28 @@ def _decompressed(path: Path, file: IO[bytes]) -> Iterator[IO[bytes]]:
 
 
 def _look(path: Path, state: tuple[int, int, int, int], *, hashed: bool, report: Report | None) -> Archive:
-    archive = Archive(path, state, _make_folder())
+    archive = _make_folder(path, state)
     try:
-        archive._stack.callback(durable.remove_folder, archive.folder.parent)  # noqa: SLF001 - of this module
-        lock = locks.held(archive.folder.parent / "lock", wait_s=_PARENT_LOCK_S, what=str(path))
-        archive._stack.enter_context(lock)  # noqa: SLF001 - as above
         _lay_out(archive, hashed=hashed, report=report)
     except BaseException:
-        archive._stack.close()  # noqa: SLF001 - as above
+        archive._stack.close()  # noqa: SLF001 - of this module
         raise
     return archive
 
 
-def _make_folder() -> Path:
-    place = settings.index_folder() / "archives"
+def _make_folder(path: Path, state: tuple[int, int, int, int]) -> Archive:
+    """An empty folder that is this process' own, by a lock in it."""
+    place = _place()
     with durable.explained(place):
         place.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
-    with locks.held(place / ".lock", wait_s=_PARENT_LOCK_S, what="the archives"):
-        sweep()
-        folder = place / uuid.uuid4().hex
-        durable.make_folder(folder, mode=_FOLDER_MODE)
-        durable.make_folder(folder / "content", mode=_FOLDER_MODE)
-    return folder / "content"
+    folder = place / uuid.uuid4().hex
+    with _place_locked(place, wait_s=_PARENT_LOCK_S), contextlib.ExitStack() as stack:
+        _sweep(place)
+        stack.callback(durable.remove_folder, folder)
+        for one in (folder, folder / "content"):
+            durable.make_folder(one, mode=_FOLDER_MODE)
+        stack.enter_context(locks.held(folder / "lock", wait_s=_PARENT_LOCK_S, what=str(path)))
+        return Archive(path, state, folder / "content", _stack=stack.pop_all())
 
 
 def _lay_out(archive: Archive, *, hashed: bool, report: Report | None) -> None:

@@ -192,6 +192,7 @@ class Finder:
             )  # fmt: skip
         if parent is not None:
             self.vhd_parents.add(parent)
+            self.used.entries |= {one for one in self.paths if Path(parent).is_relative_to(os.path.realpath(one.new))}
             if parent in self.listed:
                 self.expected[parent] = self.listed[parent]
         return parent, images.VPC, parent or ""

@@ -42,7 +42,7 @@ _HEADERS = ("", "Code", "Found", "What puts it right")
 @click.option("--quiesce", is_flag=True, help="Let the guest's agent put its file systems to rest first.")
 @click.option("--exclude-disk", "exclude", multiple=True, metavar="SLOT", help="Leave this disk out. Repeatable.")
 @click.option("--format", "image_format", type=click.Choice(["qcow2", "raw", "vhd"]),
-              help="The format of flattened disks: with --snapshot or --snapshots none.")  # fmt: skip
+              help="The format of flattened disks (--snapshot, --snapshots none); vhd also of a whole tree.")  # fmt: skip
 @click.option("--no-checksums", is_flag=True, help="Hash nothing; where blocks are shared that makes it instant.")
 @click.pass_obj
 def export(request: Request, /, vm: str, dest: Path | None, archive: str | None, **wishes: Any) -> None:

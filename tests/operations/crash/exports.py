@@ -23,7 +23,8 @@ import shapes
 from crash import NAME, Place, Run, Shape, forked, left_over, opened
 
 import hvmgr
-from hvmgr import errors
+from hvmgr import errors, vhd
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
 from hvmgr.operations.exchange import export_, verification  # noqa: F401 - imported before the forks
 from hvmgr.storage import copy, source_home
@@ -41,6 +42,7 @@ def out(host):
 
 SHAPES = {
     "export-tree": Shape(shapes.forked_tree, to()),
+    "export-vhd": Shape(shapes.forked_tree, to(format=ImageFormat.VHD)),
     "export-pruned": Shape(shapes.line, to(keep=("three",))),
     "export-flat": Shape(shapes.line, to(snapshots=Extent.NONE)),
     "export-snapshot-memory": Shape(shapes.with_memory, to(snapshot="memory")),
@@ -119,6 +121,11 @@ class Export(Run):
 
 
 def _bytes_of(path, fmt):
+    if fmt == "vpc":
+        with vhd.open_chain(path, folders=[Path(path).parents[2]]) as chain:
+            data = bytearray(chain.size)
+            chain.read_into(0, memoryview(data))
+            return hashlib.sha256(data).hexdigest()[:16]
     with tempfile.TemporaryDirectory(prefix="hv", dir="/tmp") as folder:
         raw = Path(folder) / "raw"
         subprocess.run(["qemu-img", "convert", "-f", fmt, "-O", "raw", path, raw], check=True, timeout=30)

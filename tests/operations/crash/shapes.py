@@ -454,6 +454,13 @@ def packed(host):
     vm(host).delete(with_disks=True)
 
 
+def as_vhds(host):
+    """A forked tree as an export of differencing VHDs, from a VM that is no more."""
+    forked_tree(host)
+    vm(host).export(source(host), hvmgr.ExportOptions(format=hvmgr.ImageFormat.VHD))
+    vm(host).delete(with_disks=True)
+
+
 def source(host):
     return host.root.parent / "outside" / "gold"
 
@@ -489,6 +496,7 @@ def clone(**how):
 IMPORTS = {
     "import-copy": Shape(gone_away, bring(), again=True),
     "import-archive": Shape(packed, lambda host: host.import_vm(source(host).with_suffix(".tar.zst")), again=True),
+    "import-vhd": Shape(as_vhds, lambda host: host.import_vm(source(host) / crash.NAME), again=True),
     "import-register": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER), again=True),
     "import-register-new-id": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True),
     "import-link": Shape(gone_away, bring(mode=hvmgr.Mode.LINK), again=True),

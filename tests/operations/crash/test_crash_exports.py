@@ -7,6 +7,7 @@ import pytest
 # Kills of each, unless HVMGR_CRASH is ``all``: every so many-th act.
 STRIDES = {
     "export-tree": 61,
+    "export-vhd": 61,
     "export-pruned": 53,
     "export-flat": 31,
     "export-snapshot-memory": 37,

@@ -7,6 +7,7 @@ import pytest
 SHAPES = {
     "import-copy": 11,
     "import-archive": 13,
+    "import-vhd": 13,
     "import-register": 7,
     "import-register-new-id": 9,
     "import-link": 7,

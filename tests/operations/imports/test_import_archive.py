@@ -10,6 +10,7 @@ import pytest
 
 import hvmgr
 from hvmgr import errors, settings
+from hvmgr.operations.exchange import import_document
 from hvmgr.storage import archives, durable
 
 MIB = 1 << 20
@@ -131,6 +132,25 @@ class TestWhole:
         assert plan.source == file
         plan.name = "other"
         assert plan.run().name == "other"
+
+    def test_plan_in_a_file(self, bench, archive):
+        file, seen, _ = archive
+        plan = bench.host.plan_import(file)
+        text = bench.place / "plan.yaml"
+        text.write_text(import_document.to_yaml(plan, plan.check()))
+        assert bench.photo(import_document.read_file(bench.host, text).run()) == seen
+
+    def test_dry_run_leaves_nothing(self, bench, archive):
+        file, _, _ = archive
+        host = hvmgr.Host.open(
+            bench.uri, root=bench.host.root, reporter=hvmgr.Reporter(approve=lambda _plan: False, dry_run=True)
+        )
+        before = bench.states()
+        with pytest.raises(errors.Declined):
+            host.import_vm(file)
+        host.close()
+        assert bench.states() == before
+        assert shown() == []
 
     def test_packed_again_by_hand(self, bench, archive):
         file, seen, _ = archive

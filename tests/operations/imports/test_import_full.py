@@ -21,7 +21,7 @@ def small(require, require_program):
         yield folder
 
 
-@pytest.fixture(params=["folder", "archive"])
+@pytest.fixture(params=["folder", "vhd", "archive"])
 def source(request, bench):
     """An export of 24 MiB that nothing compresses; its VM is gone."""
     path = bench.place / "large.raw"
@@ -29,8 +29,9 @@ def source(request, bench):
     vm = bench.make(path)
     vm.create_snapshot("one")
     bench.run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 12M", vm.now().disks["hda"])
-    if request.param == "folder":
-        made = vm.export(bench.place / "out")
+    if request.param in ("folder", "vhd"):
+        fmt = hvmgr.ImageFormat.VHD if request.param == "vhd" else None
+        made = vm.export(bench.place / "out", hvmgr.ExportOptions(format=fmt))
     else:
         made = bench.place / "web.tar.zst"
         vm.export_archive(made)

@@ -49,7 +49,8 @@ def domain(bench, disk, fmt="vpc"):
     xml = bench.domain(vm).xml(live=False)
     (old,) = vm.now().disks.values()
     vm.delete(with_disks=True)
-    file = bench.place / "web.xml"
+    file = bench.place / "xml" / "web.xml"
+    file.parent.mkdir()
     text = xml.replace(old, str(disk)).replace("type='qcow2'", f"type='{fmt}'")
     start, end = text.index("<metadata>"), text.index("</metadata>") + len("</metadata>")
     file.write_text(text[:start] + text[end:])
@@ -124,6 +125,17 @@ class TestForeign:
         assert shows(bench, vm) == model
 
 
+def _cut(path):
+    path.write_bytes(path.read_bytes()[:-3000])
+
+
+def _other_size(folder):
+    with vhd.open_image(folder / "base.vhd") as image:
+        uid = image.uid
+    (folder / "base.vhd").unlink()
+    creation.create(folder / "base.vhd", MIB, uid=uid)
+
+
 class TestDamage:
     @pytest.mark.parametrize(
         ("damage", "code", "words"),
@@ -131,7 +143,7 @@ class TestDamage:
             (lambda folder: (folder / "one.avhd").unlink(), "missing-disk", "parent 'one.avhd' was not found"),
             (lambda folder: (folder / "base.vhd").write_bytes(bytes(4096)), "missing-disk", "no VHD"),
             (lambda folder: _cut(folder / "one.avhd"), "damaged", "one.avhd"),
-            (lambda folder: _other_size(folder), "wrong-size", "has 1048576"),
+            (_other_size, "wrong-size", "has 1048576"),
         ],
         ids=["missing", "no-vhd", "cut", "size"],
     )
@@ -165,14 +177,3 @@ class TestDamage:
                   folder / "x.qcow2", SIZE)  # fmt: skip
         file = domain(bench, folder / "x.qcow2", "qcow2")
         assert bench.codes(file, paths={str(folder): str(folder)}) == ["vhd-differencing"]
-
-
-def _cut(path):
-    path.write_bytes(path.read_bytes()[:-3000])
-
-
-def _other_size(folder):
-    with vhd.open_image(folder / "base.vhd") as image:
-        uid = image.uid
-    (folder / "base.vhd").unlink()
-    creation.create(folder / "base.vhd", MIB, uid=uid)
