@@ -68,9 +68,6 @@ def take_in(
     """The source as the VM that it will be, with a place for every image."""
     snapshots = intake.kept_snapshots(source, options)
     targets = {one.old: one.new for one in maps.disk_targets}
-    for entry in maps.disk_targets:
-        if entry.old in source.disks:
-            used.entries.add(entry)
     if options.mode is Mode.COPY:
         places = intake.place_images(session.layout, source, snapshots, targets, session.new_id)
     else:
