@@ -21,8 +21,7 @@ from hvmgr.host import guest_agent, libvirt_door
 from hvmgr.model import manifest, plan
 from hvmgr.model.specification import DiskSpecification
 from hvmgr.operations.exchange import freezing
-from hvmgr.operations.steps import execution
-from hvmgr.storage import source_home
+from hvmgr.storage import journal, source_home
 from tests.operations import agent_guest
 from tests.operations.conftest import Factory, Kind
 
@@ -35,7 +34,7 @@ import os, signal, sys
 from pathlib import Path
 import hvmgr
 from hvmgr.model import plan
-from hvmgr.operations.steps import execution
+from hvmgr.storage import journal, source_home
 
 def die(session, step):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -108,7 +107,8 @@ def out():
 
 
 def export(machine, out, **options):
-    folder = machine.vm.export(out, hvmgr.ExportOptions(**options))
+    """To a folder of its own each time."""
+    folder = machine.vm.export(out / f"{len(list(out.iterdir()))}", hvmgr.ExportOptions(**options))
     assert machine.host.verify(folder) == []
     return folder
 
@@ -135,48 +135,39 @@ def silence_agent(machine):
             assert time.monotonic() < deadline, "the guest's agent did not stop"
 
 
-class TestAtRest:
-    def test_file_systems_rest_at_that_moment_and_not_any_longer(self, machine, out, at_step):
-        seen = []
-        at_step(plan.SwitchDisks, before=lambda: seen.append((is_frozen(machine), machine.state())))
-        folder = export(machine, out, quiesce=True)
-        assert seen == [(True, "running")]
-        assert not is_frozen(machine)
-        assert disk_was_at_rest(folder)
-        assert manifest.parse((folder / manifest.FILE).read_text(), source="it").options.quiesced
-        machine.run_for(2)
-        machine.check()
-        assert machine.said == [one for one in machine.said if "unnamed images" in one]
+def test_file_systems_rest_at_that_moment_and_not_any_longer(machine, out, at_step, monkeypatch, tmp_path):
+    assert not disk_was_at_rest(export(machine, out)), "without --quiesce they are as after a power cut"
+    seen = []
+    at_step(plan.SwitchDisks, before=lambda: seen.append((is_frozen(machine), machine.state())))
+    folder = export(machine, out, quiesce=True)
+    assert seen == [(True, "running")]
+    assert not is_frozen(machine)
+    assert disk_was_at_rest(folder)
+    assert manifest.parse((folder / manifest.FILE).read_text(), source="it").options.quiesced
+    machine.run_for(2)
+    machine.check()
 
-    def test_without_it_they_are_as_after_a_power_cut(self, machine, out):
-        assert not disk_was_at_rest(export(machine, out))
-
-    def test_agent_is_asked_before_the_guest_is_paused(self, machine, out, at_step, monkeypatch, tmp_path):
-        """Copies of NVRAM or TPM state need a paused guest, whose agent could do nothing any more."""
-        source = tmp_path / "nvram"
-        source.write_bytes(b"variables")
-        copy = plan.CopyFile(source=str(source), target=str(machine.layout.export / "nvram"))
-        monkeypatch.setattr(freezing, "_copies", lambda *_, **__: [copy])
-        seen = []
-        at_step(plan.Suspend, before=lambda: seen.append(is_frozen(machine)))
-        at_step(plan.SwitchDisks, before=lambda: seen.append(machine.state()))
-        folder = export(machine, out, quiesce=True)
-        assert seen == [True, "paused"]
-        assert disk_was_at_rest(folder)
-        assert (machine.state(), is_frozen(machine)) == ("running", False)
-        machine.check()
+    # Copies of NVRAM or TPM state need a paused guest, whose agent could do nothing any more.
+    source = tmp_path / "nvram"
+    source.write_bytes(b"variables")
+    copy = plan.CopyFile(source=str(source), target=str(machine.layout.export / "nvram"))
+    monkeypatch.setattr(freezing, "_copies", lambda *_, **__: [copy])
+    at_step(plan.Suspend, before=lambda: seen.append(is_frozen(machine)))
+    at_step(plan.SwitchDisks, before=lambda: seen.append(machine.state()))
+    folder = export(machine, out, quiesce=True)
+    assert seen[1:] == [True, "paused"]
+    assert disk_was_at_rest(folder)
+    assert (machine.state(), is_frozen(machine)) == ("running", False)
+    machine.check()
 
 
-class TestThaw:
-    def test_after_an_error(self, machine, out, at_step):
-        at_step(plan.SwitchDisks, errors.HostFailed("no"))
-        with pytest.raises(errors.HostFailed, match="no"):
-            export(machine, out, quiesce=True)
-        assert not is_frozen(machine)
-        machine.check()
-
-    @pytest.mark.parametrize("step", [plan.SwitchDisks, plan.WakeGuest])
-    def test_by_the_next_command(self, machine, out, kill_at, run_and_die, step):
+def test_they_are_woken_whatever_happens(machine, out, at_step, kill_at, run_and_die):
+    at_step(plan.SwitchDisks, errors.HostFailed("no"))
+    with pytest.raises(errors.HostFailed, match="no"):
+        export(machine, out, quiesce=True)
+    assert not is_frozen(machine)
+    machine.check()
+    for step in (plan.SwitchDisks, plan.WakeGuest):
         kill_at(step)
         run_and_die(export, machine, out, quiesce=True)
         assert is_frozen(machine)
@@ -184,56 +175,49 @@ class TestThaw:
         assert not is_frozen(machine)
         machine.run_for(2)
         machine.check()
-
-    @pytest.mark.libvirtd
-    def test_by_the_next_command_after_kill_9(self, agents, libvirtd, out):
-        machine = agents.make(libvirtd.uri)
-        died = subprocess.run(
-            [sys.executable, "-c", DYING, libvirtd.uri, machine.host.root, machine.vm.name, out],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        assert died.returncode == -signal.SIGKILL, died
-        assert is_frozen(machine)
-        machine.host.vm(machine.vm.name).now()
-        assert not is_frozen(machine)
-        assert any("undid the interrupted freezing" in one for one in machine.said)
-        machine.check()
-
-
-class TestRefusals:
-    def test_agent_that_stays_silent(self, machine, out, monkeypatch):
-        monkeypatch.setattr(guest_agent, "ANSWER_S", 1)
-        silence_agent(machine)
-        with pytest.raises(errors.Conflict, match="gave no answer within 1 s"):
-            export(machine, out, quiesce=True)
-        machine.check()
-
-    def test_paused_guest(self, machine, out):
-        machine.domain.suspend()
-        with pytest.raises(errors.Conflict, match="is paused"):
-            export(machine, out, quiesce=True)
-
-    def test_file_systems_that_somebody_else_keeps_at_rest(self, machine, out):
-        guest_agent.freeze(machine.domain)
-        with pytest.raises(errors.Conflict, match="at rest already"):
-            export(machine, out, quiesce=True)
-        assert is_frozen(machine)
-
-    def test_agent_that_dies_while_they_rest_leaves_the_journal_open(self, machine, out, monkeypatch, at_step):
-        monkeypatch.setattr(guest_agent, "THAW_S", 1)
-        at_step(plan.WakeGuest, errors.HostFailed("the agent is gone"))
-        with pytest.raises(errors.HostFailed, match="the agent is gone"):
-            export(machine, out, quiesce=True)
-        assert machine.layout.journal.exists()
-        machine.vm.now()
-        assert not is_frozen(machine)
-        machine.check()
-
-
-def test_guest_that_was_stopped_meanwhile_needs_no_agent(machine, out, kill_at, run_and_die):
+    at_step(plan.WakeGuest, errors.HostFailed("the agent is gone"))
+    with pytest.raises(errors.HostFailed, match="the agent is gone"):
+        export(machine, out, quiesce=True)
+    assert journal.is_open(machine.layout.journal), "nobody else knows that the guest waits"
+    machine.vm.now()
+    assert not is_frozen(machine)
+    machine.check()
     kill_at(plan.WakeGuest)
     run_and_die(export, machine, out, quiesce=True)
-    machine.domain.destroy()
+    machine.domain.destroy()  # who is off waits for nobody
     machine.vm.now()
     machine.check()
-    assert execution.journal.read(machine.layout.journal) is None
+
+
+@pytest.mark.libvirtd
+def test_next_command_wakes_them_after_kill_9(agents, libvirtd, out):
+    machine = agents.make(libvirtd.uri)
+    died = subprocess.run(
+        [sys.executable, "-c", DYING, libvirtd.uri, machine.host.root, machine.vm.name, out],
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert died.returncode == -signal.SIGKILL, died
+    assert is_frozen(machine)
+    machine.host.vm(machine.vm.name).now()
+    assert not is_frozen(machine)
+    assert any("undid the interrupted freezing" in one for one in machine.said)
+    machine.check()
+
+
+def test_who_cannot_be_put_to_rest_is_refused(machine, out, monkeypatch):
+    def refuse(words):
+        with pytest.raises(errors.Conflict, match=words):
+            export(machine, out, quiesce=True)
+        assert not journal.is_open(machine.layout.journal)
+
+    guest_agent.freeze(machine.domain)
+    refuse("at rest already")
+    assert is_frozen(machine), "somebody else needs that"
+    guest_agent.thaw(machine.domain)
+    machine.domain.suspend()
+    refuse("is paused")
+    machine.domain.resume()
+    monkeypatch.setattr(guest_agent, "ANSWER_S", 1)
+    silence_agent(machine)
+    refuse("gave no answer within 1 s")
+    machine.check()

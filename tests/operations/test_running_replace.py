@@ -40,8 +40,7 @@ def starts_at(machine):
 @pytest.fixture
 def exported(machine, out):
     """A running machine, and its export with memory from a while ago."""
-    machine.vm.create_snapshot("one")
-    machine.run_for(2)
+    machine.vm.create_snapshot("one", type="disk-only")
     folder = machine.vm.export(out, hvmgr.ExportOptions(with_state=True))
     machine.run_for(3)
     return machine, folder
@@ -59,7 +58,7 @@ def test_guest_goes_on_from_the_exported_moment_as_often_as_wanted(exported):
     assert counts[0] == counts[1]
 
 
-def test_what_was_there_is_in_the_undo_slot(exported):
+def test_what_was_there_is_in_the_undo_slot(exported, at_step):
     machine, folder = exported
     machine.domain.managed_save()
     held = machine.held()
@@ -69,48 +68,41 @@ def test_what_was_there_is_in_the_undo_slot(exported):
     machine.vm.undo()
     machine.check()
     assert (machine.state(), machine.held()) == ("off", held)
-
-
-def test_without_state(exported):
-    machine, folder = exported
+    save = machine.host.connection.managed_save_path(machine.vm.name)
+    at_step(plan.PutManagedSave, before=lambda: save.write_bytes(b"somebody else's"))
+    with pytest.raises(errors.Conflict, match="made by somebody else"):
+        replace(machine, folder)
+    assert save.read_bytes() == b"somebody else's"
+    save.unlink()
+    machine.check()
+    assert (machine.state(), machine.held()) == ("off", held)
     replace(machine, folder, without_state=True)
     machine.check()
     assert machine.state() == "off"
+    assert machine.held() < held
 
 
-class TestDeath:
-    @pytest.mark.parametrize("after", [False, True])
-    def test_old_memory_comes_back(self, exported, kill_at, run_and_die, after):
-        machine, folder = exported
-        machine.domain.managed_save()
-        held = machine.held()
-        kill_at(plan.PutManagedSave, after=after)
-        run_and_die(replace, machine, folder)
-        machine.vm.now()
-        machine.check()
-        assert starts_at(machine) == held
+def test_old_memory_comes_back_after_a_death(exported, kill_at, run_and_die):
+    machine, folder = exported
+    machine.domain.managed_save()
+    held = machine.held()
+    kill_at(plan.PutManagedSave, after=True)
+    run_and_die(replace, machine, folder)
+    machine.vm.now()
+    machine.check()
+    assert starts_at(machine) == held
 
-    def test_guest_that_was_started_in_between_stays(self, exported, kill_at, run_and_die):
-        machine, folder = exported
-        kill_at(plan.PutManagedSave, after=True)
-        run_and_die(replace, machine, folder)
-        save = machine.host.connection.managed_save_path(machine.vm.name)
-        assert saved_state.read(save).complete
-        machine.domain.start()
-        tick = machine.run_for(2)
-        machine.domain.destroy()
-        machine.vm.now()
-        machine.check()
-        assert machine.state() == "off"
-        assert machine.held() >= tick.memory - 1  # it is written after the word
 
-    def test_memory_that_others_put_there_stays(self, exported, at_step):
-        machine, folder = exported
-        machine.vm.stop(force=True)
-        save = machine.host.connection.managed_save_path(machine.vm.name)
-        at_step(plan.PutManagedSave, before=lambda: save.write_bytes(b"theirs"))
-        with pytest.raises(errors.Conflict, match="made by somebody else"):
-            replace(machine, folder)
-        assert save.read_bytes() == b"theirs"
-        save.unlink()
-        machine.check()
+def test_guest_that_was_started_after_a_death_stays_in_the_new_state(exported, kill_at, run_and_die):
+    machine, folder = exported
+    kill_at(plan.PutManagedSave, after=True)
+    run_and_die(replace, machine, folder)
+    save = machine.host.connection.managed_save_path(machine.vm.name)
+    assert saved_state.read(save).complete
+    machine.domain.start()
+    tick = machine.run_for(2)
+    machine.domain.destroy()
+    machine.vm.now()
+    machine.check()
+    assert machine.state() == "off"
+    assert machine.held() >= tick.memory - 1  # it is written after the word

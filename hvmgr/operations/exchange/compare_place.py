@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvmgr import units
+from hvmgr import errors, units
 from hvmgr.host.hypervisor import Connection
 from hvmgr.model.compatibility import found
 from hvmgr.model.finding import Finding
@@ -47,6 +47,10 @@ def _identity_findings(connection: Connection, comparison: Comparison) -> Iterat
         name = same_id.name if same_id is not None else elsewhere[0].name
         sentence = f"the id {who.vm_id} belongs to the VM '{name}'"
         yield found("id-in-use", sentence, who.vm_id, "--new-id, or --keep-id --replace to put it in its place")
+    if options.replace and same_id is None:
+        raise errors.NotFound(
+            f"there is no VM with the id {who.vm_id} to replace", hint="import it with --keep-id alone", id=who.vm_id
+        )
     if not options.replace:
         same_name = connection.find_domain_by_name(who.name)
         if same_name is not None and (same_id is None or same_name.uuid != who.vm_id):
@@ -69,6 +73,11 @@ def _target_findings(comparison: Comparison) -> Iterator[Finding]:
     layout = comparison.layout
     if layout.home.exists() and not (layout.home.is_dir() and vm_home.holds_nothing(layout.home)):
         yield found("target-exists", f"{layout.home} is there already", layout.home, "--name NEW, or --vm-path DIR")
+    for place in (layout.home, *(place for _, place in layout.links())):
+        above = next(one for one in place.parents if one.exists())
+        if not above.is_dir():
+            yield found("target-exists", f"{above} is no folder", above, "choose another folder")
+            return
     for _, place in layout.links():
         if place.exists() and any(place.iterdir()):
             yield found("target-exists", f"{place} is there already", place, "--name NEW, or another folder")

@@ -68,9 +68,6 @@ def take_in(
     """The source as the VM that it will be, with a place for every image."""
     snapshots = intake.kept_snapshots(source, options)
     targets = {one.old: one.new for one in maps.disk_targets}
-    for entry in maps.disk_targets:
-        if entry.old in source.disks or entry.old in source.left_out:
-            used.entries.add(entry)
     converted = intake.to_convert(source, snapshots, options, left_out=options.mode is Mode.LINK)
     places = intake.place_images(session.layout, source, snapshots, targets, session.new_id, converted=converted)
     if options.mode is not Mode.COPY:

@@ -73,11 +73,28 @@ class TestHost:
             {"paths": {"/nowhere": "/x"}},
             {"disks": {"vdz": "/x"}},
             {"disk_targets": {"vdz": "/x"}},
+            {"vlans": {"52:54:00:00:00:99": "7"}},
         ):
-            with pytest.raises(errors.UsageError) as caught:
-                bench.bring(source, **wish)
-            assert "would be ignored" in caught.value.message
-            assert next(iter(next(iter(wish.values())))) in caught.value.message
+            for ask in (bench.bring, bench.codes):  # a plan has no place for what is not there
+                with pytest.raises(errors.UsageError) as caught:
+                    ask(source, **wish)
+                assert "would be ignored" in caught.value.message
+                assert next(iter(next(iter(wish.values())))) in caught.value.message
+
+    def test_places_that_cannot_be(self, bench, branched):
+        source = bench.take_away(branched)
+        file = bench.image("file")
+        assert bench.codes(source, vm_path=file) == ["target-exists"]
+        assert bench.codes(source, disk_path=file) == ["target-exists"]
+        for wish in ({"vm_path": source}, {"disk_targets": {"hda": str(source / "base.qcow2")}}):
+            with pytest.raises(errors.UsageError, match="is inside the source"):
+                bench.codes(source, **wish)
+        with pytest.raises(errors.UsageError, match="it holds no snapshot that the source lacks"):
+            bench.codes(source, snapshot_source=bench.place)
+        with pytest.raises(errors.NotFound, match="there is no folder"):
+            bench.codes(source, snapshot_source=bench.place / "nothing")
+        with pytest.raises(errors.NotFound, match="to replace"):
+            bench.codes(source, new_id=False, replace=True)
 
     def test_unknown_machine_and_firmware(self, bench, branched):
         source = bench.take_away(branched)

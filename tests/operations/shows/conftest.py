@@ -118,7 +118,7 @@ def site(name, root):
     shutil.rmtree(folder)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def _sites(new_embed_root, require, require_program):
     require(os.geteuid() == 0, "namespaces need root")
     require_program("libvirtd")
@@ -169,7 +169,7 @@ def elsewhere(site, vm):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def gold(_sites, counting_guest):
     """Booted and exported once."""
     a, _ = _sites
