@@ -123,6 +123,15 @@ def test_names_are_told_in_any_locale():
     assert (done.returncode, done.stdout) == (3, "")
 
 
+def until_it_waits(process, lock):
+    """The process has the lock's file open: it is past its start."""
+    deadline = time.monotonic() + 60
+    while not any(os.path.realpath(one) == os.path.realpath(lock) for one in Path(f"/proc/{process.pid}/fd").iterdir()):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_interrupt_of_a_wait_ends_at_once(hvmgr, vm, root):
     with Host.open().vm(vm).home.locked(wait_s=1):
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -132,9 +141,9 @@ def test_interrupt_of_a_wait_ends_at_once(hvmgr, vm, root):
             stderr=subprocess.PIPE,
             text=True,
         )
-        time.sleep(1.0)
+        until_it_waits(waiting, root / vm / ".hvmgr" / "lock")
         waiting.send_signal(signal.SIGINT)
-        _, told = waiting.communicate(timeout=10)
+        _, told = waiting.communicate(timeout=60)
     assert (waiting.returncode, told) == (130, "hvmgr: stopped\n")
 
 
