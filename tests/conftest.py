@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count()
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background; whatever a test interrupts would have it
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a job in the background; whatever a test interrupts would have it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 private_libvirt.take_place_of_init()
 
