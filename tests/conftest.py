@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count()
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a job in the background; whatever a test interrupts would have it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 private_libvirt.take_place_of_init()
 
 
@@ -115,7 +120,7 @@ def embed_root(new_embed_root):
 @pytest.fixture
 def connection(embed_root):
     """A connection to the embedded driver without any domain; those of the test are gone afterwards."""
-    with hypervisor.opened(f"qemu:///embed?root={embed_root}", wait_s=10) as connection:
+    with hypervisor.opened(f"qemu:///embed?root={embed_root}", wait_s=60) as connection:
         yield connection
         remove_domains(connection)
 

@@ -77,7 +77,7 @@ class Libvirtd:
     def stop(self, *, signal_=signal.SIGTERM):
         """Ends the daemon; its guests run on."""
         self.process.send_signal(signal_)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
 
     def start(self):
         """Starts the daemon again after ``stop``."""
@@ -125,7 +125,7 @@ def start_libvirtd(root, *, own_network=False):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not socket.exists():
         assert process.poll() is None, "libvirtd ended at once"
         assert time.monotonic() < deadline, "libvirtd opens no socket"
@@ -196,7 +196,7 @@ def is_alive(pid):
     return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
 
-def wait_for_end(pid, timeout_s=10):
+def wait_for_end(pid, timeout_s=60):
     """Waits until a process that is not our child is gone."""
     deadline = time.monotonic() + timeout_s
     while is_alive(pid) and time.monotonic() < deadline:

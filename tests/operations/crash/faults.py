@@ -96,14 +96,14 @@ def small_file_system(megabytes: int):
     image, folder = FOLDER / "small.img", FOLDER / "small"
     with image.open("wb") as file:
         file.truncate(megabytes << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image)], check=True, timeout=20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image)], check=True, timeout=60)
     folder.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True, timeout=20)
+    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True, timeout=60)
     try:
         folder.chmod(0o711)
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True, timeout=20)
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=60)
         image.unlink()
 
 
@@ -218,12 +218,12 @@ def read_only_home():
     """Nothing was changed, and the message says why."""
     case = Case("create-off")
     home = case.place.homes
-    subprocess.run(["mount", "--bind", str(home), str(home)], check=True, timeout=10)
-    subprocess.run(["mount", "-o", "remount,bind,ro", str(home)], check=True, timeout=10)
+    subprocess.run(["mount", "--bind", str(home), str(home)], check=True, timeout=60)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(home)], check=True, timeout=60)
     try:
         answer = case.attempt(lambda host, stack: None)
     finally:
-        subprocess.run(["umount", str(home)], check=True, timeout=10)
+        subprocess.run(["umount", "-l", str(home)], check=True, timeout=60)
     assert "read-only" in answer["message"], answer
     case.require(answer, "HostFailed", "before")
 
@@ -264,7 +264,7 @@ def kill_daemon(place: Path) -> None:
     for note in place.homes.glob("*/.hvmgr/daemon"):
         pid = int(note.read_text().split()[0])
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while process.start_time(pid) is not None and time.monotonic() < deadline:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 break
@@ -308,7 +308,7 @@ def kill_qemu(host) -> None:
                 line = (entry / "cmdline").read_bytes()
                 if b"qemu-system" in line and uuid.encode() in line:
                     os.kill(int(entry.name), signal.SIGKILL)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while host.connection.find_domain(uuid).is_active() and time.monotonic() < deadline:
         time.sleep(0.01)
 

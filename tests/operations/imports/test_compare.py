@@ -267,7 +267,7 @@ class TestHostileSource:
     def test_parent_that_is_another_file(self, bench, source, secret):
         (path,) = source_home.open_source(source).disks.values()
         Path(path).chmod(0o600)
-        subprocess.run(["qemu-img", "rebase", "-u", "-F", "raw", "-b", secret, path], check=True, timeout=20)
+        subprocess.run(["qemu-img", "rebase", "-u", "-F", "raw", "-b", secret, path], check=True, timeout=60)
         assert "image-outside" in bench.codes(source)
 
     def test_circle_of_images(self, bench, source):
@@ -277,7 +277,7 @@ class TestHostileSource:
         child = Path(chain[-2].path)
         child.chmod(0o600)
         name = Path(top).name
-        subprocess.run(["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", name, child], check=True, timeout=20)
+        subprocess.run(["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", name, child], check=True, timeout=60)
         assert "cycle" in bench.codes(source)
 
     def test_circle_of_snapshots(self, bench, source):
