@@ -151,6 +151,7 @@ def connected(uri: str) -> Iterator[Client]:
     path = parse_qs(parts.query)["socket"][0]
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(_TIMEOUT_S)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)
     try:
         connection.connect(path)
         client = Client(connection, unquote(parts.path.removeprefix("/")))

@@ -20,7 +20,6 @@ from hvmgr.model.plan import Step
 from hvmgr.model.progress import Progress
 from hvmgr.operations.images import disks, recognition
 from hvmgr.storage import durable, images, partitions
-from hvmgr.vhd import repairing
 
 Report = Callable[[Progress], None]
 
@@ -153,7 +152,7 @@ class Worker:
         path = Path(step.path)
         if step.format == "vhd":
             with image_locks.held(path):
-                repairing.repair(path)
+                vhd.repair(path)
         else:
             qemu_img.check(path, step.format, repair_leaks=True)
             durable.sync_file(path)
@@ -190,7 +189,7 @@ def heal(paths: Sequence[Path]) -> None:
         except errors.Corrupt as error:
             if error.facts.get("fault") in _TORN:
                 with image_locks.held(path):
-                    repairing.repair(path, keep=repairing.Keep.END)
+                    vhd.repair(path, keep=vhd.Keep.END)
 
 
 def relative_name(child: Path, parent: Path) -> str:
