@@ -188,7 +188,7 @@ def _copy_bytes(reader: int, writer: int, size: int, job: Job, meter: _Meter, *,
 
     def write(start: int, piece: memoryview) -> None:
         if not shared:
-            _write_data(writer, start, piece)
+            write_data(writer, start, piece)
         meter.add(len(piece))
 
     if size < _SMALL:
@@ -230,7 +230,7 @@ def pieces(reader: int, size: int, buffer: Callable[[], bytearray] | None = None
             offset += count
 
 
-def _write_data(writer: int, start: int, piece: memoryview) -> None:
+def write_data(writer: int, start: int, piece: memoryview) -> None:
     """Everything but blocks of zeros, which are holes of the new file already."""
     offset, length, run = 0, len(piece), 0
     while offset < length:
