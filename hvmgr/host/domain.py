@@ -259,6 +259,12 @@ class Domain:
                     handle.blockJobAbort(slot, 0)
                 raise
 
+    def resize_disk(self, slot: str, size: int) -> None:
+        """A disk of a running domain has another size, in bytes, and its guest is told."""
+        flags = libvirt_door.library().VIR_DOMAIN_BLOCK_RESIZE_BYTES
+        with libvirt_door.translated(f"resize disk {slot} of {self.name}", changing=True):
+            self._handle().blockResize(slot, size, flags)
+
     def writable_files(self) -> set[Path]:
         """Files that its guest's disks write to, asked from QEMU itself; empty when it is off.
 

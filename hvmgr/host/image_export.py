@@ -30,6 +30,7 @@ CODEC = "hvmgr"  # the format of a link that our own program serves, see ``serve
 _START_S = 60.0
 _END_S = 300.0  # what a slow disk gets to take the last writes
 _FILE, _PID, _SOCKET = "disk", "daemon.pid", "nbd"
+_SERVER = "hvmgr.faces.block_server"
 _FUSE = Path("/dev/fuse")
 _PUNCH, _KEEP_SIZE = 2, 1
 _NO_FUSE = ("does not accept value 'fuse'", "Invalid parameter 'fuse'")
@@ -63,7 +64,7 @@ def serve(folder: Path, path: Path, *, writable: bool) -> None:
         sys.executable,
         "-I",
         "-m",
-        "hvmgr.faces.block_server",
+        _SERVER,
         *words,
         path,
         socket,
@@ -71,9 +72,9 @@ def serve(folder: Path, path: Path, *, writable: bool) -> None:
     # It lets go of its output when it is ready: the call ends then, and what it says before is why it is not.
     said = process.run(argv, timeout_s=_START_S).stderr.strip()
     if not socket.exists():
-        kind, _, words = said.partition(": ")
+        kind, _, why = said.partition(": ")
         error = getattr(errors, kind, errors.HostFailed)
-        raise error(words or said or f"{path} cannot be served: the server ended without a word", path=str(path))
+        raise error(why or said or f"{path} cannot be served: the server ended without a word", path=str(path))
 
 
 def start(folder: Path, links: Sequence[Link], *, writable: bool) -> None:
@@ -130,7 +131,7 @@ def file_of(folder: Path) -> Path:
 
 def processes(folder: Path) -> list[tuple[int, int]]:
     """The processes that serve the folder's export, each with its start time."""
-    return process.naming(f"{folder}/")
+    return [one for program in (PROGRAM, _SERVER) for one in process.naming(f"{folder}/", program)]
 
 
 def end(folder: Path) -> None:

@@ -46,9 +46,9 @@ def take(path: Path, *, writable: bool) -> int:
 
 
 @contextlib.contextmanager
-def held(path: Path) -> Iterator[None]:
-    """The locks of a writer for the length of the block."""
-    descriptor = take(path, writable=True)
+def held(path: Path, *, writable: bool = True) -> Iterator[None]:
+    """The locks of a writer, or of a reader, for the length of the block."""
+    descriptor = take(path, writable=writable)
     try:
         yield
     finally:

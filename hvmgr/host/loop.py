@@ -101,9 +101,8 @@ def set_partitions(device: Path, wanted: Iterable[Partition]) -> None:
     size = size_of(device)
     cut = {one.number: one._replace(size=min(one.size, size - one.start)) for one in wanted if one.start < size}
     with _opened(device, os.O_RDONLY) as descriptor:
-        for one in partitions(device):
-            if cut.get(one.number) != one:
-                _blkpg(descriptor, _DELETE, one)
+        if not _within(_END_S, lambda: _remove(descriptor, device, keep=set(cut.values()))):
+            raise errors.HostFailed(f"{device} still has partitions of another disk, and a program has them open")
         for one in sorted(set(cut.values()) - set(partitions(device))):
             with contextlib.suppress(OSError):  # one that lies over another one: the kernel takes the first
                 _blkpg(descriptor, _ADD, one)
@@ -200,19 +199,20 @@ def _flush(device: Path, sync: Callable[[Path], None]) -> None:
 
 def _remove_partitions(descriptor: int, device: Path) -> None:
     before = partitions(device)
-
-    def are_gone() -> bool:
-        for one in partitions(device):
-            with contextlib.suppress(OSError):
-                _blkpg(descriptor, _DELETE, one)
-        return not partitions(device)
-
-    if not _within(_END_S, are_gone):
+    if not _within(_END_S, lambda: _remove(descriptor, device, keep=set())):
         busy = partitions(device)
         for one in before:
             with contextlib.suppress(OSError):
                 _blkpg(descriptor, _ADD, one)
         raise _open_elsewhere(node(device, busy[0].number) if busy else device)
+
+
+def _remove(descriptor: int, device: Path, *, keep: set[Partition]) -> bool:
+    """Whether the kernel has no other partitions than these; a program that looks at each new one closes it soon."""
+    for one in set(partitions(device)) - keep:
+        with contextlib.suppress(OSError):
+            _blkpg(descriptor, _DELETE, one)
+    return set(partitions(device)) <= keep
 
 
 def _open_elsewhere(device: Path) -> errors.Conflict:

@@ -52,7 +52,7 @@ class Client:
             self._take_reply()
             self._receive(piece)
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: bytes | memoryview) -> None:
         """The bytes stand at ``offset``, for ``flush`` to say that they do: several writes are under way at once."""
         for start in range(0, len(data), PIECE):
             piece = data[start : start + PIECE]
@@ -150,6 +150,7 @@ def connected(uri: str) -> Iterator[Client]:
     path = parse_qs(parts.query)["socket"][0]
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(_TIMEOUT_S)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)
     try:
         connection.connect(path)
         client = Client(connection, unquote(parts.path.removeprefix("/")))

@@ -264,15 +264,16 @@ def is_running(pid: int, started: int) -> bool:
     return fields[0] not in {b"Z", b"X"} and int(fields[19]) == started
 
 
-def naming(word: str) -> list[tuple[int, int]]:
-    """The running processes, each with its ``start_time``, whose command lines have ``word`` in them, but for our own."""
+def naming(*words: str) -> list[tuple[int, int]]:
+    """The running processes, each with its ``start_time``, whose command lines have all ``words`` in them; not our own."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):
                 pid = int(entry.name)
                 started = start_time(pid)
-                if word.encode() in (entry / "cmdline").read_bytes() and started and is_running(pid, started):
+                line = (entry / "cmdline").read_bytes()
+                if all(word.encode() in line for word in words) and started and is_running(pid, started):
                     found.append((pid, started))
     return found
 

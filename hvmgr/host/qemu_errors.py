@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from hvmgr import errors
@@ -51,22 +52,35 @@ def translated(words: str, path: Path) -> errors.HvmgrError:
     return errors.HostFailed(words, **facts)
 
 
-def holders_of(path: Path) -> list[int]:
-    """The other processes that have a file open, as far as we may see.
+def holders_of(*paths: Path) -> list[int]:
+    """The other processes that have one of these files open, as far as we may see.
 
     QEMU's locks are open-file-description locks, for which the kernel names no owner.
     """
-    try:
-        wanted = path.stat()
-    except OSError:
+    wanted = set()
+    for path in paths:
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            wanted.add((facts.st_dev, facts.st_ino))
+    if not wanted:
         return []
-    found = set()
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # ended meanwhile, or not ours to see
-            there = entry.stat()
-            if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
-                found.add(int(entry.parts[2]))
-    return sorted(found - {os.getpid()})
+    own = os.getpid()
+    return sorted(pid for pid in _processes() if pid != own and _holds(pid, wanted))
+
+
+def _processes() -> Iterator[int]:
+    return map(int, filter(str.isdigit, os.listdir("/proc")))  # noqa: PTH208 - the whole is looked through often
+
+
+def _holds(pid: int, wanted: set[tuple[int, int]]) -> bool:
+    folder = f"/proc/{pid}/fd"
+    with contextlib.suppress(OSError):  # ended meanwhile, or not ours to see
+        for name in os.listdir(folder):  # noqa: PTH208
+            with contextlib.suppress(OSError):
+                facts = os.stat(f"{folder}/{name}")  # noqa: PTH116
+                if (facts.st_dev, facts.st_ino) in wanted:
+                    return True
+    return False
 
 
 def _in_use(words: str, path: Path) -> errors.Conflict:

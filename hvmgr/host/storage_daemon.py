@@ -249,6 +249,14 @@ class Daemon:
         self._run_job("block-commit", arguments, what=f"commit {top.path.name}", path=base.path)
         self.flush(base)
 
+    def resize(self, node: Node, size: int) -> None:
+        """The disk has another size; what is new reads as zeros, whatever the parents have there.
+
+        Unsupported where the format or the file cannot. The header changes last: killed in between, it is as it was.
+        """
+        self._execute("block_resize", {"node-name": node.name, "size": size}, node.path)
+        self._nodes[node.name] = dataclasses.replace(node, size=size)
+
     def drop_bitmaps(self, node: Node) -> list[str]:
         """Remove the dirty bitmaps of an image that is open for writing, and give their names.
 

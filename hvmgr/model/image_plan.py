@@ -121,7 +121,7 @@ class FitPartitions(Step):
 
 
 @dataclass(frozen=True, slots=True)
-class ResizeImage(Step):
+class SetSize(Step):
     """The disk gets ``size`` bytes."""
 
     path: str

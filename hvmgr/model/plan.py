@@ -52,6 +52,20 @@ class CreateImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class ResizeImage(Step):
+    """The working image of a disk has another size, in bytes; as a switch this makes the new present."""
+
+    slot: str
+    path: str
+    format: str
+    size: int
+    old: int
+
+    def describe(self) -> str:
+        return f"give image {_name(self.path)} {self.size} bytes, it has {self.old}"
+
+
+@dataclass(frozen=True, slots=True)
 class FreezeImage(Step):
     """An image becomes read-only, because a snapshot or a child needs it."""
 

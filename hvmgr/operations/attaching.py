@@ -39,9 +39,10 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
 
 VHDX = "vhdx"
-FORMATS = (images.RAW, images.QCOW2, images.VPC, VHDX)
+_VHD = "vhd"  # in hvmgr's words; QEMU calls it vpc
 _VHDX_MAGIC = b"vhdxfile"
 _CHAIN_MAX = 200
+_EXTENDED_SHOWN = 1024
 _HINT = "list what is attached: hvmgr image attachments"
 _READ_ONLY_USES = {
     Use.SNAPSHOT: "it is frozen: {} needs it unchanged",
@@ -76,14 +77,14 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
     image_export.require()
     loop.require()
     clean(host)
-    links = chain_of(path, fmt or image_users.stated_format(host, path) or probe(path))
+    links = chain_of(path, (images.VPC if fmt == _VHD else fmt) or image_users.stated_format(host, path) or probe(path))
     users = image_users.of(host, path)
     _require_free(users, path)
     reason = None if read_only else _why_read_only(users, path)
     one = Attachment(
         id=str(uuid.uuid4()),
         path=str(path),
-        format="vpc" if links[0].format == image_export.CODEC else links[0].format,
+        format=_VHD if links[0].format in {images.VPC, image_export.CODEC} else links[0].format,
         read_only=read_only or reason is not None,
         images=tuple(str(link.path) for link in links),
         folder=str(settings.runtime_folder() / uuid.uuid4().hex[:12]),
@@ -267,10 +268,14 @@ def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
     )
     with partitions.File(device) as disk:
         table = partitions.read(disk)
-    found = () if table is None else table.partitions
-    loop.set_partitions(device, [loop.Partition(part.number, part.start, part.size) for part in found])
+    loop.set_partitions(device, map(_to_kernel, () if table is None else table.partitions))
     attachments.write(one)
     return one
+
+
+def _to_kernel(part: Partition) -> loop.Partition:
+    """As Linux has it: of an extended partition only the start, for logical ones may not lie over another one."""
+    return loop.Partition(part.number, part.start, min(part.size, _EXTENDED_SHOWN) if part.is_extended else part.size)
 
 
 def take_down(one: Attachment) -> None:

@@ -225,7 +225,7 @@ class Host:
     def attach_image(self, path: Path | str, *, read_only: bool = False, format: str | None = None) -> Shown:
         """The disk in an image file is a block device until ``detach_image``; its attachment, with device and partitions.
 
-        What others need unchanged is attached read-only. ``format`` is raw, qcow2, vpc or vhdx; without one what VMs and
+        What others need unchanged is attached read-only. ``format`` is vhd, vhdx, qcow2 or raw; without one what VMs and
         children state counts, and then the content. Conflict when a running VM works on it, or it is attached already.
         """
         from hvmgr.operations import attaching
@@ -233,7 +233,7 @@ class Host:
 
         real = Path(os.path.realpath(path))
         attaching.require_image(real)
-        with attachments.locked(wait_s=self.wait_s), self._shared([real]):
+        with attachments.locked(wait_s=self.wait_s), self._locked([real]):
             return attaching.attach(self, real, read_only=read_only, fmt=format)
 
     def detach_image(self, device: Path | str) -> Attachment:
@@ -353,6 +353,14 @@ class Host:
     @contextlib.contextmanager
     def _shared(self, paths: list[Path]) -> Iterator[None]:
         """Nobody else on this host counts, adds or removes users of the images that a new VM shares."""
+        from hvmgr.storage import attachments
+
+        with self._locked(paths):
+            attachments.require_free(map(str, paths))
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, paths: list[Path]) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             stack.enter_context(index.locked(paths, wait_s=self.wait_s))
             for entry in index.entries():

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import stat
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.model.image_info import Use, User
-from hvmgr.operations.images import recognition
 from hvmgr.storage import attachments, images, index, journal, vm_home
 
 if TYPE_CHECKING:
@@ -159,16 +158,52 @@ def _chain(path: str, fmt: str) -> Iterator[str]:
 
 def beside(path: Path, known: Container[str] = ()) -> Iterator[User]:
     """Children that lie in the same folder: nobody else can know of those that no VM uses."""
-    wanted = images.identity(path)
     if stat.S_ISBLK(path.stat().st_mode):
         return
+    is_child = _child_test(path)
     for file in sorted(path.parent.iterdir()):
-        if str(file) in known or not file.is_file() or _is(str(file), wanted):
-            continue
-        with contextlib.suppress(errors.HvmgrError, OSError):
-            parent = recognition.parent_of(file)
-            if parent is not None and _is(str(parent), wanted):
-                yield User(Use.PARENT, str(file))
+        if str(file) not in known and file.is_file():
+            with contextlib.suppress(errors.HvmgrError, OSError):
+                if is_child(file):
+                    yield User(Use.PARENT, str(file))
+
+
+def _child_test(path: Path) -> Callable[[Path], bool]:
+    """Whether a file says that it stands on ``path``: qcow2 by the name in its header, VHD by the id.
+
+    Of two files with one id it is the one that the child's own words lead to; where they lead nowhere, it may be either.
+    """
+    from hvmgr import vhd
+
+    wanted = images.identity(path)
+    own = vhd_id(path)
+
+    def is_child(file: Path) -> bool:
+        if images.probe(file) == images.QCOW2:
+            parent = images.read(file, images.QCOW2).parent
+            return parent is not None and _is(str(parent), wanted)
+        if own is None or vhd.identify(file) is not vhd.Kind.DIFFERENCING:
+            return False
+        with vhd.open_image(file, tolerant=True) as image:
+            if image.parent_uid != own:
+                return False
+            try:
+                return _is(str(vhd.find_parent(image)), wanted)
+            except errors.HvmgrError:
+                return True
+
+    return is_child
+
+
+def vhd_id(path: Path) -> bytes | None:
+    """The id by which children know a VHD; None for all else, and for one that cannot be read."""
+    from hvmgr import vhd
+
+    with contextlib.suppress(errors.HvmgrError, OSError):
+        if vhd.identify(path) is not None:
+            with vhd.open_image(path, tolerant=True) as image:
+                return image.uid
+    return None
 
 
 def _is(path: str, wanted: tuple[int, int]) -> bool:

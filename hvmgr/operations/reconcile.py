@@ -58,18 +58,7 @@ def bring_together(session: Session, *, needs_present: bool = True) -> None:
     if session.doubt is not None and needs_present:
         raise session.doubt
     if needs_present:
-        _require_not_attached(present)
-
-
-def _require_not_attached(present: Configuration) -> None:
-    """Nobody builds on an image that somebody writes, or holds open, as a block device."""
-    for path, (one, *_) in attachments.users(vm_home.disks_of(present).values()).items():
-        raise errors.Conflict(
-            f"{path} is attached as {one.device or 'a block device'}",
-            hint=f"hvmgr image detach {one.device or one.path}",
-            path=path,
-            device=one.device,
-        )
+        attachments.require_free(vm_home.disks_of(present).values())
 
 
 def accept_present(session: Session) -> list[str]:

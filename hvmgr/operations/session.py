@@ -191,6 +191,10 @@ class Session:
         """
         self._held.append(self.daemon.open(Path(path), fmt, writable=True, detached_backing=True))
 
+    def is_held(self, path: str) -> bool:
+        """Whether the lock on an image is ours."""
+        return any(str(node.path) == path for node in self._held)
+
     def hold_whole(self, path: str) -> Node:
         """A held image, now with the parents that its header names, for one who reads it."""
         old = next(node for node in self._held if str(node.path) == path)

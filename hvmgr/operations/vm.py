@@ -215,6 +215,19 @@ class VM:
             self._run(session, moving.plan_move(session, target))
         return VM(self.host, vm_home.open_home(target))
 
+    def resize_disk(self, slot: str, size: int, *, shrink: bool = False) -> bool:
+        """The disk of the present has ``size`` bytes; whether that is a change. Snapshots keep their sizes.
+
+        ``shrink`` allows it to get smaller, as far as no partition is cut off.
+        """
+        from hvmgr.operations import resizing
+
+        with self._work() as session:
+            plan = resizing.plan_resize(session, slot, size, shrink=shrink)
+            if plan is not None:
+                self._run(session, plan)
+        return plan is not None
+
     def localize(self, slot: str) -> bool:
         """The disk, in every state, needs no image outside the home any more; whether that is a change."""
         from hvmgr.operations.exchange import localizing

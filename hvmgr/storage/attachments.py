@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from hvmgr import settings
-from hvmgr.host import image_export, loop, process
+from hvmgr import errors, settings
 from hvmgr.storage import durable, images, index, locks
+
+# What looks at processes is imported when there is an attachment to look at: libvirt's hook waits for this module.
 
 _NAME = "attachments"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -52,6 +53,8 @@ class Attachment:
     @property
     def is_alive(self) -> bool:
         """Whether everything that makes it work is there."""
+        from hvmgr.host import image_export, loop, process
+
         return (
             self.phase is Phase.ATTACHED
             and self.boot == boot_id()
@@ -63,6 +66,8 @@ class Attachment:
     @property
     def holds_images(self) -> bool:
         """Whether a process may still read or write its images."""
+        from hvmgr.host import image_export
+
         return self.boot == boot_id() and bool(image_export.processes(Path(self.folder)))
 
 
@@ -102,6 +107,17 @@ def users(paths: Iterable[str]) -> dict[str, tuple[Attachment, ...]]:
             for path in dict.fromkeys(ours):
                 found.setdefault(path, []).append(record)
     return {path: tuple(records) for path, records in found.items()}
+
+
+def require_free(paths: Iterable[str]) -> None:
+    """Nobody builds on an image that somebody writes, or holds open, as a block device: Conflict."""
+    for path, (one, *_) in users(paths).items():
+        raise errors.Conflict(
+            f"{path} is attached as {one.device or 'a block device'}",
+            hint=f"hvmgr image detach {one.device or one.path}",
+            path=path,
+            device=one.device,
+        )
 
 
 def is_busy() -> bool:

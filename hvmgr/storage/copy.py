@@ -229,7 +229,7 @@ def pieces(reader: int, size: int, buffer: Callable[[], bytearray] | None = None
 
 
 def write_data(writer: int, start: int, piece: memoryview) -> None:
-    """Writes all of a piece but its blocks of zeros, which are holes of the new file already."""
+    """Everything but blocks of zeros, which are holes of the new file already."""
     offset, length, run = 0, len(piece), 0
     while offset < length:
         end = min(offset + _BLOCK, length)

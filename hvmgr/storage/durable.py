@@ -66,9 +66,15 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
-    """The file holds exactly ``data``: always the old content or the new one."""
-    with explained(path), replacing(path, mode, owner) as descriptor:
+def write_file(
+    path: Path, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None, alone: bool = False
+) -> None:
+    """The file holds exactly ``data``: always the old content or the new one.
+
+    ``alone``: no other process writes this file now, so that what a dead one left of an attempt is written over.
+    """
+    part = part_of(path) if alone else None
+    with explained(path), replacing(path, mode, owner, part) as descriptor:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
@@ -171,7 +177,7 @@ def appearing(path: Path, *, mode: int = 0o600) -> Iterator[Path]:
     Nothing is ever replaced: Conflict when ``path`` is there, now or then. Only one process at a time may make ``path``:
     what a dead one left of an attempt is removed first.
     """
-    part = path.with_name(f"{TEMPORARY}{path.name}")
+    part = part_of(path)
     with explained(path):
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
@@ -205,7 +211,7 @@ def _name_without_replacing(part: Path, path: Path) -> None:
 @contextlib.contextmanager
 def rewriting(path: Path) -> Iterator[Path]:
     """A path at which a program makes a file that takes the place of ``path``, with its owner and mode."""
-    part = path.with_name(f"{TEMPORARY}{path.name}")
+    part = part_of(path)
     with explained(path):
         part.unlink(missing_ok=True)
         try:
@@ -228,6 +234,17 @@ def make_sized(path: Path, length: int, *, filled: bool) -> None:
             os.ftruncate(descriptor, length)
             if filled:
                 os.posix_fallocate(descriptor, 0, length)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def fill(path: Path) -> None:
+    """All holes of the file have their space now; its bytes stay."""
+    with explained(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -363,13 +380,20 @@ def sweep(folder: Path) -> None:
                 remove(entry)
 
 
+def part_of(path: Path) -> Path:
+    """The one temporary name of a file that only one process at a time makes."""
+    return path.with_name(f"{TEMPORARY}{path.name}")
+
+
 @contextlib.contextmanager
-def replacing(path: Path, mode: int, owner: tuple[int, int] | None, *, part: Path | None = None) -> Iterator[int]:
+def replacing(path: Path, mode: int, owner: tuple[int, int] | None, own_part: Path | None = None) -> Iterator[int]:
     """A descriptor, for reading and writing, of a new file that takes the name ``path`` when the block ends well.
 
-    ``part`` is its name until then; whoever chooses it knows what to remove after a death.
+    ``own_part`` is a temporary name that nobody else uses now.
     """
-    part = part or path.with_name(f"{TEMPORARY}{_unique()}")
+    if own_part is not None:
+        own_part.unlink(missing_ok=True)
+    part = own_part or path.with_name(f"{TEMPORARY}{_unique()}")
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:

@@ -31,6 +31,7 @@ _EXTENSION_BACKING_FORMAT = 0xE2792ACA
 _HEADER_READ = 4 << 10  # QEMU writes the parent's name directly behind the header; it may be anywhere in the first ...
 _HEADER_MAX = 64 << 10  # ... cluster
 
+_SECTOR = 512
 _VHD_COOKIE = b"conectix"
 _VHD_FOOTER = struct.Struct(">8sIIQI4sI4sQQHBBII16sB427s")
 _VHD_DYNAMIC, _VHD_DIFFERENCING, _VHD_FIXED = 3, 4, 2
@@ -180,7 +181,7 @@ def read(path: Path, fmt: str) -> Header:
         head, size, facts = _head(path)
         if head.startswith((_VHD_COOKIE, b"vhdxfile")):
             require_usable(path)  # stated as raw, its container would be the guest's disk
-        return _plain(path, RAW, size + -size % 512, facts)  # QEMU shows a last sector that is not whole with zeros
+        return _plain(path, RAW, -(-size // _SECTOR) * _SECTOR, facts)  # QEMU fills the last sector up with zeros
     require_usable(path)
     raise errors.Unsupported(f"{path} has the format {fmt}", hint=_convert_hint(path, fmt))
 

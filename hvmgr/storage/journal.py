@@ -76,11 +76,11 @@ def read(path: Path) -> Entry | None:
     return Entry(plan=Plan.from_json(document), switch_reached=_SWITCH in lines, start=_last_start(lines))
 
 
-def begin(path: Path, plan: Plan) -> None:
-    """The intention is on disk."""
+def begin(path: Path, plan: Plan, *, alone: bool = False) -> None:
+    """The intention is on disk; ``alone`` as in ``durable.write_file``."""
     from hvmgr.model import plan as plans
 
-    durable.write_file(path, plans.dumps(plan).encode() + b"\n")
+    durable.write_file(path, plans.dumps(plan).encode() + b"\n", alone=alone)
 
 
 def reach_switch(path: Path) -> None:

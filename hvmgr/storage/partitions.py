@@ -95,6 +95,11 @@ class Partition:
         """The first byte behind it."""
         return self.start + self.size
 
+    @property
+    def is_extended(self) -> bool:
+        """Whether it only holds logical partitions."""
+        return self.type in {f"{kind:02x}" for kind in _EXTENDED}
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -105,6 +110,7 @@ class Table:
     partitions: tuple[Partition, ...]
     fault: str | None = None
     entries_size: int = 0  # of GPT: bytes of its list of partitions, which lies twice on the disk
+    made_for: int = 0  # of GPT: the size of disk at whose end its second copy lies, in bytes
 
     @property
     def end(self) -> int:
@@ -229,28 +235,31 @@ def _read_gpt(disk: Disk) -> Table | None:
     return None
 
 
-def _gpt_copy(disk: Disk, sector: int, at: int) -> tuple[bytes, int, int, int] | None:
-    """The list of partitions behind a whole header, the size of one entry, where the other copy is, entries' bytes."""
+def _gpt_copy(disk: Disk, sector: int, at: int) -> tuple[bytes, int, int, int, int] | None:
+    """The list of partitions behind a whole header, one entry's size, the other copy's place, the list's size, our place."""
     if at < 1 or (at + 1) * sector > disk.size:
         return None
     header = _bytes(disk, at * sector, sector)
     cookie, _, length, checksum, _, own, other, _, _, _, start, count, size, entries_sum = _GPT_HEADER.unpack_from(
         header
     )
-    if cookie != _GPT_COOKIE or not _GPT_HEADER.size <= length <= sector or own != at:
-        return None
-    if zlib.crc32(header[:16] + bytes(4) + header[20:length]) != checksum:
-        return None
-    if not (0 < count <= _GPT_ENTRIES_MAX and _GPT_ENTRY.size <= size <= _GPT_ENTRY_MAX):
-        return None
-    if start * sector + count * size > disk.size:
+    is_header = (
+        cookie == _GPT_COOKIE
+        and own == at
+        and _GPT_HEADER.size <= length <= sector
+        and zlib.crc32(header[:16] + bytes(4) + header[20:length]) == checksum
+    )
+    is_sane = 0 < count <= _GPT_ENTRIES_MAX and _GPT_ENTRY.size <= size <= _GPT_ENTRY_MAX
+    if not (is_header and is_sane) or start * sector + count * size > disk.size:
         return None
     entries = _bytes(disk, start * sector, count * size)
-    return None if zlib.crc32(entries) != entries_sum else (entries, size, other, -(-count * size // sector) * sector)
+    if zlib.crc32(entries) != entries_sum:
+        return None
+    return entries, size, other, -(-count * size // sector) * sector, own
 
 
-def _gpt_table(sector: int, copy: tuple[bytes, int, int, int], fault: str | None) -> Table:
-    entries, size, _, entries_size = copy
+def _gpt_table(sector: int, copy: tuple[bytes, int, int, int, int], fault: str | None) -> Table:
+    entries, size, _, entries_size, _ = copy
     found = []
     for number, offset in enumerate(range(0, len(entries), size), 1):
         kind, _, first, last, attributes, name = _GPT_ENTRY.unpack_from(entries, offset)
@@ -265,7 +274,8 @@ def _gpt_table(sector: int, copy: tuple[bytes, int, int, int], fault: str | None
                     bool(attributes & _GPT_LEGACY_BOOT),
                 )
             )
-    return Table(Scheme.GPT, sector, tuple(found), fault, entries_size)
+    made_for = (max(copy[2], copy[4]) + 1) * sector
+    return Table(Scheme.GPT, sector, tuple(found), fault, entries_size, made_for)
 
 
 def _sealed(header: bytearray, fields: list[object]) -> bytes:

@@ -15,7 +15,7 @@ from hvmgr.vhd.rules import Fault, Severity
 from hvmgr.vhd.structure import Structure
 
 _MAX_TAIL = 64 << 20  # where a lost closing footer is looked for
-_REPAIRED = frozenset({"F2", "F3", "F4", "F5", "F7", "F11", "F16", "F33"})
+_REPAIRED = frozenset({"F2", "F3", "F4", "F5", "F6", "F7", "F11", "F16", "F33"})
 _EXACT_CREATORS = (b"win ", b"qem2", b"tap\0", b"CTXS")  # of these QEMU's driver believes the current size
 
 
@@ -29,7 +29,7 @@ class Keep(StrEnum):
 def repair(path: Path, *, keep: Keep | None = None) -> list[Fault]:
     """Puts right what needs no guess, and returns what that was; nothing is written when anything else is wrong.
 
-    A footer is written from the good one, with its checksum; trailing bytes behind a good footer are cut off; data under
+    A footer is written from the good one, or from two that agree, with its checksum; trailing bytes behind a good footer are cut off; data under
     clear bits, which nobody may read, becomes zeros; a geometry larger than the disk becomes the right one. Where both
     footers are good and differ, the caller says which one to ``keep``, else that is a Conflict.
 

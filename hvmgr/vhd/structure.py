@@ -156,7 +156,9 @@ class _Reading:
             if right:
                 self._note("F4", self._end)
                 return opening
-            self._note("F6", self._end, what="the footer and of its copy")
+            # Two copies that agree in every byte were not damaged: a program forgot the checksum.
+            agreed = Severity.REPAIRABLE if self._opening == self._closing else None
+            self._note("F6", self._end, severity=agreed, what="the footer and of its copy")
         elif not right:
             self._note("F5", 0, what="checksum")
             return closing

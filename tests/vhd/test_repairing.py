@@ -25,6 +25,11 @@ def end_checksum(made):
     made.put(made.end + 300, b"x")
 
 
+def both_checksums(made):
+    for start in (0, made.end):
+        made.put(start + 64, b"xxxx")
+
+
 def end_overwritten(made):
     made.put(made.end, b"\xff" * 512)
 
@@ -67,6 +72,7 @@ def large_geometry(made):
 
 DAMAGES = {
     end_checksum: {"F4"},
+    both_checksums: {"F6"},
     end_overwritten: {"F3"},
     copy_checksum: {"F5"},
     copy_overwritten: {"F5"},

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 
 from hvmgr import errors
-from hvmgr.vhd import checking
+from hvmgr.vhd import checking, repairing
 from hvmgr.vhd.chain import open_chain
 from hvmgr.vhd.format import Kind
 from hvmgr.vhd.image import open_image
@@ -93,3 +94,25 @@ def test_sound_sample_is_a_stream(name) -> None:
 def test_damaged_sample_is_no_stream() -> None:
     with pytest.raises(errors.Corrupt, match="checksum"):
         StreamReader(io.BytesIO((SAMPLES / "dfvfs-image.vhd").read_bytes()))
+
+
+def test_checksums_of_a_sample_are_put_right(tmp_path: Path) -> None:
+    path = tmp_path / "image.vhd"
+    shutil.copyfile(SAMPLES / "dfvfs-image.vhd", path)
+    assert [fault.code for fault in repairing.repair(path)] == ["F6"]
+    assert [fault.code for fault in checking.check(path)] == ["F34"]
+    changed = [
+        at
+        for at, (one, other) in enumerate(
+            zip(path.read_bytes(), (SAMPLES / "dfvfs-image.vhd").read_bytes(), strict=True)
+        )
+        if one != other
+    ]
+    assert {at % 2099712 for at in changed} <= {64, 65, 66, 67}
+
+
+def test_header_of_a_sample_needs_a_guess(tmp_path: Path) -> None:
+    path = tmp_path / "image.vhd"
+    shutil.copyfile(SAMPLES / "dfvfs-image-differential.vhd", path)
+    with pytest.raises(errors.Corrupt, match="header"):
+        repairing.repair(path)

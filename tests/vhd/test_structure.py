@@ -131,7 +131,7 @@ PLANTED = [
     ("F4", "dynamic", REPAIRABLE, poke(-512 + 64, b"\0\0")),
     ("F5", "dynamic", REPAIRABLE, poke(64, b"\0\0")),
     ("F5", "dynamic", REPAIRABLE, poke(0, b"xx")),
-    ("F6", "dynamic", ERROR, lambda one: [poke(64, b"\0\0")(one), poke(-512 + 64, b"\0\0")(one)]),
+    ("F6", "dynamic", REPAIRABLE, lambda one: [poke(64, b"\0\0")(one), poke(-512 + 64, b"\0\0")(one)]),
     ("F6", "fixed", ERROR, poke(-512 + 64, b"\0\0")),
     ("F7", "dynamic", REPAIRABLE, lambda one: one.footer("end", time=77)),
     ("F8", "dynamic", ERROR, lambda one: one.footer(features=0)),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.attaching import Shown
     from hvmgr.storage.attachments import Attachment
 
-_FORMATS = ("raw", "qcow2", "vpc", "vhdx")
+_FORMATS = ("vhd", "vhdx", "qcow2", "raw")
 _HEADERS = ("Device", "Image", "Size", "Access", "State", "Partitions")
 
 

@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 _MADE = ("vhd", "vhdx", "qcow2", "raw")
 _READ = (*_MADE, "vmdk", "vdi")
 _CORRUPT = errors.Corrupt.exit_code
+_USES = {
+    "runs": "which runs",
+    "off": "which is off",
+    "saved": "which is saved",
+    "snapshot": "which froze it",
+    "undo": "where it is kept",
+    "parent": "which stands on it",
+    "attached": "as which it is attached",
+    "unknown": "perhaps",
+}
 
 
 def _path(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -278,7 +288,7 @@ def _facts(one: ImageInfo) -> list[tuple[str, str]]:
         )
         rows.append(("Parent id", one.parent.id or ""))
         rows += [(f"Parent as {kind}", name) for kind, name in one.parent.names]
-    rows += [("Used by", f"{user.name} ({user.use})") for user in one.used_by]
+    rows += [("Used by", f"{user.name}, {_USES[user.use.value]}") for user in one.used_by]
     if not one.libvirt_asked:
         rows.append(("Note", "libvirt could not be asked who uses it"))
     rows += [("Wrong", fault) for fault in one.faults]

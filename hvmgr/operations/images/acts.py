@@ -7,22 +7,23 @@ itself has it.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 from hvmgr import errors, vhd
-from hvmgr.host import image_locks, nbd_client, qemu_img, storage_daemon
+from hvmgr.host import image_locks, nbd_client, qemu_errors, qemu_img, storage_daemon
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.plan import Step
 from hvmgr.model.progress import Progress
 from hvmgr.operations.images import disks, recognition
 from hvmgr.storage import durable, images, partitions
-from hvmgr.vhd import repairing
 
 Report = Callable[[Progress], None]
 
+_PART = re.compile(re.escape(durable.TEMPORARY) + "[0-9a-f]{16,32}")  # as a codec names what it has not finished
 _TORN = ("F4", "F5", "F7")  # what a death between the writing of two footers leaves
 
 
@@ -98,7 +99,7 @@ class Worker:
         if writes:
             _write(path, step.format, writes)
 
-    def resize(self, step: image_plan.ResizeImage) -> None:
+    def resize(self, step: image_plan.SetSize) -> None:
         """The disk has that size."""
         path = Path(step.path)
         if recognition.look(path).size != step.size:
@@ -108,6 +109,7 @@ class Worker:
         """Blocks of zeros take no space."""
         path = Path(step.path)
         if step.format == "vhd":
+            _sweep(path.parent)
             with image_locks.held(path):
                 vhd.compact(path, on_progress=self._counted(f"compact {path.name}"))
         elif step.format == "raw":
@@ -150,7 +152,7 @@ class Worker:
         path = Path(step.path)
         if step.format == "vhd":
             with image_locks.held(path):
-                repairing.repair(path)
+                vhd.repair(path)
         else:
             qemu_img.check(path, step.format, repair_leaks=True)
             durable.sync_file(path)
@@ -164,10 +166,17 @@ class Worker:
         image_plan.PointChild: point,
         image_plan.RemoveMerged: remove,
         image_plan.FitPartitions: fit,
-        image_plan.ResizeImage: resize,
+        image_plan.SetSize: resize,
         image_plan.CompactImage: compact,
         image_plan.RepairImage: repair,
     }
+
+
+def _sweep(folder: Path) -> None:
+    """What dead compactions left is gone; whoever is alive has its file open."""
+    for part in folder.glob(f"{durable.TEMPORARY}*"):
+        if _PART.fullmatch(part.name) and not qemu_errors.holders_of(part):
+            durable.remove(part)
 
 
 def heal(paths: Sequence[Path]) -> None:
@@ -180,7 +189,7 @@ def heal(paths: Sequence[Path]) -> None:
         except errors.Corrupt as error:
             if error.facts.get("fault") in _TORN:
                 with image_locks.held(path):
-                    repairing.repair(path, keep=repairing.Keep.END)
+                    vhd.repair(path, keep=vhd.Keep.END)
 
 
 def relative_name(child: Path, parent: Path) -> str:

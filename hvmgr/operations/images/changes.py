@@ -37,7 +37,7 @@ NEUTRAL = (
     image_plan.GrowImage,
     image_plan.MergeChain,
     image_plan.FitPartitions,
-    image_plan.ResizeImage,
+    image_plan.SetSize,
     image_plan.CompactImage,
     image_plan.RepairImage,
 )
@@ -58,18 +58,19 @@ def require_approval(host: Host, plan: Plan) -> None:
 def locked(host: Host, paths: Sequence[Path]) -> Iterator[None]:
     """No other command of hvmgr's works on these images; whatever else has one of them open is a Conflict."""
     with index.locked(paths, wait_s=host.wait_s):
-        for path in paths:
-            require_closed(path)
+        require_closed(paths)
         yield
 
 
-def require_closed(path: Path) -> None:
-    """Conflict when any other program has the file open, be it a QEMU with its locks or one without."""
+def require_closed(paths: Sequence[Path]) -> None:
+    """Conflict when any other program has one of the files open, be it a QEMU with its locks or one without."""
     from hvmgr.host import qemu_errors
 
-    with image_locks.held(path):
-        if qemu_errors.holders_of(path):
-            raise image_locks.in_use(path)
+    for path in paths:
+        with image_locks.held(path):
+            pass
+    if qemu_errors.holders_of(*paths):
+        raise image_locks.in_use(next(path for path in paths if qemu_errors.holders_of(path)))
 
 
 def require_unused(host: Host, path: Path, *, but: Collection[Use] = ()) -> None:
@@ -145,7 +146,7 @@ def run(host: Host, plan: Plan, written: Path) -> None:
     """The plan, which was approved and whose images are ``locked``, is carried out."""
     place = journal.beside(written)
     index.note_change(place)
-    journal.begin(place, plan)
+    journal.begin(place, plan, alone=True)
     _carry_out(host, plan, place)
 
 

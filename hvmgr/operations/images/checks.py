@@ -63,9 +63,9 @@ def _faults(path: Path, fmt: ImageFormat, folders: Sequence[Path], *, chain: boo
 
 
 def _vhd_faults(path: Path, folders: Sequence[Path], *, chain: bool) -> list[ImageFault]:
-    from hvmgr.vhd import checking
+    from hvmgr import vhd
 
-    return [_of_codec(path, one) for one in checking.check(path, chain=chain, folders=folders)]
+    return [_of_codec(path, one) for one in vhd.check(path, chain=chain, folders=folders)]
 
 
 def _of_codec(path: Path, one: Fault) -> ImageFault:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.progress import Progress
 from hvmgr.operations.images import recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.storage import copy, durable
+from hvmgr.storage import durable
 from hvmgr.vhd.source import RawSource, Source, Stretch
 
 Report = Callable[[Progress], None]
@@ -99,20 +98,6 @@ def _served(path: Path, driver: str, *, writable: bool) -> Iterator[Client]:
         node = daemon.open(path, driver, writable=writable)
         with daemon.exported(node, writable=writable) as uri, nbd_client.connected(uri) as client:
             yield client
-
-
-def write_raw(path: Path, source: Source, *, fixed: bool, what: str, report: Report) -> None:
-    """A new raw file with the disk's bytes, its zeros as holes, or with all its space taken (``fixed``)."""
-    with durable.explained(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(descriptor, source.size)
-            if fixed and source.size:
-                os.posix_fallocate(descriptor, 0, source.size)
-            for offset, piece in pieces(source, what, report):
-                copy.write_data(descriptor, offset, piece)
-        finally:
-            os.close(descriptor)
 
 
 def write_qemu(path: Path, driver: str, source: Source, *, what: str, report: Report) -> None:

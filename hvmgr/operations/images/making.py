@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvmgr import errors, units
-from hvmgr.host import qemu_img
+from hvmgr import errors, units, vhd
+from hvmgr.host import image_locks, qemu_img
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.image_info import ImageOptions, ImageType
+from hvmgr.model.image_info import ImageOptions, ImageType, Use
 from hvmgr.model.progress import Progress
+from hvmgr.operations import image_users
 from hvmgr.operations.images import acts, changes, disks, recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import durable, images, index
+from hvmgr.vhd.creation import describe_parent
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
@@ -54,8 +56,10 @@ def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None
     )  # fmt: skip
     plan = changes.plan_of("image create", f"creation of {path}", [step])
     _require_new(path)
+    if parent is not None:
+        _warn_of_writers(host, parent)
     changes.require_approval(host, plan)
-    with index.making(path, wait_s=host.wait_s), _kept_still(host, parent), durable.appearing(path) as part:
+    with index.making(path, wait_s=host.wait_s), _kept_still(host, parent), _named(path) as part:
         _make(part, path, step)
 
 
@@ -85,8 +89,10 @@ def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
     )  # fmt: skip
     plan = changes.plan_of("image convert", f"conversion of {source} into {path}", [step])
     _require_new(path)
+    if parent is not None:
+        _warn_of_writers(host, parent)
     changes.require_approval(host, plan)
-    with index.making(path, wait_s=host.wait_s), _kept_still(host, found, parent), durable.appearing(path) as part:
+    with index.making(path, wait_s=host.wait_s), _kept_still(host, found, parent), _named(path) as part:
         _convert(found, parent, part, path, step, host.reporter.progress)
 
 
@@ -163,10 +169,32 @@ def _require_block_size(fmt: ImageFormat, wish: ImageOptions) -> None:
 
 @contextlib.contextmanager
 def _kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
-    """The images that are read are written by no other command of hvmgr's meanwhile."""
-    paths = [one.path for one in read if one is not None]
-    with index.locked(paths, wait_s=host.wait_s):
+    """Nobody writes the images that are read, nor what they stand on: no command of hvmgr's, and no QEMU."""
+    chains = [recognition.known_chain(one.path, one.folders) for one in read if one is not None]
+    paths = list(dict.fromkeys(path for chain in chains for path in chain))
+    with index.locked(paths, wait_s=host.wait_s), contextlib.ExitStack() as stack:
+        for path in paths:
+            stack.enter_context(image_locks.held(path, writable=False))
         yield
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[Path]:
+    """Where the new file is made; what goes wrong there is said of the name that the user gave."""
+    try:
+        with durable.appearing(path) as part:
+            yield part
+    except errors.NoSpace as error:
+        raise errors.NoSpace(f"no space left for {path}", hint="free space there and run it again") from error
+
+
+def _warn_of_writers(host: Host, parent: Recognised) -> None:
+    """A parent must not change any more: a VM that is off would write to it when it starts."""
+    for user in image_users.of(host, parent.path):
+        if user.use in (Use.OFF, Use.SAVED):
+            host.reporter.notice(
+                f"{user.name} writes to {parent.path} when it runs: the new image is wrong from then on"
+            )
 
 
 # --- the bytes ------------------------------------------------------------------------------------------------------
@@ -175,10 +203,10 @@ def _kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
 def _make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
     fmt = ImageFormat(step.format)
     if fmt is ImageFormat.VHD:
-        from hvmgr import vhd
-
         parent = None if step.parent is None else Path(step.parent)
         vhd.create(part, step.size, kind=vhd.Kind(step.type), parent=parent, block_size=step.block_size)
+        if step.type == ImageType.FIXED:
+            durable.fill(part)
     elif fmt is ImageFormat.RAW:
         durable.make_sized(part, step.size, filled=step.type == ImageType.FIXED)
     else:
@@ -191,6 +219,8 @@ def _make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
 def _options(fmt: ImageFormat, step: image_plan.MakeImage | image_plan.ConvertImage) -> list[str]:
     if fmt is ImageFormat.VHDX:
         return [f"subformat={step.type}", f"block_size={step.block_size or _VHDX_DEFAULT_BLOCK}"]
+    if fmt is ImageFormat.RAW:
+        return []
     found = [] if step.block_size is None else [f"cluster_size={step.block_size}"]
     return [*found, "preallocation=falloc"] if step.type == ImageType.FIXED else found
 
@@ -206,30 +236,38 @@ def _convert(
     fmt, what = ImageFormat(step.format), f"write {path.name}"
     if fmt is ImageFormat.VHD:
         _convert_to_vhd(found, parent, part, path, step, what, report)
-        return
-    if found.format is not ImageFormat.VHD and parent is None:
+    elif parent is not None:
+        _convert_to_child(found, parent, part, path, step, what, report)
+    elif found.format is ImageFormat.VHD or found.format is fmt is ImageFormat.RAW:
+        with disks.opened(found) as disk:
+            if fmt is ImageFormat.RAW:
+                vhd.write_raw(part, disk, on_progress=_counted(what, report))
+            else:
+                qemu_img.create(part, fmt.value, size=disk.size, options=_options(fmt, step))
+                disks.write_qemu(part, fmt.value, disk, what=what, report=report)
+    else:
         recognition.require_whole(found)
-        options = [] if fmt is ImageFormat.RAW else _options(fmt, step)
-        if fmt is ImageFormat.RAW and found.format is ImageFormat.RAW:
-            with disks.opened(found) as disk:
-                disks.write_raw(part, disk, fixed=step.type == ImageType.FIXED, what=what, report=report)
-            return
         qemu_img.flatten(
-            found.path, found.driver, part, target_fmt=fmt.value, options=options,
+            found.path, found.driver, part, target_fmt=fmt.value, options=_options(fmt, step),
             on_progress=lambda done: report(Progress(min(done, found.size), found.size, what)),
         )  # fmt: skip
-        return
-    with disks.opened(found) as disk:
-        if fmt is ImageFormat.RAW:
-            disks.write_raw(part, disk, fixed=step.type == ImageType.FIXED, what=what, report=report)
-            return
-        backing = None if parent is None else (acts.relative_name(path, parent.path), parent.driver)
-        qemu_img.create(part, fmt.value, size=disk.size, options=_options(fmt, step), backing=backing)
-        if parent is None:
-            disks.write_qemu(part, fmt.value, disk, what=what, report=report)
-            return
-        with disks.opened(parent) as below:
-            disks.write_difference(part, disk, below, what=what, report=report)
+    if fmt is ImageFormat.RAW and step.type == ImageType.FIXED:
+        durable.fill(part)
+
+
+def _convert_to_child(
+    found: Recognised,
+    parent: Recognised,
+    part: Path,
+    path: Path,
+    step: image_plan.ConvertImage,
+    what: str,
+    report: disks.Report,
+) -> None:
+    backing = (acts.relative_name(path, parent.path), parent.driver)
+    with disks.opened(found) as disk, disks.opened(parent) as below:
+        qemu_img.create(part, "qcow2", size=disk.size, options=_options(ImageFormat.QCOW2, step), backing=backing)
+        disks.write_difference(part, disk, below, what=what, report=report)
 
 
 def _convert_to_vhd(
@@ -241,23 +279,23 @@ def _convert_to_vhd(
     what: str,
     report: disks.Report,
 ) -> None:
-    from hvmgr import vhd
-    from hvmgr.vhd import creation
-
     uid = None
     if step.keep_id:
         with vhd.open_image(found.path) as image:
             uid = image.uid
 
-    def counted(done: int, total: int) -> None:
-        report(Progress(done, total, what))
-
     size = step.block_size or _VHD_DEFAULT_BLOCK
     with disks.opened(found) as disk, contextlib.ExitStack() as stack:
         if parent is None:
-            vhd.write_image(part, disk, kind=vhd.Kind(step.type), block_size=size, uid=uid, on_progress=counted)
+            vhd.write_image(
+                part, disk, kind=vhd.Kind(step.type), block_size=size, uid=uid, on_progress=_counted(what, report)
+            )
             return
         below = stack.enter_context(disks.opened(parent))
-        origin = creation.describe_parent(path, parent.path)
+        origin = describe_parent(path, parent.path)
         difference = disks.Difference(disk, below, what, report)
         vhd.write_image(part, difference, kind=vhd.Kind.DIFFERENCING, block_size=size, parent=origin, uid=uid)
+
+
+def _counted(what: str, report: disks.Report) -> Callable[[int, int], None]:
+    return lambda done, total: report(Progress(done, total, what))

@@ -35,7 +35,7 @@ def resize(host: Host, path: Path, size: int, *, shrink: bool) -> bool:
         steps: list[Step] = []
         if size < found.size:
             steps += _shrinking(found, size, shrink=shrink)
-        steps.append(image_plan.ResizeImage(str(path), found.format.value, size, shrink=size < found.size))
+        steps.append(image_plan.SetSize(str(path), found.format.value, size, shrink=size < found.size))
         plan = changes.plan_of("image resize", f"resize of {path}", steps)
         changes.require_approval(host, plan)
         changes.run(host, plan, path)

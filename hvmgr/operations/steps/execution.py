@@ -23,13 +23,14 @@ from hvmgr.model import plan
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations.exchange import import_steps, move_steps, vhd_steps
 from hvmgr.operations.session import Session
-from hvmgr.operations.steps import domain_steps, file_steps, image_steps
+from hvmgr.operations.steps import domain_steps, file_steps, image_steps, resize_steps
 from hvmgr.storage import durable, journal
 
 _Act = Callable[[Session, Any], None]
 
 DO: Mapping[type[Step], _Act] = {
     plan.CreateImage: image_steps.create,
+    plan.ResizeImage: resize_steps.resize,
     plan.FreezeImage: image_steps.freeze,
     plan.ThawImage: image_steps.thaw,
     plan.MergeUp: image_steps.merge_up,
@@ -135,6 +136,7 @@ UNDO: Mapping[type[Step], _Act] = {
 
 HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
     plan.Define: domain_steps.is_defined,
+    plan.ResizeImage: resize_steps.is_resized,
     plan.SwitchDisks: domain_steps.is_switched,
     plan.RenameDomain: domain_steps.is_renamed,
     plan.ReleaseDomain: domain_steps.is_released,

@@ -108,6 +108,8 @@ SHAPED = {
     "import": ["import", "HOME", "--name", "imported"],
     "compare": ["compare", "HOME"],
     "disk localize": ["disk", "localize", "VM", "vda"],
+    "disk info": ["disk", "info", "VM", "vda"],
+    "disk resize": ["disk", "resize", "VM", "vda", "9M"],
     "snapshots": ["snapshot", "list", "VM"],
     "snapshot create": ["snapshot", "create", "VM", "more"],
     "snapshot notes": ["snapshot", "notes", "VM", "one"],
@@ -170,8 +172,8 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
     assert set(SHAPED) == set(SHAPES)
     meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out", "HOME": root / branched}
     for name, words in SHAPED.items():
-        words = [word.replace("FILES", str(files)) for word in words]
-        answer = hvmgr(*(meant.get(word, word) for word in words), "--json")
+        said = [meant.get(word, str(word).replace("FILES", str(files))) for word in words]
+        answer = hvmgr(*said, "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
 
 

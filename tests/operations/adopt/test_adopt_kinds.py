@@ -322,6 +322,17 @@ class TestDisks:
         refusal(place, "web", errors.Unsupported, f"disk vda of web is {word}")
         assert place.host.adopt("web", hvmgr.AdoptOptions(exclude_disks=("vda",))).now().disks == {}
 
+    @pytest.mark.parametrize("more", ["", "<readonly/>"], ids=["left-out", "read-only"])
+    def test_differencing_vhd_is_refused_in_any_drive(self, place, more):
+        """QEMU would show zeros for what its parent holds, and libvirt would not say a word."""
+        place.host.images.create(place.folder / "base.vhd", 4 << 20)
+        options = hvmgr.ImageOptions(parent=place.folder / "base.vhd")
+        child = place.host.images.create(place.folder / "child.vhd", options=options).path
+        disks = [("vda", "qcow2", place.image("a.qcow2")), ("vdb", "vpc", child)]
+        place.define("web", *disks, disk_more={"vdb": more})
+        error = refusal(place, "web", errors.Unsupported, r"differencing VHD of base\.vhd", exclude_disks=("vdb",))
+        assert f"image convert {child}" in error.hint
+
     def test_left_out_disk_of_a_running_vm(self, place):
         place.define("web", *[(slot, "qcow2", place.image(f"{slot}.qcow2")) for slot in ("vda", "vdb")])
         place.virsh("start", "web")

@@ -59,6 +59,8 @@ THIN = 3
 # Long ones, of whose acts fewer are killed: how many times the stride of the others.
 LONG = {
     "merge-by-name": 3,
+    "resize": 2,
+    "resize-smaller": 2,
     "vm-adopt-convert": 3,
     "vm-adopt-drop": 2,
     "vm-release-flatten": 2,

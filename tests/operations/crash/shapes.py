@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from pathlib import Path
 
 import crash
@@ -10,6 +11,7 @@ from crash import Shape, set_memory, specification, write_off, write_running
 from lxml import etree
 
 import hvmgr
+from tests.storage.test_partitions import Memory, put_gpt
 
 
 def off(host, *sizes):
@@ -55,6 +57,19 @@ def forked_tree(host):
     host.vm(NAME).snapshot("one").apply()
     write_off(host, 0x66, "128k")
     take(host, "left", 0x77, "192k")
+
+
+def partitioned(host):
+    """A GPT with one partition in the first half of the disk, above a snapshot."""
+    off(host)
+    take(host, "one", 0x20, "128k")
+    disk = Memory(crash.DISK)
+    put_gpt(disk, [(128, 255, "data")])
+    with tempfile.NamedTemporaryFile(prefix="hv", dir="/tmp") as table:
+        for start, length in ((0, 34 * 512), (crash.DISK - 33 * 512, 33 * 512)):
+            Path(table.name).write_bytes(disk.data[start : start + length])
+            command = ["qemu-io", "-f", "qcow2", "-c", f"write -s {table.name} {start} {length}"]
+            subprocess.run([*command, vm(host).now().disks["hda"]], check=True, capture_output=True, timeout=20)
 
 
 def big(host, *, below, above):
@@ -476,6 +491,8 @@ IMPORTS = {
     "clone-snapshot": Shape(forked_tree, clone(snapshot="two"), again=True),
     "clone-linked": Shape(forked_tree, clone(snapshot="two", linked=True), again=True),
     "move": Shape(forked_tree, lambda host: vm(host).move(host.root / "else")),
+    "resize": Shape(line, lambda host: vm(host).resize_disk("hda", 2 * crash.DISK)),
+    "resize-smaller": Shape(partitioned, lambda host: vm(host).resize_disk("hda", crash.DISK // 2, shrink=True)),
     "localize": Shape(linked, lambda host: vm(host).localize("hda")),
     "import-memory": Shape(lambda host: (with_memory(host), away(host)), bring(new_id=True), again=True),
     "import-memory-register": Shape(

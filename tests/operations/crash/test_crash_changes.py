@@ -15,6 +15,8 @@ CHANGES = [
     "apply-other-disks",
     "undo",
     "rename",
+    "resize",
+    "resize-smaller",
 ]
 WHOLES = [
     "vm-create",

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from hvmgr import ImageFormat, ImageOptions, errors, vhd
+from hvmgr.host import storage_daemon
 
 MIB = 1 << 20
 ALL = ["vhd", "vhdx", "qcow2", "raw"]
@@ -186,3 +187,18 @@ class TestConvert:
         subprocess.run([*command, folder / "top.qcow2", str(4 * MIB)], check=True, timeout=60)
         with pytest.raises(errors.Unsupported, match=r"differencing VHD of base\.vhd"):
             folder.images.convert(folder / "top.qcow2", folder / "to.raw")
+
+    def test_image_that_is_being_written_is_not_copied(self, folder):
+        """Nor is it made a parent: both would be a mix of two moments."""
+        folder.raw("disk.raw")
+        for name, fmt in (("disk.raw", "raw"), ("disk.vhd", "vpc"), ("disk.qcow2", "qcow2")):
+            if name != "disk.raw":
+                folder.images.convert(folder / "disk.raw", folder / name)
+            with storage_daemon.started() as daemon:
+                daemon.open(folder / name, fmt, writable=True)
+                with pytest.raises(errors.Conflict, match="in use"):
+                    folder.images.convert(folder / name, folder / "to.raw")
+                with pytest.raises(errors.Conflict, match="in use"):
+                    options = ImageOptions(parent=folder / name)
+                    folder.images.create(folder / f"child.{'vhd' if fmt == 'vpc' else 'qcow2'}", options=options)
+            assert not (folder / "to.raw").exists()

@@ -175,3 +175,25 @@ def test_domain_of_libvirt_keeps_its_image(folder, connection, embed_root):
             host.images.merge(folder / "b.avhd")
         assert [user.vm for user in host.images.info(folder / "a.vhd").used_by] == ["plain", None]
     assert vhd.identify(folder / "b.avhd") is not None
+
+
+def test_child_whose_parent_was_renamed_still_counts(folder):
+    """Its words lead nowhere, its id does."""
+    folder.chain("a.vhd", "b.avhd")
+    folder.images.create(folder / "x.avhd", options=ImageOptions(parent=folder / "a.vhd"))
+    (folder / "a.vhd").rename(folder / "renamed.vhd")
+    before = folder.bytes_of_files()
+    with pytest.raises(errors.Conflict, match=r"x\.avhd"):
+        folder.images.merge(folder / "b.avhd", folders=[folder.path])
+    with pytest.raises(errors.Conflict, match=r"avhd"):
+        folder.images.resize(folder / "renamed.vhd", 8 * MIB)
+    assert folder.bytes_of_files() == before
+
+
+def test_children_of_a_copy_are_not_those_of_the_original(folder):
+    shown = folder.chain("a.vhd", "b.avhd")
+    folder.images.convert(folder / "a.vhd", folder / "copy.vhd", ImageOptions(keep_id=True))
+    folder.images.create(folder / "x.avhd", options=ImageOptions(parent=folder / "copy.vhd"))
+    folder.images.merge(folder / "b.avhd")
+    assert folder.shown("a.vhd") == shown[1]
+    assert folder.shown("x.avhd") == shown[0]

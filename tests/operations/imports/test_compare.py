@@ -46,6 +46,19 @@ class TestHost:
             bench.bring(source, nics={"52:54:00:aa:bb:01": "disconnected"}).home.present().nics()[0].type == "ethernet"
         )
 
+    def test_drive_with_a_differencing_vhd(self, bench, branched):
+        bench.host.images.create(bench.place / "base.vhd", 4 << 20)
+        options = hvmgr.ImageOptions(parent=bench.place / "base.vhd")
+        child = bench.host.images.create(bench.place / "child.vhd", options=options).path
+        drive = f"<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{child}'/>"
+        drive += "<target dev='vdz'/><readonly/></disk>"
+        source = edit(bench.take_away(branched), lambda text: text.replace("</devices>", f"{drive}</devices>"))
+        assert bench.codes(source) == ["format-unsupported"]
+        before = bench.states()
+        with pytest.raises(errors.Unsupported, match=r"differencing VHD of base\.vhd"):
+            bench.bring(source)
+        assert bench.states() == before
+
     def test_missing_bridge(self, bench, branched):
         source = edit(bench.take_away(branched), add_card("bridge", bridge="br77"))
         assert bench.codes(source) == ["missing-bridge"]
