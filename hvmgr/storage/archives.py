@@ -352,19 +352,13 @@ def _digest(reader: untar.Reader, size: int) -> str:
 
 def _unpack(reader: untar.Reader, size: int, target: Path, owner: tuple[int, int] | None) -> str:
     digest = copy.Digest()
-    part = part_of(target)
-    durable.remove(part)
-    with durable.explained(target), durable.replacing(target, 0o600, owner, part=part) as writer:
+    part = durable.part_of(target)
+    with durable.explained(target), durable.replacing(target, 0o600, owner, part) as writer:
         os.ftruncate(writer, size)
         for offset, piece in reader.pieces():
             digest.update(offset, piece)
             copy.write_data(writer, offset, piece)
     return digest.finish(size)
-
-
-def part_of(target: Path) -> Path:
-    """What a file is called while it is unpacked."""
-    return target.with_name(f"{durable.TEMPORARY}{target.name}")
 
 
 def recorded(folder: Path) -> dict[str, str]:

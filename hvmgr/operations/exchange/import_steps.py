@@ -87,7 +87,7 @@ def unpack_files(session: Session, step: plan.UnpackFiles) -> None:
 def pack_files_away(_session: Session, step: plan.UnpackFiles) -> None:
     """None of the files is there."""
     for _, target, _ in step.files:
-        durable.remove(archives.part_of(Path(target)))
+        durable.remove(durable.part_of(Path(target)))
         durable.remove(Path(target))
 
 

@@ -56,7 +56,7 @@ def test_disk_that_becomes_full_leaves_nothing(bench, source, small, monkeypatch
     monkeypatch.setattr(compare_place, "_space_findings", lambda _comparison: iter(()))
     (small / "more").write_bytes(bytes(6 * MIB))
     before = bench.states()
-    with pytest.raises(errors.NoSpace, match=f"no space left for {small}") as caught:
+    with pytest.raises(errors.NoSpace, match=f"no space left for '?{small}") as caught:
         bench.bring(source, **{root: small})
     assert caught.value.exit_code == 7
     assert "free space" in caught.value.hint
