@@ -34,7 +34,7 @@ import os, signal, sys
 from pathlib import Path
 import hvmgr
 from hvmgr.model import plan
-from hvmgr.storage import journal, source_home
+from hvmgr.operations.steps import execution
 
 def die(session, step):
     os.kill(os.getpid(), signal.SIGKILL)
