@@ -58,17 +58,9 @@ def serve(folder: Path, path: Path, *, writable: bool) -> None:
     """Our own codec serves the VHD at ``path``, with its parents, on a socket in the folder, until it is ended."""
     words = ["--writable"] if writable else []
     socket = folder / _SOCKET
-    argv: list[str | Path] = [
-        "setsid",
-        "--fork",
-        sys.executable,
-        "-I",
-        "-m",
-        _SERVER,
-        *words,
-        path,
-        socket,
-    ]
+    # It finds its modules where we found ours, however hvmgr was installed.
+    program = f"import sys; sys.path[:] = {sys.path!r}; from {_SERVER} import main; sys.exit(main(sys.argv[1:]))"
+    argv: list[str | Path] = ["setsid", "--fork", sys.executable, "-I", "-c", program, *words, path, socket]
     # It lets go of its output when it is ready: the call ends then, and what it says before is why it is not.
     said = process.run(argv, timeout_s=_START_S).stderr.strip()
     if not socket.exists():

@@ -257,7 +257,8 @@ def _require_free(users: Sequence[User], path: Path) -> None:
 
 def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
     folder, writable = Path(one.folder), not one.read_only
-    folder.mkdir(mode=0o700, parents=True)
+    folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700)
     codec = next((number for number, link in enumerate(links) if link.format == image_export.CODEC), None)
     if codec is not None:
         image_export.serve(folder, links[codec].path, writable=writable and codec == 0)
