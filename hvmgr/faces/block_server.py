@@ -36,6 +36,7 @@ def main(words: Sequence[str]) -> int:
             signal.signal(number, lambda *_: listener.close())
         listener.bind(address)
         listener.listen()
+        os.chdir("/")  # no file system is kept busy for nothing
         _let_go_of_output()
         server = Server(chain, writable=writable)
         server.accept(listener)

@@ -126,6 +126,11 @@ def processes(folder: Path) -> list[tuple[int, int]]:
     return [one for program in (PROGRAM, _SERVER) for one in process.naming(f"{folder}/", program)]
 
 
+def is_served(folder: Path) -> bool:
+    """Whether the daemon that fills the exported file is there."""
+    return any(_is_daemon(pid) for pid, _ in processes(folder))
+
+
 def end(folder: Path) -> None:
     """No process serves the export: what fills the file ends first, what is below it after that, written out."""
     found = processes(folder)
