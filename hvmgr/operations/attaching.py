@@ -272,6 +272,7 @@ def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
         one,
         size=size,
         device=str(device),
+        life=loop.life_of(device),
         phase=Phase.ATTACHED,
         processes=tuple(image_export.processes(folder)),
     )
@@ -292,7 +293,7 @@ def take_down(one: Attachment) -> None:
     folder = Path(one.folder)
     if one.boot == attachments.boot_id():
         served = image_export.is_served(folder)
-        for device in loop.devices_of(image_export.file_of(folder)):
+        for device in _devices(one):
             # Without a daemon nothing can be written out any more.
             loop.detach(device, sync=durable.sync_file if served else _sync_nothing)
         image_export.end(folder)
@@ -300,6 +301,13 @@ def take_down(one: Attachment) -> None:
             durable.sync_file(Path(one.path))
     durable.remove_folder(folder)
     attachments.remove(one)
+
+
+def _devices(one: Attachment) -> list[Path]:
+    found = loop.devices_of(image_export.file_of(Path(one.folder)))
+    if one.device is not None and loop.shows_nothing_any_more(Path(one.device), one.life):
+        found.append(Path(one.device))
+    return found
 
 
 def _sync_nothing(_: Path) -> None:
