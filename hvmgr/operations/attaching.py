@@ -268,17 +268,13 @@ def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
     with image_export.opened(folder, writable=writable) as file:
         size = os.fstat(file).st_size
         device = loop.attach(file, read_only=one.read_only, name=one.path)
-    one = dataclasses.replace(
-        one,
-        size=size,
-        device=str(device),
-        life=loop.life_of(device),
-        phase=Phase.ATTACHED,
-        processes=tuple(image_export.processes(folder)),
-    )
+    served_by = tuple(image_export.processes(folder))
+    one = dataclasses.replace(one, size=size, device=str(device), life=loop.life_of(device), processes=served_by)
+    attachments.write(one)
     with partitions.File(device) as disk:
         table = partitions.read(disk)
     loop.set_partitions(device, map(_to_kernel, () if table is None else table.partitions))
+    one = dataclasses.replace(one, phase=Phase.ATTACHED)
     attachments.write(one)
     return one
 

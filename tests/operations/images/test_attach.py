@@ -427,7 +427,7 @@ def test_killed_attach_leaves_nothing(host, tmp_path):
         assert help_.is_clean(), number
         assert path.read_bytes() == before
         number += 1
-    assert number == 7
+    assert number == 8
     host.detach_image(path)
 
 
