@@ -57,7 +57,7 @@ def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None
     plan = changes.plan_of("image create", f"creation of {path}", [step])
     _require_new(path)
     if parent is not None:
-        _warn_of_writers(host, parent)
+        _warn_of_users(host, parent)
     changes.require_approval(host, plan)
     with index.making(path, wait_s=host.wait_s), _kept_still(host, parent), _named(path) as part:
         _make(part, path, step)
@@ -90,7 +90,7 @@ def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
     plan = changes.plan_of("image convert", f"conversion of {source} into {path}", [step])
     _require_new(path)
     if parent is not None:
-        _warn_of_writers(host, parent)
+        _warn_of_users(host, parent)
     changes.require_approval(host, plan)
     with index.making(path, wait_s=host.wait_s), _kept_still(host, found, parent), _named(path) as part:
         _convert(found, parent, part, path, step, host.reporter.progress)
@@ -188,12 +188,16 @@ def _named(path: Path) -> Iterator[Path]:
         raise errors.NoSpace(f"no space left for {path}", hint="free space there and run it again") from error
 
 
-def _warn_of_writers(host: Host, parent: Recognised) -> None:
-    """A parent must not change any more: a VM that is off would write to it when it starts."""
+def _warn_of_users(host: Host, parent: Recognised) -> None:
+    """A parent must stay as it is; a VM to which it belongs does not know of the new image."""
     for user in image_users.of(host, parent.path):
         if user.use in (Use.OFF, Use.SAVED):
             host.reporter.notice(
                 f"{user.name} writes to {parent.path} when it runs: the new image is wrong from then on"
+            )
+        elif user.vm is not None:
+            host.reporter.notice(
+                f"{parent.path} belongs to {user.name}, whose commands may merge or remove it: the new image is lost then"
             )
 
 
