@@ -14,7 +14,7 @@ from hvmgr import errors
 
 _KERNEL_PIECE = 128 << 20  # moved inside the kernel: the fewer calls, the less each byte costs
 _PIECE = 1 << 20
-_ONWARD = 16 << 20  # how much is handed to the disk at once: a third less time until a new image is synced
+_BEHIND = 32 << 20  # of a new file so much is written before the kernel is told to bring it to the disk
 _TEMPORARY = ".hvmgr-part-"  # the name by which unfinished files are known and swept
 
 
@@ -42,10 +42,9 @@ def explained(path: Path) -> Iterator[None]:
 class File:
     """An open file or block device. Reads and writes are at offsets and always complete."""
 
-    _begun = 0  # where the data lies that the disk below has not been told of
-
     def __init__(self, path: Path, *, writable: bool = False) -> None:
         self.path = Path(path)
+        self._behind: _Behind | None = None
         with explained(self.path):
             self.descriptor = os.open(self.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
             mode = os.fstat(self.descriptor).st_mode
@@ -54,10 +53,13 @@ class File:
             raise errors.UsageError(f"{self.path} is neither a file nor a block device")
 
     @classmethod
-    def adopt(cls, path: Path, descriptor: int) -> Self:
-        """A file that somebody opened already; from now on it is closed here."""
+    def adopt(cls, path: Path, descriptor: int, *, new: bool = False) -> Self:
+        """A file that somebody opened; from now on it is closed here.
+
+        A new one goes to the disk while it is written, so that little is left to wait for at the end.
+        """
         self = cls.__new__(cls)
-        self.path, self.descriptor = path, descriptor
+        self.path, self.descriptor, self._behind = path, descriptor, _Behind() if new else None
         return self
 
     def close(self) -> None:
@@ -103,17 +105,13 @@ class File:
         with explained(self.path):
             while view:
                 count = os.pwrite(self.descriptor, view, offset)
+                self._push(offset, count)
                 view, offset = view[count:], offset + count
 
-    def write_onward(self, offset: int, data: bytes | bytearray | memoryview) -> None:
-        """As ``write``, for much data in ascending order: the disk below begins with it at once, and not at the sync."""
-        self.write(offset, data)
-        if not self._begun:
-            self._begun = offset
-        if offset + len(data) - self._begun >= _ONWARD:
-            with explained(self.path):  # for dirty pages this means: write them now, and do not wait for it
-                os.posix_fadvise(self.descriptor, self._begun, offset + len(data) - self._begun, os.POSIX_FADV_DONTNEED)
-            self._begun = 0
+    def _push(self, offset: int, length: int) -> None:
+        if self._behind is not None and (ready := self._behind.add(offset, length)):
+            # Dirty pages are not forgotten by this: the kernel only begins to write them.
+            os.posix_fadvise(self.descriptor, *ready, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         """What was written is on the disk."""
@@ -151,7 +149,25 @@ class File:
                 count = _copy_piece(other.descriptor, self.descriptor, source, target, min(length, _KERNEL_PIECE))
                 if count == 0:
                     raise errors.Conflict(f"{other.path} became shorter while it was read")
+                self._push(target, count)
                 source, target, length = source + count, target + count, length - count
+
+
+class _Behind:
+    """What was written of a file since the kernel was last told to bring it to the disk."""
+
+    def __init__(self) -> None:
+        self._length, self._start, self._end = 0, 0, 0
+
+    def add(self, offset: int, length: int) -> tuple[int, int] | None:
+        """A range of which it is time to tell: offset and length."""
+        self._start = min(self._start, offset) if self._length else offset
+        self._end = max(self._end, offset + length) if self._length else offset + length
+        self._length += length
+        if self._length < _BEHIND:
+            return None
+        self._length = 0
+        return self._start, self._end - self._start
 
 
 def _copy_piece(reader: int, writer: int, source: int, target: int, length: int) -> int:
@@ -173,7 +189,7 @@ def created(path: Path, *, mode: int = 0o600) -> Iterator[File]:
         if os.path.lexists(path):
             raise FileExistsError
         part, descriptor = _open_nameless(path, mode)
-    file = File.adopt(path, descriptor)
+    file = File.adopt(path, descriptor, new=True)
     try:
         yield file
         with explained(path):
@@ -196,7 +212,7 @@ def replacing(path: Path) -> Iterator[File]:
     part = _part(path)
     with explained(path):
         descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    file = File.adopt(path, descriptor)
+    file = File.adopt(path, descriptor, new=True)
     try:
         yield file
         with explained(path):

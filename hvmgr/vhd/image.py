@@ -9,7 +9,7 @@ was written after the last ``flush``; nothing else.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -20,11 +20,10 @@ from hvmgr.vhd.file import File
 from hvmgr.vhd.format import NO_ID, SECTOR, UNUSED, Footer, Header, Kind
 from hvmgr.vhd.source import Place, Source, Stretch, clear
 from hvmgr.vhd.structure import Structure
-from hvmgr.vhd.table import Table, within
+from hvmgr.vhd.table import Table
 
 _BITMAPS = 4 << 20  # bytes of bitmaps that are kept
 _AHEAD = 64 << 20  # bytes of new blocks for which space is taken at once
-_PIECE = 1 << 20
 ABSENT, ZEROS = -1, -2  # positions: the parent has it; zeros whatever the parents have
 
 
@@ -78,7 +77,7 @@ class Image:
         # The next block's place; behind a last block that its writer cut at the disk's end.
         self._free = max(found.end, found.blocks_end)
         self._reserve = 1
-        self._taken: list[int] = []  # where spaces that were taken for something else begin
+        self.taken: list[int] = []  # where spaces that were taken for something else begin
 
     def __enter__(self) -> Self:
         return self
@@ -117,6 +116,11 @@ class Image:
     def block_size(self) -> int:
         """Bytes of a block; 0 for fixed disks."""
         return self._block
+
+    @property
+    def end(self) -> int:
+        """Where the footer at the end stands."""
+        return self._end
 
     @property
     def table(self) -> Table:
@@ -207,10 +211,15 @@ class Image:
             if self.kind is Kind.DIFFERENCING:
                 raise errors.UsageError("a differencing disk takes whole sectors")
             offset, view = whole_sectors(self, offset, view)
+        self.put(offset, view)
+
+    def put(self, offset: int, view: memoryview) -> None:
+        """Whole sectors into blocks; for ``write``, and behind the disk's end for who is about to move it."""
         while view:
             block, start = divmod(offset, self._block)
             count = min(len(view), self._block - start)
-            self._write_piece(block, start, view[:count])
+            self.file.write(self._place(block) + start, view[:count])
+            self._mark(block, start, count)
             offset, view = offset + count, view[count:]
 
     def copy_from(self, other: File, position: int, offset: int, length: int) -> None:
@@ -225,10 +234,6 @@ class Image:
             self.file.copy_from(other, position, place, count)
             self._mark(block, start, count)
             position, offset, length = position + count, offset + count, length - count
-
-    def _write_piece(self, block: int, start: int, piece: memoryview) -> None:
-        self.file.write(self._place(block) + start, piece)
-        self._mark(block, start, len(piece))
 
     def _place(self, block: int) -> int:
         """Where the data of a block stands; it gets a place if it has none."""
@@ -253,7 +258,8 @@ class Image:
             raise errors.NoSpace(f"{self.path} cannot become larger than 2 TiB", hint="compact it")
         if end > self._end:
             ahead = min(self._reserve - 1, _AHEAD // self._block)
-            self._move_footer(end + ahead * format.round_up(self._bitmap + self._block, format.ALIGNMENT))
+            stride = format.round_up(self._bitmap + self._block, format.ALIGNMENT)
+            self._write_footer(self.footer, end + ahead * stride)
             self._reserve *= 2
         self._table[block] = place // SECTOR
         self._free = end
@@ -261,14 +267,14 @@ class Image:
         self._dirty.add(block)
         self._fresh.add(block)
 
-    def _move_footer(self, end: int) -> None:
+    def _write_footer(self, footer: Footer, end: int) -> None:
         try:
-            self.file.write(end, self.footer.pack())
+            self.file.write(end, footer.pack())
         except errors.NoSpace:
             self.file.set_length(self._end + format.FOOTER_SIZE)
             raise
         self.file.sync()
-        self._end = end
+        self.footer, self._end = footer, end
 
     def flush(self) -> None:
         """All that was written is on the disk, and a reader of the file finds it."""
@@ -305,22 +311,21 @@ class Image:
 
     def _give_back(self) -> None:
         end = format.round_up(self._free, SECTOR)
-        if end + SECTOR <= self._end:
-            self.file.write(end, self.footer.pack())
-            self.file.sync()
-            self._end = end
+        if self._block and end + SECTOR <= self._end:
+            self._write_footer(self.footer, end)
             self.file.set_length(end + format.FOOTER_SIZE)
 
     # --- what the file says of itself ---
 
-    def change_footer(self, **values: object) -> None:
-        """Fields of both footers; the one at the end first, so that it is the newer one when they differ."""
-        self.footer = replace(self.footer, **values)  # type: ignore[arg-type]
-        data = self.footer.pack()
-        self.file.write(self._end, data)
-        self.file.sync()
+    def change_footer(self, *, end: int | None = None, **values: object) -> None:
+        """Fields of both footers; the one at the end first, so that it is the newer one when they differ.
+
+        ``end``: where that one is to stand from now on.
+        """
+        footer = replace(self.footer, **values)  # type: ignore[arg-type]
+        self._write_footer(footer, self._end if end is None else end)
         if self._block:
-            self.file.write(0, data)
+            self.file.write(0, footer.pack())
             self.file.sync()
 
     def change_header(self, **values: object) -> None:
@@ -347,120 +352,27 @@ class Image:
 
     def take_space(self, length: int) -> int:
         """Where ``length`` new bytes of the file are free, in whole sectors. What stands there has no meaning."""
-        place, end = self._free, self._free + format.round_up(length, SECTOR)
-        if end > self._end:
-            self._move_footer(end)
-        self._free = end
-        self._taken.append(place)
+        place = self._free
+        self.reach(place + format.round_up(length, SECTOR))
+        self.taken.append(place)
         return place
 
-    def set_size(self, size: int, hidden: Iterable[tuple[int, int]] = ()) -> None:
-        """Another size of the disk. What it grows by is zeros, what it shrinks by is lost.
+    def reach(self, end: int) -> None:
+        """The file's data may stand up to there, and new blocks stand behind it."""
+        if end > self._end:
+            self._write_footer(self.footer, end)
+        self._free = max(self._free, end)
 
-        ``hidden``: ranges behind the old end where the parents have data, which would come to light: they are written as
-        zeros first. At each moment the file is valid, and has the old size or the new one.
-        """
-        self.flush()
-        if size == self.size:
-            return
-        if not self._block:
-            self._set_fixed_size(size)
-        elif size > self.size:
-            self._prepare_growth(size)
-            for offset, length in hidden:
-                self._write_zeros(offset, length)
-            self.flush()
-            self._change_size(size)
-        else:
-            self._change_size(size)
-            self._drop_behind(size)
-
-    def _change_size(self, size: int) -> None:
-        """The creator changes with it: of some creators QEMU believes the geometry and not the size."""
-        self.change_footer(
-            size=size,
-            geometry=format.geometry(size),
-            creator=format.CREATOR,
-            creator_version=format.CREATOR_VERSION,
-            creator_host=format.CREATOR_HOST,
-        )
-
-    def _set_fixed_size(self, size: int) -> None:
-        old, self._end = self._end, size
-        self._free = size
-        try:
-            self._change_size(size)
-        except errors.NoSpace:
-            self.file.set_length(old + format.FOOTER_SIZE)
-            raise
-        if size > old:
-            self.file.write(old, bytes(min(format.FOOTER_SIZE, size - old)))  # the old footer is part of the disk now
-        else:
-            self.file.set_length(size + format.FOOTER_SIZE)
-        self.file.sync()
-
-    def _prepare_growth(self, size: int) -> None:
-        """The table has place for the new size, and nothing old lies behind the old end."""
-        assert self.header is not None
-        old, needed = len(self._table), format.block_count(size, self._block)
-        self._clear_tail(old - 1)
-        self._table.resize(needed)
-        place = self.header.table_offset
-        if place + format.table_size(needed) <= self._table_limit():
-            data, at = self._table.pack(old), place + 4 * old
-        else:
-            data, at = self._table.pack(), self.take_space(format.table_size(needed))
-            data, place = data.ljust(format.table_size(needed), b"\xff"), at
-        self.file.write(at, data)
-        self.file.sync()
-        if (place, max(needed, self.header.entries)) != (self.header.table_offset, self.header.entries):
-            self.change_header(table_offset=place, entries=needed)
-
-    def _table_limit(self) -> int:
-        """Where the table would meet something else if it grew at its place."""
-        assert self.header is not None
-        place = self.header.table_offset
-        areas = [area.start for area in self.structure.areas] + self._taken
-        blocks = within(self._table.places(), 1, place, self._end)
-        return min([self._end, *(start for start in areas if start > place), *(one * SECTOR for one in blocks)])
-
-    def _clear_tail(self, block: int) -> None:
-        """In the last block the bytes behind the disk's end are made zeros, and its bits cleared."""
-        tail = self.size - block * self._block
-        if self._table[block] == UNUSED or tail == self._block:
-            return
-        place = self._table[block] * SECTOR + self._bitmap
-        if place + self._block > self._end:  # some writers cut the last block where the disk ends
-            self._move_footer(place + self._block)
-            self._free = self._end
-        self._zero_file(place + tail, self._block - tail)
-        bitmap = self.bitmap(block)
-        bits.put(bitmap, tail // SECTOR, (self._block - tail) // SECTOR, value=False)
+    def unset(self, block: int, first: int, count: int) -> None:
+        """Sectors of a block are no longer held."""
+        bits.put(self.bitmap(block), first, count, value=False)
         self._dirty.add(block)
-        self.flush()
 
-    def _zero_file(self, position: int, length: int) -> None:
-        zeros = bytes(min(length, _PIECE))
-        for at in range(0, length, _PIECE):
-            self.file.write(position + at, memoryview(zeros)[: length - at])
-
-    def _write_zeros(self, offset: int, length: int) -> None:
-        zeros = memoryview(bytes(min(self._block, _PIECE)))
-        while length:
-            block, start = divmod(offset, self._block)
-            count = min(length, self._block - start, len(zeros))
-            self._write_piece(block, start, zeros[:count])
-            offset, length = offset + count, length - count
-
-    def _drop_behind(self, size: int) -> None:
-        assert self.header is not None
-        keep, old = format.block_count(size, self._block), len(self._table)
-        for block in [one for one in self._bitmaps if one >= keep]:
+    def resize_table(self, count: int) -> None:
+        """So many blocks, in memory; for who is about to write the table."""
+        for block in [one for one in self._bitmaps if one >= count]:
             del self._bitmaps[block]
-        self._table.resize(keep)
-        self.file.write(self.header.table_offset + 4 * keep, b"\xff" * (4 * (old - keep)))
-        self.file.sync()
-        self._clear_tail(keep - 1)
+        self._table.resize(count)
 
 
 def whole_sectors(source: Source, offset: int, view: memoryview) -> tuple[int, memoryview]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.vhd import format, layout, rules
+from hvmgr.vhd import format, layout, rules, sizing
 from hvmgr.vhd.chain import Chain, open_chain
 from hvmgr.vhd.creation import OnProgress, Writer, describe_parent
 from hvmgr.vhd.file import replacing
@@ -50,7 +50,7 @@ def merge(chain: Chain, into: int = 1, *, on_progress: OnProgress | None = None)
 def _set_size(chain: Chain, size: int) -> None:
     """The first of the chain has this size; what it grows by is zeros, whatever its parents have there."""
     hidden = _hidden(Chain(chain.images[1:]), chain.size, size) if chain.images[1:] else []
-    chain.top.set_size(size, hidden)
+    sizing.set_size(chain.top, size, hidden)
 
 
 def _hidden(parents: Chain, start: int, end: int) -> list[tuple[int, int]]:

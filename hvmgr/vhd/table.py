@@ -10,9 +10,9 @@ import re
 import sys
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator
-from itertools import chain, islice
-from operator import sub
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from operator import le, sub
 
 from hvmgr.vhd.format import SECTOR, UNUSED
 
@@ -96,12 +96,30 @@ class Table:
                 end = count
             yield entries[start:end]
 
-    def places(self) -> list[int]:
+    def places(self) -> array[int]:
         """The sectors at which blocks begin, ascending; as many as the file holds."""
-        return sorted(chain.from_iterable(self._runs()))
+        found = array("I")
+        for run in self._runs():
+            found.extend(run)
+        return found if _ascend(found) else array("I", sorted(found))
+
+    def by_place(self) -> array[int]:
+        """The numbers of the blocks that the file holds, in the order in which they stand there."""
+        found, places, start = array("I"), array("I"), 0
+        for run in self._runs():
+            start = self.next_allocated(start, len(self._entries))
+            found.extend(array("I", range(start, start + len(run))))
+            places.extend(run)
+            start += len(run)
+        return found if _ascend(places) else array("I", sorted(found, key=self._entries.__getitem__))
 
 
-def overlaps(places: list[int], stride: int) -> list[tuple[int, int]]:
+def _ascend(places: array[int]) -> bool:
+    """Whether they need no sorting, which is the rule: then a million of them takes no list."""
+    return all(map(le, places, islice(places, 1, None)))
+
+
+def overlaps(places: Sequence[int], stride: int) -> list[tuple[int, int]]:
     """Pairs of neighbours that are closer than ``stride`` sectors; the first few."""
     if len(places) < 2 or min(map(sub, islice(places, 1, None), places)) >= stride:
         return []
@@ -109,7 +127,7 @@ def overlaps(places: list[int], stride: int) -> list[tuple[int, int]]:
     return list(islice(pairs, 16))
 
 
-def within(places: list[int], stride: int, start: int, end: int) -> list[int]:
+def within(places: Sequence[int], stride: int, start: int, end: int) -> Sequence[int]:
     """The blocks of ``stride`` sectors that reach into the bytes from ``start`` to ``end``; the first few."""
     low = bisect_left(places, start // SECTOR - stride + 1)
     high = bisect_left(places, -(-end // SECTOR))

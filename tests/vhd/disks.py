@@ -5,12 +5,18 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from hypothesis import HealthCheck, settings
+
 from hvmgr.vhd.chain import Chain, open_chain
 from hvmgr.vhd.creation import create
 from hvmgr.vhd.source import Source, Stretch, is_zero, read
 
 SAMPLES = Path(__file__).resolve().parents[3] / "shared" / "samples"
 KIB, MIB = 1 << 10, 1 << 20
+# The same examples each time, however slow the machine is.
+STEADY = settings(
+    derandomize=True, database=None, deadline=None, max_examples=60, suppress_health_check=list(HealthCheck)
+)
 
 
 class Memory:

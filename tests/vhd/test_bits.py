@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvmgr.vhd import bits
+from tests.vhd.disks import STEADY
 
 BITS = st.lists(st.booleans(), min_size=8, max_size=200).map(lambda found: found[: len(found) // 8 * 8])
 
@@ -16,6 +17,7 @@ def packed(values: list[bool]) -> bytearray:
     return bytearray(sum(0x80 >> bit for bit in range(8) if values[at + bit]) for at in range(0, len(values), 8))
 
 
+@STEADY
 @given(BITS, st.data())
 def test_runs_are_those_of_the_list(values: list[bool], data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(values)))
@@ -27,6 +29,7 @@ def test_runs_are_those_of_the_list(values: list[bool], data: st.DataObject) -> 
     assert bits.any_set(packed(values), first, count) == any(values[first : first + count])
 
 
+@STEADY
 @given(BITS, st.booleans(), st.data())
 def test_put_changes_its_range_only(values: list[bool], value: bool, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(values)))

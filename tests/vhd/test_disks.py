@@ -7,7 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -16,7 +17,7 @@ from hvmgr.vhd.creation import create, describe_parent, write_image
 from hvmgr.vhd.format import Kind
 from hvmgr.vhd.reshaping import compact, merge, reparent, resize
 from hvmgr.vhd.source import is_zero
-from tests.vhd.disks import KIB, MIB, content
+from tests.vhd.disks import KIB, MIB, STEADY, content
 
 SECTORS = st.integers(1, 2 * MIB // 512)
 BLOCKS = st.sampled_from([512 * KIB, 1 * MIB])
@@ -121,6 +122,29 @@ class Disks(RuleBasedStateMachine):
 
 
 TestDisks = Disks.TestCase
-TestDisks.settings = settings(
-    max_examples=30, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestDisks.settings = settings(STEADY, max_examples=25, stateful_step_count=12)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_long_life(seed: int) -> None:
+    """Many acts in a row on larger disks, more merges among them than a short life has."""
+    dice, disks = random.Random(seed), Disks()
+    sectors = lambda: dice.randrange(1, 5 * MIB // 512)  # noqa: E731
+    block = lambda: dice.choice([512 * KIB, 1 * MIB, 2 * MIB])  # noqa: E731
+    acts = {
+        "write": lambda: disks.write(seed=dice.randrange(1 << 30), zeros=dice.random() < 0.3),
+        "snapshot": lambda: disks.snapshot(block=block()),
+        "merge": lambda: len(disks.paths) > 1 and disks.merge(levels=dice.randrange(1, 4)),
+        "resize": lambda: disks.resize(sectors=sectors()),
+        "compact": disks.compact,
+        "move": lambda: len(disks.paths) > 1 and disks.put_on_a_copy(),
+        "copy": lambda: len(disks.paths) > 1 and disks.copy_the_delta(),
+    }
+    names = ["write"] * 4 + ["snapshot"] * 3 + ["merge"] * 2 + ["resize"] * 2 + ["compact", "move", "copy"]
+    try:
+        disks.begin(sectors=sectors(), block=block(), kind=dice.choice([Kind.FIXED, Kind.DYNAMIC]))
+        for _ in range(40):
+            acts[dice.choice(names)]()
+            disks.shows_its_bytes()
+    finally:
+        disks.teardown()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from hvmgr.vhd import format
 from hvmgr.vhd.format import Footer, Header, Locator
+from tests.vhd.disks import STEADY
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -38,6 +39,7 @@ def test_geometry_of_large_disks_is_the_largest() -> None:
     assert format.MAX_GEOMETRY.size == 136_899_993_600
 
 
+@STEADY
 @given(st.integers(1, format.MAX_SIZE // 512))
 def test_geometry_never_covers_more_than_the_disk(sectors: int) -> None:
     found = format.geometry(sectors * 512)
@@ -46,6 +48,7 @@ def test_geometry_never_covers_more_than_the_disk(sectors: int) -> None:
     assert found.cylinders <= 65535
 
 
+@STEADY
 @given(st.binary(min_size=512, max_size=512))
 def test_any_footer_comes_back_with_a_right_sum(data: bytes) -> None:
     packed = Footer.unpack(data).pack()
@@ -54,6 +57,7 @@ def test_any_footer_comes_back_with_a_right_sum(data: bytes) -> None:
     assert format.has_right_sum(packed, format.FOOTER_SUM_AT)
 
 
+@STEADY
 @given(st.binary(min_size=1024, max_size=1024))
 def test_any_header_comes_back_with_a_right_sum(data: bytes) -> None:
     packed = Header.unpack(data).pack()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hvmgr import errors
-from hvmgr.vhd import format
+from hvmgr.vhd import format, sizing
 from hvmgr.vhd.chain import open_chain
 from hvmgr.vhd.creation import create
 from hvmgr.vhd.format import Kind
@@ -111,7 +111,7 @@ def test_everything_changes_while_a_disk_is_open(tmp_path: Path) -> None:
     with open_chain(paths[1], writable=True) as disk:
         for number in range(1, 6):
             disk.top.take_space(700)
-            disk.top.set_size((200 << number) * MIB)
+            sizing.set_size(disk.top, (200 << number) * MIB)
             disk.write((200 << number) * MIB - 512, b"end" * 170 + b"..")
             disk.top.change_header(parent_time=number, parent_name=format.encode_name("disk0.vhd" + " " * number))
     with open_chain(paths[1], any_size=True) as disk:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvmgr import errors
@@ -19,7 +19,7 @@ from hvmgr.vhd.file import File
 from hvmgr.vhd.format import NOWHERE, Footer, Header, Kind, Locator
 from hvmgr.vhd.image import open_image
 from hvmgr.vhd.rules import RULES, Severity
-from tests.vhd.disks import KIB, MIB, content
+from tests.vhd.disks import KIB, MIB, STEADY, content
 
 SIZE = 2 * MIB + 512 * KIB + 512  # six blocks of 512 KiB, the last of them one sector
 
@@ -314,7 +314,7 @@ def test_every_rule_has_a_sentence(code: str) -> None:
     assert not RULES[code].sentence.endswith(".")
 
 
-@settings(max_examples=150, deadline=None)
+@STEADY
 @given(data=st.data())
 def test_any_damage_is_one_of_our_errors(originals, tmp_path_factory, data: st.DataObject) -> None:
     """Random bytes over the structures: a fault or none, but never a crash of ours."""
