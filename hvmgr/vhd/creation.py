@@ -42,7 +42,8 @@ def create(
         kind = Kind.DIFFERENCING
         with open_image(parent) as found:
             size = found.size if size is None else size
-            block_size = block_size or found.block_size
+            if found.block_size >= format.MIN_BLOCK:
+                block_size = block_size or found.block_size
         origin = describe_parent(path, Path(parent), windows_path=windows_path)
     if size is None:
         raise errors.UsageError("a new disk needs a size")

@@ -46,7 +46,8 @@ class File:
         self.path = Path(path)
         self._behind: _Behind | None = None
         with explained(self.path):
-            self.descriptor = os.open(self.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+            access = os.O_RDWR if writable else os.O_RDONLY
+            self.descriptor = os.open(self.path, access | os.O_CLOEXEC | os.O_NONBLOCK)  # no pipe makes it wait
             mode = os.fstat(self.descriptor).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
             self.close()

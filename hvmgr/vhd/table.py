@@ -17,6 +17,7 @@ from operator import le, sub
 from hvmgr.vhd.format import SECTOR, UNUSED
 
 _UNUSED_RUN = re.compile(rb"\xff*")
+_PART = 1 << 19  # numbers that are sorted at once
 _SWAPPED = sys.byteorder == "little"
 
 
@@ -101,7 +102,7 @@ class Table:
         found = array("I")
         for run in self._runs():
             found.extend(run)
-        return found if _ascend(found) else array("I", sorted(found))
+        return found if _ascend(found) else _sorted(found)
 
     def by_place(self) -> array[int]:
         """The numbers of the blocks that the file holds, in the order in which they stand there."""
@@ -117,6 +118,30 @@ class Table:
 def _ascend(places: array[int]) -> bool:
     """Whether they need no sorting, which is the rule: then a million of them takes no list."""
     return all(map(le, places, islice(places, 1, None)))
+
+
+def overlaps(places: Sequence[int], stride: int) -> list[tuple[int, int]]:
+    """Pairs of neighbours that are closer than ``stride`` sectors; the first few."""
+    if len(places) < 2 or min(map(sub, islice(places, 1, None), places)) >= stride:
+        return []
+    pairs = ((one, other) for one, other in zip(places, islice(places, 1, None), strict=False) if other - one < stride)
+    return list(islice(pairs, 16))
+
+
+def within(places: Sequence[int], stride: int, start: int, end: int) -> Sequence[int]:
+    """The blocks of ``stride`` sectors that reach into the bytes from ``start`` to ``end``; the first few."""
+    low = bisect_left(places, start // SECTOR - stride + 1)
+    high = bisect_left(places, -(-end // SECTOR))
+    return places[low : min(high, low + 16)]
+
+
+def _sorted(places: array[int]) -> array[int]:
+    """In parts, because a list of numbers takes ten times the memory of an array."""
+    low, high, found = min(places), max(places), array("I")
+    step = (high - low) // (len(places) // _PART + 1) + 1
+    for start in range(low, high + 1, step):
+        found.extend(sorted(filter(range(start, start + step).__contains__, places)))
+    return found
 
 
 def overlaps(places: Sequence[int], stride: int) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -285,6 +286,15 @@ def test_what_is_no_vhd(tmp_path: Path, data: bytes) -> None:
     assert structure.identify(path) is None
     with pytest.raises(errors.Corrupt, match=str(path)):
         open_image(path)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(errors.UsageError, match="file"):
+            structure.identify(path)
+    with pytest.raises(errors.NotFound, match="there is no"):
+        structure.identify(tmp_path / "nothing")
 
 
 def test_locator_in_sectors_and_areas_anywhere(draft) -> None:
