@@ -142,18 +142,3 @@ def _sorted(places: array[int]) -> array[int]:
     for start in range(low, high + 1, step):
         found.extend(sorted(filter(range(start, start + step).__contains__, places)))
     return found
-
-
-def overlaps(places: Sequence[int], stride: int) -> list[tuple[int, int]]:
-    """Pairs of neighbours that are closer than ``stride`` sectors; the first few."""
-    if len(places) < 2 or min(map(sub, islice(places, 1, None), places)) >= stride:
-        return []
-    pairs = ((one, other) for one, other in zip(places, islice(places, 1, None), strict=False) if other - one < stride)
-    return list(islice(pairs, 16))
-
-
-def within(places: Sequence[int], stride: int, start: int, end: int) -> Sequence[int]:
-    """The blocks of ``stride`` sectors that reach into the bytes from ``start`` to ``end``; the first few."""
-    low = bisect_left(places, start // SECTOR - stride + 1)
-    high = bisect_left(places, -(-end // SECTOR))
-    return places[low : min(high, low + 16)]

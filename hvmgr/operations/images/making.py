@@ -242,7 +242,7 @@ def _convert(
         _convert_to_vhd(found, parent, part, path, step, what, report)
     elif parent is not None:
         _convert_to_child(found, parent, part, path, step, what, report)
-    elif found.format is ImageFormat.VHD or found.format is fmt is ImageFormat.RAW:
+    elif _is_read_by_us(found, fmt):
         with disks.opened(found) as disk:
             if fmt is ImageFormat.RAW:
                 vhd.write_raw(part, disk, on_progress=_counted(what, report))
@@ -250,13 +250,19 @@ def _convert(
                 qemu_img.create(part, fmt.value, size=disk.size, options=_options(fmt, step))
                 disks.write_qemu(part, fmt.value, disk, what=what, report=report)
     else:
-        recognition.require_whole(found)
+        recognition.require_whole(found)  # at QEMU's own speed, where it shows the same
         qemu_img.flatten(
             found.path, found.driver, part, target_fmt=fmt.value, options=_options(fmt, step),
             on_progress=lambda done: report(Progress(min(done, found.size), found.size, what)),
         )  # fmt: skip
     if fmt is ImageFormat.RAW and step.type == ImageType.FIXED:
         durable.fill(part)
+
+
+def _is_read_by_us(found: Recognised, fmt: ImageFormat) -> bool:
+    if found.format is ImageFormat.VHD:
+        return found.is_differencing or not vhd.qemu_reads_alike(found.path)
+    return found.format is fmt is ImageFormat.RAW
 
 
 def _convert_to_child(
