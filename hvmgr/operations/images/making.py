@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,6 +115,11 @@ def _parent(host: Host, path: Path, fmt: ImageFormat, wish: ImageOptions) -> Rec
         )
     if fmt is ImageFormat.QCOW2:
         images.read(path, found.driver)  # refuses what QEMU would read wrongly: a differencing VHD above all
+        if found.format is ImageFormat.VHD and not vhd.qemu_reads_alike(path):
+            raise errors.Unsupported(
+                f"QEMU would read {path} in another way than its format says",
+                hint=f"see hvmgr image check {shlex.quote(str(path))}, or convert it: hvmgr image convert",
+            )
     elif fmt is not ImageFormat.VHD:
         raise errors.Unsupported(
             f"a {fmt.value} image has no parent here", hint="differencing images are VHD (.vhd, .avhd) or qcow2"
