@@ -28,6 +28,7 @@ _DEV = Path("/dev")
 
 _LOOP_CTL_GET_FREE, _LOOP_CONFIGURE, _LOOP_CLR_FD = 0x4C82, 0x4C0A, 0x4C01
 _CONFIG = struct.Struct("<II5Q4I64s64s32s2Q64x")  # struct loop_config: fd, block size, loop_info64, reserved
+_NOWHERE = "/"  # what is left of the path of a file whose mount namespace has ended
 _READ_ONLY, _PARTSCAN = 1, 8
 _BLKPG, _ADD, _DELETE = 0x1269, 1, 2
 _BLKPG_PARTITION = struct.Struct("<qqi64s64s4x")
@@ -62,7 +63,7 @@ def require() -> None:
 
 
 def attach(file: int, *, read_only: bool, name: str) -> Path:
-    """A free loop device that shows the open ``file``; ``name`` is what losetup shows for those who look."""
+    """A free loop device that shows the open ``file``; ``name`` is kept with it for those who look."""
     with _opened(_CONTROL) as control:
         for _ in range(_TRIES):
             number = fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
@@ -94,6 +95,19 @@ def devices_of(file: Path) -> list[Path]:
     """The loop devices that show a file with this path."""
     found = [_DEV / one.name for one in _SYS.glob("loop*")]
     return sorted(device for device in found if backing(device) in {os.fspath(file), f"{file} (deleted)"})
+
+
+def life_of(device: Path) -> str | None:
+    """What tells one use of a device from every other one of this start of the host; None where the kernel does not say."""
+    try:
+        return (_SYS / device.name / "diskseq").read_text().strip()
+    except OSError:
+        return None
+
+
+def shows_nothing_any_more(device: Path, life: str | None) -> bool:
+    """Whether a device still is what it was in that ``life``, but its file's mount namespace has ended."""
+    return backing(device) == _NOWHERE and life_of(device) == life
 
 
 def set_partitions(device: Path, wanted: Iterable[Partition]) -> None:

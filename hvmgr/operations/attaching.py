@@ -268,16 +268,13 @@ def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
     with image_export.opened(folder, writable=writable) as file:
         size = os.fstat(file).st_size
         device = loop.attach(file, read_only=one.read_only, name=one.path)
-    one = dataclasses.replace(
-        one,
-        size=size,
-        device=str(device),
-        phase=Phase.ATTACHED,
-        processes=tuple(image_export.processes(folder)),
-    )
+    served_by = tuple(image_export.processes(folder))
+    one = dataclasses.replace(one, size=size, device=str(device), life=loop.life_of(device), processes=served_by)
+    attachments.write(one)
     with partitions.File(device) as disk:
         table = partitions.read(disk)
     loop.set_partitions(device, map(_to_kernel, () if table is None else table.partitions))
+    one = dataclasses.replace(one, phase=Phase.ATTACHED)
     attachments.write(one)
     return one
 
@@ -292,7 +289,7 @@ def take_down(one: Attachment) -> None:
     folder = Path(one.folder)
     if one.boot == attachments.boot_id():
         served = image_export.is_served(folder)
-        for device in loop.devices_of(image_export.file_of(folder)):
+        for device in _devices(one):
             # Without a daemon nothing can be written out any more.
             loop.detach(device, sync=durable.sync_file if served else _sync_nothing)
         image_export.end(folder)
@@ -300,6 +297,13 @@ def take_down(one: Attachment) -> None:
             durable.sync_file(Path(one.path))
     durable.remove_folder(folder)
     attachments.remove(one)
+
+
+def _devices(one: Attachment) -> list[Path]:
+    found = loop.devices_of(image_export.file_of(Path(one.folder)))
+    if one.device is not None and loop.shows_nothing_any_more(Path(one.device), one.life):
+        found.append(Path(one.device))
+    return found
 
 
 def _sync_nothing(_: Path) -> None:

@@ -48,6 +48,7 @@ class Attachment:
     reason: str | None = None  # why it is read-only, where nobody asked for that
     size: int = 0
     device: str | None = None
+    life: str | None = None  # which use of the device it is, as ``loop.life_of`` tells
     processes: tuple[tuple[int, int], ...] = ()
     file: tuple[int, int] = (0, 0)  # device and inode of the image when it was attached
 

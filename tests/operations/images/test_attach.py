@@ -335,12 +335,14 @@ class TestLeftOver:
         os.kill(daemon[0], signal.SIGKILL)
         process.end(*daemon, timeout_s=60)
         assert process.is_running(*server)
+        assert loop.backing(Path(one.device)) is not None
         (shown,) = host.attachments()
         assert not shown.is_alive
         other = make(tmp_path / "other.raw", "raw")
         host.attach_image(other)
         assert [shown.attachment.path for shown in host.attachments()] == [str(other)]
         assert any("broken off" in sentence for sentence in said)
+        assert not loop.shows_nothing_any_more(Path(one.device), one.life)
         host.detach_image(other)
         assert help_.is_clean()
 
@@ -425,7 +427,7 @@ def test_killed_attach_leaves_nothing(host, tmp_path):
         assert help_.is_clean(), number
         assert path.read_bytes() == before
         number += 1
-    assert number == 7
+    assert number == 8
     host.detach_image(path)
 
 
@@ -534,5 +536,7 @@ class TestVMs:
         image_export.end(Path(one.folder))
         (found,) = [found for found in bench.host.doctor() if found.code == "attachment-left"]
         assert found.where == str(path)
+        assert loop.shows_nothing_any_more(Path(one.device), one.life)
         assert "attachment-left" in {str(done.finding.code) for done in bench.host.repair()}
+        assert not loop.shows_nothing_any_more(Path(one.device), one.life)
         assert help_.is_clean()
