@@ -135,7 +135,6 @@ class Client:
         """Say good-bye; never raises."""
         with contextlib.suppress(OSError):
             self._send(_DISCONNECT, 0, 0)
-        self._socket.close()
 
     def __enter__(self) -> Self:
         return self
@@ -149,14 +148,15 @@ def connected(uri: str) -> Iterator[Client]:
     """The export behind ``nbd+unix:///NAME?socket=PATH`` for the length of the block."""
     parts = urlsplit(uri)
     path = parse_qs(parts.query)["socket"][0]
-    connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(_TIMEOUT_S)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)
-    try:
-        connection.connect(path)
-        client = Client(connection, unquote(parts.path.removeprefix("/")))
-    except BaseException:
-        connection.close()
-        raise
-    with client:
-        yield client
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_TIMEOUT_S)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, PIECE)
+        try:
+            connection.connect(path)
+        except OSError as error:
+            raise errors.HostFailed(f"the storage daemon cannot be reached: {error.strerror}") from error
+        try:
+            with Client(connection, unquote(parts.path.removeprefix("/"))) as client:
+                yield client
+        except (ConnectionError, TimeoutError) as error:
+            raise errors.HostFailed(f"the storage daemon has hung up: {error.strerror or error}") from error

@@ -106,25 +106,28 @@ def say_if_libvirt_is_silent(host: Host) -> None:
         host.reporter.notice("libvirt could not be asked whether one of its VMs needs the image")
 
 
-def complete(host: Host, chain: Sequence[Path]) -> None:
-    """What a dead command began on one of these images comes to its end; in a dry run that is a Conflict."""
+def complete(host: Host, chain: Sequence[Path]) -> list[Plan]:
+    """What a dead command began on one of these images comes to its end, and is returned; a Conflict in a dry run."""
+    found = []
     for image in chain:
-        complete_about(host, image)
-        _complete(host, journal.beside(image))
+        found += [*complete_about(host, image), *_complete(host, journal.beside(image))]
+    return found
 
 
-def complete_about(host: Host, image: Path) -> None:
+def complete_about(host: Host, image: Path) -> list[Plan]:
     """The same for a change whose journal lies beside another image and names this one, which may be gone by now."""
+    found = []
     for place in index.open_changes():
         entry = journal.read(place)
         if entry is not None and image in _images_of(entry.plan):
-            _complete(host, place)
+            found += _complete(host, place)
+    return found
 
 
-def _complete(host: Host, place: Path) -> None:
+def _complete(host: Host, place: Path) -> list[Plan]:
     entry = journal.read(place)
     if entry is None:
-        return
+        return []
     if host.reporter.dry_run:
         raise errors.Conflict(
             f"an operation was cut off: {entry.plan.subject}",
@@ -134,12 +137,14 @@ def _complete(host: Host, place: Path) -> None:
     named = _images_of(entry.plan)
     with index.locked(named, wait_s=host.wait_s):
         entry = journal.read(place)
-        if entry is not None:
-            from hvmgr.operations.images import acts  # QEMU, which nobody needs who only looks
+        if entry is None:
+            return []
+        from hvmgr.operations.images import acts  # QEMU, which nobody needs who only looks
 
-            acts.heal(named)
-            _carry_out(host, entry.plan, place)
-            host.reporter.notice(f"completed what was cut off: {entry.plan.subject}")
+        acts.heal(named)
+        _carry_out(host, entry.plan, place)
+        host.reporter.notice(f"completed what was cut off: {entry.plan.subject}")
+    return [entry.plan]
 
 
 def run(host: Host, plan: Plan, written: Path) -> None:

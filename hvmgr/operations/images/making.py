@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,7 +58,7 @@ def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None
     plan = changes.plan_of("image create", f"creation of {path}", [step])
     _require_new(path)
     if parent is not None:
-        _warn_of_writers(host, parent)
+        _warn_of_users(host, parent)
     changes.require_approval(host, plan)
     with index.making(path, wait_s=host.wait_s), _kept_still(host, parent), _named(path) as part:
         _make(part, path, step)
@@ -90,7 +91,7 @@ def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
     plan = changes.plan_of("image convert", f"conversion of {source} into {path}", [step])
     _require_new(path)
     if parent is not None:
-        _warn_of_writers(host, parent)
+        _warn_of_users(host, parent)
     changes.require_approval(host, plan)
     with index.making(path, wait_s=host.wait_s), _kept_still(host, found, parent), _named(path) as part:
         _convert(found, parent, part, path, step, host.reporter.progress)
@@ -114,6 +115,11 @@ def _parent(host: Host, path: Path, fmt: ImageFormat, wish: ImageOptions) -> Rec
         )
     if fmt is ImageFormat.QCOW2:
         images.read(path, found.driver)  # refuses what QEMU would read wrongly: a differencing VHD above all
+        if found.format is ImageFormat.VHD and not vhd.qemu_reads_alike(path):
+            raise errors.Unsupported(
+                f"QEMU would read {path} in another way than its format says",
+                hint=f"see hvmgr image check {shlex.quote(str(path))}, or convert it: hvmgr image convert",
+            )
     elif fmt is not ImageFormat.VHD:
         raise errors.Unsupported(
             f"a {fmt.value} image has no parent here", hint="differencing images are VHD (.vhd, .avhd) or qcow2"
@@ -188,12 +194,16 @@ def _named(path: Path) -> Iterator[Path]:
         raise errors.NoSpace(f"no space left for {path}", hint="free space there and run it again") from error
 
 
-def _warn_of_writers(host: Host, parent: Recognised) -> None:
-    """A parent must not change any more: a VM that is off would write to it when it starts."""
+def _warn_of_users(host: Host, parent: Recognised) -> None:
+    """A parent must stay as it is; a VM to which it belongs does not know of the new image."""
     for user in image_users.of(host, parent.path):
         if user.use in (Use.OFF, Use.SAVED):
             host.reporter.notice(
                 f"{user.name} writes to {parent.path} when it runs: the new image is wrong from then on"
+            )
+        elif user.vm is not None:
+            host.reporter.notice(
+                f"{parent.path} belongs to {user.name}, whose commands may merge or remove it: the new image is lost then"
             )
 
 
@@ -238,7 +248,7 @@ def _convert(
         _convert_to_vhd(found, parent, part, path, step, what, report)
     elif parent is not None:
         _convert_to_child(found, parent, part, path, step, what, report)
-    elif not _is_for_qemu(found, fmt):
+    elif _is_read_by_us(found, fmt):
         with disks.opened(found) as disk:
             if fmt is ImageFormat.RAW:
                 vhd.write_raw(part, disk, on_progress=_counted(what, report))
@@ -246,13 +256,19 @@ def _convert(
                 qemu_img.create(part, fmt.value, size=disk.size, options=_options(fmt, step))
                 disks.write_qemu(part, fmt.value, disk, what=what, report=report)
     else:
-        recognition.require_whole(found)
+        recognition.require_whole(found)  # at QEMU's own speed, where it shows the same
         qemu_img.flatten(
             found.path, found.driver, part, target_fmt=fmt.value, options=_options(fmt, step),
             on_progress=lambda done: report(Progress(min(done, found.size), found.size, what)),
         )  # fmt: skip
     if fmt is ImageFormat.RAW and step.type == ImageType.FIXED:
         durable.fill(part)
+
+
+def _is_read_by_us(found: Recognised, fmt: ImageFormat) -> bool:
+    if found.format is ImageFormat.VHD:
+        return found.is_differencing or not vhd.qemu_reads_alike(found.path)
+    return found.format is fmt is ImageFormat.RAW
 
 
 def _convert_to_child(
@@ -268,13 +284,6 @@ def _convert_to_child(
     with disks.opened(found) as disk, disks.opened(parent) as below:
         qemu_img.create(part, "qcow2", size=disk.size, options=_options(ImageFormat.QCOW2, step), backing=backing)
         disks.write_difference(part, disk, below, what=what, report=report)
-
-
-def _is_for_qemu(found: Recognised, fmt: ImageFormat) -> bool:
-    """Whether QEMU converts it, where the result is not raw: all that it reads as the codec does."""
-    if found.format is ImageFormat.VHD:
-        return fmt is not ImageFormat.RAW and vhd.qemu_reads_alike(found.path)
-    return not found.format is fmt is ImageFormat.RAW
 
 
 def _convert_to_vhd(

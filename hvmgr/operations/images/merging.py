@@ -17,7 +17,7 @@ from hvmgr import errors
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import Use
-from hvmgr.model.plan import Step
+from hvmgr.model.plan import Plan, Step
 from hvmgr.operations import image_users
 from hvmgr.operations.images import changes, recognition
 from hvmgr.operations.images.recognition import Recognised
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 def merge(host: Host, child: Path, into: Path | None, folders: Sequence[Path] = (), *, keep: bool) -> Path:
     """The ancestor shows what the child did; it is returned."""
-    changes.complete(host, recognition.known_chain(child, folders))
+    completed = changes.complete(host, recognition.known_chain(child, folders))
     if not child.exists():
-        raise errors.NotFound(f"{child} is gone: an earlier command that was cut off has merged it")
+        return _merged_by(completed, child, into)
     whole = recognition.chain_of(child, folders)
     chain = _part(whole, into)
     looked = [recognition.look(path) for path in chain]
@@ -42,6 +42,18 @@ def merge(host: Host, child: Path, into: Path | None, folders: Sequence[Path] = 
         changes.require_approval(host, plan)
         changes.run(host, plan, chain[-1])
     return chain[-1]
+
+
+def _merged_by(completed: Sequence[Plan], child: Path, into: Path | None) -> Path:
+    """The image that the child was merged into by a command that had been cut off: what is asked for is done then."""
+    for step in (step for plan in completed for step in plan.steps()):
+        if (
+            isinstance(step, image_plan.MergeChain)
+            and step.merged[0] == str(child)
+            and str(into or step.into) == step.into
+        ):
+            return Path(step.into)
+    raise errors.NotFound(f"{child} is gone: a command that had been cut off has merged it")
 
 
 def _part(whole: Sequence[Path], into: Path | None) -> list[Path]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hvmgr
-from hvmgr.model import image_plan
+from hvmgr.model import configuration, image_plan
 from hvmgr.operations.images import changes
-from hvmgr.storage import index, journal
+from hvmgr.storage import index, journal, start_guard
 
 MIB = 1 << 20
 
@@ -36,3 +36,6 @@ def test_differencing_vhd_in_a_drive_that_snapshots_leave_out(bench):
     found = bench.one("image-unsupported", vm)
     assert "differencing VHD of base.vhd" in found.sentence
     assert "image convert" in found.repair
+    present = configuration.parse(file.read_bytes(), source="the home")
+    refused = start_guard.refusals(start_guard.examine(present))
+    assert [one.where for one in refused if one.code == "image-unreadable"] == [str(child)]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
+import hvmgr
 from hvmgr import ImageFormat, ImageOptions, errors, vhd
 from hvmgr.host import storage_daemon
 
@@ -142,6 +143,8 @@ class TestConvert:
         with (folder / "disk.vhd").open("r+b") as file:
             file.seek(place)
             file.write(bytes(512))
+        with pytest.raises(errors.Unsupported, match="another way"):
+            folder.images.create(folder / "child.qcow2", options=ImageOptions(parent=folder / "disk.vhd"))
         folder.images.convert(folder / "disk.vhd", folder / "disk.qcow2")
         assert folder.shown("disk.qcow2")[block * 2 * MIB : (block + 1) * 2 * MIB] == bytes(2 * MIB)
 
@@ -202,3 +205,14 @@ class TestConvert:
                     options = ImageOptions(parent=folder / name)
                     folder.images.create(folder / f"child.{'vhd' if fmt == 'vpc' else 'qcow2'}", options=options)
             assert not (folder / "to.raw").exists()
+
+    def test_long_work_says_how_far_it_is(self, folder):
+        folder.chain("a.vhd", "b.avhd")
+        seen = []
+        reporter = hvmgr.Reporter(progress=seen.append)
+        with hvmgr.Host.open("test:///default", root=folder.host.root, reporter=reporter) as host:
+            for target in ("to.vhd", "to.raw", "to.qcow2"):
+                host.images.convert(folder / "b.avhd", folder / target)
+                assert (seen[-1].done, seen[-1].what) == (seen[-1].total, f"write {target}")
+            host.images.merge(folder / "b.avhd")
+        assert (seen[-1].done, seen[-1].what) == (4 * MIB, "merge into a.vhd")
