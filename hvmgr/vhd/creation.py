@@ -166,9 +166,9 @@ def write_sparse(file: File, position: int, piece: memoryview) -> None:
     run = 0
     for at in range(0, len(piece), _GRAIN):
         if is_zero(piece[at : at + _GRAIN]):
-            file.write_onward(position + run, piece[run:at])
+            file.write(position + run, piece[run:at])
             run = at + _GRAIN
-    file.write_onward(position + run, piece[run:])
+    file.write(position + run, piece[run:])
 
 
 def _pieces(source: Source, block_size: int) -> Iterator[tuple[int, int]]:
