@@ -9,6 +9,8 @@ PYTEST  ?=
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
+# Each process that a test starts would compile all of hvmgr anew.
+unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help setup test lint format demo bench clean
 
 run := $(VENV)/bin/python -m
@@ -24,9 +26,7 @@ setup:  ## Debian packages and the virtual environment
 	@.ci/setup "$(VENV)" "$(PYTHON)"
 
 test: lint  ## the whole check: format, lint, types, tests
-	@$(run) pytest -rs -n $(WORKERS) --dist loadfile $(PYTEST) || { \
-		echo 'once more, one at a time: what failed while $(WORKERS) ran at once'; \
-		$(run) pytest -rs --last-failed --last-failed-no-failures none $(PYTEST); }
+	@.ci/test $(VENV)/bin/python $(WORKERS) $(PYTEST)
 
 lint: setup  ## format, lint and types only
 	@$(run) ruff format --check . || { echo 'make format puts this right' >&2; exit 1; }
@@ -41,6 +41,7 @@ demo: setup  ## a guided tour with a real guest, no libvirt daemon needed
 	@$(VENV)/bin/hvmgr demo
 
 bench: setup  ## measures the promises of speed against the usual tools
+	@.ci/setup "$(VENV)" "$(PYTHON)" virtinst openssl
 	@if [[ -f bench/__main__.py ]]; then exec $(run) bench; fi; \
 	shopt -s nullglob; files=(bench/[!_]*.py); \
 	(( $${#files[@]} )) || { echo 'bench: nothing to measure yet'; exit 0; }; \

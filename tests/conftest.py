@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,22 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count()
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a job in the background; whatever a test interrupts would have it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 private_libvirt.take_place_of_init()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: at the end all processes have something to do."""
+    weights: dict[Path, int] = {}
+    for item in items:
+        marks = {mark.name for mark in item.iter_markers()}
+        weight = 0 if "crash" in marks else 1 if marks & {"guest", "libvirtd"} else 2
+        weights[item.path] = min(weight, weights.get(item.path, weight))
+    items.sort(key=lambda item: weights[item.path])
 
 
 def is_complete_run() -> bool:
@@ -104,7 +120,7 @@ def embed_root(new_embed_root):
 @pytest.fixture
 def connection(embed_root):
     """A connection to the embedded driver without any domain; those of the test are gone afterwards."""
-    with hypervisor.opened(f"qemu:///embed?root={embed_root}", wait_s=10) as connection:
+    with hypervisor.opened(f"qemu:///embed?root={embed_root}", wait_s=60) as connection:
         yield connection
         remove_domains(connection)
 

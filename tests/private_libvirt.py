@@ -63,6 +63,7 @@ class Libvirtd:
 
     root: Path
     process: subprocess.Popen
+    own_network: bool = False
 
     @property
     def uri(self):
@@ -70,21 +71,25 @@ class Libvirtd:
 
     @property
     def enter(self):
-        return ["nsenter", f"--target={self.process.pid}", "--mount", f"--wd={Path.cwd()}"]
+        network = ["--net"] if self.own_network else []
+        return ["nsenter", f"--target={self.process.pid}", "--mount", *network, f"--wd={Path.cwd()}"]
 
     def stop(self, *, signal_=signal.SIGTERM):
         """Ends the daemon; its guests run on."""
         self.process.send_signal(signal_)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=60)
 
     def start(self):
         """Starts the daemon again after ``stop``."""
-        self.process = start_libvirtd(self.root)
+        self.process = start_libvirtd(self.root, own_network=self.own_network)
 
 
 @contextlib.contextmanager
-def daemon(root, *, qemu_conf="", libvirtd_conf=""):
-    """A running Libvirtd on a fresh root; its guests are gone afterwards. The texts are added to its settings."""
+def daemon(root, *, qemu_conf="", libvirtd_conf="", own_network=False):
+    """A running Libvirtd on a fresh root; its guests are gone afterwards. The texts are added to its settings.
+
+    With ``own_network`` it is another host as far as networks go: a network namespace with nothing in it.
+    """
     for name in ("run", "lib", "log"):
         (root / name).mkdir(mode=0o711)
     (root / "etc" / "libvirtd.conf").write_text(
@@ -92,7 +97,7 @@ def daemon(root, *, qemu_conf="", libvirtd_conf=""):
     )
     with (root / "etc" / "qemu.conf").open("a") as file:
         file.write(qemu_conf)
-    running = Libvirtd(root, start_libvirtd(root))
+    running = Libvirtd(root, start_libvirtd(root, own_network=own_network), own_network)
     try:
         yield running
     finally:
@@ -101,22 +106,26 @@ def daemon(root, *, qemu_conf="", libvirtd_conf=""):
         end_guests(root)
 
 
-def start_libvirtd(root):
+def start_libvirtd(root, *, own_network=False):
     """A running libvirtd whose folders are those of ``root``."""
     places = {"run": "/run", "etc": "/etc", "lib": "/var/lib", "cache": "/var/cache", "log": "/var/log"}
     for place in places.values():
         Path(place, "libvirt").mkdir(exist_ok=True)
     binds = "".join(f"mount --bind {root}/{name} {place}/libvirt; " for name, place in places.items())
+    if own_network:  # what /sys tells of devices is what was there when it was mounted
+        (root / "cgroup").mkdir(exist_ok=True)
+        binds += f"mount --rbind /sys/fs/cgroup {root}/cgroup; mount -t sysfs sysfs /sys; "
+        binds += f"mount --rbind {root}/cgroup /sys/fs/cgroup; "
     daemon = f"exec libvirtd --config /etc/libvirt/libvirtd.conf --pid-file {root}/libvirtd.pid"
     socket = root / "run" / "libvirt-sock"
     socket.unlink(missing_ok=True)
     process = subprocess.Popen(
-        ["unshare", "--mount", "--propagation", "private", "sh", "-ec", binds + daemon],
+        ["unshare", *["--net"] * own_network, "--mount", "--propagation", "private", "sh", "-ec", binds + daemon],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not socket.exists():
         assert process.poll() is None, "libvirtd ended at once"
         assert time.monotonic() < deadline, "libvirtd opens no socket"
@@ -187,7 +196,7 @@ def is_alive(pid):
     return stat.rpartition(")")[2].split()[0] not in {"Z", "X"}
 
 
-def wait_for_end(pid, timeout_s=10):
+def wait_for_end(pid, timeout_s=60):
     """Waits until a process that is not our child is gone."""
     deadline = time.monotonic() + timeout_s
     while is_alive(pid) and time.monotonic() < deadline:

@@ -23,7 +23,7 @@ def test_version_is_the_newest_of_the_changelog() -> None:
     assert newest[1] == hvmgr.__version__
 
 
-@pytest.mark.parametrize("script", [".ci/setup", ".ci/run"])
+@pytest.mark.parametrize("script", [".ci/setup", ".ci/run", ".ci/test"])
 def test_script_is_executable_bash(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111 == 0o111
     subprocess.run(["bash", "-n", ROOT / script], check=True)

@@ -1,6 +1,6 @@
 """A program of its own that serves a VHD and its parents by NBD: the part of ``image attach`` that QEMU cannot do.
 
-    python -m hvmgr.faces.block_server [--writable] PATH SOCKET
+    main(["--writable", PATH, SOCKET])
 
 It lets go of its output when it is ready, and ends at SIGTERM, when all that was written is on the disk. Whoever
 started it finds it by the socket's path on its command line (``host/image_export``).
@@ -36,6 +36,7 @@ def main(words: Sequence[str]) -> int:
             signal.signal(number, lambda *_: listener.close())
         listener.bind(address)
         listener.listen()
+        os.chdir("/")  # no file system is kept busy for nothing
         _let_go_of_output()
         server = Server(chain, writable=writable)
         server.accept(listener)
@@ -48,7 +49,3 @@ def _let_go_of_output() -> None:
     for number in (0, 1, 2):
         os.dup2(nothing, number)
     os.close(nothing)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

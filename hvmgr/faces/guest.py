@@ -52,6 +52,7 @@ _MODULES = {
     "virtio": ("virtio_pci", "virtio_blk"),
     "sd": ("sd_mod", "virtio_scsi", "ata_piix", "ahci"),
     "power": ("evdev", "button"),
+    "port": ("virtio_console",),  # not loaded by the init script: for a guest that has an agent besides
 }
 _DOWNLOAD_S = 600.0
 _PROGRAM_S = 120.0

@@ -31,8 +31,6 @@ _POLL_S = 0.1
 # virDomainUndefineFlags with (keep) TPM came with this libvirt (major * 1000000 + minor * 1000 + release)
 _TPM_FLAGS_SINCE = 8_009_000
 
-_AGENT = "org.qemu.guest_agent.0"
-
 
 class State(StrEnum):
     """What a domain does at present."""
@@ -220,14 +218,12 @@ class Domain:
         *,
         others: Iterable[str] = (),
         memory: Path | None = None,
-        quiesce: bool = False,
         progress: Progress | None = None,
     ) -> None:
         """Makes a running domain write to these existing qcow2 children, all slots at one instant.
 
         ``others`` names every slot that stays as it is. With ``memory`` the state of that instant goes into a new
-        save file; the guest stands still meanwhile. With ``quiesce`` (and without memory) the guest agent puts
-        the guest's file systems to rest for it. On an error no disk has been switched.
+        save file; the guest stands still meanwhile. On an error no disk has been switched.
         """
         assert children or memory is not None
         libvirt = libvirt_door.library()
@@ -235,8 +231,6 @@ class Domain:
         flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC
         if memory is None:
             flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_DISK_ONLY
-        if quiesce:
-            flags |= libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_QUIESCE
         xml = _snapshot_xml(children, others, memory)
         with libvirt_door.translated(f"switch the disks of {self.name}", changing=True):
             self._run_job(lambda handle: handle.snapshotCreateXML(xml, flags), progress)
@@ -308,11 +302,6 @@ class Domain:
         """Why QEMU could not save its memory now, in QEMU's words; empty when nothing is in the way."""
         return [str(reason) for reason in self.monitor("query-migrate").get("blocked-reasons", [])]
 
-    def has_agent(self) -> bool:
-        """Whether an agent inside its guest answers libvirt."""
-        channels = etree.fromstring(self.xml(live=True).encode()).findall("devices/channel/target")
-        return any(one.get("name") == _AGENT and one.get("state") == "connected" for one in channels)
-
     def has_job(self) -> bool:
         """Whether libvirt works on it (save, migration, …) or QEMU has a block job for it."""
         libvirt = libvirt_door.library()
@@ -349,6 +338,12 @@ class Domain:
         if "error" in answer:
             raise HostFailed(f"QEMU refused {command} for {self.name}: {answer['error'].get('desc')}")
         return answer["return"]
+
+    def ask_agent(self, command: str, *, timeout_s: int) -> Any:
+        """What the agent inside its guest returns; an error when it says none within ``timeout_s``, or refuses."""
+        request = json.dumps({"execute": command})
+        with libvirt_door.translated(f"ask the guest agent of {self.name}: {command}"):
+            return json.loads(libvirt_door.agent_command(self._handle(), request, timeout_s))["return"]
 
     def _handle(self) -> Any:
         return self._connection.lookupByUUIDString(self.uuid)

@@ -58,17 +58,9 @@ def serve(folder: Path, path: Path, *, writable: bool) -> None:
     """Our own codec serves the VHD at ``path``, with its parents, on a socket in the folder, until it is ended."""
     words = ["--writable"] if writable else []
     socket = folder / _SOCKET
-    argv: list[str | Path] = [
-        "setsid",
-        "--fork",
-        sys.executable,
-        "-I",
-        "-m",
-        _SERVER,
-        *words,
-        path,
-        socket,
-    ]
+    # It finds its modules where we found ours, however hvmgr was installed.
+    program = f"import sys; sys.path[:] = {sys.path!r}; from {_SERVER} import main; sys.exit(main(sys.argv[1:]))"
+    argv: list[str | Path] = ["setsid", "--fork", sys.executable, "-I", "-c", program, *words, path, socket]
     # It lets go of its output when it is ready: the call ends then, and what it says before is why it is not.
     said = process.run(argv, timeout_s=_START_S).stderr.strip()
     if not socket.exists():
@@ -132,6 +124,11 @@ def file_of(folder: Path) -> Path:
 def processes(folder: Path) -> list[tuple[int, int]]:
     """The processes that serve the folder's export, each with its start time."""
     return [one for program in (PROGRAM, _SERVER) for one in process.naming(f"{folder}/", program)]
+
+
+def is_served(folder: Path) -> bool:
+    """Whether the daemon that fills the exported file is there."""
+    return any(_is_daemon(pid) for pid, _ in processes(folder))
 
 
 def end(folder: Path) -> None:

@@ -60,6 +60,14 @@ def monitor_command(handle: Any, command: str, files: list[int] | None = None) -
     return str(answer[0] if isinstance(answer, tuple | list) else answer)
 
 
+def agent_command(handle: Any, command: str, timeout_s: int) -> str:
+    """The answer of the agent inside a running domain's guest to a JSON command, within this limit."""
+    library()
+    import libvirt_qemu
+
+    return str(libvirt_qemu.qemuAgentCommand(handle, command, timeout_s, 0))
+
+
 @contextlib.contextmanager
 def translated(doing: str, *, changing: bool = False) -> Iterator[None]:
     """Turns a libvirtError inside into hvmgr's error: "cannot ``doing``: " and libvirt's words.

@@ -54,8 +54,9 @@ class Client:
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """The bytes stand at ``offset``, for ``flush`` to say that they do: several writes are under way at once."""
-        for start in range(0, len(data), PIECE):
-            piece = data[start : start + PIECE]
+        view = memoryview(data)
+        for start in range(0, len(view), PIECE):
+            piece = view[start : start + PIECE]
             self._begin(_WRITE, offset + start, len(piece))
             self._socket.sendall(piece)
 

@@ -52,6 +52,7 @@ KINDS: Mapping[str, Kind] = {
     ),
     "image-outside": _error("an image lies outside the source, and nobody has said that it may be read"),
     "source-in-use": _error("the source's disks are being written"),
+    "source-shared": _error("other VMs stand on images that would be changed or renamed"),
     "source-writable": _error("images that would be shared can still be written"),
     # this host
     "missing-network": _error("a network of libvirt is not up here"),

@@ -101,11 +101,21 @@ def check(options: ImportOptions) -> None:
         raise errors.UsageError(f"{also[0]} would be ignored: a linked import copies no disk", hint="use --mode copy")
     if options.replace and given:
         raise errors.UsageError(f"{given[0]} would be ignored: the VM that is replaced keeps its home")
-    if options.mode is Mode.REGISTER and (options.without_snapshots or options.drop_snapshots):
+    if options.mode is Mode.REGISTER:
+        _check_registering(options)
+
+
+def _check_registering(options: ImportOptions) -> None:
+    """The folder is taken as it is."""
+    if options.without_snapshots or options.drop_snapshots:
         raise errors.UsageError(
             "a registered home keeps its snapshots", hint="register it, then delete them: hvmgr snapshot delete"
         )
-    if options.mode is Mode.REGISTER and options.disks:
+    if options.snapshot_source is not None:
+        raise errors.UsageError(
+            "--snapshot-source would be ignored: registering takes the snapshots where they are", hint="use --mode copy"
+        )
+    if options.disks:
         raise errors.UsageError(
             "--disk would be ignored: registering takes the images where they are", hint="use --path, or --mode copy"
         )

@@ -136,6 +136,11 @@ class Layout:
         """Memory of a running present while an apply replaces it."""
         return self.private / "present.save"
 
+    @property
+    def taken_in(self) -> Path:
+        """Memory that comes with an import in the place of this VM, until the import is complete."""
+        return self.private / "import.save"
+
     def folders(self) -> tuple[Path, ...]:
         """Every folder of a home, parents first."""
         return (

@@ -52,7 +52,7 @@ class CreateImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
-class ResizeImage(Step):
+class ResizeDisk(Step):
     """The working image of a disk has another size, in bytes; as a switch this makes the new present."""
 
     slot: str
@@ -551,6 +551,22 @@ class WriteFile(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class PutManagedSave(Step):
+    """The next start of the VM goes on from the saved memory of ``source``, with the configuration ``xml``.
+
+    ``kept`` is the copy that is made first. It stays until the plan is finished, and tells when that was: a VM that was
+    started from it in between has written to the disks of ``xml`` since.
+    """
+
+    source: str
+    kept: str
+    xml: str
+
+    def describe(self) -> str:
+        return f"let the next start go on from the saved memory {self.source}"
+
+
+@dataclass(frozen=True, slots=True)
 class ChangeManagedSave(Step):
     """libvirt's managed save gets another configuration."""
 
@@ -606,14 +622,10 @@ class Define(Step):
 
 @dataclass(frozen=True, slots=True)
 class SwitchDisks(Step):
-    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved.
-
-    With ``quiesce`` the guest's own file systems are at rest at that instant; its agent sees to that.
-    """
+    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved."""
 
     children: tuple[tuple[str, str], ...]
     memory: str | None
-    quiesce: bool = False
 
     def describe(self) -> str:
         what = "memory and disks" if self.memory else "disks"
@@ -642,6 +654,22 @@ class Resume(Step):
 
     def describe(self) -> str:
         return "let the guest run on"
+
+
+@dataclass(frozen=True, slots=True)
+class QuiesceGuest(Step):
+    """The guest's own file systems are at rest for what follows; its agent sees to that."""
+
+    def describe(self) -> str:
+        return "let the guest's agent put its file systems to rest"
+
+
+@dataclass(frozen=True, slots=True)
+class WakeGuest(Step):
+    """The guest's file systems take writes again."""
+
+    def describe(self) -> str:
+        return "wake the guest's file systems"
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,6 +91,7 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
         boot=attachments.boot_id(),
         since=units.to_rfc3339(datetime.now(UTC)),
         reason=reason,
+        file=images.identity(path),
     )
     _approve(host, "attach", f"attach {path}{' read-only' if one.read_only else ''}")
     if reason is not None:
@@ -99,7 +100,8 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
     try:
         return shown(_set_up(one, links))
     except BaseException:
-        take_down(one)
+        with contextlib.suppress(errors.HvmgrError):  # the next command tries again; why it came to this is told first
+            take_down(one)
         raise
 
 
@@ -119,6 +121,12 @@ def detach(host: Host, reference: str) -> Attachment:
     if not is_alive:
         host.reporter.notice(f"{one.path}: {_LEFT_OVER}")
     clean(host)
+    if not one.is_in_place and not one.read_only:
+        raise errors.HostFailed(
+            f"{one.path} was removed or replaced while it was attached: what was written to {one.device} is not in it",
+            hint="it is in the file that had this name before, if that one has another name still",
+            path=one.path,
+        )
     return one
 
 
@@ -142,7 +150,7 @@ def clean(host: Host) -> list[Attachment]:
             continue
         try:
             take_down(one)
-        except errors.Conflict as error:
+        except (errors.Conflict, errors.HostFailed) as error:
             host.reporter.notice(f"what is left of the attachment of {one.path} stays: {error}")
             continue
         host.reporter.notice(f"{one.path}: {_LEFT_OVER}")
@@ -250,7 +258,8 @@ def _require_free(users: Sequence[User], path: Path) -> None:
 
 def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
     folder, writable = Path(one.folder), not one.read_only
-    folder.mkdir(mode=0o700, parents=True)
+    folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700)
     codec = next((number for number, link in enumerate(links) if link.format == image_export.CODEC), None)
     if codec is not None:
         image_export.serve(folder, links[codec].path, writable=writable and codec == 0)
@@ -282,7 +291,7 @@ def take_down(one: Attachment) -> None:
     """Device, then daemon, then record: each is gone afterwards, and may have been before."""
     folder = Path(one.folder)
     if one.boot == attachments.boot_id():
-        served = bool(image_export.processes(folder))
+        served = image_export.is_served(folder)
         for device in loop.devices_of(image_export.file_of(folder)):
             # Without a daemon nothing can be written out any more.
             loop.detach(device, sync=durable.sync_file if served else _sync_nothing)

@@ -48,7 +48,7 @@ def plan_resize(session: Session, slot: str, size: int, *, shrink: bool = False)
         snapshots.require_same_disks(session, session.home.present(), with_memory=False)
     elif size < image.size:
         _require_room(session, slot, image, size)
-    step = plan.ResizeImage(slot=slot, path=path, format=image.format, size=size, old=image.size)
+    step = plan.ResizeDisk(slot=slot, path=path, format=image.format, size=size, old=image.size)
     return Plan(
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,

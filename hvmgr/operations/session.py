@@ -204,6 +204,20 @@ class Session:
         self._held.append(node)
         return node
 
+    @contextlib.contextmanager
+    def lent(self, path: str) -> Iterator[None]:
+        """A held image is let go for a program that locks it by itself, and is held again when that has ended well.
+
+        Whoever starts the VM in between has the lock then: one of the two fails, and nothing is written twice.
+        """
+        old = next((node for node in self._held if str(node.path) == path), None)
+        if old is not None:
+            self._held.remove(old)
+            self.daemon.close(old)
+        yield
+        if old is not None:
+            self.hold(path, old.fmt)
+
     def release(self) -> None:
         """Let go of all held images."""
         for node in reversed(self._held):

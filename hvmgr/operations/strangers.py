@@ -30,16 +30,29 @@ def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
         return attached  # a large tree is not looked at for nobody
     own = _Own.of(paths)
     mine = own.paths
-    found = {path: list(names) for path, names in attached.items()}
-    for entry in _candidates(session, own):
-        for one in mine.keys() & _needed_by(entry, own):
-            found.setdefault(mine[one], []).append(entry.name)
+    found = _needing(own, _candidates(session, own))
+    for path, names in attached.items():
+        found.setdefault(path, []).extend(names)
     for domain in others:
         for path in _images_of(session, domain):
             ours = mine.get(images.identity(Path(path)))
             if ours is not None:
                 found.setdefault(ours, []).append(domain.name)
     return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
+
+
+def needing(paths: Iterable[str], entries: Iterable[Entry]) -> dict[str, tuple[str, ...]]:
+    """For each of these images the names of those of the VMs that need it today, by their homes' own files."""
+    found = _needing(_Own.of(paths), entries)
+    return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
+
+
+def _needing(own: _Own, entries: Iterable[Entry]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for entry in entries:
+        for one in own.paths.keys() & _needed_by(entry, own):
+            found.setdefault(own.paths[one], []).append(entry.name)
+    return found
 
 
 def libvirts_own(session: Session, forest: Tree) -> dict[str, tuple[str, ...]]:

@@ -12,6 +12,7 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Tree
 from hvmgr.operations import snapshots, undo_slot
+from hvmgr.operations.exchange import gold
 from hvmgr.operations.session import Session
 from hvmgr.storage import start_guard
 
@@ -121,7 +122,9 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
         finish += [step for step in moves if isinstance(step, plan.Flatten)]
         finish += [step for step in moves if isinstance(step, plan.MoveImage)]
         finish += _free_what_stays(change.after, {step.path for step in moves if isinstance(step, plan.Flatten)})
-    finish += [plan.ThawImage(path=image.path) for image in before.images.values() if image.keeper is Keeper.OUTSIDE]
+    outside = [image.path for image in before.images.values() if image.keeper is Keeper.OUTSIDE]
+    finish += [plan.ThawImage(path=path) for path in outside]
+    finish += [plan.RemoveFile(path=str(note)) for note in sorted(gold.notes_of(home.vm_id, outside))]
     return Plan(
         plan_id=session.new_id(),
         vm_id=home.vm_id,

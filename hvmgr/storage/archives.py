@@ -353,7 +353,7 @@ def _digest(reader: untar.Reader, size: int) -> str:
 def _unpack(reader: untar.Reader, size: int, target: Path, owner: tuple[int, int] | None) -> str:
     digest = copy.Digest()
     part = durable.part_of(target)
-    with durable.explained(target), durable.replacing(target, 0o600, owner, part) as writer:
+    with durable.explained(target), durable.replacing(target, 0o600, owner, part=part) as writer:
         os.ftruncate(writer, size)
         for offset, piece in reader.pieces():
             digest.update(offset, piece)

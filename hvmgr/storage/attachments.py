@@ -49,6 +49,15 @@ class Attachment:
     size: int = 0
     device: str | None = None
     processes: tuple[tuple[int, int], ...] = ()
+    file: tuple[int, int] = (0, 0)  # device and inode of the image when it was attached
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the image is still the file that its path leads to."""
+        try:
+            return images.identity(Path(self.path)) == self.file
+        except OSError:
+            return False
 
     @property
     def is_alive(self) -> bool:
@@ -142,6 +151,7 @@ def _read(file: Path) -> Attachment | None:
         facts = json.loads(file.read_bytes())
         facts["images"] = tuple(map(str, facts["images"]))
         facts["processes"] = tuple((int(pid), int(started)) for pid, started in facts["processes"])
+        facts["file"] = (int(facts["file"][0]), int(facts["file"][1]))
         return Attachment(**{**facts, "phase": Phase(facts["phase"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None

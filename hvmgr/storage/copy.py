@@ -3,7 +3,7 @@
 What ``copy_files`` promises:
 
 - A target has its name when it is complete and on disk, never before; a copy that was stopped leaves no file.
-- Holes of the source are holes of the target, and so are blocks that hold nothing but zeros.
+- Holes of the source are holes of the target, and so are blocks that hold nothing but zeros where a hash is made.
 - The hash is that of the bytes that were read from the source, as ``sha256sum`` tells it.
 - A source that changes meanwhile is a Conflict.
 - With ``notes`` what is complete and large is noted; the same call later takes such a target as it is, as long as source
@@ -76,6 +76,8 @@ def copy_files(
         running = [pool.submit(_copy, job, notes, meter) for job in jobs]
         _await(running, meter, on_progress)
         copied = [one.result() for one in running]
+    for folder in {job.target.parent for job in jobs}:
+        durable.sync_folder(folder)
     return {one.target: one for one in copied}
 
 
@@ -162,7 +164,7 @@ def _copy(job: Job, notes: Notes | None, meter: _Meter) -> Made:
     try:
         before = os.fstat(reader)
         size = length_of(reader)
-        with durable.explained(job.target), durable.replacing(job.target, job.mode, job.owner) as writer:
+        with durable.explained(job.target), durable.replacing(job.target, job.mode, job.owner, named=False) as writer:
             shared = _share(reader, writer)
             if not shared:
                 os.ftruncate(writer, size)
@@ -233,7 +235,7 @@ def write_data(writer: int, start: int, piece: memoryview) -> None:
     offset, length, run = 0, len(piece), 0
     while offset < length:
         end = min(offset + _BLOCK, length)
-        if piece[offset:end].tobytes() == _ZEROS[: end - offset]:
+        if not piece[offset] and piece[offset:end].tobytes() == _ZEROS[: end - offset]:
             _write(writer, piece[run:offset], start + run)
             run = end
         offset = end

@@ -67,17 +67,31 @@ def sync_file(path: Path) -> None:
 
 
 def write_file(
-    path: Path, data: bytes, *, mode: int = 0o600, owner: tuple[int, int] | None = None, alone: bool = False
+    path: Path,
+    data: bytes,
+    *,
+    mode: int = 0o600,
+    owner: tuple[int, int] | None = None,
+    named: bool = True,
+    alone: bool = False,
 ) -> None:
-    """The file holds exactly ``data``: always the old content or the new one.
+    """The file holds exactly ``data``: always the old content or the new one; ``named`` as in ``replacing``.
 
     ``alone``: no other process writes this file now, so that what a dead one left of an attempt is written over.
     """
     part = part_of(path) if alone else None
-    with explained(path), replacing(path, mode, owner, part) as descriptor:
+    with explained(path), replacing(path, mode, owner, part=part, named=named) as descriptor:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
+
+
+def write_hint(path: Path, data: bytes) -> None:
+    """As ``write_file``, for what may be lost: after a loss of power it may be missing, old or torn."""
+    with explained(path):
+        part = path.with_name(f"{TEMPORARY}{_unique()}")
+        part.write_bytes(data)
+        os.rename(part, path)
 
 
 def append(path: Path, data: bytes) -> None:
@@ -134,13 +148,19 @@ def is_same_or_copy(one: Path, other: Path) -> bool:
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """``target`` becomes a complete copy of the folder ``source``, with owners and modes."""
+    """``target`` becomes a complete copy of the folder ``source``, with owners, who alone may read and write what is in it.
+
+    Modes are those of TPM states in libvirt's own place, whatever an export made of them: swtpm, which runs as a user of
+    its own, passes through the outer folder.
+    """
     with explained(target):
         part = target.with_name(f"{TEMPORARY}{_unique()}")
         shutil.copytree(source, part, symlinks=True, copy_function=_copy_with_owner)
         for folder, _, names in os.walk(part):
             for name in names:
+                (Path(folder) / name).chmod(0o600)
                 sync_file(Path(folder) / name)
+            Path(folder).chmod(0o711 if Path(folder) == part else 0o700)
             sync_folder(Path(folder))
         _take_owner(source, part)
         if target.exists():
@@ -386,14 +406,17 @@ def part_of(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: int, owner: tuple[int, int] | None, own_part: Path | None = None) -> Iterator[int]:
+def replacing(
+    path: Path, mode: int, owner: tuple[int, int] | None, *, part: Path | None = None, named: bool = True
+) -> Iterator[int]:
     """A descriptor, for reading and writing, of a new file that takes the name ``path`` when the block ends well.
 
-    ``own_part`` is a temporary name that nobody else uses now.
+    ``part`` is a temporary name that nobody else uses now. Unless ``named``, the name itself may be lost with the power:
+    the caller syncs the folder, once for many files.
     """
-    if own_part is not None:
-        own_part.unlink(missing_ok=True)
-    part = own_part or path.with_name(f"{TEMPORARY}{_unique()}")
+    if part is not None:
+        part.unlink(missing_ok=True)
+    part = part or path.with_name(f"{TEMPORARY}{_unique()}")
     descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -408,7 +431,8 @@ def replacing(path: Path, mode: int, owner: tuple[int, int] | None, own_part: Pa
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if named:
+        sync_folder(path.parent)
 
 
 def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:

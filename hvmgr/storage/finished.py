@@ -33,7 +33,10 @@ class Notes:
     folder: Path
 
     def write(self, made: Made, sources: Sequence[os.stat_result], how: str) -> None:
-        """The file is finished; ``sources`` is what was seen of its sources before they were read."""
+        """The file is finished and on disk; ``sources`` is what was seen of its sources before they were read.
+
+        A note that is lost with the power costs only the work.
+        """
         facts = {
             "target": str(made.target),
             "how": how,
@@ -42,7 +45,7 @@ class Notes:
             "sha256": made.sha256,
             "shared": made.shared,
         }
-        durable.write_file(self._file(made.target), json.dumps(facts).encode())
+        durable.write_hint(self._file(made.target), json.dumps(facts).encode())
 
     def find(self, target: Path, sources: Sequence[Path], how: str, *, hashed: bool) -> Made | None:
         """The finished file, when it and its sources are what they were."""

@@ -27,7 +27,7 @@ from hvmgr.model.manifest import Image as Listed
 from hvmgr.model.manifest import Manifest
 from hvmgr.model.maps import Entry, Used
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
-from hvmgr.storage import archives, index, vm_home
+from hvmgr.storage import archives, durable, index, vm_home
 from hvmgr.storage.archives import Archive
 from hvmgr.storage.source_images import Finder, Missing, SourceImage
 
@@ -163,10 +163,14 @@ def find_configuration(source: Path, vm: str | None) -> tuple[Path, Path]:
     ``source`` is the folder, its parent, or the file itself. NotFound, or UsageError with the names when there are
     several to choose from.
     """
-    source = Path(os.path.realpath(source))
+    with durable.explained(source):
+        return _find_configuration(Path(os.path.realpath(source)), vm)
+
+
+def _find_configuration(source: Path, vm: str | None) -> tuple[Path, Path]:
     if (archive := archives.find(source)) is not None:
         with archive.naming():
-            return find_configuration(archive.folder, vm)
+            return _find_configuration(archive.folder, vm)
     if source.is_file():
         folder = source.parent.parent if source.parent.name == CONFIGURATIONS else source.parent
         return folder, source
@@ -224,7 +228,8 @@ def open_source(
         used=used or Used(),
         trusted=own or (not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries())),
     )
-    return _Reader(folder, file, present, finder, snapshots_from).read()
+    with durable.explained(folder):
+        return _Reader(folder, file, present, finder, snapshots_from).read()
 
 
 def _as_archive(opened: SourceHome, archive: Archive) -> SourceHome:
@@ -238,14 +243,16 @@ def _as_archive(opened: SourceHome, archive: Archive) -> SourceHome:
 
 def _configurations(folder: Path) -> list[Path]:
     place = folder / CONFIGURATIONS
-    return sorted(one for one in place.glob("*.xml") if _is_id(one.stem)) if place.is_dir() else []
+    return _named_by_ids(place) if place.is_dir() else []
 
 
 def _folders(source: Path) -> list[Path]:
-    try:
-        return sorted(one for one in source.iterdir() if one.is_dir() and not one.name.startswith("."))
-    except OSError as error:
-        raise errors.HostFailed(f"{source} cannot be read: {error.strerror}", path=str(source)) from error
+    return sorted(one for one in source.iterdir() if one.is_dir() and not one.name.startswith("."))
+
+
+def _named_by_ids(folder: Path) -> list[Path]:
+    """Configurations in a folder; unlike a glob, this does not take one that cannot be read for an empty one."""
+    return sorted(one for one in folder.iterdir() if one.suffix == ".xml" and _is_id(one.stem))
 
 
 def _only(files: list[Path], folder: Path, vm: str | None) -> Path:
@@ -474,4 +481,4 @@ class _Reader:
 
 
 def _snapshot_files(folder: Path) -> list[Path]:
-    return sorted(one for one in folder.glob("*.xml") if _is_id(one.stem)) if folder.is_dir() else []
+    return _named_by_ids(folder) if folder.is_dir() else []

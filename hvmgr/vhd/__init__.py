@@ -14,7 +14,7 @@ from __future__ import annotations
 TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know the name
 if TYPE_CHECKING:
     from hvmgr.vhd.chain import Chain, open_chain
-    from hvmgr.vhd.checking import check
+    from hvmgr.vhd.checking import check, qemu_reads_alike
     from hvmgr.vhd.creation import create, write_image, write_raw
     from hvmgr.vhd.format import Kind
     from hvmgr.vhd.image import Image, open_image
@@ -51,6 +51,7 @@ __all__ = [
     "merge",
     "open_chain",
     "open_image",
+    "qemu_reads_alike",
     "receive",
     "repair",
     "reparent",
@@ -81,6 +82,7 @@ _HOMES = {
     "merge": "reshaping",
     "open_chain": "chain",
     "open_image": "image",
+    "qemu_reads_alike": "checking",
     "receive": "receiving",
     "repair": "repairing",
     "reparent": "reshaping",

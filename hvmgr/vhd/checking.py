@@ -22,14 +22,14 @@ from hvmgr.vhd.rules import Fault, Severity
 from hvmgr.vhd.source import is_zero
 from hvmgr.vhd.structure import Structure
 
+EXACT_CREATORS = (b"win ", b"qem2", b"tap\0", b"CTXS")  # of these QEMU's driver believes the current size
 _PIECE = 1 << 20
-_LOST = frozenset(
-    {"F14", "F26", "F27", "F29", "F30", "F31", "F37"}
-)  # the table leads to no blocks, or to others' bytes
+# With these the table leads to no blocks, or to others' bytes.
+_LOST = frozenset({"F14", "F26", "F27", "F29", "F30", "F31", "F37"})
 
 
 def check(
-    path: Path,
+    path: Path | str,
     *,
     chain: bool = False,
     strict: bool = False,
@@ -44,7 +44,7 @@ def check(
     a fault.
     """
     path = Path(path)
-    faults = _judge(path)[0]
+    faults = _judge(path)
     if chain:
         find = partial(find_parent, folders=folders, windows_paths=windows_paths)
         above = list(_judge_parents(path, find, parent, strict=strict))
@@ -54,11 +54,30 @@ def check(
     return faults
 
 
-def _judge(path: Path) -> tuple[list[Fault], Structure]:
+def qemu_reads_alike(path: Path | str) -> bool:
+    """Whether QEMU's driver shows exactly this disk, so that its own conversion, the fastest there is, may read the file.
+
+    It does not for differencing disks, for data under clear bits, for what is damaged, and where it goes by the geometry
+    (qemu 7.2 block/vpc.c: it believes the size of a few creators, and of all others with the largest geometry).
+    """
+    file = File(Path(path))
+    try:
+        found = structure.read(file)
+        faults = [*found.faults, *judge_blocks(file, found)]
+    finally:
+        file.close()
+    footer = found.footer
+    if footer is None or footer.kind not in (Kind.FIXED, Kind.DYNAMIC) or footer.size > format.MAX_SIZE:
+        return False
+    is_exact = footer.creator in EXACT_CREATORS or footer.geometry == format.MAX_GEOMETRY
+    return (is_exact or footer.geometry.size == footer.size) and all(one.severity is Severity.WARNING for one in faults)
+
+
+def _judge(path: Path) -> list[Fault]:
     file = File(path)
     try:
         found = structure.read(file)
-        return rules.of_file([*found.faults, *judge_blocks(file, found)], path), found
+        return rules.of_file([*found.faults, *judge_blocks(file, found)], path)
     finally:
         file.close()
 
@@ -92,18 +111,18 @@ def _judge_parents(path: Path, find: Callable[..., Path], parent: Path | None, *
             seen.add(child.file.identity())
             try:
                 where = find(child, parent=parent)
-                faults = _judge(where)[0]
+                facts = where.stat()
+                if (facts.st_dev, facts.st_ino) in seen or len(seen) >= MAX_DEPTH:
+                    is_circle = len(seen) < MAX_DEPTH
+                    yield rules.fault("F47", path=path, what=f"comes back to {where}" if is_circle else "is endless")
+                    return
+                faults = _judge(where)
                 yield from faults
                 above = stack.enter_context(open_image(where, tolerant=True))
             except errors.HvmgrError as error:
                 yield _as_fault(error, child)
                 return
             yield from _judge_bond(child, above, faults, strict=strict)
-            if above.file.identity() in seen or len(seen) >= MAX_DEPTH:
-                yield rules.fault(
-                    "F47", path=path, what=f"comes back to {where}" if len(seen) < MAX_DEPTH else "is endless"
-                )
-                return
             child, parent = above, None
 
 

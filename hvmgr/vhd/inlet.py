@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -77,9 +78,20 @@ class Inlet:
         return rules.fault(code, offset, **values).error(Path(self._name))
 
     def _some(self, view: memoryview) -> int:
+        """At least one byte, or 0 at the end; a file that does not block is waited for."""
+        while (count := self._read(view)) is None:
+            poll = select.poll()
+            poll.register(self._file.fileno(), select.POLLIN)  # type: ignore[attr-defined]
+            poll.poll()
+        return count
+
+    def _read(self, view: memoryview) -> int | None:
         if self._readinto is not None:
-            return int(self._readinto(view) or 0)
-        data = self._file.read(len(view)) or b""
+            count: int | None = self._readinto(view)
+            return count
+        data = self._file.read(len(view))
+        if data is None:
+            return None
         view[: len(data)] = data
         return len(data)
 

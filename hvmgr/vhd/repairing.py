@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.vhd import format, rules, structure
-from hvmgr.vhd.checking import check, judge_blocks, unclaimed
+from hvmgr.vhd.checking import EXACT_CREATORS, check, judge_blocks, unclaimed
 from hvmgr.vhd.file import File
 from hvmgr.vhd.format import FOOTER_SIZE, SECTOR, Footer, Kind
 from hvmgr.vhd.rules import Fault, Severity
@@ -16,7 +16,6 @@ from hvmgr.vhd.structure import Structure
 
 _MAX_TAIL = 64 << 20  # where a lost closing footer is looked for
 _REPAIRED = frozenset({"F2", "F3", "F4", "F5", "F6", "F7", "F11", "F16", "F33"})
-_EXACT_CREATORS = (b"win ", b"qem2", b"tap\0", b"CTXS")  # of these QEMU's driver believes the current size
 
 
 class Keep(StrEnum):
@@ -26,16 +25,17 @@ class Keep(StrEnum):
     END = "end"
 
 
-def repair(path: Path, *, keep: Keep | None = None) -> list[Fault]:
+def repair(path: Path | str, *, keep: Keep | None = None) -> list[Fault]:
     """Puts right what needs no guess, and returns what that was; nothing is written when anything else is wrong.
 
-    A footer is written from the good one, or from two that agree, with its checksum; trailing bytes behind a good footer are cut off; data under
-    clear bits, which nobody may read, becomes zeros; a geometry larger than the disk becomes the right one. Where both
-    footers are good and differ, the caller says which one to ``keep``, else that is a Conflict.
+    A footer is written from the good one, or from two that agree, with its checksum; trailing bytes behind a good footer
+    are cut off; data under clear bits, which nobody may read, becomes zeros; a geometry larger than the disk becomes the
+    right one. Where both footers are good and differ, the caller says which one to ``keep``, else that is a Conflict.
 
     A death in the middle leaves a file that can be repaired again: the good footer is only written when the other one
-    is right and on the disk.
+    is right and on the disk. Where both change, the one at the end is then the newer one.
     """
+    path = Path(path)
     file = File(path, writable=True)
     try:
         found = structure.read(file)
@@ -73,7 +73,7 @@ def _write_footers(file: File, found: Structure, keep: Keep | None) -> None:
         footer = Footer.unpack(file.read(0, FOOTER_SIZE))
     if "F16" in codes:
         # To programs that go by the geometry, the largest one says that they should not.
-        exact = footer.creator in _EXACT_CREATORS
+        exact = footer.creator in EXACT_CREATORS
         footer = replace(footer, geometry=format.geometry(footer.size) if exact else format.MAX_GEOMETRY)
     if found.kind is Kind.FIXED:
         _write(file, end, replace(footer, data_offset=format.NOWHERE))

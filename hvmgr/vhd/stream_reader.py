@@ -14,8 +14,6 @@ import os
 import tempfile
 from array import array
 from collections.abc import Iterator
-from itertools import islice
-from operator import lt
 from pathlib import Path
 from typing import BinaryIO, Self, cast
 
@@ -113,8 +111,8 @@ class StreamReader:
         end = self.header.table_offset + format.table_size(self.header.entries)
         self._inlet.total = end + FOOTER_SIZE
         front += self._inlet.take(end - self._inlet.at)
-        table = Table.unpack(front[self.header.table_offset :][: 4 * needed])
-        if footer.creator == b"tap\0" and end // SECTOR not in map(table.__getitem__, table.allocated()):
+        table = Table.unpack(bytes(memoryview(front)[self.header.table_offset :][: 4 * needed]))
+        if footer.creator == b"tap\0" and end // SECTOR not in table.places():
             front += self._batmap_header(first)
         self._judge(structure.read(cast("File", _Front(self._name, front))))
         if self._blocks and self._table[self._blocks[0]] * SECTOR < self._inlet.at:
@@ -155,10 +153,7 @@ class StreamReader:
         table = found.table
         self._table, self._data_end = table, found.data_end
         self._inlet.total = found.data_end + FOOTER_SIZE
-        blocks = array("I", table.allocated())
-        if not all(map(lt, map(table.__getitem__, blocks), map(table.__getitem__, islice(blocks, 1, None)))):
-            blocks = array("I", sorted(blocks, key=table.__getitem__))
-        self._blocks = blocks
+        self._blocks = table.by_place()
 
     def _go_back(self, front: bytes, what: str) -> None:
         """The whole stream into a file without a name, which is gone when it is closed."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 from typing import cast
 
 from hvmgr import errors
 from hvmgr.vhd import bits, format, layout
+from hvmgr.vhd.chain import Chain
 from hvmgr.vhd.format import SECTOR, Kind
+from hvmgr.vhd.image import ZEROS
 from hvmgr.vhd.layout import Parentage
 from hvmgr.vhd.outlet import Outlet
 from hvmgr.vhd.source import Place, Placed, Source
@@ -58,6 +60,31 @@ class StreamWriter:
         self.length = self.size + format.FOOTER_SIZE
         if self.kind is not Kind.FIXED:
             self._place_blocks(_data_ranges(source) if parent is None else changed, alignment)
+
+    @classmethod
+    def of_chain(cls, chain: Chain, base: int | None = None, *, alignment: int = SECTOR) -> StreamWriter:
+        """The disk of a chain under its own id and time: as a whole, or what the images above number ``base`` changed.
+
+        A delta's parent is the image with that number, so that whoever has that one can put the delta on it.
+        """
+        footer, block_size = chain.top.footer, chain.top.block_size or format.DEFAULT_BLOCK
+        time = format.from_stamp(footer.time)
+        if base is None:
+            return cls(chain, uid=footer.uid, time=time, block_size=block_size, alignment=alignment)
+        if not 0 < base < len(chain.images):
+            raise errors.UsageError(f"{chain.top.path} has no ancestor number {base}")
+        below = chain.images[base]
+        name = below.path.name
+        stamp = format.to_stamp(datetime.fromtimestamp(below.file.changed(), UTC))
+        return cls(
+            chain,
+            parent=Parentage(below.uid, name, f".\\{name}", time=stamp),
+            changed=_changes(chain, base),
+            uid=footer.uid,
+            time=time,
+            block_size=block_size,
+            alignment=alignment,
+        )
 
     def chunks(self) -> Iterator[bytes | memoryview]:
         """All bytes of the stream, in pieces of about 2 MiB; each is valid until the next one is asked for."""
@@ -174,6 +201,13 @@ def _zeros(length: int) -> Iterator[memoryview]:
 
 def _data_ranges(source: Source) -> Iterator[tuple[int, int]]:
     return ((offset, length) for offset, length, data in source.stretches() if data)
+
+
+def _changes(chain: Chain, base: int) -> Iterator[tuple[int, int]]:
+    """What the images above a base hold, and where they hide it by being shorter."""
+    for piece in chain.pieces(depth=base):
+        if piece.level is not None or piece.position == ZEROS:
+            yield piece.offset, piece.length
 
 
 def _block_runs(ranges: Iterable[tuple[int, int]], block_size: int) -> Iterator[tuple[int, int]]:

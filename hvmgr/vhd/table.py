@@ -104,6 +104,16 @@ class Table:
             found.extend(run)
         return found if _ascend(found) else _sorted(found)
 
+    def by_place(self) -> array[int]:
+        """The numbers of the blocks that the file holds, in the order in which they stand there."""
+        found, places, start = array("I"), array("I"), 0
+        for run in self._runs():
+            start = self.next_allocated(start, len(self._entries))
+            found.extend(array("I", range(start, start + len(run))))
+            places.extend(run)
+            start += len(run)
+        return found if _ascend(places) else array("I", sorted(found, key=self._entries.__getitem__))
+
 
 def _ascend(places: array[int]) -> bool:
     """Whether they need no sorting, which is the rule: then a million of them takes no list."""

@@ -317,7 +317,7 @@ def fake_program(tmp_path, monkeypatch):
 def test_archive_is_read_by_cpio(tmp_path, require_program):
     cpio = require_program("cpio")
     archive = guest.pack([("bin", 0o040755, b""), ("bin/one", 0o100755, b"12345"), ("two", 0o100644, b"")])
-    subprocess.run([cpio, "-idm"], input=archive, cwd=tmp_path, capture_output=True, timeout=20, check=True)
+    subprocess.run([cpio, "-idm"], input=archive, cwd=tmp_path, capture_output=True, timeout=60, check=True)
     assert (tmp_path / "bin/one").read_bytes() == b"12345"
     assert (tmp_path / "bin/one").stat().st_mode == 0o100755
     assert (tmp_path / "two").stat().st_size == 0

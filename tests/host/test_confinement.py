@@ -176,7 +176,7 @@ def test_shipped_module_is_one_and_labels_the_usual_places(tmp_path, require_pro
     base.write_text(BASE + "".join(f"(type {one}) (roletype object_r {one})\n" for one in types))
     contexts = tmp_path / "file_contexts"
     command = [compiler, "-o", tmp_path / "policy", "-f", contexts, base, MODULE]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     assert dict(line.split("\t") for line in contexts.read_text().splitlines()) == {
         "/var/lib/hvmgr(/.*)?": "system_u:object_r:virt_image_t:s0",
         "/var/cache/hvmgr(/.*)?": "system_u:object_r:virt_content_t:s0",

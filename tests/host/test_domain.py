@@ -63,10 +63,10 @@ def small_disk(folder):
     place = folder / "small"
     place.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=256k,mode=0711", "tmpfs", str(place)]
-    if subprocess.run(command, check=False, timeout=10, capture_output=True).returncode:
+    if subprocess.run(command, check=False, timeout=60, capture_output=True).returncode:
         pytest.skip("cannot mount a tmpfs here")
     yield place
-    subprocess.run(["umount", "-l", str(place)], check=True, timeout=10)
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=60)
 
 
 def test_start_suspend_resume_destroy_show_their_states(domain):

@@ -43,14 +43,14 @@ def test_own_folders_are_the_usual_ones_inside(libvirtd, daemon_connection, make
     domain.start()
     domain.managed_save()
     inside = daemon_connection.managed_save_path("guest")
-    subprocess.run([*libvirtd.enter, "test", "-f", str(inside)], check=True, timeout=10)
+    subprocess.run([*libvirtd.enter, "test", "-f", str(inside)], check=True, timeout=60)
     code = "from hvmgr.host import hypervisor as h; print(h.connect('qemu:///system', wait_s=0).domains()[0].state())"
     answer = subprocess.run(
         [*libvirtd.enter, sys.executable, "-c", code],
         check=True,
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=60,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
     )
     assert answer.stdout == "saved\n"

@@ -204,7 +204,7 @@ def test_full_disk(tmp_path):
             saved_state.rewritten(source, folder / "to", "<a/>")
         assert list(folder.iterdir()) == []
     finally:
-        subprocess.run(["umount", folder], check=True)
+        subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_marked_complete(tmp_path):

@@ -259,6 +259,17 @@ class World:
         self.reference.apply(snapshot_id, keep_undo=keep_undo)
         self.run(before, change)
 
+    def go_on(self) -> None:
+        """A running VM is exported: it goes on in new images, and what it wrote until then waits without a name."""
+        assert self.running
+        before, old = self.tree(), [*self.present.disks.values()]
+        self.run(before, self.planner.plan_go_on(before, self.new_children(self.present.disks)))
+        for path in old:
+            assert self.files[path].frozen, f"the export reads {path}, which may still be written"
+            assert self.children(path) == self.users(path) != []
+        assert all(self.files[path].own == {} for path in self.present.disks.values())
+        self.seen["went on for an export"] += bool(old)
+
     def swap(self) -> None:
         before = self.tree()
         if self.undo is None:
@@ -591,6 +602,11 @@ class Life(RuleBasedStateMachine):
     def apply(self, pick: int, *, keep_undo: bool) -> None:
         self.world.apply(pick, keep_undo=keep_undo)
 
+    @precondition(lambda self: self.world.running)
+    @rule()
+    def go_on(self) -> None:
+        self.world.go_on()
+
     @rule()
     def undo(self) -> None:
         self.world.swap()
@@ -645,6 +661,7 @@ def one_act(world: World, chance: random.Random) -> None:
         (3, True, lambda: setattr(world, "running", not world.running)),
         (9, len(world.nodes) < 12, world.create),
         (6, bool(world.nodes), lambda: world.apply(some, keep_undo=chance.random() < 0.7)),
+        (3, world.running, world.go_on),
         (3, True, world.swap),
         (6, bool(world.nodes), lambda: world.delete([chance.randrange(99) for _ in range(chance.randint(1, 3))], cut)),
         (1, bool(world.nodes), lambda: world.delete_subtree(some)),
@@ -693,6 +710,7 @@ INTERESTING = {
     "foreign image written by name": 20,
     "removed": 100,
     "undone": 50,
+    "went on for an export": 50,
     "cut off": 50,
     "grown": 50,
     "shrunk": 50,
@@ -726,6 +744,9 @@ MUTATIONS = {
     "keep the merged parent": ("steps.append(RemoveImage(path=step.parent))", "pass"),
     "do not merge": ("*removed.finish, *merged.finish", "*removed.finish"),
     "children of the parent's size forgotten": ("CreateImage(path=child, size=parent.size", "CreateImage(path=child, size=1"),
+    "do not freeze what an export reads": ("prepare=created + freeze", "prepare=created"),
+    "go on below no snapshot": ("present=Leaf(parent=tree.present.parent, disks=dict(children)))", "present=Leaf(parent=None, disks=dict(children)))"),
+    "go on without an undo slot": ("after = dataclasses.replace(tree, images=images, present=Leaf(parent=tree", "after = dataclasses.replace(tree, images=images, undo=None, present=Leaf(parent=tree"),
     "do not freeze": ("prepare=(*created, *freeze)", "prepare=created"),
     "keep the undo slot at create": ("emptied = _empty_undo(tree)\n    created", "emptied = Change(after=tree)\n    created"),
     "snapshots below keep their parent": ("parent=heir(tree, node.parent, gone)", "parent=node.parent"),

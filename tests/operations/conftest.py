@@ -24,8 +24,8 @@ from hvmgr.model.specification import Acceleration, DiskSpecification, Firmware,
 from hvmgr.operations.steps import execution
 from hvmgr.storage import vm_home
 
-BOOT_S = 60
-TICK_S = 15
+BOOT_S = 120
+TICK_S = 60
 DISK = 2 << 20
 
 _numbers = itertools.count(1)
@@ -136,7 +136,7 @@ def read_counter(image, fmt="qcow2"):
     where = f"read -v {guest.COUNTER_OFFSET} {guest.COUNTER_SIZE}"
     shown = subprocess.run(
         ["qemu-io", "-r", "-U", "-f", fmt, "-c", where, str(image)],
-        check=True, capture_output=True, text=True, timeout=20,
+        check=True, capture_output=True, text=True, timeout=60,
     ).stdout  # fmt: skip
     lines = re.findall(r"^[0-9a-f]{8}:((?:  ?[0-9a-f]{2}){16})", shown, re.MULTILINE)
     return guest.read_counter(bytes.fromhex("".join(lines)))
@@ -165,7 +165,7 @@ class Factory:
         said = []
         root = Path(tempfile.mkdtemp(prefix="homes", dir=self.folder))
         root.chmod(0o711)
-        host = hvmgr.Host.open(uri, root=root, wait_s=10, reporter=hvmgr.Reporter(notice=said.append))
+        host = hvmgr.Host.open(uri, root=root, wait_s=60, reporter=hvmgr.Reporter(notice=said.append))
         self.hosts.append(host)
         return host, said
 

@@ -80,7 +80,7 @@ def without_screen(xml):
 
 
 def test_killed_merge_keeps_virsh_from_starting_until_doctor_repaired_it(hooked, homes):
-    with hvmgr.Host.open(hooked.uri, root=homes, wait_s=10) as host:
+    with hvmgr.Host.open(hooked.uri, root=homes, wait_s=60) as host:
         disks = (hvmgr.DiskSpecification(size=1 << 20),)
         vm = host.create_vm(
             hvmgr.Specification(
@@ -91,7 +91,7 @@ def test_killed_merge_keeps_virsh_from_starting_until_doctor_repaired_it(hooked,
         for number, name in enumerate(("one", "two", "three"), 1):
             vm.create_snapshot(name)
             write = f"write -P {number} {number * 64}k 64k"
-            subprocess.run(["qemu-io", "-c", write, vm.now().disks["hda"]], check=True, capture_output=True, timeout=20)
+            subprocess.run(["qemu-io", "-c", write, vm.now().disks["hda"]], check=True, capture_output=True, timeout=60)
         before = {name: data(vm.snapshot(name).disks["hda"]) for name in ("one", "three")}
         now = data(vm.now().disks["hda"])
 

@@ -60,7 +60,7 @@ class Out:
         for slot, path in source.disks.items():
             child = self.folder / f"{uuid.uuid4()}.qcow2"
             command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", path, "-F", source.images[path].format, child]
-            subprocess.run(command, check=True, timeout=20)
+            subprocess.run(command, check=True, timeout=60)
             child.chmod(0o666)
             saved.set_disk_source(slot, child, "qcow2")
         if source.nvram is not None:

@@ -21,7 +21,7 @@ DISK = 2 << 20
 def test_memory_over_a_dynamic_vhd(make_machine, tmp_path):
     vhd = tmp_path / "base.vhd"
     command = ["qemu-img", "create", "-q", "-f", "vpc", "-o", "subformat=dynamic,force_size=on", str(vhd), str(DISK)]
-    subprocess.run(command, check=True, timeout=20)
+    subprocess.run(command, check=True, timeout=60)
     machine = make_machine(disks=(DiskSpecification(path=vhd, format=ImageFormat.VHD),))
     with pytest.raises(errors.Unsupported, match="vpc") as failure:
         machine.vm.create_snapshot("memory")
@@ -52,7 +52,7 @@ def test_disk_that_was_plugged_in_until_the_vm_stops(make_machine, kinds, tmp_pa
     machine = make_machine(kinds(template="generation1", firmware=None))
     first = machine.vm.create_snapshot("IDE")
     extra = machine.layout.home / "extra.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(extra), "1M"], check=True, timeout=20)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(extra), "1M"], check=True, timeout=60)
     plug = (
         f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{extra}'/>"
         "<target dev='vdz' bus='virtio'/></disk>"
@@ -93,7 +93,7 @@ def test_qemu_that_writes_elsewhere_than_libvirt_believes(machine):
     (path,) = machine.vm.now().disks.values()
     side = machine.layout.home / "side.qcow2"
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", path, "-F", "qcow2", "-u", str(side), str(DISK)]
-    subprocess.run(command, check=True, timeout=20)
+    subprocess.run(command, check=True, timeout=60)
     top = next(
         node["node-name"]
         for node in machine.domain.monitor("query-named-block-nodes", flat=True)

@@ -39,7 +39,7 @@ class Bench:
 
     def __init__(self, daemon, root):
         self.daemon = daemon
-        self.host = hvmgr.Host.open(daemon.uri, root=root, wait_s=10)
+        self.host = hvmgr.Host.open(daemon.uri, root=root, wait_s=60)
 
     def virsh(self, *words, check=False):
         command = ["virsh", "-c", self.daemon.uri, *words]
@@ -72,7 +72,7 @@ class Bench:
     def write(image, pattern, *, fmt="qcow2"):
         os.chmod(image, 0o600)
         command = ["qemu-io", "-f", fmt, "-c", f"write -P {pattern} 256k 128k", image]
-        subprocess.run(command, check=True, capture_output=True, timeout=20)
+        subprocess.run(command, check=True, capture_output=True, timeout=60)
 
     @property
     def is_running(self):
@@ -204,7 +204,7 @@ def missing_image(bench, vm):
 def swapped_working_image(bench, vm):
     path = vm.now().disks["hda"]
     os.unlink(path)
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True, timeout=20)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", path, "1M"], check=True, timeout=60)
     return f"{path} does not stand on {vm.snapshots()[-1].disks['hda']} (qcow2), which its snapshot froze"
 
 
@@ -229,7 +229,7 @@ def changed_header(bench, vm):
     os.chmod(path, 0o600)
     shutil.copy(below, below + ".copy")
     command = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", below + ".copy", path]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     os.truncate(path, before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     return f"{path} was changed after it was frozen"
@@ -267,7 +267,7 @@ def circle(bench, vm):
     one, two = (snapshot.disks["hda"] for snapshot in vm.snapshots())
     os.chmod(one, 0o600)
     command = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "qcow2", "-b", two, one]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     shutil.rmtree(vm.home.layout.frozen)  # or that it was changed is said first
     return "runs in a circle"
 
@@ -276,7 +276,7 @@ def parent_of_no_stated_format(bench, vm):
     path = vm.now().disks["hda"]
     below = vm.snapshots()[1].disks["hda"]
     command = ["qemu-img", "rebase", "-u", "-f", "qcow2", "-b", below, path]
-    subprocess.run(command, check=False, capture_output=True, timeout=20)
+    subprocess.run(command, check=False, capture_output=True, timeout=60)
     with open(path, "r+b") as file:  # newer QEMUs do not leave it out: the extension is made an unknown one
         head = file.read(4096)
         file.seek(head.index(b"\xe2\x79\x2a\xca"))
@@ -325,7 +325,7 @@ def test_copy_by_virt_clone_that_would_write_the_same_image(bench):
     bench.host.connection.define(etree.tostring(root, encoding="unicode"))
     assert f"belongs to the VM 'web' ({vm.id})" in bench.virsh("start", "copy").stderr
     own = bench.host.root / "copy.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", own, "1M"], check=True, timeout=20)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", own, "1M"], check=True, timeout=60)
     root.find("devices/disk[@device='disk']/source").set("file", str(own))
     bench.host.connection.define(etree.tostring(root, encoding="unicode"))
     assert bench.virsh("start", "copy").stderr == ""
@@ -440,7 +440,7 @@ def content(vm):
     """What the guest reads from its disk."""
     target = vm.path / "content"
     command = ["qemu-img", "convert", "-O", "raw", vm.now().disks["hda"], target]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     data = target.read_bytes()
     target.unlink()
     return data
@@ -458,7 +458,7 @@ def test_autostart_after_a_crash_waits_for_hvmgr(bench, kill_at, run_and_die):
     assert not bench.is_running
     vm.snapshots()
     restart(bench)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not bench.is_running:
         assert time.monotonic() < deadline
         time.sleep(0.1)

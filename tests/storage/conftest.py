@@ -37,7 +37,7 @@ def mounted(kind, size, require, require_program):
         try:
             yield folder
         finally:
-            subprocess.run(["umount", folder], check=True, timeout=30)
+            subprocess.run(["umount", "-l", folder], check=True, timeout=30)
     finally:
         shutil.rmtree(place)
 

@@ -25,7 +25,7 @@ FORMATS = {
 
 
 def qemu_img(*words):
-    subprocess.run(["qemu-img", *map(str, words)], check=True, capture_output=True, timeout=20)
+    subprocess.run(["qemu-img", *map(str, words)], check=True, capture_output=True, timeout=60)
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_writing_data_changes_no_fingerprint(layout, image):
     before = images.fingerprint(image)
     fmt = images.probe(image)
     command = ["qemu-io", "-f", fmt, "-c", "write -P 7 0 64k", str(image)]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     assert images.fingerprint(image) == before
 
 

@@ -144,6 +144,28 @@ def test_qemu_reads_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes()[:size] == path.read_bytes()
 
 
+@settings(max_examples=20, deadline=None)
+@given(
+    size=st.integers(1, 5 * UNIT // 512).map(lambda sectors: sectors * 512),
+    runs=st.lists(st.tuples(st.integers(0, 5 * UNIT), st.integers(1, UNIT), st.integers(1, 255)), max_size=5),
+    delta=st.booleans(),
+    alignment=st.sampled_from([512, 4096]),
+    cut=st.floats(0, 1, exclude_max=True),
+)
+def test_any_disk_is_read_as_it_was_and_any_cut_refused(size, runs, delta, alignment, cut) -> None:
+    disk = bytearray(size)
+    for at, length, value in runs:
+        end = min(size, at + length)
+        disk[at:end] = bytes([value]) * max(0, end - at)
+    changed = sorted((at, min(length, size - at)) for at, length, _ in runs if at < size) if delta else ()
+    parent = PARENT if delta else None
+    writer = StreamWriter(Memory(bytes(disk)), parent=parent, changed=changed, block_size=UNIT, alignment=alignment)
+    data = written(writer)
+    assert received(StreamReader(io.BytesIO(data))) == disk
+    with pytest.raises(errors.Corrupt, match=f"at byte {int(cut * len(data))} of"):
+        received(StreamReader(io.BytesIO(data[: int(cut * len(data))])))
+
+
 # --- into descriptors -------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +249,34 @@ def test_disk_in_many_files_is_sent(tmp_path: Path, pieces) -> None:
         assert received(StreamReader(io.BytesIO(written(writer)))) == bytes(DISK[:UNIT]) + (
             b"".join(b"!" * 512 + b"a" * 512 for _ in range(pieces)).ljust(UNIT, b"a") + DISK[2 * UNIT :]
         )
+
+
+def test_chain_is_sent_whole_and_as_a_delta(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.vhd" for number in range(3)]
+    write_image(paths[0], Memory(DISK), block_size=UNIT)
+    for path, below in zip(paths[1:], paths, strict=False):
+        create(path, parent=below)
+    for number, path in enumerate(paths[1:]):
+        with open_chain(path, writable=True) as chain:
+            chain.write((4 + 2 * number) * UNIT + 1024, bytes([number]) * 512)
+    with open_chain(paths[2]) as chain:
+        wanted = bytearray(chain.size)
+        chain.read_into(0, memoryview(wanted))
+        whole = StreamReader(io.BytesIO(written(StreamWriter.of_chain(chain))))
+        assert (whole.kind, whole.footer.uid) == (Kind.DYNAMIC, chain.top.uid)
+        assert received(whole) == wanted
+        for base in (1, 2):
+            writer = StreamWriter.of_chain(chain, base)
+            assert writer.allocated == base, "only the blocks that were changed above the base"
+            delta = StreamReader(io.BytesIO(written(writer)))
+            assert (delta.footer.uid, delta.header.parent_uid) == (chain.top.uid, chain.images[base].uid)
+            assert delta.header.name == f"{2 - base}.vhd"
+            with open_chain(paths[2 - base]) as below:
+                data = bytearray(below.size)
+                below.read_into(0, memoryview(data))
+            assert received(delta, bytes(data)) == wanted
+        with pytest.raises(errors.UsageError):
+            StreamWriter.of_chain(chain, 3)
 
 
 @pytest.mark.parametrize(
@@ -399,12 +449,23 @@ def test_closing_footer_that_differs_is_refused(damage) -> None:
     assert caught.value.facts["fault"] == "F53"
 
 
+def test_transport_that_does_not_block_is_waited_for() -> None:
+    made = planted.sparse(MIXED)
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with open(reading, "rb", buffering=0) as file, open(writing, "wb", buffering=0) as sender:
+        threading.Timer(0.05, lambda: (sender.write(made.data), sender.close())).start()
+        assert received(StreamReader(file)) == planted.content(made)
+
+
 def test_open_transport_is_not_waited_for() -> None:
     made = planted.sparse(MIXED)
     reading, writing = os.pipe()
     with open(reading, "rb", buffering=0) as file, open(writing, "wb", buffering=0) as sender:
-        sender.write(made.data)
+        thread = threading.Thread(target=sender.write, args=(made.data,))
+        thread.start()
         assert received(StreamReader(file, to_end=False)) == planted.content(made)
+        thread.join()
 
 
 def before_its_table(made):

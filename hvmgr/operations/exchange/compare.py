@@ -18,7 +18,7 @@ from hvmgr.model.finding import Finding
 from hvmgr.model.identity import Identity
 from hvmgr.model.import_options import ImportOptions, Mode
 from hvmgr.model.layout import Layout
-from hvmgr.model.maps import Maps, Used
+from hvmgr.model.maps import Entry, Maps, Used
 from hvmgr.operations.exchange import compare_host, compare_place, import_, intake
 from hvmgr.operations.session import Session
 from hvmgr.storage import copy, source_home
@@ -102,37 +102,83 @@ def examine(
         findings = [opened.archive.named(one) for one in findings]
     comparison.findings.extend(compatibility.worst_first(findings))
     _require_all_used(comparison)
+    _require_disk_root_used(comparison)
+    _require_snapshot_source_used(comparison)
+    _require_source_unwritten(comparison)
     return comparison
 
 
 def _require_all_used(comparison: Comparison) -> None:
     """A value that would be ignored is an error, and says what there is."""
-    for entry in comparison.maps.disk_targets:
-        if entry.old in comparison.source.disks or entry.old in comparison.source.left_out:
-            comparison.used.entries.add(entry)
+    slots = set(intake.slots_of(comparison.source, comparison.snapshots).values())
+    comparison.used.entries.update(one for one in comparison.maps.disk_targets if one.old in slots)
     left = comparison.used.unused(comparison.maps)
     if not left:
         return
-    entry = left[0]
-    raise errors.UsageError(
-        f"{entry} would be ignored: nothing of {comparison.source.present.name} matches it",
-        hint=_what_there_is(comparison, entry.option),
+    raise ignored(comparison.source, left[0])
+
+
+def _require_snapshot_source_used(comparison: Comparison) -> None:
+    folder = comparison.options.snapshot_source
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise errors.NotFound(f"there is no folder {folder}", hint="give --snapshot-source the folder with the XMLs")
+    if not any(one.file.parent == folder for one in comparison.source.snapshots):
+        raise errors.UsageError(
+            f"--snapshot-source {folder} would be ignored: it holds no snapshot that the source lacks",
+            hint="leave it out, or name the folder that holds <snapshot id>.xml",
+        )
+
+
+def _require_source_unwritten(comparison: Comparison) -> None:
+    """Nothing of the new VM goes into the folder that it is made from; that folder itself is there already."""
+    source, options, layout = comparison.source, comparison.options, comparison.layout
+    if options.mode is Mode.REGISTER or options.replace or not source.is_home:
+        return
+    homes = [one for one in (layout.home, *(place for _, place in layout.links())) if one != source.folder]
+    for place in (*homes, *(Path(one.new).resolve() for one in comparison.maps.disk_targets)):
+        if place.is_relative_to(source.folder):
+            raise errors.UsageError(
+                f"{place} is inside the source, which an import does not write", hint="choose another place"
+            )
+
+
+def ignored(source: SourceHome, entry: Entry) -> errors.UsageError:
+    """The error for a line of a map that matches nothing."""
+    return errors.UsageError(
+        f"{entry} would be ignored: nothing of {source.present.name} matches it",
+        hint=_what_there_is(source, entry.option),
         option=entry.option,
         value=entry.old,
     )
 
 
-def _what_there_is(comparison: Comparison, option: str) -> str | None:
+def _require_disk_root_used(comparison: Comparison) -> None:
+    """A place for every single disk leaves nothing to the common one."""
+    source, options = comparison.source, comparison.options
+    if options.disk_path is None or not options.disk_targets:
+        return
+    slots = intake.slots_of(source, comparison.snapshots)
+    bases = [one for one in intake.needed_images(source, comparison.snapshots) if one.parent is None]
+    if bases and all(slots[one.path] in options.disk_targets for one in bases):
+        raise errors.UsageError(
+            "--disk-path would be ignored: --disk-target wins, and names a place for every disk",
+            hint="leave one of them out",
+        )
+
+
+def _what_there_is(source: SourceHome, option: str) -> str | None:
     if option in {"disk", "disk-target"}:
-        return "it has the disks " + ", ".join((*comparison.source.disks, *comparison.source.left_out))
+        return "it has the disks " + ", ".join((*source.disks, *source.left_out))
     cards: dict[str, tuple[str, str | None]] = {}
-    for one in comparison.source.configurations():
+    for one in source.configurations():
         cards |= maps.networks_of(one)
     if option in {"nic", "vlan", "portgroup"}:
         return "it has the cards " + ", ".join(cards) if cards else "it has no cards"
     if option == "network":
         return "it is plugged into " + ", ".join(dict.fromkeys(name or kind for kind, name in cards.values()))
-    return f"it was written as {comparison.source.recorded_home}"
+    return f"it was written as {source.recorded_home}"
 
 
 # --- the source -----------------------------------------------------------------------------------------------------

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvmgr import units
+from hvmgr import errors, units
 from hvmgr.host.hypervisor import Connection
 from hvmgr.model.compatibility import found
 from hvmgr.model.finding import Finding
 from hvmgr.model.import_options import Mode
-from hvmgr.operations.exchange import import_, intake
+from hvmgr.operations.exchange import gold, import_, intake
 from hvmgr.storage import index, vm_home
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ def _identity_findings(connection: Connection, comparison: Comparison) -> Iterat
         name = same_id.name if same_id is not None else elsewhere[0].name
         sentence = f"the id {who.vm_id} belongs to the VM '{name}'"
         yield found("id-in-use", sentence, who.vm_id, "--new-id, or --keep-id --replace to put it in its place")
+    if options.replace and same_id is None:
+        raise errors.NotFound(
+            f"there is no VM with the id {who.vm_id} to replace", hint="import it with --keep-id alone", id=who.vm_id
+        )
     if not options.replace:
         same_name = connection.find_domain_by_name(who.name)
         if same_name is not None and (same_id is None or same_name.uuid != who.vm_id):
@@ -69,6 +73,11 @@ def _target_findings(comparison: Comparison) -> Iterator[Finding]:
     layout = comparison.layout
     if layout.home.exists() and not (layout.home.is_dir() and vm_home.holds_nothing(layout.home)):
         yield found("target-exists", f"{layout.home} is there already", layout.home, "--name NEW, or --vm-path DIR")
+    for place in (layout.home, *(place for _, place in layout.links())):
+        above = next(one for one in place.parents if one.exists())
+        if not above.is_dir():
+            yield found("target-exists", f"{above} is no folder", above, "choose another folder")
+            return
     for _, place in layout.links():
         if place.exists() and any(place.iterdir()):
             yield found("target-exists", f"{place} is there already", place, "--name NEW, or another folder")
@@ -89,8 +98,21 @@ def _register_findings(comparison: Comparison) -> Iterator[Finding]:
         yield found("target-exists", sentence, source.file, "use --mode copy")
     if not os.access(source.folder, os.W_OK):
         yield found("not-readable", f"{source.folder} cannot be written", source.folder, "use --mode copy or link")
+    yield from _users_findings(comparison)
     if source.is_export:
         yield found("export-used-up", f"{source.folder} becomes the VM, and is no export any more", source.folder)
+
+
+def _users_findings(comparison: Comparison) -> Iterator[Finding]:
+    """A registered VM writes to the images of its present; with a new id, all of them get other names."""
+    source = comparison.source
+    moved = comparison.identity.vm_id != source.vm_id
+    touched = [path for path in source.images if moved or path in source.disks.values()]
+    for user in gold.users(source.folder, touched):
+        sentence = f"the VM {user} stands on images in {source.folder}, which would not stay what they are"
+        yield found(
+            "source-shared", sentence, source.folder, "use --mode copy or link, or localize that VM's disks first"
+        )
 
 
 def _space_findings(comparison: Comparison) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors, units
-from hvmgr.host import saved_state
+from hvmgr.host import guest_agent, saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import export_plan, identity, manifest, names
 from hvmgr.model.configuration import Configuration
@@ -121,8 +121,11 @@ class Planner:
                                   hint="leave out --with-state")  # fmt: skip
         if options.quiesce and not active:
             raise errors.Conflict(f"{name} is {self.state}: its file systems are at rest", hint="leave out --quiesce")
+        if options.quiesce and self.state is State.PAUSED:
+            raise errors.Conflict(f"{name} is paused: its agent cannot answer",
+                                  hint="let it run on, or leave out --quiesce")  # fmt: skip
         if options.quiesce:
-            freezing.require_agent(self.session)
+            guest_agent.require(self.session.domain())
         self._check_excluded()
         if self.as_vhd and options.flattens and self._memory() is not None:
             raise errors.UsageError(

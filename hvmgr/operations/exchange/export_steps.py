@@ -130,6 +130,8 @@ class Exporter:
             seen = [Path(one).stat() for one in sources]
             durable.remove(target)
             act(target)
+            durable.set_owner(target, self._owner)
+            durable.set_mode(target, FILE_MODE)
             durable.sync_file(target)
             self._done += step.size
             digest = self._hashes([target], step.size).get(target)
@@ -253,12 +255,12 @@ class Exporter:
         durable.copy_folder(Path(step.source), Path(step.target))
 
     def _configuration(self, step: export_plan.WriteConfiguration) -> None:
-        durable.write_file(Path(step.target), step.xml.encode())
+        self._write(step.target, step.xml)
 
     def _manifest(self, step: export_plan.WriteManifest) -> None:
         told = manifest.parse(step.text, source=manifest.FILE)
         whole = dataclasses.replace(told, images=tuple(self._told(one) for one in told.images))
-        durable.write_file(Path(step.target), whole.to_yaml().encode())
+        self._write(step.target, whole.to_yaml())
 
     def _told(self, image: Image) -> Image:
         made = self._made.get(image.file)
@@ -272,7 +274,11 @@ class Exporter:
             if name != own:
                 digest = made.sha256 if made is not None else None
                 lines.append(f"{digest or copy.sha256(self._place.home / name)}  {name}\n")
-        durable.write_file(Path(step.target), "".join(lines).encode())
+        self._write(step.target, "".join(lines))
+
+    def _write(self, target: str, text: str) -> None:
+        """As it will stay; the names are on disk when the folders are, at the end."""
+        durable.write_file(Path(target), text.encode(), mode=FILE_MODE, owner=self._owner, named=False)
 
     def _names(self) -> set[str]:
         """Every file of the export so far."""

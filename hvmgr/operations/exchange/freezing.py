@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import plan, tree
 from hvmgr.model.configuration import Configuration
@@ -67,8 +66,6 @@ def _plan(session: Session, *, with_memory: bool, quiesce: bool) -> Plan:
     snapshots.require_same_disks(session, present, with_memory=with_memory)
     if with_memory:
         snapshots.require_memory(session, present)
-    if quiesce:
-        require_agent(session)
     before = snapshots.present_tree(session)
     children = {slot: str(layout.image(slot, session.new_id())) for slot in before.present.disks}
     change = tree.plan_go_on(before, children)
@@ -80,13 +77,14 @@ def _plan(session: Session, *, with_memory: bool, quiesce: bool) -> Plan:
     freezes = [step for step in change.prepare if isinstance(step, plan.FreezeImage)]
     prepare: list[Step] = [step for step in change.prepare if isinstance(step, plan.CreateImage)]
     finish: list[Step] = []
+    if quiesce:  # before the guest is paused: its agent could do nothing then
+        prepare.append(plan.QuiesceGuest())
+        finish.append(plan.WakeGuest())
     copies = _copies(session, present, with_memory=with_memory)
     if copies and state is State.RUNNING:
         prepare.append(plan.Suspend())
-        finish.append(plan.Resume())
-    switch = plan.SwitchDisks(
-        children=tuple(children.items()), memory=str(memory(layout)) if with_memory else None, quiesce=quiesce
-    )
+        finish.insert(0, plan.Resume())
+    switch = plan.SwitchDisks(children=tuple(children.items()), memory=str(memory(layout)) if with_memory else None)
     return Plan(
         plan_id=change_id,
         vm_id=session.home.vm_id,
@@ -113,13 +111,3 @@ def _copies(session: Session, present: Configuration, *, with_memory: bool) -> l
         folder = session.connection.tpm_folder(session.home.vm_id)
         steps.append(plan.CopyFolder(source=str(folder), target=str(tpm)))
     return steps
-
-
-def require_agent(session: Session) -> None:
-    """Conflict when nobody in the guest could put its file systems to rest."""
-    domain = session.domain()
-    if not domain.has_agent():
-        raise errors.Conflict(
-            f"no guest agent answers in {domain.name}: nobody can put its file systems to rest",
-            hint="install and start qemu-guest-agent in the guest, or leave out --quiesce",
-        )

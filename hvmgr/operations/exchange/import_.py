@@ -19,7 +19,7 @@ from hvmgr.model.import_options import ImportOptions, Mode
 from hvmgr.model.layout import Layout
 from hvmgr.model.maps import Maps, Used
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations.exchange import intake
+from hvmgr.operations.exchange import gold, intake
 from hvmgr.operations.exchange.intake import Intake
 from hvmgr.operations.session import Session
 from hvmgr.storage import images, vm_home
@@ -68,9 +68,6 @@ def take_in(
     """The source as the VM that it will be, with a place for every image."""
     snapshots = intake.kept_snapshots(source, options)
     targets = {one.old: one.new for one in maps.disk_targets}
-    for entry in maps.disk_targets:
-        if entry.old in source.disks or entry.old in source.left_out:
-            used.entries.add(entry)
     converted = intake.to_convert(source, snapshots, options, left_out=options.mode is Mode.LINK)
     places = intake.place_images(session.layout, source, snapshots, targets, session.new_id, converted=converted)
     if options.mode is not Mode.COPY:
@@ -162,7 +159,7 @@ def _note_use(session: Session, taken: Intake, *, linked: bool) -> plan.NoteUse:
     folder = taken.source.folder
     beside = None
     if linked and taken.source.is_export and os.access(folder.parent, os.W_OK):
-        beside = str(folder.parent / f".{folder.name}.hvmgr-links")
+        beside = str(gold.place_of(folder))
     return plan.NoteUse(name=taken.identity.name, outside=outside, beside=beside)
 
 

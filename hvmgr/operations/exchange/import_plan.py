@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from hvmgr.model import maps
 from hvmgr.model.import_options import ImportOptions, Mode
+from hvmgr.model.maps import Maps
 from hvmgr.operations.exchange import compare
 
 if TYPE_CHECKING:
@@ -123,7 +124,9 @@ class ImportPlan:
 
 def prepare(host: Host, source: Path, options: ImportOptions) -> ImportPlan:
     """The plan of an import with these options, with every disk, card and snapshot of the source in it."""
-    opened, _, _ = compare.read(source, options)
+    opened, wanted, _ = compare.read(source, options)
+    disks, nics = _disks(opened, options), _nics(opened, options)
+    _require_known(opened, wanted, {one.slot for one in disks}, {one.mac for one in nics})
     gone = set(options.drop_snapshots)
     missing = {one for one in gone if one not in {each.record.name for each in opened.snapshots}}
     snapshots = [
@@ -155,8 +158,8 @@ def prepare(host: Host, source: Path, options: ImportOptions) -> ImportPlan:
         disk_path=options.disk_path,
         paths=dict(options.paths),
         networks=dict(options.networks),
-        disks=_disks(opened, options),
-        nics=_nics(opened, options),
+        disks=disks,
+        nics=nics,
         snapshots=snapshots,
         owner=options.owner,
         tags=list(options.tags),
@@ -164,10 +167,22 @@ def prepare(host: Host, source: Path, options: ImportOptions) -> ImportPlan:
     )
 
 
+def _require_known(opened: SourceHome, wanted: Maps, slots: set[str], macs: set[str]) -> None:
+    """What a plan lists has a place in it; the rest would be lost."""
+    for entry in (*wanted.disks, *wanted.disk_targets, *wanted.nics, *wanted.vlans, *wanted.portgroups):
+        if entry.old not in (slots if entry.option in {"disk", "disk-target"} else macs):
+            raise compare.ignored(opened, entry)
+
+
 def _disks(opened: SourceHome, options: ImportOptions) -> list[PlannedDisk]:
+    """Those of the present, then those that only snapshots have."""
     recorded = {disk.slot: disk.source or "" for disk in opened.present.disks() if disk.takes_part or disk.is_left_out}
+    present = {**opened.disks, **opened.left_out}
+    places = dict(present)
+    for one in opened.snapshots:
+        places = {**one.disks, **places}
     planned = []
-    for slot, path in {**opened.disks, **opened.left_out}.items():
+    for slot, path in sorted(places.items(), key=lambda pair: pair[0] not in present):
         image = opened.images.get(path)
         planned.append(
             PlannedDisk(

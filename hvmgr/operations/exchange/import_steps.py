@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import socket
 from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import qemu_img, saved_state
-from hvmgr.model import plan
+from hvmgr.model import configuration, plan
 from hvmgr.model.progress import Progress
+from hvmgr.operations.exchange import gold
 from hvmgr.operations.session import Session
-from hvmgr.storage import archives, copy, durable, frozen, images, index
+from hvmgr.storage import archives, copy, durable, frozen, images, index, vm_home
 
 
 def make_roots(_session: Session, step: plan.MakeRoots) -> None:
@@ -107,7 +106,8 @@ def _name(session: Session, step: plan.NameParent, parent: str) -> None:
     path = Path(step.path)
     if images.read(path, images.QCOW2).backing != parent:
         durable.set_mode(path, frozen.WORKING_MODE)
-        qemu_img.name_parent(path, parent, step.parent_format)
+        with session.lent(step.path):
+            qemu_img.name_parent(path, parent, step.parent_format)
         durable.sync_file(path)
     durable.set_mode(path, step.mode)
     frozen.refresh(session.layout, path)  # whoever planned this has seen that the image was what it should be
@@ -132,6 +132,38 @@ def uncopy_memory(_session: Session, step: plan.CopyMemory) -> None:
     target = Path(step.target)
     durable.remove(target.with_name(f"{durable.TEMPORARY}{target.name}"))
     durable.remove(target)
+
+
+def put_managed_save(session: Session, step: plan.PutManagedSave) -> None:
+    """libvirt finds the saved memory at the next start."""
+    kept, target = Path(step.kept), session.connection.managed_save_path(session.domain().name)
+    copy_memory(session, plan.CopyMemory(source=step.source, target=step.kept, xml=step.xml))
+    durable.link_or_copy(kept, target, owner=session.owner)
+    if not durable.is_same_or_copy(kept, target):
+        raise errors.Conflict(f"{target} was made by somebody else meanwhile", hint="run the command again")
+
+
+def unput_managed_save(session: Session, step: plan.PutManagedSave) -> None:
+    """libvirt does not find it; what others have put in its place stays."""
+    domain = session.domain()
+    target = session.connection.managed_save_path(domain.name)
+    with contextlib.suppress(errors.Corrupt):
+        if target.exists() and saved_state.read(target).xml == step.xml:
+            domain.remove_managed_save()
+    uncopy_memory(session, plan.CopyMemory(source=step.source, target=step.kept, xml=step.xml))
+
+
+def has_gone_on(session: Session, step: plan.PutManagedSave) -> bool:
+    """Whether somebody started the VM from the memory that was put there, before libvirt had its configuration."""
+    domain, kept = session.find_domain(), Path(step.kept)
+    written = set(vm_home.disks_of(configuration.parse(step.xml, source="the plan")).values())
+    if domain is None:
+        return False
+    if domain.is_active():
+        return bool(written & {vm_home.canonical(str(path)) for path in domain.writable_files()})
+    if not kept.exists() or domain.has_managed_save():
+        return False
+    return any(Path(path).stat().st_mtime_ns > kept.stat().st_mtime_ns for path in written)
 
 
 def change_memory(session: Session, step: plan.ChangeMemory) -> None:
@@ -225,10 +257,10 @@ def note_use(session: Session, step: plan.NoteUse) -> None:
     index.record(index.Entry(layout.vm_id, step.name, layout.home, session.connection.uri, step.outside))
     if step.beside is None:
         return
-    facts = {"vm": layout.vm_id, "name": step.name, "home": str(layout.home), "host": socket.gethostname()}
+    text = gold.text_of(layout.vm_id, step.name, layout.home)
     try:
         durable.make_folder(Path(step.beside), mode=0o755)
-        durable.write_file(_beside(session, step), json.dumps(facts).encode(), mode=0o644)
+        durable.write_file(_beside(session, step), text.encode(), mode=0o644)
     except errors.HvmgrError as error:  # a share that is read-only after all; this host's index has it
         session.say(f"the use could not be noted beside the source: {error}")
 

@@ -19,7 +19,7 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Tree
 from hvmgr.operations import chains, snapshots
-from hvmgr.operations.exchange import compare_place
+from hvmgr.operations.exchange import compare_place, gold
 from hvmgr.operations.session import Session
 from hvmgr.storage import frozen, images, vm_home
 
@@ -77,7 +77,11 @@ def plan_localize(session: Session, slot: str) -> Plan | None:
         subject=f"localization of disk {slot} of {present.name}",
         prepare=tuple(prepare),
         switch=plan.Define(xml=after.to_xml()),
-        finish=(plan.WritePresent(), plan.RecordFrozen(paths=tuple(frozen_now)), *_forget_use(layout.vm_id, outside)),
+        finish=(
+            plan.WritePresent(),
+            plan.RecordFrozen(paths=tuple(frozen_now)),
+            *_forget_use(before, layout.vm_id, slot),
+        ),
         hold=() if active else snapshots.working(before),
     )
 
@@ -160,9 +164,11 @@ def _require_space(session: Session, outside: dict[str, Image]) -> None:
         frozen.require_unchanged(session.layout, Path(path))
 
 
-def _forget_use(vm_id: str, outside: dict[str, Image]) -> Iterator[Step]:
-    """The note beside a gold goes."""
-    for folder in {parent for path in outside for parent in Path(path).parents}:
-        note = folder.parent / f".{folder.name}.hvmgr-links" / f"{vm_id}.json"
-        if note.exists():
-            yield plan.RemoveFile(path=str(note))
+def _forget_use(before: Tree, vm_id: str, slot: str) -> Iterator[Step]:
+    """The note beside a gold goes, unless another disk stands on it still."""
+    leaves = [before.present.disks, *(node.disks for node in before.nodes.values())]
+    leaves += [] if before.undo is None else [before.undo.disks]
+    others = {one for disks in leaves for one in disks} - {slot}
+    still = gold.notes_of(vm_id, (path for one in others for path in _outside(before, one)))
+    for note in sorted(gold.notes_of(vm_id, _outside(before, slot)) - still):
+        yield plan.RemoveFile(path=str(note))

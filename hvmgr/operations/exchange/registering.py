@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
 
 _FOLDER = 0o711
+_TPM_FOLDER = 0o700
 
 
 def run(host: Host, comparison: Comparison) -> VM:
@@ -72,6 +73,7 @@ def plan_register(session: Session, comparison: Comparison, change: str) -> Plan
     ]
     finish: list[Step] = [plan.WritePresent(), plan.RecordFrozen(paths=tuple(sorted(frozen_of(taken))))]
     finish += [plan.RemoveFile(path=str(layout.home / name)) for name in (manifest.FILE, manifest.SUMS)]
+    finish += _without_state(taken)
     state, rest = _state_of_present(session, taken, disks, nvram)
     return Plan(
         plan_id=change,
@@ -186,7 +188,7 @@ def _parents(taken: Intake) -> Iterator[Step]:
 def _memories(taken: Intake) -> Iterator[Step]:
     """The configurations inside saved states."""
     for one in taken.source.snapshots:
-        if one.memory is None or one.saved is None:
+        if one.memory is None or one.saved is None or not taken.keeps_state(one):
             continue
         new_id = taken.identity.snapshot(one.record.id) or one.record.id
         disks = disks_of(taken, one.disks)
@@ -194,6 +196,14 @@ def _memories(taken: Intake) -> Iterator[Step]:
         before = saved_state.read(one.memory).xml
         if before != after:
             yield plan.ChangeMemory(path=str(taken.layout.memory(new_id)), before=before, after=after)
+
+
+def _without_state(taken: Intake) -> list[Step]:
+    """Saved states that are to stay away go, last of all."""
+    if not taken.options.without_state:
+        return []
+    ids = [taken.identity.snapshot(one.record.id) or one.record.id for one in taken.source.snapshots]
+    return [plan.RemoveFile(path=str(path)) for path in (*map(taken.layout.memory, ids), taken.layout.present_memory)]
 
 
 def _state_of_present(
@@ -208,7 +218,7 @@ def _state_of_present(
         prepare.append(plan.CopyFolder(source=str(there), target=str(target)))
         if there.is_relative_to(session.layout.home):
             finish.append(plan.RemoveFolder(path=str(there)))
-    if source.memory is not None and source.saved is not None:
+    if source.memory is not None and source.saved is not None and not taken.options.without_state:
         there = _renamed(source.memory, source.layout, session.layout)
         save = session.connection.managed_save_path(taken.identity.name)
         xml = taken.saved(source.saved, source.present, disks, nvram)
@@ -243,6 +253,10 @@ def _modes(taken: Intake) -> Iterator[tuple[str, int, int, int, int]]:
     for file in state:
         if file.is_relative_to(source.folder):
             yield _mode(file, frozen.WORKING_MODE, with_owner=True)
+    for tpm in (one.tpm for one in source.snapshots if one.tpm is not None):
+        for entry in (tpm, *sorted(tpm.rglob("*"))):
+            mode = _TPM_FOLDER if entry.is_dir() else frozen.WORKING_MODE
+            yield _mode(entry, _FOLDER if entry == tpm else mode, with_owner=False)
     for file in [source.file, *(one.file for one in source.snapshots)]:
         yield _mode(file, frozen.WORKING_MODE, with_owner=False)
 

@@ -1,12 +1,14 @@
 """``import --keep-id --replace``: what was exported takes the place of the VM with its id, as often as wanted.
 
 The VM keeps its home, its name and its snapshots; snapshots that only the export has come back into the tree. The
-present goes into the undo slot, as an apply does it.
+present goes into the undo slot, as an apply does it: disks and configuration. Memory that was exported with the present
+comes back as libvirt's managed save.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,8 +68,7 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
     if taken.source.nvram is not None and nvram is not None:
         prepare.append(plan.CopyFile(source=str(taken.source.nvram), target=str(nvram)))
     prepare += replacement.put_present_away(session, present, facts, how)
-    if taken.source.memory is not None:
-        session.say("the present of the export was saved; it comes back as after a power cut")
+    prepare += _memory(taken, disks, nvram)  # only now does libvirt's own place for it belong to nobody
     brought, finish = _tpm(session, taken) if taken.source.present.has_tpm else ([], [])
     prepare += brought
     return Plan(
@@ -84,11 +85,21 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
             *removed.finish,
             plan.RecordFrozen(paths=taken.frozen()),
             plan.RemoveFile(path=str(layout.put_away)),
+            plan.RemoveFile(path=str(layout.taken_in)),
             plan.RemoveFile(path=str(_unpacked_memory(session))),
             *taken.steps_after(),
         ),
         hold=snapshots.working(before),
     )
+
+
+def _memory(taken: Intake, disks: Mapping[str, tuple[str, str]], nvram: Path | None) -> list[Step]:
+    """A present that was exported with its memory goes on from it at the next start."""
+    source = taken.source
+    if source.memory is None or source.saved is None or taken.options.without_state:
+        return []
+    xml = taken.saved(source.saved, source.present, disks, nvram)
+    return [plan.PutManagedSave(source=str(source.memory), kept=str(taken.layout.taken_in), xml=xml)]
 
 
 def _take_in(session: Session, comparison: Comparison, before: Tree) -> Intake:

@@ -238,7 +238,7 @@ def _convert(
         _convert_to_vhd(found, parent, part, path, step, what, report)
     elif parent is not None:
         _convert_to_child(found, parent, part, path, step, what, report)
-    elif found.format is ImageFormat.VHD or found.format is fmt is ImageFormat.RAW:
+    elif not _is_for_qemu(found, fmt):
         with disks.opened(found) as disk:
             if fmt is ImageFormat.RAW:
                 vhd.write_raw(part, disk, on_progress=_counted(what, report))
@@ -268,6 +268,13 @@ def _convert_to_child(
     with disks.opened(found) as disk, disks.opened(parent) as below:
         qemu_img.create(part, "qcow2", size=disk.size, options=_options(ImageFormat.QCOW2, step), backing=backing)
         disks.write_difference(part, disk, below, what=what, report=report)
+
+
+def _is_for_qemu(found: Recognised, fmt: ImageFormat) -> bool:
+    """Whether QEMU converts it, where the result is not raw: all that it reads as the codec does."""
+    if found.format is ImageFormat.VHD:
+        return fmt is not ImageFormat.RAW and vhd.qemu_reads_alike(found.path)
+    return not found.format is fmt is ImageFormat.RAW
 
 
 def _convert_to_vhd(

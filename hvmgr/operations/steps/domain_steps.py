@@ -96,7 +96,7 @@ def switch_disks(session: Session, step: plan.SwitchDisks) -> None:
 
         session.progress(Progress(done, total, "save the memory"))
 
-    domain.switch_disks(children, others=others, memory=memory, quiesce=step.quiesce, progress=report)
+    domain.switch_disks(children, others=others, memory=memory, progress=report)
     if not is_switched(session, step):
         raise errors.OutcomeUnknown("libvirt says that the disks were switched, QEMU does not write to the new ones")
     name_true_parents(session, domain, children)

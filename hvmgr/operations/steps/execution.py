@@ -23,14 +23,14 @@ from hvmgr.model import plan
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations.exchange import import_steps, move_steps, vhd_steps
 from hvmgr.operations.session import Session
-from hvmgr.operations.steps import domain_steps, file_steps, image_steps, resize_steps
+from hvmgr.operations.steps import domain_steps, file_steps, guest_steps, image_steps, resize_steps
 from hvmgr.storage import durable, journal
 
 _Act = Callable[[Session, Any], None]
 
 DO: Mapping[type[Step], _Act] = {
     plan.CreateImage: image_steps.create,
-    plan.ResizeImage: resize_steps.resize,
+    plan.ResizeDisk: resize_steps.resize,
     plan.FreezeImage: image_steps.freeze,
     plan.ThawImage: image_steps.thaw,
     plan.MergeUp: image_steps.merge_up,
@@ -63,6 +63,8 @@ DO: Mapping[type[Step], _Act] = {
     plan.SwitchDisks: domain_steps.switch_disks,
     plan.Suspend: domain_steps.suspend,
     plan.Resume: domain_steps.resume,
+    plan.QuiesceGuest: guest_steps.quiesce,
+    plan.WakeGuest: guest_steps.wake,
     plan.SavePresent: domain_steps.save_present,
     plan.TakeManagedSave: domain_steps.take_managed_save,
     plan.PointManagedSave: domain_steps.point_managed_save,
@@ -87,6 +89,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.ConvertVhd: vhd_steps.convert,
     plan.NameParent: import_steps.name_parent,
     plan.CopyMemory: import_steps.copy_memory,
+    plan.PutManagedSave: import_steps.put_managed_save,
     plan.ChangeMemory: import_steps.change_memory,
     plan.ChangeFile: import_steps.change_file,
     plan.RenameFile: import_steps.rename_file,
@@ -109,6 +112,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.MakeSnapshotFolder: file_steps.unmake_snapshot_folder,
     plan.NoteLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
     plan.Suspend: domain_steps.resume,
+    plan.QuiesceGuest: guest_steps.wake,
     plan.SavePresent: domain_steps.unsave_present,
     plan.TakeManagedSave: domain_steps.untake_managed_save,
     plan.PointManagedSave: domain_steps.unpoint_managed_save,
@@ -127,6 +131,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.ConvertVhd: vhd_steps.unconvert,
     plan.NameParent: import_steps.unname_parent,
     plan.CopyMemory: import_steps.uncopy_memory,
+    plan.PutManagedSave: import_steps.unput_managed_save,
     plan.ChangeMemory: import_steps.unchange_memory,
     plan.ChangeFile: import_steps.unchange_file,
     plan.RenameFile: import_steps.unrename_file,
@@ -136,7 +141,7 @@ UNDO: Mapping[type[Step], _Act] = {
 
 HAPPENED: Mapping[type[Step], Callable[[Session, Any], bool]] = {
     plan.Define: domain_steps.is_defined,
-    plan.ResizeImage: resize_steps.is_resized,
+    plan.ResizeDisk: resize_steps.is_resized,
     plan.SwitchDisks: domain_steps.is_switched,
     plan.RenameDomain: domain_steps.is_renamed,
     plan.ReleaseDomain: domain_steps.is_released,
@@ -332,7 +337,10 @@ def _catch_up(session: Session, one: Plan) -> bool:
     What the guest has written since is in the new images: undoing would lose it.
     """
     made = {step.path for step in one.prepare if isinstance(step, plan.CreateImage) and step.parent is not None}
-    if not isinstance(one.switch, plan.Define) or not domain_steps.has_gone_on(session, made):
+    if not isinstance(one.switch, plan.Define):
+        return False
+    put = [step for step in one.prepare if isinstance(step, plan.PutManagedSave)]
+    if not any(import_steps.has_gone_on(session, step) for step in put) and not domain_steps.has_gone_on(session, made):
         return False
     DO[plan.Define](session, one.switch)
     return True

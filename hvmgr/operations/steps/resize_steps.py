@@ -17,7 +17,7 @@ from hvmgr.operations.session import Session
 from hvmgr.storage import durable, images, partitions
 
 
-def resize(session: Session, step: plan.ResizeImage) -> None:
+def resize(session: Session, step: plan.ResizeDisk) -> None:
     """The image has its new size, on disk; a running guest sees it."""
     if _has_size(step):
         return
@@ -32,16 +32,16 @@ def resize(session: Session, step: plan.ResizeImage) -> None:
     durable.sync_file(Path(step.path))
 
 
-def is_resized(session: Session, step: plan.ResizeImage) -> bool:
+def is_resized(session: Session, step: plan.ResizeDisk) -> bool:
     """Whether the image has its new size, or has begun to get it."""
     return _has_size(step) or (step.size < step.old and not session.is_active() and _is_fitted(session, step))
 
 
-def _has_size(step: plan.ResizeImage) -> bool:
+def _has_size(step: plan.ResizeDisk) -> bool:
     return images.read(Path(step.path), step.format).size == step.size
 
 
-def _resize_running(session: Session, step: plan.ResizeImage) -> None:
+def _resize_running(session: Session, step: plan.ResizeDisk) -> None:
     if step.size > step.old:
         session.domain().resize_disk(step.slot, step.size)
     else:  # others started it after a command had died
@@ -51,7 +51,7 @@ def _resize_running(session: Session, step: plan.ResizeImage) -> None:
 
 
 @contextlib.contextmanager
-def _opened(session: Session, step: plan.ResizeImage) -> Iterator[Node]:
+def _opened(session: Session, step: plan.ResizeDisk) -> Iterator[Node]:
     """The image with its parents: what they hold behind the old end must not come to light."""
     if session.is_held(step.path):
         yield session.hold_whole(step.path)
@@ -71,7 +71,7 @@ def _fit_table(session: Session, node: Node, size: int) -> None:
             disk.flush()
 
 
-def _is_fitted(session: Session, step: plan.ResizeImage) -> bool:
+def _is_fitted(session: Session, step: plan.ResizeDisk) -> bool:
     with (
         _opened(session, step) as node,
         session.daemon.exported(node) as uri,

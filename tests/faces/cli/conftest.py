@@ -65,7 +65,7 @@ def root(embed_root, monkeypatch):
     monkeypatch.setenv("HVMGR_INDEX", str(folder / "index"))
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", uri)
     yield homes
-    with hypervisor.opened(uri, wait_s=10) as connection:
+    with hypervisor.opened(uri, wait_s=60) as connection:
         for domain in connection.domains():
             domain.destroy()
             domain.undefine(keep_nvram=False, keep_tpm=False)

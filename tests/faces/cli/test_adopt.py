@@ -20,7 +20,7 @@ def foreign(root):
 
     def make(name, *snapshots, shareable=False):
         image = root.parent / f"{name}.raw"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "raw", image, "1M"], check=True, timeout=20)
+        subprocess.run(["qemu-img", "create", "-q", "-f", "raw", image, "1M"], check=True, timeout=60)
         with package.Host.open(root=root) as host:
             domain = host.connection.define(
                 f"<domain type='qemu'><name>{name}</name><uuid>{uuid.uuid4()}</uuid><memory unit='MiB'>16</memory>"

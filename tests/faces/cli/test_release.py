@@ -86,7 +86,7 @@ def inside(hvmgr, vm, root):
     image = next(root.rglob("Virtual Hard Disks/*.qcow2"))
     hvmgr.ok("vm", "release", vm)
     for name in ("one", "two"):
-        subprocess.run(["qemu-img", "snapshot", "-c", name, image], check=True, timeout=20)
+        subprocess.run(["qemu-img", "snapshot", "-c", name, image], check=True, timeout=60)
     return vm, image
 
 

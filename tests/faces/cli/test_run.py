@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -123,18 +122,28 @@ def test_names_are_told_in_any_locale():
     assert (done.returncode, done.stdout) == (3, "")
 
 
+# The command line, which says when it sleeps.
+TELLING = """import sys, time
+sleep = time.sleep
+time.sleep = lambda seconds: (print("waits", flush=True), sleep(seconds))
+from hvmgr.__main__ import main
+sys.exit(main())"""
+
+
 def test_interrupt_of_a_wait_ends_at_once(hvmgr, vm, root):
-    with Host.open().vm(vm).home.locked(wait_s=1):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        waiting = subprocess.Popen(
-            [sys.executable, "-m", "hvmgr", "snapshot", "create", vm, "--wait", "30"],
-            env=environment,
+    with (
+        Host.open().vm(vm).home.locked(wait_s=1),
+        subprocess.Popen(
+            [sys.executable, "-c", TELLING, "snapshot", "create", vm, "--wait", "300"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-        )
-        time.sleep(1.0)
+        ) as waiting,
+    ):
+        assert waiting.stdout.readline() == "waits\n"
         waiting.send_signal(signal.SIGINT)
-        _, told = waiting.communicate(timeout=10)
+        _, told = waiting.communicate(timeout=60)
     assert (waiting.returncode, told) == (130, "hvmgr: stopped\n")
 
 

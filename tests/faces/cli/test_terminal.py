@@ -43,7 +43,7 @@ class Terminal:
         )
         os.close(end)
 
-    def until(self, text, timeout_s=20):
+    def until(self, text, timeout_s=60):
         """Reads until the text was said."""
         deadline = time.monotonic() + timeout_s
         while text not in self.said:
@@ -61,7 +61,7 @@ class Terminal:
                 if time.monotonic() > deadline:
                     self.process.kill()
         os.close(self.descriptor)
-        return self.process.wait(timeout=10)
+        return self.process.wait(timeout=60)
 
     def _read(self, timeout_s):
         """Whether more may come; raises OSError at the end."""

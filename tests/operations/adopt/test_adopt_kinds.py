@@ -386,7 +386,7 @@ class TestDisks:
             with pytest.raises(errors.HostFailed, match="read-only file system"):
                 place.host.adopt("web", hvmgr.AdoptOptions(home=mount / "home"))
         finally:
-            place.run("umount", mount)
+            place.run("umount", "-l", mount)
 
 
 class TestOthers:

@@ -22,8 +22,10 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import importlib
 import json
 import os
+import pkgutil
 import random
 import re
 import select
@@ -54,9 +56,13 @@ from hvmgr.model import configuration
 from hvmgr.model.tree import Tree
 from hvmgr.storage import durable, frozen, index, vm_home
 
+for _one in pkgutil.walk_packages(hvmgr.__path__, "hvmgr."):
+    if not _one.name.endswith("__main__"):
+        importlib.import_module(_one.name)  # once, not in each child
+
 NAME = "web"
 DISK = 1 << 20
-CHILD_S = 60.0
+CHILD_S = 120.0
 
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT[0-9:.]+Z")
@@ -170,7 +176,7 @@ def _read_all(reader: int, pid: int, kill_after_s: float | None) -> bytes:
             pieces.append(piece)
 
 
-def left_over(session: int, *, wait_s: float = 3.0) -> list[str]:
+def left_over(session: int, *, wait_s: float = 30.0) -> list[str]:
     """Command lines of what still runs of a dead child; its storage daemon ends with it."""
     deadline = time.monotonic() + wait_s
     while (found := _running(session)) and time.monotonic() < deadline:
@@ -245,7 +251,7 @@ def opened(place: Place, notices: list[str] | None = None) -> Iterator[hvmgr.Hos
     os.environ["HVMGR_INDEX"] = str(place.index)
     reporter = hvmgr.Reporter(notice=(notices if notices is not None else []).append)
     uri = os.environ.get("HVMGR_CRASH_URI", "qemu:///system")
-    with hvmgr.Host.open(uri, root=place.homes, wait_s=20, reporter=reporter) as host:
+    with hvmgr.Host.open(uri, root=place.homes, wait_s=60, reporter=reporter) as host:
         yield host
 
 
@@ -268,7 +274,7 @@ def write_off(host: hvmgr.Host, pattern: int, offset: str = "0", *, slot: str = 
     """64 KiB of a byte on a disk of a VM that is off."""
     path = host.vm(NAME).now().disks[slot]
     command = ["qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {offset} 64k", path]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def set_memory(host: hvmgr.Host, value: int) -> None:
@@ -480,7 +486,7 @@ def content(forest: Tree, path: str) -> str:
 
 def standing_alone(path: Path) -> str:
     """What a guest would read from an image without parent."""
-    info = subprocess.run(["qemu-img", "info", "-U", str(path)], check=True, capture_output=True, text=True, timeout=20)
+    info = subprocess.run(["qemu-img", "info", "-U", str(path)], check=True, capture_output=True, text=True, timeout=60)
     assert "backing file" not in info.stdout, info.stdout
     return _content(path, "qcow2", ("content", _hash(path)))
 
@@ -494,7 +500,7 @@ def _content(path: Path, fmt: str, key: tuple[str, ...]) -> str:
 def _words(source: str, fmt: str) -> str:
     target = Path(f"/dev/shm/hvmgr-crash-{os.getpid()}")
     command = ["qemu-img", "convert", "-U", "-f", fmt, "-O", "raw", source, str(target)]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
     data = target.read_bytes()
     target.unlink()
     pieces = [data[start : start + 65536] for start in range(0, len(data), 65536)]
@@ -510,7 +516,7 @@ def checked(path: str, fmt: str) -> str:
     key = ("check", _hash(Path(path)))
     if key not in _known:
         command = ["qemu-img", "check", "-U", "-q", "-f", fmt, path]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         _known[key] = f"{done.returncode} {done.stdout}{done.stderr}".strip()
     return _known[key]
 
@@ -725,7 +731,7 @@ def _snapshots_of(domain: Domain) -> list[tuple[str, bool]]:
 
 def copy_tree(source: Path, target: Path) -> None:
     """With owners, modes, times and holes."""
-    subprocess.run(["cp", "-a", str(source), str(target)], check=True, timeout=20)
+    subprocess.run(["cp", "-a", str(source), str(target)], check=True, timeout=60)
 
 
 def remove_domains(host: hvmgr.Host) -> None:

@@ -96,14 +96,14 @@ def small_file_system(megabytes: int):
     image, folder = FOLDER / "small.img", FOLDER / "small"
     with image.open("wb") as file:
         file.truncate(megabytes << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image)], check=True, timeout=20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image)], check=True, timeout=60)
     folder.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True, timeout=20)
+    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True, timeout=60)
     try:
         folder.chmod(0o711)
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True, timeout=20)
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=60)
         image.unlink()
 
 
@@ -218,12 +218,12 @@ def read_only_home():
     """Nothing was changed, and the message says why."""
     case = Case("create-off")
     home = case.place.homes
-    subprocess.run(["mount", "--bind", str(home), str(home)], check=True, timeout=10)
-    subprocess.run(["mount", "-o", "remount,bind,ro", str(home)], check=True, timeout=10)
+    subprocess.run(["mount", "--bind", str(home), str(home)], check=True, timeout=60)
+    subprocess.run(["mount", "-o", "remount,bind,ro", str(home)], check=True, timeout=60)
     try:
         answer = case.attempt(lambda host, stack: None)
     finally:
-        subprocess.run(["umount", str(home)], check=True, timeout=10)
+        subprocess.run(["umount", "-l", str(home)], check=True, timeout=60)
     assert "read-only" in answer["message"], answer
     case.require(answer, "HostFailed", "before")
 
@@ -264,7 +264,7 @@ def kill_daemon(place: Path) -> None:
     for note in place.homes.glob("*/.hvmgr/daemon"):
         pid = int(note.read_text().split()[0])
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while process.start_time(pid) is not None and time.monotonic() < deadline:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 break
@@ -308,7 +308,7 @@ def kill_qemu(host) -> None:
                 line = (entry / "cmdline").read_bytes()
                 if b"qemu-system" in line and uuid.encode() in line:
                     os.kill(int(entry.name), signal.SIGKILL)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while host.connection.find_domain(uuid).is_active() and time.monotonic() < deadline:
         time.sleep(0.01)
 
@@ -476,17 +476,22 @@ def waiting_command():
 
 def stopped_while_preparing():
     """SIGINT and SIGTERM before the switch: Cancelled, nothing left."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        for name in ("create-off", "apply-off", "vm-create-copy", "running-create"):
-            case = Case(name)
-            for kind in (plan.CreateImage, plan.FreezeImage, plan.CopyImage, plan.MakeSnapshotFolder):
+    for name in ("create-off", "apply-off", "vm-create-copy", "running-create"):
+        case = Case(name)
+        for kind in (plan.CreateImage, plan.FreezeImage, plan.CopyImage, plan.MakeSnapshotFolder):
+            for number in (signal.SIGINT, signal.SIGTERM):
                 forked(case._reset)
-                answer = case.attempt(lambda host, stack, kind=kind: stack.enter_context(signalled(kind, number)))
+                answer = stopped(case, kind, number)
                 if answer["error"] is None:
                     assert case.outcome() == "after", (name, kind)
-                else:
-                    assert answer["exit"] == 130, answer
-                    case.require(answer, "Cancelled", "after" if "complete already" in answer["message"] else "before")
+                    break  # the operation has no such step
+                assert answer["exit"] == 130, answer
+                case.require(answer, "Cancelled", "after" if "complete already" in answer["message"] else "before")
+
+
+def stopped(case, kind, number):
+    """The answer to an operation that gets a signal in the middle of its first step of a kind."""
+    return case.attempt(lambda host, stack: stack.enter_context(signalled(kind, number)))
 
 
 @contextlib.contextmanager
@@ -505,12 +510,11 @@ def signalled(kind, number):
 def stopped_while_finishing():
     """After the switch a stop comes too late: the operation comes through, and says both with the exit code of a stop."""
     for name in ("create-off", "apply-undo-full", "rename", "vm-delete"):
+        case = Case(name)
+        kind = plan.RemoveHome if name == "vm-delete" else plan.WritePresent
         for number in (signal.SIGINT, signal.SIGTERM):
-            case = Case(name)
-            kind = plan.RemoveHome if name == "vm-delete" else plan.WritePresent
-            answer = case.attempt(
-                lambda host, stack, kind=kind, number=number: stack.enter_context(signalled(kind, number))
-            )
+            forked(case._reset)
+            answer = stopped(case, kind, number)
             assert answer["exit"] == 130, answer
             case.require(answer, "Cancelled", "after")
 
@@ -518,24 +522,23 @@ def stopped_while_finishing():
 def stopped_while_merging():
     """A merge that is stopped waits, and nothing is lost."""
     for name in ("delete-middle", "delete-two-disks"):
+        case = Case(name)
         for kind in (plan.MergeDown, plan.MergeUp, plan.RemoveSnapshot):
             for number in (signal.SIGINT, signal.SIGTERM):
-                case = Case(name)
-                answer = case.attempt(
-                    lambda host, stack, kind=kind, number=number: stack.enter_context(signalled(kind, number))
-                )
+                forked(case._reset)
+                answer = stopped(case, kind, number)
                 assert not answer["open"], answer
                 if answer["error"] is None:
                     assert case.outcome() == "after", answer
-                    continue
+                    break  # the operation has no such step
                 assert answer["exit"] == 130, answer
                 if "complete already" in answer["message"]:
                     assert case.outcome() == "after", answer
                     continue
-                pending, seen = forked(lambda case=case: looked_at(case))[0]
+                pending, seen = forked(lambda: looked_at(case))[0]
                 assert pending, answer
                 assert seen == contents_of(case.before, "two") or name == "delete-two-disks", seen
-                forked(lambda case=case: merged(case))
+                forked(lambda: merged(case))
                 assert case.outcome() == "after", answer
 
 

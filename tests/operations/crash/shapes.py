@@ -82,7 +82,7 @@ def big(host, *, below, above):
         if size:
             path = vm(host).now().disks["hda"]
             command = ["qemu-io", "-f", "qcow2", "-c", f"write -P {size} {size}M {size}M", path]
-            subprocess.run(command, check=True, capture_output=True, timeout=20)
+            subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def with_undo(host):
@@ -132,7 +132,7 @@ def lay_over(host, name, pattern, offset):
     """What a backup tool does: an overlay of its own on the working image, in which the VM goes on."""
     path, below = host.root.parent / "outside" / name, vm(host).now().disks["hda"]
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", str(path)]
-    subprocess.run(command, check=True, timeout=20)
+    subprocess.run(command, check=True, timeout=60)
     path.chmod(0o640)
     domain = host.connection.find_domain_by_name(NAME)
     host.connection.define(domain.xml(live=False).replace(below, str(path)))
@@ -183,8 +183,8 @@ def saved(host):
 def source_image(host):
     """A golden image beside the homes."""
     path = host.root.parent / "outside" / "gold.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(crash.DISK)], check=True, timeout=20)
-    subprocess.run(["qemu-io", "-c", "write -P 0x99 0 64k", str(path)], check=True, timeout=20, capture_output=True)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), str(crash.DISK)], check=True, timeout=60)
+    subprocess.run(["qemu-io", "-c", "write -P 0x99 0 64k", str(path)], check=True, timeout=60, capture_output=True)
     path.chmod(0o600)
 
 
@@ -214,14 +214,14 @@ def write_plain(host, pattern, at):
     domain = host.connection.find_domain_by_name(NAME)
     path = etree.fromstring(domain.xml(live=False)).find("devices/disk/source").get("file")
     command = ["qemu-io", "-f", "qcow2", "-c", f"write -P {pattern} {64 * at}k 64k", path]
-    subprocess.run(command, check=True, capture_output=True, timeout=20)
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def not_ours(host):
     """A VM of libvirt's own with three snapshots, the second with memory; each present has bytes of its own."""
     folder = host.root.parent / "outside"
     image = folder / "a.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(crash.DISK)], check=True, timeout=20)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(crash.DISK)], check=True, timeout=60)
     (folder / "web.xml").write_text(
         f"<domain type='qemu'><name>{NAME}</name><memory unit='MiB'>16</memory><os><type machine='pc'>hvm</type></os>"
         f"<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>"
@@ -244,7 +244,7 @@ def not_ours_inside(host):
     """A VM of libvirt's own with two internal snapshots."""
     folder = host.root.parent / "outside"
     image = folder / "a.qcow2"
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(crash.DISK)], check=True, timeout=20)
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), str(crash.DISK)], check=True, timeout=60)
     (folder / "web.xml").write_text(
         f"<domain type='qemu'><name>{NAME}</name><memory unit='MiB'>16</memory><os><type machine='pc'>hvm</type></os>"
         f"<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{image}'/>"
@@ -306,7 +306,7 @@ def with_overlay(host):
     working = Path(vm(host).now().disks[SLOT])
     overlay = working.with_suffix(".theirs")
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", working, "-F", "qcow2", overlay]
-    subprocess.run(command, check=True, timeout=20)
+    subprocess.run(command, check=True, timeout=60)
     overlay.chmod(0o600)
     point(host, overlay)
 
@@ -323,7 +323,7 @@ def pulled(host):
     working = vm(host).now().disks[SLOT]
     below = snapshot(host, "three").disks[SLOT]
     command = ["qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", working, f"{working}.new"]
-    subprocess.run(command, check=True, timeout=20)
+    subprocess.run(command, check=True, timeout=60)
     Path(f"{working}.new").rename(working)
     Path(working).chmod(0o600)
     assert Path(below).exists()
@@ -332,7 +332,7 @@ def pulled(host):
 def committed(host):
     """Somebody ran qemu-img commit on the working image."""
     line(host)
-    subprocess.run(["qemu-img", "commit", "-q", "-f", "qcow2", vm(host).now().disks[SLOT]], check=True, timeout=20)
+    subprocess.run(["qemu-img", "commit", "-q", "-f", "qcow2", vm(host).now().disks[SLOT]], check=True, timeout=60)
 
 
 def point(host, path, *, write=False):
@@ -340,7 +340,7 @@ def point(host, path, *, write=False):
     if write:
         path.chmod(0o600)
         command = ["qemu-io", "-f", "qcow2", "-c", "write -P 0x99 256k 64k", str(path)]
-        subprocess.run(command, check=True, timeout=20, capture_output=True)
+        subprocess.run(command, check=True, timeout=60, capture_output=True)
     xml = host.connection.find_domain_by_name(NAME).xml(live=False)
     host.connection.define(xml.replace(vm(host).now().disks[SLOT], str(path)))
 
@@ -442,9 +442,9 @@ def copied(host):
     """A forked tree, and its home as a folder outside that nobody writes."""
     forked_tree(host)
     target = source(host)
-    subprocess.run(["cp", "-a", str(vm(host).path), str(target)], check=True, timeout=20)
-    subprocess.run(["rm", "-r", str(target / ".hvmgr")], check=True, timeout=20)
-    subprocess.run(["chmod", "-R", "a-w", str(target)], check=True, timeout=20)
+    subprocess.run(["cp", "-a", str(vm(host).path), str(target)], check=True, timeout=60)
+    subprocess.run(["rm", "-r", str(target / ".hvmgr")], check=True, timeout=60)
+    subprocess.run(["chmod", "-R", "a-w", str(target)], check=True, timeout=60)
 
 
 def packed(host):
@@ -469,6 +469,19 @@ def bring(**options):
     return lambda host: host.import_vm(source(host), hvmgr.ImportOptions(**options))
 
 
+def exported_saved(host):
+    """A VM with a snapshot, and its export from when it was saved; the VM has gone on since, and is saved again."""
+    off(host)
+    take(host, "one", 0x20)
+    saved(host)
+    folder = vm(host).export(source(host).parent)
+    folder.chmod(0o755)
+    folder.rename(source(host))
+    vm(host).start()
+    vm(host).stop(force=True)
+    write_off(host, 0x30, "192k")
+
+
 def linked(host):
     """A linked VM with a snapshot of its own."""
     gone_away(host)
@@ -488,11 +501,15 @@ IMPORTS = {
     "import-register-new-id": Shape(gone_away, bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True),
     "import-link": Shape(gone_away, bring(mode=hvmgr.Mode.LINK), again=True),
     "import-replace": Shape(copied, bring(new_id=False, replace=True)),
+    "import-replace-memory": Shape(exported_saved, bring(new_id=False, replace=True), live=saved),
     "clone-snapshot": Shape(forked_tree, clone(snapshot="two"), again=True),
     "clone-linked": Shape(forked_tree, clone(snapshot="two", linked=True), again=True),
     "move": Shape(forked_tree, lambda host: vm(host).move(host.root / "else")),
     "resize": Shape(line, lambda host: vm(host).resize_disk("hda", 2 * crash.DISK)),
     "resize-smaller": Shape(partitioned, lambda host: vm(host).resize_disk("hda", crash.DISK // 2, shrink=True)),
+    "localize-working": Shape(
+        lambda host: (gone_away(host), bring(mode=hvmgr.Mode.LINK)(host)), lambda host: vm(host).localize("hda")
+    ),
     "localize": Shape(linked, lambda host: vm(host).localize("hda")),
     "import-memory": Shape(lambda host: (with_memory(host), away(host)), bring(new_id=True), again=True),
     "import-memory-register": Shape(
@@ -504,8 +521,8 @@ IMPORTS = {
 def away(host):
     """The VM's home as a folder outside; the VM is no more."""
     target = source(host)
-    subprocess.run(["cp", "-a", str(vm(host).path), str(target)], check=True, timeout=20)
-    subprocess.run(["rm", "-r", str(target / ".hvmgr")], check=True, timeout=20)
+    subprocess.run(["cp", "-a", str(vm(host).path), str(target)], check=True, timeout=60)
+    subprocess.run(["rm", "-r", str(target / ".hvmgr")], check=True, timeout=60)
     vm(host).delete(with_disks=True)
 
 

@@ -12,10 +12,12 @@ SHAPES = {
     "import-register-new-id": 9,
     "import-link": 7,
     "import-replace": 11,
+    "import-replace-memory": 29,
     "clone-snapshot": 9,
     "clone-linked": 7,
     "move": 13,
     "localize": 13,
+    "localize-working": 19,
     "import-memory": 13,
     "import-memory-register": 11,
 }

@@ -380,7 +380,7 @@ def test_read_only_home_is_examined(bench, vm):
         Path(vm.snapshot("a").disks["hda"]).stat()
         assert bench.host.repair(str(vm.path)) == []
     finally:
-        subprocess.run(["umount", vm.path], check=True)
+        subprocess.run(["umount", "-l", vm.path], check=True)
     bench.healthy(vm)
 
 

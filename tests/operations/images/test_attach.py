@@ -13,7 +13,7 @@ import pytest
 
 import hvmgr
 from hvmgr import errors, vhd
-from hvmgr.host import image_export, loop
+from hvmgr.host import image_export, loop, process
 from hvmgr.operations import image_users
 from hvmgr.storage import attachments, durable, start_guard
 from tests.operations.images import attaching as help_
@@ -196,6 +196,7 @@ def test_lost_write_is_told(host, tmp_path):
         head -c 4M /dev/urandom > $device
         {hvmgr_} detach $device
         echo $?
+        mount -o remount,size=32M {place}
         {hvmgr_} detach $device > /dev/null && umount {place}"""
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=True
@@ -205,15 +206,16 @@ def test_lost_write_is_told(host, tmp_path):
     assert help_.is_clean()
 
 
-def test_open_device_is_not_detached_and_stays(host, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "_END_S", 0.2)
+def test_open_device_is_not_detached_and_stays(host, tmp_path):
     disk = Memory(4 * MIB)
     put_mbr(disk, [(7, 2048, 4096)])
     path = tmp_path / "disk.raw"
     path.write_bytes(disk.data)
     shown = host.attach_image(path)
-    with open(shown.partitions[0][0], "rb"), pytest.raises(errors.Conflict, match=r"has .* open"):
-        host.detach_image(path)
+    with pytest.MonkeyPatch.context() as patch, open(shown.partitions[0][0], "rb"):
+        patch.setattr(loop, "_END_S", 0.2)
+        with pytest.raises(errors.Conflict, match=r"has .* open"):
+            host.detach_image(path)
     assert host.attachments() == [shown]
     help_.write(shown.partitions[0][0], 0, b"still")
     host.detach_image(path)
@@ -320,13 +322,19 @@ class TestRefusals:
 # --- what dies ------------------------------------------------------------------------------------------------------
 
 
+def cmdline(pid):
+    return Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
 class TestLeftOver:
     def test_dead_daemon_is_listed_and_cleaned_by_the_next_command(self, host, tmp_path, said):
-        path = make(tmp_path / "disk.qcow2", "qcow2")
+        path = make(tmp_path / "disk.vhd", "vpc subformat=dynamic,force_size=on")
         one = host.attach_image(path).attachment
-        for pid, _ in one.processes:
-            os.kill(pid, signal.SIGKILL)
-        image_export.end(Path(one.folder))
+        help_.write(one.device, 0, b"lost")
+        daemon, server = sorted(one.processes, key=lambda one: b"block_server" in cmdline(one[0]))
+        os.kill(daemon[0], signal.SIGKILL)
+        process.end(*daemon, timeout_s=60)
+        assert process.is_running(*server)
         (shown,) = host.attachments()
         assert not shown.is_alive
         other = make(tmp_path / "other.raw", "raw")
@@ -345,6 +353,14 @@ class TestLeftOver:
         assert attachments.users([str(path)]) == {}
         host.attach_image(path)
         host.detach_image(path)
+        assert help_.is_clean()
+
+    def test_image_that_went_away_is_told(self, host, tmp_path):
+        path = make(tmp_path / "disk.raw", "raw")
+        host.attach_image(path)
+        path.rename(tmp_path / "moved.raw")
+        with pytest.raises(errors.HostFailed, match="removed or replaced"):
+            host.detach_image(path)
         assert help_.is_clean()
 
     def test_device_that_others_detached_goes(self, host, tmp_path):
@@ -376,6 +392,8 @@ def killed_before(number, act):
     pid = os.fork()
     if pid == 0:
         count = 0
+        signal.alarm(120)  # it never hangs for ever
+        image_users._domains = lambda _: {}
         try:
 
             def counted(real):
@@ -393,7 +411,8 @@ def killed_before(number, act):
             act()
         finally:
             os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    status = os.waitpid(pid, 0)[1]
+    return os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def test_killed_attach_leaves_nothing(host, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -72,11 +73,28 @@ class TestHost:
             {"paths": {"/nowhere": "/x"}},
             {"disks": {"vdz": "/x"}},
             {"disk_targets": {"vdz": "/x"}},
+            {"vlans": {"52:54:00:00:00:99": "7"}},
         ):
-            with pytest.raises(errors.UsageError) as caught:
-                bench.bring(source, **wish)
-            assert "would be ignored" in caught.value.message
-            assert next(iter(next(iter(wish.values())))) in caught.value.message
+            for ask in (bench.bring, bench.codes):  # a plan has no place for what is not there
+                with pytest.raises(errors.UsageError) as caught:
+                    ask(source, **wish)
+                assert "would be ignored" in caught.value.message
+                assert next(iter(next(iter(wish.values())))) in caught.value.message
+
+    def test_places_that_cannot_be(self, bench, branched):
+        source = bench.take_away(branched)
+        file = bench.image("file")
+        assert bench.codes(source, vm_path=file) == ["target-exists"]
+        assert bench.codes(source, disk_path=file) == ["target-exists"]
+        for wish in ({"vm_path": source}, {"disk_targets": {"hda": str(source / "base.qcow2")}}):
+            with pytest.raises(errors.UsageError, match="is inside the source"):
+                bench.codes(source, **wish)
+        with pytest.raises(errors.UsageError, match="it holds no snapshot that the source lacks"):
+            bench.codes(source, snapshot_source=bench.place)
+        with pytest.raises(errors.NotFound, match="there is no folder"):
+            bench.codes(source, snapshot_source=bench.place / "nothing")
+        with pytest.raises(errors.NotFound, match="to replace"):
+            bench.codes(source, new_id=False, replace=True)
 
     def test_unknown_machine_and_firmware(self, bench, branched):
         source = bench.take_away(branched)
@@ -191,6 +209,19 @@ class TestSource:
             bench.bring(place / "text")
 
 
+@pytest.mark.parametrize("what", [".", "Virtual Machines", "Snapshots"])
+def test_share_that_cannot_be_read(bench, branched, what):
+    """A folder that says nothing is not an empty one."""
+    source = bench.take_away(branched)
+    (source / what).chmod(0)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(errors.HostFailed, match="no permission for"):
+            source_home.open_source(source)
+    finally:
+        os.seteuid(0)
+
+
 class TestHostileSource:
     """Whoever made the source may not wish us well."""
 
@@ -236,7 +267,7 @@ class TestHostileSource:
     def test_parent_that_is_another_file(self, bench, source, secret):
         (path,) = source_home.open_source(source).disks.values()
         Path(path).chmod(0o600)
-        subprocess.run(["qemu-img", "rebase", "-u", "-F", "raw", "-b", secret, path], check=True, timeout=20)
+        subprocess.run(["qemu-img", "rebase", "-u", "-F", "raw", "-b", secret, path], check=True, timeout=60)
         assert "image-outside" in bench.codes(source)
 
     def test_circle_of_images(self, bench, source):
@@ -246,7 +277,7 @@ class TestHostileSource:
         child = Path(chain[-2].path)
         child.chmod(0o600)
         name = Path(top).name
-        subprocess.run(["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", name, child], check=True, timeout=20)
+        subprocess.run(["qemu-img", "rebase", "-u", "-F", "qcow2", "-b", name, child], check=True, timeout=60)
         assert "cycle" in bench.codes(source)
 
     def test_circle_of_snapshots(self, bench, source):

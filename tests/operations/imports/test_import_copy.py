@@ -153,6 +153,12 @@ def test_disk_target(bench, branched):
     assert str(bench.place / "fast" / "base.qcow2") in entry.outside
 
 
+def test_folder_for_disks_that_all_go_elsewhere(bench, branched):
+    source = bench.take_away(branched)
+    with pytest.raises(errors.UsageError, match="--disk-path would be ignored: --disk-target wins"):
+        bench.bring(source, disk_targets={"hda": str(bench.place / "base.qcow2")}, disk_path=bench.place / "c")
+
+
 def test_changed_byte_is_found_while_copying(bench, branched):
     source = bench.take_away(branched)
     base = next((source / "Virtual Hard Disks").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from pathlib import Path
 
@@ -59,6 +60,57 @@ def test_dependency_is_known_on_both_sides(bench, branched):
     assert {str(Path(path).parent.parent) for path in entry.outside} <= {str(gold), str(gold / "Snapshots")}
     note = json.loads((gold.parent / ".web.hvmgr-links" / f"{vm.id}.json").read_text())
     assert (note["name"], note["home"]) == ("linked", str(vm.path))
+
+
+@pytest.fixture
+def linked(bench, branched):
+    """A gold, and a VM that is linked to it."""
+    gold = bench.take_away(branched)
+    return gold, bench.bring(gold, mode=LINK, name="linked")
+
+
+def require_unregistered(bench, gold, user):
+    files = content(gold)
+    with pytest.raises(errors.Conflict, match=user):
+        bench.bring(gold, mode=hvmgr.Mode.REGISTER)
+    assert content(gold) == files
+
+
+def test_gold_with_users_does_not_become_a_vm(bench, linked):
+    """Its guest would write to what they stand on."""
+    gold, vm = linked
+    require_unregistered(bench, gold, "VM linked stands on")
+    bench.check(vm)
+
+
+def test_gold_with_users_that_only_their_notes_know(bench, linked, monkeypatch):
+    gold, vm = linked
+    monkeypatch.setenv("HVMGR_INDEX", str(bench.place / "another index"))
+    require_unregistered(bench, gold, "VM linked stands on")
+    note = gold.parent / ".web.hvmgr-links" / f"{vm.id}.json"
+    note.write_text(note.read_text().replace(socket.gethostname(), "faraway"))
+    require_unregistered(bench, gold, "VM linked on faraway")
+    note.write_text("{")
+    require_unregistered(bench, gold, f"VM {vm.id} .by ")
+
+
+def test_gold_that_nobody_uses_any_more_becomes_a_vm(bench, linked):
+    gold, vm = linked
+    other = bench.bring(gold, mode=LINK, name="other")
+    vm.delete(with_disks=True)
+    other.localize("hda")
+    assert list((gold.parent / ".web.hvmgr-links").iterdir()) == []
+    assert bench.codes(gold, mode=hvmgr.Mode.REGISTER) == ["export-used-up"]
+
+
+def test_home_whose_snapshots_others_share_can_be_registered_again(bench, branched):
+    """Frozen images are not written, and who needs them is counted; only other names would break the links."""
+    before = bench.photo(branched.clone("other", hvmgr.CloneOptions(snapshot="two", linked=True)))
+    bench.domain(branched).undefine()
+    assert bench.codes(branched.path, mode=hvmgr.Mode.REGISTER, new_id=True) == ["source-shared"]
+    vm = bench.bring(branched.path, mode=hvmgr.Mode.REGISTER)
+    bench.check(vm)
+    assert bench.photo(bench.host.vm("other")) == before
 
 
 def test_gold_that_can_be_written_is_refused(bench, branched):

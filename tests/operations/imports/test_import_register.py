@@ -105,7 +105,7 @@ def test_failure_leaves_the_folder_as_it_was(bench, branched, monkeypatch):
 
 
 @pytest.mark.parametrize("wish", [{"vm_path": "/x"}, {"disk_targets": {"hda": "/x"}}, {"disks": {"hda": "/x"}},
-                                  {"without_snapshots": True}])  # fmt: skip
+                                  {"without_snapshots": True}, {"snapshot_source": "/x"}])  # fmt: skip
 def test_value_that_would_be_ignored_is_refused(bench, branched, wish):
     source = bench.take_away(branched)
     with pytest.raises(errors.UsageError):

@@ -78,6 +78,18 @@ def test_without_state(bench, source):
     bench.check(vm)
 
 
+def test_home_is_registered_without_state(bench, source):
+    """Also where one cannot be used."""
+    first = min(source.rglob("memory.save"))
+    first.chmod(0o600)
+    first.write_bytes(b"no saved state")
+    assert bench.codes(source, mode=hvmgr.Mode.REGISTER) == ["saved-state-damaged", "export-used-up"]
+    vm = bench.bring(source, mode=hvmgr.Mode.REGISTER, without_state=True)
+    assert [str(one.state) for one in vm.snapshots()] == ["none", "none"]
+    assert not list(vm.path.rglob("memory.save"))
+    bench.check(vm)
+
+
 def test_network_of_a_saved_state_follows_the_map(bench, source):
     """A map reaches the configurations inside saved states too."""
 

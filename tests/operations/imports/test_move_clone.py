@@ -169,6 +169,17 @@ class TestLocalize:
         vm.snapshot("one").delete()
         bench.check(vm)
 
+    def test_link_that_was_just_made(self, bench, branched):
+        """Its working image itself stands on the gold: the header is changed while nobody may start the VM."""
+        gold = bench.take_away(branched)
+        vm = bench.bring(gold, mode=hvmgr.Mode.LINK)
+        bench.write(vm, 0x55, 3 << 20)
+        before = bench.photo(vm)
+        assert vm.localize("hda")
+        shutil.rmtree(gold)
+        assert bench.photo(vm) == before
+        bench.check(vm)
+
     def test_running(self, bench, linked):
         vm, gold = linked
         before = bench.photo(vm)

@@ -23,7 +23,7 @@ def mounted():
     def mount(source, target):
         target.mkdir(mode=0o711)
         done = subprocess.run(
-            ["mount", "--bind", source, target], check=False, capture_output=True, text=True, timeout=20
+            ["mount", "--bind", source, target], check=False, capture_output=True, text=True, timeout=60
         )
         if done.returncode != 0:
             pytest.skip(f"no bind mount to be had here: {done.stderr.strip()}")
@@ -32,7 +32,7 @@ def mounted():
 
     yield mount
     for target in made:
-        subprocess.run(["umount", target], check=True, timeout=20)
+        subprocess.run(["umount", "-l", target], check=True, timeout=60)
 
 
 WAYS = ("plain", "symbolic link", "hard link", "bind mount")

@@ -349,7 +349,7 @@ def test_base_that_became_shared_later_is_not_frozen_under_the_writer(bench, bas
 @pytest.fixture
 def device(bench):
     raw = bench.image("device.img", fmt="raw", fill=(1, 2, 3, 4))
-    done = subprocess.run(["losetup", "--find", "--show", raw], check=False, capture_output=True, text=True, timeout=20)
+    done = subprocess.run(["losetup", "--find", "--show", raw], check=False, capture_output=True, text=True, timeout=60)
     if done.returncode != 0:
         pytest.skip(f"no loop device to be had here: {done.stderr.strip()}")
     device = Path(done.stdout.strip())

@@ -1,0 +1,80 @@
+"""The counting guest with a real guest agent: Debian's qemu-guest-agent and its libraries, in a second part of its initramfs.
+
+Its disk has, besides the counter, an ext4 on its first partition, which the guest writes all the time. Whether that was
+at rest when a disk was frozen, the disk itself says: Linux clears "needs recovery" in the superblock of an ext4 while it
+is frozen (ext4_freeze in fs/ext4/super.c), and sets it as long as it is mounted for writing otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+from hvmgr.faces import guest
+
+_PACKAGE = "qemu-guest-agent"
+_INIT = Path(__file__).with_name("agent_init.sh")
+
+_FILES_AT = 2 << 20  # behind the counter
+_SIZE = 8 << 20
+_FEATURES_AT = _FILES_AT + 1024 + 0x60  # s_feature_incompat of struct ext4_super_block
+_NEEDS_RECOVERY = 0x4
+
+
+def build(counting, folder):
+    """The guest; ``folder`` keeps the agent, which is downloaded once (0.4 MB)."""
+    agent = folder / "qemu-ga"
+    if not agent.is_file():
+        with tempfile.TemporaryDirectory(prefix="hv") as place:
+            files = guest._unpacked(_PACKAGE, Path(place) / "agent")
+            shutil.copy(files / "usr/sbin/qemu-ga", folder / "qemu-ga.part")
+        (folder / "qemu-ga.part").rename(agent)
+    initrd = folder / "initrd"
+    initrd.write_bytes(counting.initrd.read_bytes() + guest.pack(_contents(agent)))
+    return dataclasses.replace(counting, initrd=initrd, memory_size=counting.memory_size + (16 << 20))
+
+
+def _contents(agent):
+    """Names, modes, bytes: the agent, the libraries that this host's loader finds for it, and an init around ours."""
+    shown = subprocess.run(["ldd", agent], check=True, capture_output=True, text=True, timeout=20).stdout
+    libraries = [Path(name) for name in re.findall(r"(/\S+) \(0x", shown)]
+    folders = {"agent", "files"}
+    for name in libraries:
+        folders |= {str(one).lstrip("/") for one in name.parents if str(one) != "/"}
+    for folder in sorted(folders):
+        yield folder, 0o040755, b""
+    for name in libraries:
+        yield str(name).lstrip("/"), 0o100755, name.read_bytes()
+    yield "bin/qemu-ga", 0o100755, agent.read_bytes()
+    yield "count", 0o100755, guest._INIT.read_bytes()
+    yield "init", 0o100755, _INIT.read_bytes()
+
+
+def make_disk(path):
+    """A qcow2 with room for the counter, and one partition with an empty ext4."""
+    raw = path.with_suffix(".raw")
+    with raw.open("wb") as file:
+        file.truncate(_SIZE)
+        entry = struct.pack("<8BII", 0, 0, 0, 0, 0x83, 0, 0, 0, _FILES_AT // 512, (_SIZE - _FILES_AT) // 512)
+        file.write(bytes(446) + entry + bytes(48) + b"\x55\xaa")
+    blocks = (_SIZE - _FILES_AT) // 1024
+    command = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-E", f"offset={_FILES_AT},lazy_journal_init=1"]
+    subprocess.run([*command, raw, f"{blocks}"], check=True, timeout=20)
+    subprocess.run(["qemu-img", "convert", "-q", "-O", "qcow2", raw, path], check=True, timeout=20)
+    raw.unlink()
+    return path
+
+
+def was_at_rest(image, fmt="qcow2"):
+    """Whether the ext4 on a disk's image was at rest when nobody wrote to the image any more."""
+    command = ["qemu-io", "-r", "-U", "-f", fmt, "-c", f"read -v {_FEATURES_AT} 4", str(image)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+    found = re.search(r"^[0-9a-f]{8}:  ((?:[0-9a-f]{2} ){4})", shown, re.MULTILINE)
+    features = int.from_bytes(bytes.fromhex(found[1]), "little")
+    assert features & 0x40, "no ext4 with extents is there"
+    return not features & _NEEDS_RECOVERY
