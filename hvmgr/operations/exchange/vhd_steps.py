@@ -27,13 +27,15 @@ _ZEROS = bytes(_CLUSTER)
 
 def convert(session: Session, step: plan.ConvertVhd) -> None:
     """The image is complete and on disk; the VHD is the one that was recorded."""
+    from hvmgr import vhd
+
     source, target = Path(step.source), Path(step.target)
     if step.sha256 and copy.sha256(source) != step.sha256:
         raise errors.Corrupt(
             f"{source} holds other bytes than were recorded", hint="get a whole copy of the file", path=str(source)
         )
     backing = None if step.parent is None or step.parent_format is None else (step.parent, step.parent_format)
-    if backing is None and _qemu_agrees(source):
+    if backing is None and vhd.qemu_reads_alike(source):  # it is faster than we are
         qemu_img.flatten(
             source,
             images.VPC,
@@ -46,26 +48,6 @@ def convert(session: Session, step: plan.ConvertVhd) -> None:
     durable.set_mode(target, 0o600)
     durable.set_owner(target, session.owner)
     durable.sync_file(target)
-
-
-def _qemu_agrees(source: Path) -> bool:
-    """Whether QEMU, which ignores bitmaps and believes few creators, reads the same: it is faster than we are."""
-    from hvmgr import vhd
-    from hvmgr.vhd.format import UNUSED
-
-    try:
-        images.read(source, images.VPC)
-    except errors.HvmgrError:
-        return False
-    with vhd.open_image(source) as image:
-        if image.block_size == 0:
-            return True
-        held = sum(one.length for one in image.stretches() if one.data)
-        blocks, size, last = image.table, image.block_size, (image.size - 1) // image.block_size
-        whole = blocks.count() * size
-        if len(blocks) > last and blocks[last] != UNUSED:
-            whole -= (last + 1) * size - image.size
-        return held == whole
 
 
 def _write_image(session: Session, step: plan.ConvertVhd, backing: tuple[str, str] | None) -> None:

@@ -126,6 +126,19 @@ class TestWhole:
         assert str(vm.state()) == "running"
         vm.stop(force=True)
 
+    def test_saved_memory_comes_back_to_its_vm(self, bench, branched):
+        bench.start(branched)
+        bench.domain(branched).managed_save()
+        file = packed(bench, branched)
+        branched.start()
+        branched.stop(force=True)
+        vm = bench.bring(file, new_id=False, replace=True)
+        assert str(vm.state()) == "saved"
+        assert not (vm.path / ".hvmgr" / "unpacked.save").exists()
+        vm.start()
+        assert str(vm.state()) == "running"
+        vm.stop(force=True)
+
     def test_plan_names_the_archive(self, bench, archive):
         file, _, _ = archive
         plan = bench.host.plan_import(file)
