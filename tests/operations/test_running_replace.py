@@ -49,8 +49,10 @@ def exported(machine, out):
 def test_guest_goes_on_from_the_exported_moment_as_often_as_wanted(exported):
     machine, folder = exported
     counts = []
-    for _ in range(2):
+    for number in range(2):
         replace(machine, folder)
+        machine.check()
+        machine.vm.create_snapshot(f"saved {number}")  # the memory goes along with the disks
         machine.check()
         counts.append(starts_at(machine))
         machine.run_for(3)

@@ -83,8 +83,9 @@ def _place(session: Session, dest: Path) -> Place:
         raise errors.UsageError(
             f"{folder} is in the VM's own home, and an export would copy itself", hint="choose a folder outside it"
         )
-    if folder.exists() and not folder.is_dir():
-        raise errors.UsageError(f"{folder} is no folder", hint="name the folder that is to hold the export")
+    above = next(one for one in (folder, *folder.parents) if one.exists())
+    if not above.is_dir():
+        raise errors.UsageError(f"{above} is no folder", hint="name the folder that is to hold the export")
     if folder == session.home.path.parent:
         raise errors.UsageError(
             f"{folder} holds the home itself, and an export in there would be taken for a VM's home",

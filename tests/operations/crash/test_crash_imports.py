@@ -17,7 +17,7 @@ SHAPES = {
     "clone-linked": 7,
     "move": 13,
     "localize": 13,
-    "localize-working": 19,
+    "localize-working": 41,
     "import-memory": 13,
     "import-memory-register": 11,
 }

@@ -271,6 +271,9 @@ class TestRefusals:
                 bench.export(vm, vm.path / inside)
         with pytest.raises(errors.UsageError, match="holds the home"):
             bench.export(vm, vm.path.parent)
+        for file in (bench.image("file"), bench.place / "file" / "below"):
+            with pytest.raises(errors.UsageError, match="file is no folder"):
+                bench.export(vm, file)
 
     def test_existing_destination_is_never_replaced(self, bench):
         vm = bench.make(4)
