@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 _numbers = itertools.count()
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a job in the background; whatever a test interrupts would have it
+# A job in the background ignores SIGINT, and whatever a test interrupts would do so too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 private_libvirt.take_place_of_init()
 

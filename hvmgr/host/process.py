@@ -77,10 +77,17 @@ class Spawned:
 
     def wait(self, timeout_s: float) -> int | None:
         """The exit code as soon as it is known; None when it still runs after ``timeout_s``."""
-        try:
-            return self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return None
+        if self._process.poll() is None:
+            descriptor = os.pidfd_open(
+                self.pid
+            )  # still ours: nobody else collects it. Popen's own wait only looks at times
+            try:
+                poller = select.poll()
+                poller.register(descriptor, select.POLLIN)
+                poller.poll(timeout_s * 1000)
+            finally:
+                os.close(descriptor)
+        return self._process.poll()
 
     def stderr_text(self) -> str:
         """All that the program has written to its stderr so far."""
