@@ -187,6 +187,7 @@ def chain_of(path: Path, fmt: str) -> list[Link]:
             raise errors.Corrupt(f"the chain of {path} runs in a circle at {here}", path=str(path))
         step = None
         if stated == VHDX:
+            images.require_usable(here)
             links.append(Link(here, VHDX))
             continue
         if stated == images.VPC and not _qemu_reads(here):
