@@ -47,7 +47,7 @@ def _identity_findings(connection: Connection, comparison: Comparison) -> Iterat
         name = same_id.name if same_id is not None else elsewhere[0].name
         sentence = f"the id {who.vm_id} belongs to the VM '{name}'"
         yield found("id-in-use", sentence, who.vm_id, "--new-id, or --keep-id --replace to put it in its place")
-    if options.replace and same_id is None:
+    if options.replace and same_id is None and all(one.vm_id != who.vm_id for one in index.entries()):
         raise errors.NotFound(
             f"there is no VM with the id {who.vm_id} to replace", hint="import it with --keep-id alone", id=who.vm_id
         )

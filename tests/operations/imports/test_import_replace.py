@@ -54,6 +54,13 @@ def test_nothing_to_replace(bench, branched):
         bench.bring(source, new_id=False, replace=True)
 
 
+def test_vm_that_libvirt_has_forgotten_is_replaced(bench, branched):
+    source = bench.make_export(bench.copy(branched))
+    bench.domain(branched).undefine()
+    vm = bench.bring(source, new_id=False, replace=True)
+    bench.check(vm)
+
+
 def test_running_vm_is_put_away(bench, branched):
     source = bench.make_export(bench.copy(branched))
     bench.start(branched)
