@@ -120,6 +120,15 @@ def _ascend(places: array[int]) -> bool:
     return all(map(le, places, islice(places, 1, None)))
 
 
+def _sorted(places: array[int]) -> array[int]:
+    """In parts, because a list of numbers takes ten times the memory of an array."""
+    low, high, found = min(places), max(places), array("I")
+    step = (high - low) // (len(places) // _PART + 1) + 1
+    for start in range(low, high + 1, step):
+        found.extend(sorted(filter(range(start, start + step).__contains__, places)))
+    return found
+
+
 def overlaps(places: Sequence[int], stride: int) -> list[tuple[int, int]]:
     """Pairs of neighbours that are closer than ``stride`` sectors; the first few."""
     if len(places) < 2 or min(map(sub, islice(places, 1, None), places)) >= stride:
@@ -133,12 +142,3 @@ def within(places: Sequence[int], stride: int, start: int, end: int) -> Sequence
     low = bisect_left(places, start // SECTOR - stride + 1)
     high = bisect_left(places, -(-end // SECTOR))
     return places[low : min(high, low + 16)]
-
-
-def _sorted(places: array[int]) -> array[int]:
-    """In parts, because a list of numbers takes ten times the memory of an array."""
-    low, high, found = min(places), max(places), array("I")
-    step = (high - low) // (len(places) // _PART + 1) + 1
-    for start in range(low, high + 1, step):
-        found.extend(sorted(filter(range(start, start + step).__contains__, places)))
-    return found
