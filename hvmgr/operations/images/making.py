@@ -248,7 +248,7 @@ def _convert(
         _convert_to_vhd(found, parent, part, path, step, what, report)
     elif parent is not None:
         _convert_to_child(found, parent, part, path, step, what, report)
-    elif _is_read_by_us(found, fmt):
+    elif not _is_for_qemu(found, fmt):
         with disks.opened(found) as disk:
             if fmt is ImageFormat.RAW:
                 vhd.write_raw(part, disk, on_progress=_counted(what, report))
@@ -256,19 +256,13 @@ def _convert(
                 qemu_img.create(part, fmt.value, size=disk.size, options=_options(fmt, step))
                 disks.write_qemu(part, fmt.value, disk, what=what, report=report)
     else:
-        recognition.require_whole(found)  # at QEMU's own speed, where it shows the same
+        recognition.require_whole(found)
         qemu_img.flatten(
             found.path, found.driver, part, target_fmt=fmt.value, options=_options(fmt, step),
             on_progress=lambda done: report(Progress(min(done, found.size), found.size, what)),
         )  # fmt: skip
     if fmt is ImageFormat.RAW and step.type == ImageType.FIXED:
         durable.fill(part)
-
-
-def _is_read_by_us(found: Recognised, fmt: ImageFormat) -> bool:
-    if found.format is ImageFormat.VHD:
-        return found.is_differencing or not vhd.qemu_reads_alike(found.path)
-    return found.format is fmt is ImageFormat.RAW
 
 
 def _convert_to_child(
@@ -284,6 +278,13 @@ def _convert_to_child(
     with disks.opened(found) as disk, disks.opened(parent) as below:
         qemu_img.create(part, "qcow2", size=disk.size, options=_options(ImageFormat.QCOW2, step), backing=backing)
         disks.write_difference(part, disk, below, what=what, report=report)
+
+
+def _is_for_qemu(found: Recognised, fmt: ImageFormat) -> bool:
+    """Whether QEMU converts it, where the result is not raw: all that it reads as the codec does."""
+    if found.format is ImageFormat.VHD:
+        return fmt is not ImageFormat.RAW and vhd.qemu_reads_alike(found.path)
+    return not found.format is fmt is ImageFormat.RAW
 
 
 def _convert_to_vhd(
