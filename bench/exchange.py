@@ -65,7 +65,6 @@ def _disk(bench: Bench, scale: Scale) -> list[Result]:
             "cp": lambda to: _cp(to, path),
             "convert": lambda to: _convert(to, path, "raw"),
             "both": lambda to: _cp_and_hash(to, path),
-            "sha256sum": lambda to: _cp_then_sha256sum(to, path),
         },
     )
     what = f"export, {units.format_size(scale.data)} in {units.format_size(scale.disk)}"
@@ -73,7 +72,6 @@ def _disk(bench: Bench, scale: Scale) -> list[Result]:
     name = "cp --sparse=always" if best == found["cp"] else "qemu-img convert -W -m 16"
     return [
         Result(what, found["export"], found["both"], f"cp and {_HASHING} at once", aim=1.1),
-        Result(what, found["export"], found["sha256sum"], "cp, then sha256sum"),
         Result(f"{what}, no checksums", found["unhashed"], best, name, aim=1.1),
     ]
 
@@ -187,11 +185,6 @@ def _cp_and_hash(to: Path, *paths: str, how: str = "--sparse=always") -> None:
         _cp(to, *paths, how=how)
     if hashing.returncode != 0:
         raise SystemExit(f"bench: {_HASHING} failed")
-
-
-def _cp_then_sha256sum(to: Path, path: str) -> None:
-    _cp(to, path)
-    harness.program(["sha256sum", str(to / Path(path).name)])
 
 
 def _convert(to: Path, path: str, fmt: str) -> None:
