@@ -36,6 +36,9 @@ class How:
     compress: bool = False
 
 
+USUAL = How()
+
+
 @dataclass(frozen=True, slots=True)
 class Switch:
     """The switch to new images with what belongs to it: steps before it, right after it, and when the new state is safe."""
@@ -51,7 +54,6 @@ def plan_switch(
 ) -> Switch:
     """A running or paused VM goes on in its ``children``; ``copies`` are of state files that have to be of that instant."""
     disks = tuple(children.items())
-    compress = (memory_plan.CompressMemory(path=str(memory)),) if memory is not None and how.compress else ()
     size = None if memory is None or not how.in_background else _size_to_reserve(session, state, fallback=how.fallback)
     if size is None:
         stops = state is State.RUNNING and bool(copies)
@@ -59,15 +61,20 @@ def plan_switch(
             prepare=(*((plan.Suspend(),) if stops else ()), *copies),
             switch=plan.SwitchDisks(children=disks, memory=None if memory is None else str(memory)),
             resume=(plan.Resume(),) if stops else (),
-            memory=compress,
+            memory=compression(memory, how),
         )
     pairs = tuple((one.source, one.target) for one in copies if isinstance(one, plan.CopyFile | plan.CopyFolder))
     return Switch(
         prepare=(memory_plan.ReserveMemory(path=str(memory), size=size), *copies),
         switch=plan.SwitchDisks(disks, str(memory), background=True, copies=pairs, fallback=how.fallback),
         resume=(),
-        memory=(memory_plan.AwaitMemory(path=str(memory)), *compress),
+        memory=(memory_plan.AwaitMemory(path=str(memory)), *compression(memory, how)),
     )
+
+
+def compression(memory: Path | None, how: How) -> tuple[Step, ...]:
+    """The step that compresses saved memory, where there is some and that is wanted."""
+    return (memory_plan.CompressMemory(path=str(memory)),) if memory is not None and how.compress else ()
 
 
 def _size_to_reserve(session: Session, state: State, *, fallback: bool) -> int | None:

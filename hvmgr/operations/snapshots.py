@@ -31,7 +31,7 @@ class Wish:
     name: str | None = None
     notes: str = ""
     type: SnapshotType = SnapshotType.STANDARD
-    how: How = How()
+    how: How = background.USUAL
 
 
 # --- create ---------------------------------------------------------------------------------------------------------
@@ -85,7 +85,6 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     copies = _copies_of_firmware(session, present, snapshot_id, nvram=keep_nvram, tpm=has_tpm)
     memory = None if saved is SavedState.NONE else layout.memory(snapshot_id)
     switch: Step
-    after_memory: tuple[Step, ...] = ()
     if active:
         going_on = background.plan_switch(session, state, children, memory, copies, wish.how)
         prepare += going_on.prepare
@@ -97,6 +96,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
         if state is State.SAVED:
             prepare += _steps_for_managed_save(session, before, children, memory)
         switch = plan.Define(xml=after.to_xml())
+        after_memory = background.compression(memory, wish.how)
     finish += [
         *after_memory,
         plan.WriteSnapshot(snapshot_id=snapshot_id, xml=snapshot.to_xml()),
