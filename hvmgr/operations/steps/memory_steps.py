@@ -28,6 +28,7 @@ from hvmgr.operations.session import Session
 from hvmgr.storage import durable
 
 _POLL_S = 0.05
+_ENDS_S = 5.0
 _SAVING = "save the memory"
 STANDS_STILL = "the guest stands still while its memory is saved: "
 
@@ -172,7 +173,7 @@ def await_memory(session: Session, step: memory_plan.AwaitMemory) -> None:
         try:
             _complete(session, domain, memory)
         except (errors.HostFailed, errors.Conflict):
-            if domain.is_active():
+            if not _ends(domain):
                 raise
             session.say(f"{domain.name} ended while its memory was being saved")
             return
@@ -199,6 +200,16 @@ def _complete(session: Session, domain: Domain, memory: Path) -> None:
             f"QEMU failed to save the memory of {domain.name} in the background{why}; it runs on, but its memory cannot be"
             " saved again until the VM is restarted; snapshots with --type disk-only work as before"
         )
+
+
+def _ends(domain: Domain) -> bool:
+    """Whether its QEMU is gone; libvirt may hear of that later than of its silence."""
+    deadline = time.monotonic() + _ENDS_S
+    while domain.is_active():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def _followed(session: Session, domain: Domain) -> Stream:
