@@ -15,6 +15,7 @@ import pytest
 from hvmgr import errors
 from hvmgr.faces import cli, demo, stage
 from hvmgr.faces.witness import Content, Kind, Witness
+from tests import told
 
 COMMAND = [sys.executable, "-m", "hvmgr", "demo"]
 
