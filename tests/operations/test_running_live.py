@@ -18,21 +18,21 @@ from hvmgr import errors
 from hvmgr.host import background_snapshot, saved_state, userfault
 from hvmgr.host.background_snapshot import Phase, Stream
 from hvmgr.host.saved_state import Compression
-from hvmgr.model import memory_plan, plan
+from hvmgr.model import memory_plan
 from hvmgr.model.metadata import SavedState, SnapshotType
 from hvmgr.operations import background, stuck_memory
+from hvmgr.operations.steps import execution, memory_steps
 from tests import private_libvirt
+from tests.operations.conftest import Killed
 
 pytestmark = [pytest.mark.guest, pytest.mark.libvirtd, pytest.mark.timeout(240)]
-
-_WITH_RIGHTS = 'user = "root"\ngroup = "root"\nclear_emulator_capabilities = 0\ndynamic_ownership = 0\n'
 
 
 @pytest.fixture(scope="module")
 def daemon(new_embed_root):
     if os.geteuid() != 0:
         pytest.skip("needs root and libvirtd")
-    with private_libvirt.daemon(new_embed_root(), qemu_conf=_WITH_RIGHTS) as daemon:
+    with private_libvirt.daemon(new_embed_root(), qemu_conf=private_libvirt.WITH_RIGHTS) as daemon:
         yield daemon
 
 
@@ -210,10 +210,10 @@ def test_killed_while_the_memory_is_saved_is_completed_by_the_next_command(live,
     assert_goes_back_to(live, snapshot)
 
 
-def test_killed_with_the_guest_stopped_for_the_switch(live, monkeypatch, kill_at, run_and_die):
+def test_killed_with_the_guest_stopped_for_the_switch(live, monkeypatch, run_and_die):
     """Before the disks were switched: it runs on, and there is no snapshot."""
     late = live.tick()
-    _die_in(monkeypatch, type(live.domain), "switch_disks", kill_at, run_and_die, live)
+    _die_in(monkeypatch, type(live.domain), "switch_disks", run_and_die, live)
     assert live.state() == "paused"
     assert live.vm.snapshots() == []
     assert live.tick().memory > late.memory
@@ -221,10 +221,10 @@ def test_killed_with_the_guest_stopped_for_the_switch(live, monkeypatch, kill_at
     assert live.vm.create_snapshot("two", fallback=False).state is SavedState.RUNNING
 
 
-def test_killed_between_switch_and_stream(live, monkeypatch, kill_at, run_and_die):
+def test_killed_between_switch_and_stream(live, monkeypatch, run_and_die):
     """The disks of the snapshot are whole, and its memory is not there; the guest runs on."""
     late = live.tick()
-    _die_in(monkeypatch, background_snapshot, "start", kill_at, run_and_die, live)
+    _die_in(monkeypatch, background_snapshot, "start", run_and_die, live)
     assert live.state() == "paused"
     (snapshot,) = live.vm.snapshots()
     assert snapshot.state is SavedState.NONE
@@ -235,19 +235,17 @@ def test_killed_between_switch_and_stream(live, monkeypatch, kill_at, run_and_di
     assert live.vm.create_snapshot("two", fallback=False).state is SavedState.RUNNING
 
 
-def _die_in(monkeypatch, owner, name, kill_at, run_and_die, machine):
+def _die_in(monkeypatch, owner, name, run_and_die, machine):
     """The command dies instead of calling a function, in the middle of the switch; nothing is put right."""
-    from hvmgr.operations.steps import memory_steps
-    from tests.operations.conftest import Killed
 
     def die(*_, **__):
         raise Killed
 
-    kill_at(plan.WritePresent)  # undoing is off until then
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, die)
         patched.setattr(memory_steps, "_let_go", lambda _domain: None)
-        patched.setattr("hvmgr.operations.steps.execution._ask_after", lambda *_: False)
+        patched.setattr(execution, "_ask_after", lambda *_: False)
+        patched.setattr(execution, "_go_back", lambda *_: None)
         run_and_die(machine.vm.create_snapshot, "one", fallback=False)
 
 
