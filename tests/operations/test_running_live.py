@@ -198,10 +198,9 @@ def _wait_and_fake(monkeypatch, machine, failed):
     monkeypatch.setattr(background_snapshot, "look", lambda _domain: failed)
 
 
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_killed_while_the_memory_is_saved_is_completed_by_the_next_command(live, kill_at, run_and_die, after):
+def test_killed_while_the_memory_is_saved_is_completed_by_the_next_command(live, kill_at, run_and_die):
     before = live.tick()
-    kill_at(memory_plan.AwaitMemory, after=after)
+    kill_at(memory_plan.AwaitMemory)
     run_and_die(live.vm.create_snapshot, "one", fallback=False)
     (snapshot,) = live.vm.snapshots()
     assert snapshot.state is SavedState.RUNNING
@@ -289,13 +288,12 @@ def test_snapshots_in_a_row_while_the_guest_writes(live):
     thread = threading.Thread(target=watch)
     thread.start()
     try:
-        made = [live.vm.create_snapshot(f"s{number}", fallback=False) for number in range(4)]
+        made = [live.vm.create_snapshot(f"s{number}", fallback=False) for number in range(3)]
     finally:
         stop.set()
         thread.join(60)
     assert all(tick.ok for tick in ticks)
-    assert [one.state for one in made] == [SavedState.RUNNING] * 4
+    assert [one.state for one in made] == [SavedState.RUNNING] * 3
     counts = [live.count_of(one) for one in made]
     assert counts == sorted(counts)
-    for one in (made[2], made[0]):
-        assert_goes_back_to(live, one)
+    assert_goes_back_to(live, made[1])
