@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots, vhd
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, live, snapshots, vhd
 from tests import private_libvirt
 
 SUITES = {
     "snapshots": snapshots.measure,
     "hook": hook.measure,
+    "live": live.measure,
     "beside_libvirt": beside_libvirt.measure,
     "import": exchange_import.measure,
     "exchange": exchange.measure,

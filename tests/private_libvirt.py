@@ -17,6 +17,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# A QEMU that keeps root's rights gets userfaultfd whatever the host's setting is. The files of others stay theirs.
+WITH_RIGHTS = 'user = "root"\ngroup = "root"\nclear_emulator_capabilities = 0\ndynamic_ownership = 0\n'
+
 
 @contextlib.contextmanager
 def roots(capability_cache):

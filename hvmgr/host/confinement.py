@@ -93,11 +93,19 @@ def may_use_kvm(owner: tuple[int, int]) -> bool:
     return bool(facts.st_mode & 0o006 == 0o006)
 
 
-def may_snapshot_in_background(libvirt_version: tuple[int, ...]) -> bool:
-    """Whether QEMU gets userfaultfd here, so that the memory of a running VM can be saved while it goes on."""
+def may_snapshot_in_background(libvirt_version: tuple[int, ...], qemu_version: tuple[int, ...]) -> bool:
+    """Whether QEMU gets userfaultfd here, so that the memory of a running VM can be saved while it goes on.
+
+    By the kernel's setting, or from /dev/userfaultfd, which newer libvirts grant and newer QEMUs use.
+    """
     if _read("proc/sys/vm/unprivileged_userfaultfd") == "1":
         return True
-    return libvirt_version >= (10, 1) and (ROOT / "dev/userfaultfd").exists()
+    return libvirt_version >= (10, 1) and qemu_version >= (8, 0) and (ROOT / "dev/userfaultfd").exists()
+
+
+def has_userfaultfd() -> bool:
+    """Whether the kernel has it at all, and says whom it allows it."""
+    return (ROOT / "proc/sys/vm/unprivileged_userfaultfd").exists()
 
 
 def groups_of(uid: int, gid: int) -> set[int]:

@@ -106,6 +106,18 @@ class Domain:
         with libvirt_door.translated(f"read the live configuration of {self.name}"):
             return str(self._handle().XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE))
 
+    def save_cookie(self) -> str | None:
+        """What libvirt writes beside ``migratable_xml`` into a save file: the CPU as QEMU runs it, where that differs.
+
+        Source: libvirt, src/qemu/qemu_domain.c (``qemuDomainSaveCookieNew``). A restore starts exactly that CPU.
+        """
+        migratable, live = (
+            etree.fromstring(text.encode()).find("cpu") for text in (self.migratable_xml(), self.xml(live=True))
+        )
+        if live is None or (migratable is not None and _canonical(migratable) == _canonical(live)):
+            return None
+        return f"<cookie>\n  {etree.tostring(live, encoding='unicode', with_tail=False)}\n</cookie>\n"
+
     def serial_path(self) -> Path | None:
         """The pty of its first serial port; None when it is off or has none."""
         if not self.is_active():
@@ -336,7 +348,8 @@ class Domain:
         with libvirt_door.translated(f"ask the monitor of {self.name}: {command}", changing=changing):
             answer = json.loads(libvirt_door.monitor_command(self._handle(), json.dumps(request), descriptors))
         if "error" in answer:
-            raise HostFailed(f"QEMU refused {command} for {self.name}: {answer['error'].get('desc')}")
+            words = str(answer["error"].get("desc"))
+            raise HostFailed(f"QEMU refused {command} for {self.name}: {words}", words=words)
         return answer["return"]
 
     def ask_agent(self, command: str, *, timeout_s: int) -> Any:
@@ -404,6 +417,10 @@ def _report(handle: Any, progress: Progress) -> None:
         stats = handle.jobStats(0)
         if stats.get("type", 0) != libvirt.VIR_DOMAIN_JOB_NONE:
             progress(stats.get("data_processed", 0), stats.get("data_total", 0))
+
+
+def _canonical(element: etree._Element) -> bytes:
+    return b"".join(etree.tostring(element, method="c14n", with_tail=False).split())
 
 
 def _snapshot_xml(children: Mapping[str, Path], others: Iterable[str], memory: Path | None) -> str:

@@ -47,6 +47,14 @@ def version() -> tuple[int, int]:
     return number // 1_000_000, number // 1000 % 1000
 
 
+def can_pass_files() -> bool:
+    """Whether descriptors can be passed to a monitor (libvirt-python 8.2)."""
+    library()
+    import libvirt_qemu
+
+    return hasattr(libvirt_qemu, "qemuMonitorCommandWithFiles")
+
+
 def monitor_command(handle: Any, command: str, files: list[int] | None = None) -> str:
     """The answer of a running domain's QMP monitor to a JSON command, optionally with descriptors passed along."""
     library()

@@ -234,6 +234,21 @@ def start_time(pid: int) -> int | None:
     return int(stat.rpartition(b")")[2].split()[19])
 
 
+def find(word: str) -> tuple[int, int] | None:
+    """Pid and ``start_time`` of a process that was started with this word on its command line; None when none is seen."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        started = start_time(int(entry.name)) if word.encode() in words else None
+        if started is not None:
+            return int(entry.name), started
+    return None
+
+
 def end_left_over(pid: int, started: int, *, timeout_s: float = TERMINATE_S) -> bool:
     """Kill the process with this pid and ``start_time``, if it still is that one; whether there was one.
 

@@ -25,6 +25,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
+from hvmgr.host import process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +42,14 @@ _DATA_MAX = 64 << 20
 # The stream starts on a page, and the XML may grow by as much as libvirt allows for.
 _ALIGNMENT = 4096
 _SLACK = 64 << 10
+
+# How QEMU's streams begin, and more than the description at their end takes.
+_STREAM = b"QEVM"
+_TAIL_MAX = 4 << 20
+
+_PIECE = 1 << 20
+_ZSTD = ("zstd", "-q", "-T0", "-3", "-c")
+_UNZSTD = ("zstd", "-q", "-d", "-c")
 
 assert _HEADER.size == 92
 
@@ -161,6 +170,54 @@ def rewritten(src: Path, dst: Path, xml: str) -> None:
             except BaseException:
                 dst.unlink()
                 raise
+
+
+def transcoded(src: Path, target: int, to: Compression) -> None:
+    """A complete copy of a complete save file in the empty file ``target``, its stream raw or compressed with zstd.
+
+    HostFailed with the words of zstd when that fails.
+    """
+    with _opened(src, os.O_RDONLY) as source:
+        state = _read(source, src)
+        assert {state.compression, to} == {Compression.RAW, Compression.ZSTD}
+        start = head(
+            state.xml, complete=True, was_running=state.was_running, compression=to, cookie=state.cookie
+        )  # fmt: skip
+        _write(target, start, 0)
+        os.lseek(target, len(start), os.SEEK_SET)
+        with process.filtered(_ZSTD if to is Compression.ZSTD else _UNZSTD, to=target) as write:
+            position = state.data_offset
+            while piece := os.pread(source, _PIECE, position):
+                write(memoryview(piece))
+                position += len(piece)
+
+
+def holds_whole_stream(path: Path) -> bool:
+    """Whether a raw stream has QEMU's beginning, and at its end the description of itself that QEMU writes last.
+
+    A proof for a file whose writer nobody has watched. Source: QEMU, docs/devel/migration (sections); migration/savevm.c:
+    the byte 6, a length of 32 bits (big-endian), and JSON.
+    """
+    with _opened(path, os.O_RDONLY) as descriptor:
+        state = _read(descriptor, path)
+        size = os.fstat(descriptor).st_size
+        if os.pread(descriptor, len(_STREAM), state.data_offset) != _STREAM:
+            return False
+        tail = os.pread(descriptor, _TAIL_MAX, max(state.data_offset, size - _TAIL_MAX))
+        at = tail.rfind(b'{"')
+        while at > 0:
+            if tail[at - 5 : at] == b"\x06" + (len(tail) - at).to_bytes(4, "big"):
+                return True
+            at = tail.rfind(b'{"', 0, at)
+        return False
+
+
+def has_begun(path: Path) -> bool:
+    """Whether there is anything of a stream behind the head."""
+    try:
+        return read(path).data_offset < path.stat().st_size
+    except (errors.NotFound, errors.Corrupt):
+        return False
 
 
 def _read(descriptor: int, path: Path, *, torn: bool = False) -> SavedState:

@@ -60,6 +60,7 @@ class Code(StrEnum):
     SNAPSHOT_WRITTEN = "snapshot-written"
     SNAPSHOT_MISSING = "snapshot-missing"
     MEMORY_MISSING = "memory-missing"
+    MEMORY_STUCK = "memory-stuck"
     ORPHAN = "orphan"
     QUARANTINED = "quarantined"
     START_ALLOWED = "start-allowed"
@@ -151,6 +152,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.SNAPSHOT_WRITTEN: _CORRUPT,
     Code.SNAPSHOT_MISSING: _WARNING,
     Code.MEMORY_MISSING: _WARNING,
+    Code.MEMORY_STUCK: _WARNING,
     Code.ORPHAN: _WARNING,
     Code.QUARANTINED: _INFO,
     Code.START_ALLOWED: _INFO,

@@ -622,10 +622,17 @@ class Define(Step):
 
 @dataclass(frozen=True, slots=True)
 class SwitchDisks(Step):
-    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved."""
+    """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved.
+
+    In the ``background`` the memory is saved while the guest goes on; ``copies`` (source, target) are brought up to that
+    instant. Should QEMU refuse that at the last moment, the guest stands still for it, unless there is no ``fallback``.
+    """
 
     children: tuple[tuple[str, str], ...]
     memory: str | None
+    background: bool = False
+    copies: tuple[tuple[str, str], ...] = ()
+    fallback: bool = True
 
     def describe(self) -> str:
         what = "memory and disks" if self.memory else "disks"

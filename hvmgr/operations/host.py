@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -176,16 +176,18 @@ class Host:
         accept_touched: bool = False,
         accept_present: bool = False,
         thorough: bool = False,
+        change_host: Callable[[str], bool] | None = None,
     ) -> list[Repaired]:
         """Puts right what doctor finds, as far as that is safe; what was done, in order. Nothing is ever deleted.
 
         ``accept_touched``: frozen images whose time alone differs are taken as they are, after a check.
-        ``accept_present``: so are working images that no longer stand on what their snapshot froze. With the
-        reporter's ``dry_run`` nothing is done, and what is returned would be done first.
+        ``accept_present``: so are working images that no longer stand on what their snapshot froze. ``change_host`` is
+        asked, with a sentence, before a setting of the host is changed; without it none is. With the reporter's
+        ``dry_run`` nothing is done, and what is returned would be done first.
         """
         from hvmgr.operations.doctor import repair
 
-        wish = repair.Wish(accept_touched=accept_touched, accept_present=accept_present, thorough=thorough)
+        wish = repair.Wish(accept_touched, accept_present, thorough, change_host or repair.never)
         return repair.repair(self, vm, wish)
 
     def adoptable(self) -> list[str]:

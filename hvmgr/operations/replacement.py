@@ -13,7 +13,7 @@ from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import snapshots, strangers, undo_slot
+from hvmgr.operations import snapshots, strangers, stuck_memory, undo_slot
 from hvmgr.operations.session import Session
 from hvmgr.storage import vm_home
 
@@ -170,6 +170,7 @@ def put_present_away(session: Session, present: Configuration, facts: Metadata, 
     elif state is State.SLEEPING:
         raise errors.Conflict(f"{present.name} sleeps", hint="wake it up, or give --discard-state")
     elif state in (State.RUNNING, State.PAUSED):
+        stuck_memory.refuse(session, hint="give --discard-state to lose what it has in memory")
         if reasons := session.domain().blocked_reasons():
             raise errors.Conflict(
                 f"{present.name} runs and its memory cannot be saved: {'; '.join(reasons)}",

@@ -16,7 +16,8 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Tree
-from hvmgr.operations import strangers, undo_slot
+from hvmgr.operations import background, strangers, stuck_memory, undo_slot
+from hvmgr.operations.background import How
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, frozen, images, vm_home
 
@@ -30,6 +31,7 @@ class Wish:
     name: str | None = None
     notes: str = ""
     type: SnapshotType = SnapshotType.STANDARD
+    how: How = background.USUAL
 
 
 # --- create ---------------------------------------------------------------------------------------------------------
@@ -80,21 +82,23 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     finish: list[Step] = []
     active = state in (State.RUNNING, State.PAUSED)
     has_tpm = present.has_tpm and not (active and saved is not SavedState.NONE)  # else it is in the memory stream
-    if state is State.RUNNING and (keep_nvram or has_tpm):
-        prepare.append(plan.Suspend())
-        finish.append(plan.Resume())
-    prepare += _copies_of_firmware(session, present, snapshot_id, nvram=keep_nvram, tpm=has_tpm)
-    memory = str(layout.memory(snapshot_id))
+    copies = _copies_of_firmware(session, present, snapshot_id, nvram=keep_nvram, tpm=has_tpm)
+    memory = None if saved is SavedState.NONE else layout.memory(snapshot_id)
     switch: Step
     if active:
-        switch = plan.SwitchDisks(children=tuple(children.items()), memory=None if saved is SavedState.NONE else memory)
-        finish += [plan.Define(xml=after.to_xml()), *freezes]
+        going_on = background.plan_switch(session, state, children, memory, copies, wish.how)
+        prepare += going_on.prepare
+        switch = going_on.switch
+        finish += [*going_on.resume, plan.Define(xml=after.to_xml()), *freezes]
+        after_memory = going_on.memory
     else:
-        prepare += freezes
+        prepare += [*copies, *freezes]
         if state is State.SAVED:
-            prepare += _steps_for_managed_save(session, before, children, None if saved is SavedState.NONE else memory)
+            prepare += _steps_for_managed_save(session, before, children, memory)
         switch = plan.Define(xml=after.to_xml())
+        after_memory = background.compression(memory, wish.how)
     finish += [
+        *after_memory,
         plan.WriteSnapshot(snapshot_id=snapshot_id, xml=snapshot.to_xml()),
         plan.WritePresent(),
         *undo_slot.emptied(session, undo),
@@ -211,14 +215,19 @@ def require_memory(session: Session, present: Configuration) -> None:
                 f"disk {disk.slot} is writable and takes no part in snapshots, so that saved memory would not fit it",
                 hint=hint,
             )
+    stuck_memory.refuse(session, hint="take the disks alone with --type disk-only")
     if reasons := session.domain().blocked_reasons():
         raise errors.Unsupported(f"QEMU cannot save the memory of {present.name}: {'; '.join(reasons)}", hint=hint)
 
 
-def _steps_for_managed_save(session: Session, before: Tree, children: dict[str, str], memory: str | None) -> list[Step]:
+def _steps_for_managed_save(
+    session: Session, before: Tree, children: dict[str, str], memory: Path | None
+) -> list[Step]:
     steps: list[Step] = []
     if memory is not None:
-        steps.append(plan.CopyFile(source=str(session.connection.managed_save_path(session.home.name)), target=memory))
+        steps.append(
+            plan.CopyFile(source=str(session.connection.managed_save_path(session.home.name)), target=str(memory))
+        )
     disks = tuple((slot, path, children[slot]) for slot, path in before.present.disks.items())
     return [*steps, plan.PointManagedSave(disks=disks)]
 

@@ -112,14 +112,31 @@ class VM:
     # -- what changes the VM -------------------------------------------------------------------------------------
 
     def create_snapshot(
-        self, name: str | None = None, *, notes: str = "", type: SnapshotType = SnapshotType.STANDARD
+        self,
+        name: str | None = None,
+        *,
+        notes: str = "",
+        type: SnapshotType = SnapshotType.STANDARD,
+        fallback: bool = True,
+        compress: bool = False,
     ) -> Snapshot:
-        """A new snapshot of the present; running VMs keep running and their memory is saved, unless disk-only."""
-        from hvmgr.operations import snapshots
+        """A new snapshot of the present; running VMs keep running and their memory is saved, unless disk-only.
 
+        It is saved while the guest goes on; where that cannot be the guest stands still for it, or, without ``fallback``,
+        Unsupported. With ``compress`` it is compressed with zstd.
+        """
+        from hvmgr.operations import background, snapshots
+
+        how = background.How(fallback=fallback, compress=compress)
+        wish = snapshots.Wish(name, notes, SnapshotType(type), how)
         with self._work() as session:
-            plan = snapshots.plan_create(session, snapshots.Wish(name=name, notes=notes, type=SnapshotType(type)))
-            self._run(session, plan)
+            plan = snapshots.plan_create(session, wish)
+            try:
+                self._run(session, plan)
+            except errors.Cancelled as error:
+                if error.facts.get("complete") and background.is_in_background(plan):
+                    background.take_back(session, snapshots.snapshot_of(plan))
+                raise
         return _snapshot(self, self.home.entry(snapshots.snapshot_of(plan)))
 
     def undo(self, *, discard_state: bool = False) -> None:
@@ -313,14 +330,15 @@ class Snapshot:
         discard_state: bool = False,
     ) -> Snapshot | None:
         """The VM becomes what it was here; with ``snapshot_first`` the snapshot of the old present is returned."""
-        from hvmgr.operations import replacement, snapshots
+        from hvmgr.operations import background, replacement, snapshots
 
+        still = background.How(in_background=False)  # it is stopped anyway: what it did meanwhile would be lost
         how = replacement.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         first = None
         with self.vm._work(needs_present=snapshot_first) as session:  # noqa: SLF001 - one module, one idea
             replacement.plan_apply(session, self.id, how)  # refuses before anything is done
             if snapshot_first:
-                plan = snapshots.plan_create(session, snapshots.Wish())
+                plan = snapshots.plan_create(session, snapshots.Wish(how=still))
                 self.vm._run(session, plan)  # noqa: SLF001
                 first = snapshots.snapshot_of(plan)
                 session.forget_uses()

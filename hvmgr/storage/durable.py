@@ -20,6 +20,7 @@ _COPY_PIECE = 128 << 20  # in the kernel: the fewer calls, the less each byte co
 _READ_PIECE = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 _PUNCH_HOLE = 1 | 2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+_FALLOC_KEEP_SIZE = 1  # fallocate(2)
 
 
 @contextlib.contextmanager
@@ -179,6 +180,56 @@ def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None 
         if owner is not None:
             os.chown(path, *owner)
         sync_folder(path.parent)
+
+
+def reserve_file(path: Path, size: int) -> None:
+    """An empty file that can become ``size`` bytes long whatever else takes space; Unsupported where nothing can do that.
+
+    Its length is what was written so far: the reserved space lies behind its end, until ``settle_file``.
+    """
+    with explained(path), replacing(path, 0o600, None) as descriptor:
+        _reserve(descriptor, size)
+
+
+def can_reserve(folder: Path) -> bool:
+    """Whether the folder's file system can reserve space; nothing is left there."""
+    try:
+        descriptor = os.open(folder, os.O_RDWR | os.O_TMPFILE, 0o600)
+    except OSError:
+        return False
+    try:
+        _reserve(descriptor, 4096)
+    except (OSError, errors.HvmgrError):
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    import ctypes  # as rare as this is
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    while libc.fallocate(descriptor, _FALLOC_KEEP_SIZE, 0, size) != 0:
+        number = ctypes.get_errno()
+        if number == errno.EOPNOTSUPP:
+            raise errors.Unsupported("this file system cannot reserve space for a file")
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))
+
+
+def settle_file(path: Path) -> None:
+    """What another process wrote into the file is on disk, and the space that was reserved behind its end is free."""
+    with explained(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            size = os.fstat(descriptor).st_size
+            os.ftruncate(descriptor, size + 1)  # not every file system looks at a length that stays the same
+            os.ftruncate(descriptor, size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def rename(source: Path, target: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from hvmgr import errors
 from hvmgr.faces import cli, demo, stage
 from hvmgr.faces.witness import Content, Kind, Witness
+from tests import told
 
 COMMAND = [sys.executable, "-m", "hvmgr", "demo"]
 
@@ -62,7 +63,7 @@ def test_every_proof_holds_and_nothing_is_left():
     assert counted["sha256"] >= 20
     assert counted["boots and finds"] >= 5
     assert "\x1b" not in done.stdout
-    assert done.stderr == ""
+    assert told.text(done.stderr) == ""
     assert_nothing_left(done.stdout)
 
 
@@ -128,7 +129,7 @@ def test_ordinary_user_has_the_demo_on_the_session_and_keeps_what_is_his(user, m
     assert f"demo: every proof held ({len(proofs)} of {len(proofs)})" in done.stdout.splitlines()[-1]
     assert sum("memory goes on" in proof for proof in proofs) == 4
     assert "created hvmgr-demo-web in" in done.stdout
-    assert done.stderr == ""
+    assert told.text(done.stderr) == ""
     assert_only_mine_left(user, mine, before, done.stdout)
 
 

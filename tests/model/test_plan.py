@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvmgr.errors import Corrupt
-from hvmgr.model import export_plan, image_plan
+from hvmgr.model import export_plan, image_plan, memory_plan
 from hvmgr.model import plan as plans
 from hvmgr.model.plan import CreateImage, Plan, RemoveImage, Step
 
@@ -67,7 +67,8 @@ def test_each_plan_comes_back_from_the_journal(plan: Plan) -> None:
 
 
 def test_every_step_of_the_module_can_be_stored() -> None:
-    known = [*vars(plans).values(), *vars(export_plan).values(), *vars(image_plan).values()]
+    modules = (plans, export_plan, image_plan, memory_plan)
+    known = [one for module in modules for one in vars(module).values()]
     named = {one for one in known if isinstance(one, type) and issubclass(one, Step) and one is not Step}
     assert set(Plan.STEPS.values()) == named
     assert all(Plan.STEPS[one.__name__] is one for one in named)

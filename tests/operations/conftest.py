@@ -21,8 +21,10 @@ from hvmgr.faces import console, guest
 from hvmgr.host import saved_state
 from hvmgr.model import configuration
 from hvmgr.model.specification import Acceleration, DiskSpecification, Firmware, Specification
+from hvmgr.operations import background
 from hvmgr.operations.steps import execution
 from hvmgr.storage import vm_home
+from tests import told
 
 BOOT_S = 120
 TICK_S = 60
@@ -165,7 +167,7 @@ class Factory:
         said = []
         root = Path(tempfile.mkdtemp(prefix="homes", dir=self.folder))
         root.chmod(0o711)
-        host = hvmgr.Host.open(uri, root=root, wait_s=60, reporter=hvmgr.Reporter(notice=said.append))
+        host = hvmgr.Host.open(uri, root=root, wait_s=60, reporter=hvmgr.Reporter(notice=told.into(said)))
         self.hosts.append(host)
         return host, said
 
@@ -309,6 +311,12 @@ def at_step(monkeypatch):
         fail_once(monkeypatch, step_class, error, **acts)
 
     return set_up
+
+
+@pytest.fixture
+def standing_still(monkeypatch):
+    """Memory is saved while the guest stands still, whatever the host can do."""
+    monkeypatch.setattr(background, "_size_to_reserve", lambda *_, **__: None)
 
 
 @pytest.fixture

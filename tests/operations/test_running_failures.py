@@ -32,7 +32,7 @@ def spoil_stream(memory, tmp_path):
 
 def wish_for_absent_machine(memory, tmp_path):
     xml = saved_state.read(memory).xml
-    saved_state.replace_xml(memory, re.sub(r"machine='[^']*'", "machine='pc-i440fx-0.1'", xml))
+    saved_state.replace_xml(memory, re.sub(r"""machine=(["'])[^"']*\1""", "machine='pc-i440fx-0.1'", xml))
 
 
 @pytest.mark.parametrize("damage", [break_stream, spoil_stream, wish_for_absent_machine])
@@ -231,6 +231,7 @@ def test_guest_that_ends_before_the_switch_leaves_no_snapshot(machine, at_step, 
     machine.check()
 
 
+@pytest.mark.usefixtures("standing_still")
 @pytest.mark.parametrize("end", [end_qemu, power_off])
 def test_guest_that_ends_after_the_switch_leaves_a_whole_snapshot(machine, at_step, end):
     late = machine.tick()

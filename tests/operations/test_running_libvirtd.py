@@ -158,6 +158,7 @@ def test_daemon_killed_right_after_qemu_switched(libvirtd, machine, monkeypatch)
     assert machine.held() == machine.count_of(snapshot)
 
 
+@pytest.mark.usefixtures("standing_still")
 def test_daemon_killed_while_it_saves_memory(libvirtd, machine):
     late = machine.tick()
     wait = kill_when(libvirtd, writes_memory(machine))

@@ -57,7 +57,13 @@ def command(
     done: list[Repaired] = []
     with request.host() as host:
         if repair:
-            done = host.repair(vm, accept_touched=accept_touched, accept_present=accept_present, thorough=thorough)
+            done = host.repair(
+                vm,
+                accept_touched=accept_touched,
+                accept_present=accept_present,
+                thorough=thorough,
+                change_host=lambda sentence: _may_change_host(request, sentence),
+            )
         found = host.doctor(vm, thorough=thorough)
     changed = any(one.failure is None for one in done) and not request.dry_run
     if request.json:
@@ -66,6 +72,15 @@ def command(
     else:
         _show(found, done, would=request.dry_run)
     context.exit(0 if request.dry_run and repair else diagnosis.exit_code(found))
+
+
+def _may_change_host(request: Request, sentence: str) -> bool:
+    """A setting of the host is changed only for somebody who says so; others go on without it."""
+    try:
+        request.require_consent(f"doctor would {sentence}", always=True)
+    except (errors.Declined, errors.UsageError):
+        return False
+    return True
 
 
 def _show(found: Sequence[Finding], done: Sequence[Repaired], *, would: bool) -> None:

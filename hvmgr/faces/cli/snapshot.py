@@ -40,11 +40,16 @@ def command() -> None:
 @click.option("--notes", default="", metavar="T", help="A text that stays with the snapshot.")
 @click.option("--type", "kind", type=click.Choice(_TYPES), default=_TYPES[0], show_default=True,
               help="standard saves the memory of a running VM too, disk-only does not.")  # fmt: skip
+@click.option("--no-fallback", is_flag=True,
+              help="Fail where a running guest would have to stand still while its memory is saved.")  # fmt: skip
+@click.option("--compress", type=click.Choice(("zstd",)), help="Compress the saved memory.")
 @click.pass_obj
-def create(request: Request, vm: str, name: str | None, notes: str, kind: str) -> None:
+def create(
+    request: Request, vm: str, name: str | None, *, notes: str, kind: str, no_fallback: bool, compress: str | None
+) -> None:
     """Take a snapshot of a VM as it is now.
 
-    A running VM keeps running. Without NAME the snapshot is called after the VM and the time. The undo slot is emptied.
+    A running VM keeps running, also while its memory is saved, where the host lets QEMU do that. Without NAME the snapshot is called after the VM and the time. The undo slot is emptied.
     """
     from hvmgr.model.metadata import SnapshotType
 
@@ -55,7 +60,9 @@ def create(request: Request, vm: str, name: str | None, notes: str, kind: str) -
         )
     with request.host() as host, request.changing():
         one = host.vm(vm)
-        made = one.create_snapshot(name, notes=notes, type=SnapshotType(kind))
+        made = one.create_snapshot(
+            name, notes=notes, type=SnapshotType(kind), fallback=not no_fallback, compress=compress is not None
+        )
         request.done(f"created snapshot '{made.name}' of {one.name}", {"snapshot": json_out.snapshot(made)})
 
 

@@ -11,7 +11,7 @@ from hvmgr.host.domain import State
 from hvmgr.model import configuration, diagnosis, metadata
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
-from hvmgr.operations import strangers
+from hvmgr.operations import strangers, stuck_memory
 from hvmgr.operations.doctor import image_checks, surroundings
 from hvmgr.operations.doctor.surroundings import Known, Surroundings
 from hvmgr.operations.session import open_images
@@ -65,6 +65,14 @@ def guard(seen: Survey, known: Known | None) -> Iterator[Finding]:
     for one in start_guard.examine(present):
         if one.code in _GUARDED and not (one.code == Code.IMAGE_FROZEN and one.where in closed):
             yield finding(Code(one.code), one.sentence, one.where, repair="doctor --repair")
+
+
+def memory(seen: Survey) -> Iterator[Finding]:
+    """Whether the VM's QEMU has lost the ability to save its memory."""
+    if stuck_memory.is_noted(seen.home.layout):
+        sentence = f"QEMU failed to save the memory of {seen.name} in the background, and cannot save it any more"
+        repair = "restart the VM: hvmgr vm stop, then vm start; until then: snapshot create --type disk-only"
+        yield finding(Code.MEMORY_STUCK, sentence, seen.home.path, repair=repair)
 
 
 def domain(seen: Survey, present: Part, around: Surroundings) -> Iterator[Finding]:

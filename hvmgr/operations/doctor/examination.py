@@ -96,6 +96,7 @@ def _parts(seen: Survey, around: Surroundings) -> Iterator[Finding]:
 
 def _with_libvirt(seen: Survey, around: Surroundings) -> Iterator[Finding]:
     yield from domain_checks.guard(seen, around.domain(seen.home))
+    yield from domain_checks.memory(seen)
     if seen.present is None:
         return
     yield from domain_checks.index(seen, seen.present, around)

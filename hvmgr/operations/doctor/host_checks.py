@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import confinement, process
+from hvmgr.host import confinement, process, userfault
 from hvmgr.host.hypervisor import Capabilities, Connection, Driver
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
@@ -21,6 +21,9 @@ OLDEST_LIBVIRT = (9, 0)
 OLDEST_QEMU = (7, 2)
 # From here on libvirt's AppArmor profiles let a running VM write to what it had opened for reading.
 _APPARMOR_COMMIT = (12, 1)
+
+# What ``where`` says when memory cannot be saved while the guest goes on.
+BACKGROUND = "background-snapshot"
 
 _PROGRAMS = ("qemu-img", "qemu-storage-daemon")
 
@@ -70,9 +73,13 @@ def _abilities(connection: Connection, facts: Capabilities) -> Iterator[Finding]
             "VMs are emulated, and each start of libvirt takes seconds longer"
         )
         yield finding(Code.KVM_CLOSED, sentence, "/dev/kvm", repair="add that user to the group of /dev/kvm")
-    if not confinement.may_snapshot_in_background(version(facts.libvirt_version)):
-        sentence = "QEMU gets no userfaultfd here: it cannot save memory in the background, while the guest goes on"
-        yield _missing("background-snapshot", sentence, "sysctl vm.unprivileged_userfaultfd=1")
+    if not confinement.may_snapshot_in_background(version(facts.libvirt_version), version(facts.qemu_version)):
+        sentence = (
+            "QEMU gets no userfaultfd here: a guest stands still while the memory for its snapshot is saved, "
+            "the longer the more it has"
+        )
+        remedy = userfault.REMEDY if confinement.has_userfaultfd() else "run a kernel with userfaultfd (5.7 or later)"
+        yield _missing(BACKGROUND, sentence, remedy)
     if not _reads_vhd():
         yield _missing("vhd", "this host's qemu-img cannot read VHD images", "install a QEMU with the format vpc")
     try:

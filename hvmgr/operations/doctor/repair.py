@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.model.diagnosis import Code
 from hvmgr.model.finding import Finding
-from hvmgr.operations.doctor import cure_homes, cure_images, cure_snapshots, examination, host_checks, surroundings
+from hvmgr.operations.doctor import (
+    cure_homes,
+    cure_host,
+    cure_images,
+    cure_snapshots,
+    examination,
+    host_checks,
+    surroundings,
+)
 from hvmgr.operations.doctor.cure import Case, Cure
 from hvmgr.operations.doctor.surroundings import Surroundings
 
@@ -55,13 +63,19 @@ class Repaired:
     hint: str | None = None
 
 
+def never(_sentence: str) -> bool:
+    """Nobody was asked."""
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the user allows beyond what is certain; ``thorough`` as for doctor."""
+    """What the user allows beyond what is certain; ``thorough`` as for doctor; ``change_host`` asks for each setting."""
 
     accept_touched: bool = False
     accept_present: bool = False
     thorough: bool = False
+    change_host: Callable[[str], bool] = never
 
 
 def repair(host: Host, vm: str | None, wish: Wish) -> list[Repaired]:
@@ -69,15 +83,20 @@ def repair(host: Host, vm: str | None, wish: Wish) -> list[Repaired]:
     around = surroundings.look(host)
     if vm is not None:
         return list(_home(host, around, surroundings.find_folder(around, vm), wish, named=True))
-    done = list(_index(host, around))
+    done = list(_host(host, around, wish))
     for folder in around.folders:
         done += _home(host, around, folder, wish, named=False)
     return done
 
 
-def _index(host: Host, around: Surroundings) -> Iterator[Repaired]:
+def _host(host: Host, around: Surroundings, wish: Wish) -> Iterator[Repaired]:
     found = tuple(host_checks.examine(around))
-    for cure in (*cure_homes.index_notes(around, found), *cure_homes.attachments_left(host, found)):
+    cures = (
+        *cure_homes.index_notes(around, found),
+        *cure_homes.attachments_left(host, found),
+        *cure_host.userfaultfd(found, wish.change_host),
+    )
+    for cure in cures:
         yield _carried_out(host, cure)
 
 

@@ -11,6 +11,7 @@ from hvmgr.host.domain import Domain, State
 from hvmgr.model import configuration, plan
 from hvmgr.model.metadata import NAMESPACE
 from hvmgr.operations.session import Session
+from hvmgr.operations.steps import memory_steps
 from hvmgr.storage import durable, frozen, images, index, journal, start_guard, vm_home
 
 
@@ -89,6 +90,19 @@ def switch_disks(session: Session, step: plan.SwitchDisks) -> None:
     live = configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
     others = [disk.slot for disk in live.disks() if disk.slot not in children]
     _require_parents(domain, live, children)
+    if step.background:
+        memory_steps.switch(session, domain, step, children, others)
+    else:
+        _switch_and_save(session, domain, step, children, others)
+    if not is_switched(session, step):
+        raise errors.OutcomeUnknown("libvirt says that the disks were switched, QEMU does not write to the new ones")
+    name_true_parents(session, domain, children)
+
+
+def _switch_and_save(
+    session: Session, domain: Domain, step: plan.SwitchDisks, children: dict[str, Path], others: list[str]
+) -> None:
+    """With memory the guest stands still until it is written."""
     memory = None if step.memory is None else Path(step.memory)
 
     def report(done: int, total: int) -> None:
@@ -97,9 +111,6 @@ def switch_disks(session: Session, step: plan.SwitchDisks) -> None:
         session.progress(Progress(done, total, "save the memory"))
 
     domain.switch_disks(children, others=others, memory=memory, progress=report)
-    if not is_switched(session, step):
-        raise errors.OutcomeUnknown("libvirt says that the disks were switched, QEMU does not write to the new ones")
-    name_true_parents(session, domain, children)
 
 
 def _require_parents(domain: Domain, live: configuration.Configuration, children: dict[str, Path]) -> None:
@@ -290,7 +301,14 @@ def start_from(session: Session, step: plan.StartFrom) -> None:
 
 
 def _restore(session: Session, step: plan.StartFrom) -> None:
-    memory = Path(step.memory)
+    unpacked = session.layout.private / "unpacked-memory.save"
+    try:
+        _restore_from(session, step, memory_steps.unpacked(Path(step.memory), unpacked))
+    finally:
+        durable.remove(unpacked)
+
+
+def _restore_from(session: Session, step: plan.StartFrom, memory: Path) -> None:
     saved = saved_state.read(memory)
     wanted = configuration.parse(step.xml, source="the plan")
     if configuration.parse(saved.xml, source=str(memory)).name != wanted.name:

@@ -19,11 +19,11 @@ from typing import Any
 
 from hvmgr import errors
 from hvmgr.host.domain import State
-from hvmgr.model import plan
+from hvmgr.model import memory_plan, plan
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations.exchange import import_steps, move_steps, vhd_steps
 from hvmgr.operations.session import Session
-from hvmgr.operations.steps import domain_steps, file_steps, guest_steps, image_steps, resize_steps
+from hvmgr.operations.steps import domain_steps, file_steps, guest_steps, image_steps, memory_steps, resize_steps
 from hvmgr.storage import durable, journal
 
 _Act = Callable[[Session, Any], None]
@@ -61,6 +61,9 @@ DO: Mapping[type[Step], _Act] = {
     plan.Define: domain_steps.define,
     plan.WritePresent: domain_steps.write_present,
     plan.SwitchDisks: domain_steps.switch_disks,
+    memory_plan.ReserveMemory: memory_steps.reserve,
+    memory_plan.AwaitMemory: memory_steps.await_memory,
+    memory_plan.CompressMemory: memory_steps.compress,
     plan.Suspend: domain_steps.suspend,
     plan.Resume: domain_steps.resume,
     plan.QuiesceGuest: guest_steps.quiesce,
@@ -111,6 +114,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.CopyFolder: file_steps.uncopy_folder,
     plan.MakeSnapshotFolder: file_steps.unmake_snapshot_folder,
     plan.NoteLibvirtSnapshot: domain_steps.forget_libvirt_snapshot,
+    memory_plan.ReserveMemory: memory_steps.unreserve,
     plan.Suspend: domain_steps.resume,
     plan.QuiesceGuest: guest_steps.wake,
     plan.SavePresent: domain_steps.unsave_present,

@@ -13,6 +13,7 @@ import pytest
 
 from hvmgr.faces import cli
 from hvmgr.host import hypervisor
+from tests import told
 
 _numbers = itertools.count(1)
 
@@ -42,8 +43,8 @@ def hvmgr(capsys):
     def call(*arguments):
         capsys.readouterr()
         code = cli.run([str(one) for one in arguments])
-        told = capsys.readouterr()
-        return Answer(code, told.out, told.err)
+        heard = capsys.readouterr()
+        return Answer(code, heard.out, told.text(heard.err))
 
     def ok(*arguments):
         answer = call(*arguments)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import hvmgr
-from tests import private_libvirt
+from tests import private_libvirt, told
 
 KIB64 = 64 << 10
 
@@ -48,7 +48,7 @@ class Place:
         self.host = self.open_host("homes")
 
     def open_host(self, name):
-        reporter = hvmgr.Reporter(notice=self.said.append)
+        reporter = hvmgr.Reporter(notice=told.into(self.said))
         return hvmgr.Host.open(self.uri, root=self.folder / name, wait_s=2, reporter=reporter)
 
     def virsh(self, *words):

@@ -46,6 +46,7 @@ os.environ.setdefault("LIBVIRT_LOG_OUTPUTS", "4:file:/dev/null")
 os.environ.setdefault("LIBVIRT_DEBUG", "4")
 
 import libvirt
+import libvirt_qemu
 import qemu.qmp  # noqa: F401 - imported before the forks
 
 import hvmgr
@@ -221,6 +222,8 @@ class Counter:
         for name in _DOMAIN_ACTS:
             self._wrap(libvirt.virDomain, name)
         self._wrap(libvirt.virDomainSnapshot, "delete")
+        self._wrap_monitor("qemuMonitorCommand")
+        self._wrap_monitor("qemuMonitorCommandWithFiles")
         original = qmp.Session.execute
 
         def execute(session: qmp.Session, command: str, *args: object, **kwargs: object) -> object:
@@ -229,6 +232,18 @@ class Counter:
             return original(session, command, *args, **kwargs)
 
         qmp.Session.execute = execute
+
+    def _wrap_monitor(self, name: str) -> None:
+        """What a running QEMU is asked to change."""
+        original = getattr(libvirt_qemu, name)
+
+        def wrapped(handle: object, request: str, *args: object) -> object:
+            command = json.loads(request)["execute"]
+            if not command.startswith(("query-", "qom-list", "human-")):
+                self.act(f"monitor {command}")
+            return original(handle, request, *args)
+
+        setattr(libvirt_qemu, name, wrapped)
 
     def _wrap(self, owner: object, name: str) -> None:
         original = getattr(owner, name)

@@ -11,6 +11,8 @@ from crash import Shape, set_memory, specification, write_off, write_running
 from lxml import etree
 
 import hvmgr
+from hvmgr import errors
+from hvmgr.host import background_snapshot
 from tests.storage.test_partitions import Memory, put_gpt
 
 
@@ -287,6 +289,19 @@ def delete(name, **how):
     return lambda host: snapshot(host, name).delete(**how)
 
 
+def new_without_memory(host, **how):
+    """QEMU refuses at the very last moment, when the disks were switched already."""
+
+    def refuse(_domain):
+        raise errors.HostFailed("QEMU refused")
+
+    original, background_snapshot.start = background_snapshot.start, refuse
+    try:
+        new(host, **how)
+    finally:
+        background_snapshot.start = original
+
+
 def new(host, **how):
     return vm(host).create_snapshot("new", **how)
 
@@ -408,13 +423,29 @@ MERGES = {
     "merge-pending": Shape(pending, lambda host: vm(host).merge()),
 }
 
+# Cut off between the switch and the stream, a snapshot has its disks alone.
+LIVE = {
+    "live-create": Shape(
+        with_undo,
+        lambda host: new(host, fallback=False),
+        live=running,
+        middle=lambda host: new_without_memory(host, fallback=False),
+    ),
+    "live-create-compressed": Shape(
+        two_disks,
+        lambda host: new(host, fallback=False, compress=True),
+        live=running,
+        middle=lambda host: new_without_memory(host, fallback=False),
+    ),
+}
+
 RUNNING = {
     "running-release": Shape(with_memory, lambda host: vm(host).release(), live=running_late),
     "saved-release": Shape(with_memory, lambda host: vm(host).release(), live=saved),
     "running-adopt": Shape(not_ours, adopt, live=not_ours_running, again=True),
-    "running-create": Shape(with_undo, new, live=running),
+    "running-create": Shape(with_undo, new, live=running, middle=new_without_memory),
     "running-create-disk-only": Shape(with_undo, lambda host: new(host, type="disk-only"), live=running),
-    "running-create-two-disks": Shape(two_disks, new, live=running),
+    "running-create-two-disks": Shape(two_disks, new, live=running, middle=new_without_memory),
     "paused-create": Shape(off, new, live=paused),
     "saved-create": Shape(with_undo, new, live=saved),
     "saved-create-disk-only": Shape(off, lambda host: new(host, type="disk-only"), live=saved),
@@ -532,4 +563,4 @@ BIG = {
     "big-delete-down": Shape(lambda host: big(host, below=12, above=6), delete("two")),
 }
 
-SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | IMPORTS | BIG
+SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | LIVE | IMPORTS | BIG

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
 
 import hvmgr
 from hvmgr import errors
-from hvmgr.host import confinement
+from hvmgr.host import confinement, process
 from hvmgr.model import configuration
 from hvmgr.operations.doctor import host_checks, surroundings
 from hvmgr.storage import index
@@ -332,6 +333,34 @@ def test_abilities_that_are_missing_are_told(bench, machine, monkeypatch):
     machine({"proc/sys/vm/unprivileged_userfaultfd": "1\n"})
     found = {one.where for one in host_checks.examine(surroundings.look(bench.host)) if one.code == "ability-missing"}
     assert "background-snapshot" not in found
+
+
+def test_userfaultfd_is_allowed_after_it_was_asked_for(bench, machine):
+    root = machine({"proc/sys/vm/unprivileged_userfaultfd": "0\n"})
+    setting, drop_in = root / "proc/sys/vm/unprivileged_userfaultfd", root / "etc/sysctl.d/60-hvmgr.conf"
+    (one,) = [one for one in host_checks.examine(surroundings.look(bench.host)) if one.where == "background-snapshot"]
+    assert "sysctl -w vm.unprivileged_userfaultfd=1" in one.repair
+    assert "/etc/sysctl.d/60-hvmgr.conf" in one.repair
+    (root / "etc").mkdir()
+    asked = []
+    for answer in (None, asked.append):  # nobody there, and no
+        assert bench.host.repair(change_host=answer) == []
+    assert len(asked) == 1
+    assert "userfaultfd" in asked[0]
+    assert (setting.read_text(), drop_in.exists()) == ("0\n", False)
+    (done,) = bench.host.repair(change_host=lambda _sentence: True)
+    assert done.failure is None
+    assert setting.read_text() == "1\n"
+    assert drop_in.read_text().splitlines()[-1] == "vm.unprivileged_userfaultfd = 1"
+    assert bench.host.repair(change_host=lambda _sentence: True) == []
+
+
+def test_memory_that_cannot_be_saved_any_more_is_told(bench, vm):
+    file = vm.home.layout.private / "stuck-memory"
+    file.write_text(f"{os.getpid()} {process.start_time(os.getpid())}\n")
+    assert "restart" in bench.one("memory-stuck", vm).repair
+    file.write_text(f"{os.getpid()} 1\n")  # another QEMU has that number now
+    assert "memory-stuck" not in bench.codes(vm)
 
 
 # --- VMs that were adopted --------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from hvmgr.model import configuration
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.tree import Keeper
 from hvmgr.storage import durable, vm_home
-from tests import private_libvirt
+from tests import private_libvirt, told
 
 MIB = 1 << 20
 PIECE = 64 << 10
@@ -87,7 +87,7 @@ class Bench:
         self.host = self.open_host("root")
 
     def open_host(self, folder):
-        reporter = hvmgr.Reporter(notice=self.said.append)
+        reporter = hvmgr.Reporter(notice=told.into(self.said))
         host = hvmgr.Host.open(self.uri, root=self.place / folder, wait_s=1, reporter=reporter)
         self.hosts.append(host)
         return host

@@ -1,0 +1,34 @@
+"""A snapshot whose memory is saved while the guest goes on, killed before its acts: whole, without memory, or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests import private_libvirt
+from tests.operations.crash.conftest import run_inside
+
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
+
+# The second only when every act is killed: it differs by one step.
+SHAPES = ["live-create", *(["live-create-compressed"] if os.environ.get("HVMGR_CRASH") == "all" else [])]
+
+
+@pytest.fixture(scope="module")
+def live_run(new_embed_root):
+    """As ``crash_run``, with a QEMU that gets userfaultfd whatever the host's setting is."""
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    if not Path("/proc/sys/vm/unprivileged_userfaultfd").exists():
+        pytest.skip("this kernel has no userfaultfd")
+    with private_libvirt.daemon(new_embed_root(), qemu_conf=private_libvirt.WITH_RIGHTS) as daemon:
+        yield lambda *arguments, **more: run_inside(daemon, *arguments, **more)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_killed_while_memory_is_saved_in_the_background(live_run, shape, every):
+    stride = every(7)
+    live_run(shape, stride, 1 + SHAPES.index(shape) * stride // 2, timeout_s=580)
