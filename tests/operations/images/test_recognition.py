@@ -138,13 +138,14 @@ def test_foreign_formats_are_named_and_read_only_when_they_are_trusted(folder):
 
 
 def test_parent_whose_format_nobody_states_is_not_guessed(folder):
+    """As old QEMUs made them; the header's extension with the format becomes one that nobody knows."""
     folder.raw("base.raw")
-    command = ["qemu-img", "create", "-q", "-u", "-f", "qcow2", "-b", "base.raw", folder / "top.qcow2", str(4 * MIB)]
-    made = subprocess.run(command, capture_output=True, timeout=60, check=False)
-    if made.returncode:  # newer QEMUs refuse to make such a thing
-        pytest.skip("this qemu-img always states the format")
+    top = folder.images.create(folder / "top.qcow2", options=ImageOptions(parent=folder / "base.raw")).path
+    header = top.read_bytes()
+    assert header.count(b"\xe2\x79\x2a\xca") == 1
+    top.write_bytes(header.replace(b"\xe2\x79\x2a\xca", b"hvmg"))
     with pytest.raises(errors.Unsupported, match="does not state the format"):
-        folder.images.convert(folder / "top.qcow2", folder / "to.raw")
+        folder.images.convert(top, folder / "to.raw")
 
 
 def test_raw_disk_that_begins_like_a_vhd_stays_raw(folder):
