@@ -27,7 +27,7 @@ def foreign(bench):
     vhd.create(folder / "two.avhd", parent=folder / "one.avhd", windows_path="C:\\VMs\\one.avhd")
     for name in ("base.vhd", "one.avhd", "two.avhd"):
         with vhd.open_chain(folder / name, writable=True) as disk:
-            for _ in range(30):
+            for _ in range(15):
                 count = chosen.choice((1, 1, 3, 8, 130)) * SECTOR
                 offset = chosen.randrange(0, SIZE - count + 1, SECTOR)
                 data = chosen.choice((bytes(count), chosen.randbytes(count), chosen.randbytes(count)))
