@@ -63,7 +63,7 @@ def plan_switch(
             resume=(plan.Resume(),) if stops else (),
             memory=compression(memory, how),
         )
-    pairs = tuple((one.source, one.target) for one in copies if isinstance(one, plan.CopyFile | plan.CopyFolder))
+    pairs = tuple((one.source, one.target) for one in copies if isinstance(one, plan.CopyFile))
     return Switch(
         prepare=(memory_plan.ReserveMemory(path=str(memory), size=size), *copies),
         switch=plan.SwitchDisks(disks, str(memory), background=True, copies=pairs, fallback=how.fallback),

@@ -65,6 +65,7 @@ def read(path: Path) -> Entry | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
+    from hvmgr.model import memory_plan  # noqa: F401 - its steps are known then
     from hvmgr.model.plan import Plan
 
     first, _, rest = data.partition(b"\n")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -61,3 +64,12 @@ def test_every_cut_of_the_lines_is_read(path):
         assert entry.switch_reached == (end == len(data))
         journal.take_back_start(path)
         assert journal.read(path).start is None
+
+
+def test_reader_alone_knows_the_steps_of_a_snapshot_in_the_background(path):
+    """The hook imports nothing else."""
+    step = {"step": "AwaitMemory", "path": "/memory.save"}
+    path.write_text(json.dumps({**PLAN.to_json(), "finish": [step]}) + "\n")
+    program = f"from pathlib import Path; from hvmgr.storage import journal; print(journal.read(Path({str(path)!r})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert "AwaitMemory(path='/memory.save')" in done.stdout

@@ -81,8 +81,8 @@ def switch(
         except errors.HostFailed as error:
             _stand_still(session, domain, step, children, others, error)
             return
-        file.write(head)
         try:
+            file.write(head)
             _stop_guest(domain)
             _bring_up(step.copies)
             domain.switch_disks(children, others=others)
@@ -106,16 +106,10 @@ def _stop_guest(domain: Domain) -> None:
 
 
 def _bring_up(copies: Sequence[tuple[str, str]]) -> None:
-    """Firmware and TPM state that changed since they were copied, which is rare, are copied again."""
-    for one, other in copies:
-        source, target = Path(one), Path(other)
-        if source.is_dir():
-            names = sorted(path.name for path in source.iterdir())
-            _, differ, unread = filecmp.cmpfiles(source, target, names, shallow=False)
-            if differ or unread or names != sorted(path.name for path in target.iterdir()):
-                durable.copy_folder(source, target)
-        elif not filecmp.cmp(source, target, shallow=False):
-            durable.copy_file(source, target)
+    """NVRAM that changed since it was copied, which is rare, is copied again; TPM state lies in the stream."""
+    for source, target in copies:
+        if not filecmp.cmp(source, target, shallow=False):
+            durable.copy_file(Path(source), Path(target))
 
 
 def _let_go(domain: Domain) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -22,8 +21,8 @@ def live_run(new_embed_root):
     """As ``crash_run``, with a QEMU that gets userfaultfd whatever the host's setting is."""
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         pytest.skip("needs root and libvirtd")
-    if not Path("/proc/sys/vm/unprivileged_userfaultfd").exists():
-        pytest.skip("this kernel has no userfaultfd")
+    if not private_libvirt.has_userfaultfd():
+        pytest.skip("no userfaultfd that write-protects here")
     with private_libvirt.daemon(new_embed_root(), qemu_conf=private_libvirt.WITH_RIGHTS) as daemon:
         yield lambda *arguments, **more: run_inside(daemon, *arguments, **more)
 
