@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import shutil
 import socket
 import struct
 import subprocess
@@ -132,9 +131,8 @@ def test_read_only_export_refuses_writes(disk, serve):
     assert disk.data == before
 
 
-def test_nbdinfo_understands_it(serve):
-    if shutil.which("nbdinfo") is None:
-        pytest.skip("nbdinfo is not here: the package libnbd-bin has it")
+def test_nbdinfo_understands_it(serve, require_program):
+    require_program("nbdinfo")
     (export,) = json.loads(tell("nbdinfo", "--json", serve(writable=True)))["exports"]
     assert export["export-size"] == 4 * MIB
     assert export["contexts"] == ["base:allocation"]
