@@ -97,6 +97,20 @@ def devices_of(file: Path) -> list[Path]:
     return sorted(device for device in found if backing(device) in {os.fspath(file), f"{file} (deleted)"})
 
 
+def require_not_shown(file: Path) -> None:
+    """Conflict when a loop device shows this very file: the kernel writes it then, and holds no lock on it."""
+    for folder in _SYS.glob("loop*"):
+        shown = backing(_DEV / folder.name)
+        with contextlib.suppress(OSError):  # the path of another mount namespace, or of a file that is gone
+            if shown is not None and Path(shown).samefile(file):
+                raise errors.Conflict(
+                    f"{file} is shown by the loop device {_DEV / folder.name}",
+                    hint=f"unmount it, then: losetup --detach {_DEV / folder.name}",
+                    path=str(file),
+                    device=str(_DEV / folder.name),
+                )
+
+
 def life_of(device: Path) -> str | None:
     """What tells one use of a device from every other one of this start of the host; None where the kernel does not say."""
     try:

@@ -135,8 +135,13 @@ def shown(one: Attachment) -> Shown:
     if not one.is_alive or one.device is None:
         return Shown(one, False, ())
     device = Path(one.device)
-    with partitions.File(device) as disk:
-        table = partitions.read(disk)
+    try:
+        with partitions.File(device) as disk:
+            table = partitions.read(disk)
+    except OSError:
+        if one.is_alive:
+            raise
+        return Shown(one, False, ())  # it was detached, or died, just now
     there = {part.number for part in loop.partitions(device)}
     found = [part for part in (() if table is None else table.partitions) if part.number in there]
     return Shown(one, True, tuple((str(loop.node(device, part.number)), part) for part in found))

@@ -231,10 +231,12 @@ class Host:
         children state counts, and then the content. Conflict when a running VM works on it, or it is attached already.
         """
         from hvmgr.operations import attaching
+        from hvmgr.operations.images import changes, recognition
         from hvmgr.storage import attachments
 
         real = Path(os.path.realpath(path))
         attaching.require_image(real)
+        changes.complete(self, recognition.known_chain(real))
         with attachments.locked(wait_s=self.wait_s), self._locked([real]):
             return attaching.attach(self, real, read_only=read_only, fmt=format)
 

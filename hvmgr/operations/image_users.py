@@ -108,8 +108,15 @@ def _in_home(entry: Entry, home: VmHome, wanted: tuple[int, int], present: Use) 
 
 
 def _concerns(entry: Entry, path: Path, wanted: tuple[int, int]) -> bool:
-    inside = path.is_relative_to(entry.home) or path.stat().st_nlink > 1
+    inside = _is_inside(path, entry.home) or path.stat().st_nlink > 1
     return inside or any(_is(one, wanted) for one in entry.outside)
+
+
+def _is_inside(path: Path, home: Path) -> bool:
+    """Whether a file lies in a home, by whatever link or bind mount it is reached."""
+    if path.is_relative_to(home):
+        return True
+    return home.exists() and any(_is(str(folder), images.identity(home)) for folder in path.parents)
 
 
 def _in_domain(domain: Domain, path: Path) -> Iterator[User]:

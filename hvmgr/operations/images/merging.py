@@ -36,7 +36,9 @@ def merge(host: Host, child: Path, into: Path | None, folders: Sequence[Path] = 
     chain = _part(whole, into)
     looked = [recognition.look(path) for path in chain]
     steps = _steps(looked, whole, keep=keep)
-    with changes.locked(host, [*chain, *_pointed(steps)]):
+    with changes.locked(host, [*chain, *_pointed(steps)], seen=looked):
+        if recognition.chain_of(child, folders) != whole or _steps(looked, whole, keep=keep) != steps:
+            raise changes.changed_meanwhile(child)
         _require_unused(host, chain)
         plan = changes.plan_of("image merge", f"merge of {chain[0]} into {chain[-1]}", steps)
         changes.require_approval(host, plan)

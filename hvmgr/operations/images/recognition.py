@@ -118,17 +118,34 @@ def _asked_size(path: Path, known: ImageFormat) -> int:
 def parent_of(path: Path, folders: Sequence[Path] = ()) -> Path | None:
     """The file that a differencing image stands on, without opening it further; None for any other image.
 
-    NotFound and Conflict as the parent of a VHD is searched for: by its names and by id, always proved by its id.
+    NotFound and Conflict as the parent of a VHD is searched for: by its names and by id, always proved by its id. Conflict
+    where a qcow2 image states another format than its parent's content has.
     """
     found = images.identify(path)
     if found.format == images.QCOW2:
-        return images.read(path, images.QCOW2).parent
+        header = images.read(path, images.QCOW2)
+        _require_as_stated(header)
+        return header.parent
     if found.format != "vhd" or not found.is_differencing:
         return None
     from hvmgr import vhd
 
     with vhd.open_image(path, tolerant=True) as image:
         return Path(os.path.realpath(vhd.find_parent(image, folders=folders)))
+
+
+def _require_as_stated(child: images.Header) -> None:
+    """A guest may write what looks like a header into its raw disk: what the child states and the content must agree."""
+    if child.parent is None or child.backing_format is None or not child.parent.exists():
+        return
+    truth = images.identify(child.parent).format
+    if child.backing_format != (images.VPC if truth == "vhd" else truth):
+        raise errors.Conflict(
+            f"{child.path} states that its parent {child.parent} is {child.backing_format}, and its content is {truth}",
+            hint="a guest may have written that; if it is right, state it: qemu-img rebase -u -F "
+            f"{truth} -b {shlex.quote(child.backing or '')} {shlex.quote(str(child.path))}",
+            path=str(child.parent),
+        )
 
 
 def chain_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:

@@ -1,0 +1,193 @@
+"""What other programs, other users and guests do to image files while nobody looks: it is seen, and nothing is harmed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from hvmgr import ImageOptions, errors
+from hvmgr.host import loop
+from hvmgr.model import image_plan
+from hvmgr.operations import attaching, image_users
+from hvmgr.operations.images import acts, changes
+from hvmgr.storage import durable, index, journal
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def pipe(folder):
+    """A pipe where an image should be."""
+    os.mkfifo(folder / "pipe.qcow2")
+    return folder / "pipe.qcow2"
+
+
+@pytest.mark.parametrize("verb", ["info", "chain", "check", "merge", "compact"])
+def test_pipe_is_no_image(folder, pipe, verb):
+    with pytest.raises(errors.UsageError, match="no image file"):
+        getattr(folder.images, verb)(pipe)
+
+
+def test_pipe_is_no_parent(folder, pipe):
+    with pytest.raises(errors.UsageError, match="no image file"):
+        folder.images.create(folder / "child.qcow2", options=ImageOptions(parent=pipe))
+    assert folder.names() == {"pipe.qcow2"}
+
+
+def test_block_device_is_not_changed_in_place(folder, monkeypatch):
+    folder.raw("disk.raw")
+    monkeypatch.setattr(Path, "is_block_device", lambda path: path.name == "disk.raw")
+    with pytest.raises(errors.Unsupported, match="block device"):
+        folder.images.compact(folder / "disk.raw")
+
+
+def test_file_of_a_loop_device_is_busy(folder, monkeypatch, tmp_path):
+    folder.raw("disk.raw")
+    (tmp_path / "sys" / "loop7" / "loop").mkdir(parents=True)
+    (tmp_path / "sys" / "loop7" / "loop" / "backing_file").write_text(f"{folder / 'disk.raw'}\n")
+    monkeypatch.setattr(loop, "_SYS", tmp_path / "sys")
+    with pytest.raises(errors.Conflict, match="/dev/loop7"):
+        folder.images.resize(folder / "disk.raw", 8 * MIB)
+
+
+class TestMeanwhile:
+    """What another command does between the look and the lock."""
+
+    @pytest.fixture
+    def then(self, monkeypatch):
+        """Something that happens while the lock is waited for."""
+        real = index.locked
+
+        def arrange(act):
+            @contextlib.contextmanager
+            def locked(paths, *, wait_s):
+                act()
+                with real(paths, wait_s=wait_s):
+                    yield
+
+            monkeypatch.setattr(changes.index, "locked", locked)
+
+        return arrange
+
+    def test_resized_image_is_looked_at_again(self, folder, then):
+        folder.raw("disk.raw", size=4 * MIB)
+        then(lambda: os.truncate(folder / "disk.raw", 16 * MIB))
+        with pytest.raises(errors.Conflict, match="meanwhile"):
+            folder.images.resize(folder / "disk.raw", 8 * MIB)
+        assert (folder / "disk.raw").stat().st_size == 16 * MIB
+
+    def test_merged_image_is_not_missed_by_a_traceback(self, folder, then):
+        folder.chain("base.vhd", "child.vhd")
+        then((folder / "child.vhd").unlink)
+        with pytest.raises(errors.Conflict, match="meanwhile"):
+            folder.images.merge(folder / "child.vhd")
+
+    def test_new_child_is_not_lost(self, folder, then):
+        folder.chain("base.qcow2", "child.qcow2")
+        command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "child.qcow2", "-F", "qcow2", "top.qcow2"]
+        then(lambda: subprocess.run(command, check=True, cwd=folder.path, timeout=60))
+        with pytest.raises(errors.Conflict, match="meanwhile"):
+            folder.images.merge(folder / "child.qcow2")
+        assert {"base.qcow2", "child.qcow2", "top.qcow2"} <= folder.names()
+
+
+class TestJournal:
+    """A file beside an image that says what is to be done: by whom it was written counts."""
+
+    def plant(self, folder, victim):
+        plan = changes.plan_of("image merge", "a merge", [image_plan.RemoveMerged(str(victim))])
+        journal.begin(journal.beside(folder / "disk.raw"), plan)
+
+    def test_of_nobody_knows_whom_is_not_carried_out(self, folder):
+        folder.raw("disk.raw")
+        folder.raw("victim.raw")
+        self.plant(folder, folder / "victim.raw")
+        with pytest.raises(errors.Conflict, match="not by this user on this host"):
+            folder.images.compact(folder / "disk.raw")
+        assert "victim.raw" in folder.names()
+        assert folder.images.info(folder / "disk.raw").open_change is None
+
+    def test_pipe_is_not_waited_for(self, folder):
+        folder.raw("disk.raw")
+        os.mkfifo(journal.beside(folder / "disk.raw"))
+        assert folder.images.info(folder / "disk.raw").open_change is None
+        with pytest.raises(errors.Conflict, match="not by this user on this host"):
+            folder.images.compact(folder / "disk.raw")
+
+    def test_is_completed_before_an_image_is_attached(self, folder, monkeypatch):
+        folder.raw("disk.raw")
+        folder.raw("merged.raw")
+        index.note_change(journal.beside(folder / "disk.raw"))
+        self.plant(folder, folder / "merged.raw")
+        monkeypatch.setattr(attaching, "attach", lambda *_, **__: None)
+        folder.host.attach_image(folder / "disk.raw")
+        assert folder.names() == {"disk.raw"}
+
+    def test_name_that_leaves_no_room_for_one_can_be_looked_at(self, folder):
+        name = "x" * 250 + ".raw"
+        folder.raw(name)
+        assert folder.images.info(folder / name).size == 4 * MIB
+        with pytest.raises(errors.HostFailed, match="too long"):
+            folder.images.resize(folder / name, 8 * MIB)
+
+
+def test_guest_that_writes_a_header_into_its_raw_disk_changes_no_merge(folder):
+    """Read as qcow2 the disk would have a parent of the guest's choice."""
+    folder.raw("secret.raw")
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "secret.raw", "-F", "raw", folder / "disk.raw"]
+    subprocess.run(command, check=True, timeout=60)
+    os.truncate(folder / "disk.raw", 4 * MIB)
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", "disk.raw", "-F", "raw", folder / "top.qcow2"]
+    subprocess.run(command, check=True, timeout=60)
+    before = folder.bytes_of_files()
+    for into in (None, folder / "secret.raw"):
+        with pytest.raises(errors.Conflict, match="states that its parent"):
+            folder.images.merge(folder / "top.qcow2", into=into)
+    assert folder.bytes_of_files() == before
+
+
+def test_unfinished_file_of_another_command_is_not_swept(folder):
+    folder.chain("base.vhd")
+    others, dead = (folder / f"{durable.TEMPORARY}{'a' * length}" for length in (32, 16))
+    for path in (others, dead):
+        path.touch()
+    acts._sweep(folder.path)
+    assert others.exists()
+    assert not dead.exists()
+
+
+class TestCompact:
+    """A copy of a qcow2 image has its blocks, and takes its place only where it takes less."""
+
+    def made(self, folder, *options):
+        folder.raw("content.raw")
+        command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, folder / "content.raw"]
+        subprocess.run([*command, folder / "disk.qcow2"], check=True, timeout=60)
+        return folder / "disk.qcow2"
+
+    def test_blocks_keep_their_size(self, folder):
+        path = self.made(folder, "-o", "cluster_size=2M", "-S", "0")
+        folder.images.compact(path)
+        assert folder.images.info(path).block_size == 2 * MIB
+
+    def test_compressed_image_does_not_grow(self, folder):
+        (folder / "content.raw").write_bytes(b"x" * 4 * MIB)
+        command = ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", folder / "content.raw"]
+        subprocess.run([*command, folder / "disk.qcow2"], check=True, timeout=60)
+        before = (folder / "disk.qcow2").read_bytes()
+        assert folder.images.compact(folder / "disk.qcow2") == 0
+        assert (folder / "disk.qcow2").read_bytes() == before
+        assert folder.names() == {"content.raw", "disk.qcow2"}
+
+
+def test_home_is_known_by_whatever_path_it_is_reached(tmp_path):
+    home = tmp_path / "root" / "web"
+    (home / "disks").mkdir(parents=True)
+    (home / "disks" / "a.raw").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "root")
+    assert image_users._is_inside(home / "disks" / "a.raw", tmp_path / "link" / "web")
+    assert not image_users._is_inside(home / "disks" / "a.raw", tmp_path / "link" / "db")
