@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import stat
 import uuid
@@ -138,8 +139,8 @@ def shown(one: Attachment) -> Shown:
     try:
         with partitions.File(device) as disk:
             table = partitions.read(disk)
-    except OSError:
-        if one.is_alive:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
             raise
         return Shown(one, False, ())  # it was detached, or died, just now
     there = {part.number for part in loop.partitions(device)}
