@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 VHDX = "vhdx"
 _VHD = "vhd"  # in hvmgr's words; QEMU calls it vpc
-_VHDX_MAGIC = b"vhdxfile"
 _CHAIN_MAX = 200
 _EXTENDED_SHOWN = 1024
 _HINT = "list what is attached: hvmgr image attachments"
@@ -81,6 +80,8 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
     links = chain_of(path, (images.VPC if fmt == _VHD else fmt) or image_users.stated_format(host, path) or probe(path))
     users = image_users.of(host, path)
     _require_free(users, path)
+    if not read_only:
+        loop.require_not_shown(path)
     reason = None if read_only else _why_read_only(users, path)
     one = Attachment(
         id=str(uuid.uuid4()),
@@ -177,10 +178,8 @@ _LEFT_OVER = "its attachment was broken off and is cleaned up; what had not been
 
 def probe(path: Path) -> str:
     """The format by content."""
-    with path.open("rb") as file:
-        if file.read(len(_VHDX_MAGIC)) == _VHDX_MAGIC:
-            return VHDX
-    return images.probe(path)
+    found = images.identify(path)
+    return VHDX if found.format == VHDX and not found.is_differencing else images.probe(path)
 
 
 def chain_of(path: Path, fmt: str) -> list[Link]:

@@ -75,10 +75,12 @@ def _in_homes(host: Host, path: Path, domains: dict[str, Domain]) -> Iterator[Us
     for entry in index.entries():
         if not _concerns(entry, path, wanted):
             continue
+        # Of another connection's VM nobody knows here whether its memory is saved.
+        present = _use(domains.get(entry.vm_id)) if entry.uri == host.uri else Use.UNKNOWN
         try:
             home = vm_home.open_home(entry.home)
             _require_complete(entry, home)
-            yield from _in_home(entry, home, wanted, _use(domains.get(entry.vm_id) if entry.uri == host.uri else None))
+            yield from _in_home(entry, home, wanted, present)
         except (errors.Corrupt, errors.NotFound, errors.Unsupported):
             yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home cannot be read", entry.name)
 
