@@ -41,6 +41,8 @@ def explained(path: Path) -> Iterator[None]:
             raise errors.NoSpace(
                 f"no space left for {path}", hint="free space there and run the command again"
             ) from error
+        if error.errno == errno.EFBIG:
+            raise errors.Unsupported(f"{path}: no file of this file system can be that large") from error
         if error.errno == errno.EROFS:
             raise errors.HostFailed(f"{path} is on a read-only file system", hint="mount it writable") from error
         raise errors.HostFailed(f"{path}: {error.strerror}") from error

@@ -192,6 +192,9 @@ def _named(path: Path) -> Iterator[Path]:
             yield part
     except errors.NoSpace as error:
         raise errors.NoSpace(f"no space left for {path}", hint="free space there and run it again") from error
+    except errors.HvmgrError as error:
+        error.message = error.message.replace(str(durable.part_of(path)), str(path))
+        raise
 
 
 def _warn_of_users(host: Host, parent: Recognised) -> None:

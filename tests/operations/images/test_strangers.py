@@ -191,3 +191,22 @@ def test_home_is_known_by_whatever_path_it_is_reached(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "root")
     assert image_users._is_inside(home / "disks" / "a.raw", tmp_path / "link" / "web")
     assert not image_users._is_inside(home / "disks" / "a.raw", tmp_path / "link" / "db")
+
+
+@pytest.mark.parametrize("name", ["child.qcow2", "odd,name:\udcff.qcow2"])
+def test_child_without_its_parent_is_checked(folder, name):
+    folder.chain("base.qcow2", "child.qcow2")
+    (folder / "child.qcow2").rename(folder / name)
+    assert folder.images.check(folder / name).is_sound
+    if name.isprintable():
+        (folder / "base.qcow2").unlink()
+        assert folder.images.check(folder / name).is_sound
+        assert [one.code for one in folder.images.check(folder / name, chain=True).faults] == ["parent-missing"]
+
+
+@pytest.mark.parametrize(("name", "size"), [("a.raw", (1 << 63) - 512), ("a.qcow2", 1 << 62)])
+def test_size_that_no_file_can_have_is_told_of_the_file_that_was_named(folder, name, size):
+    with pytest.raises(errors.Unsupported) as refused:
+        folder.images.create(folder / name, size)
+    assert durable.TEMPORARY not in refused.value.message
+    assert folder.names() == set()
