@@ -238,6 +238,7 @@ class Host:
         attaching.require_image(real)
         changes.complete(self, recognition.known_chain(real))
         with attachments.locked(wait_s=self.wait_s), self._locked([real]):
+            changes.require_settled(recognition.known_chain(real))
             return attaching.attach(self, real, read_only=read_only, fmt=format)
 
     def detach_image(self, device: Path | str) -> Attachment:

@@ -75,11 +75,22 @@ def locked(host: Host, paths: Sequence[Path], *, seen: Sequence[Recognised] = ()
         for path, file in zip(paths, before, strict=True):
             if not path.exists() or images.identity(path) != file:
                 raise changed_meanwhile(path)
+        require_settled(paths)
         require_closed(paths)
         for one in seen:
             if recognition.look(one.path, folders=one.folders) != one:
                 raise changed_meanwhile(one.path)
         yield
+
+
+def require_settled(paths: Sequence[Path]) -> None:
+    """Conflict when a command that was waited for has died in a change of one of these images: locked as they are now.
+
+    ``complete`` has to come before the locks, and cannot see that.
+    """
+    for path in paths:
+        if journal.is_open(journal.beside(path)) or next(_open_about(path), None) is not None:
+            raise errors.Conflict(f"a change of {path} was cut off just now", hint="run the command again")
 
 
 def changed_meanwhile(path: Path) -> errors.Conflict:
@@ -143,11 +154,16 @@ def complete(host: Host, chain: Sequence[Path]) -> list[Plan]:
 def complete_about(host: Host, image: Path) -> list[Plan]:
     """The same for a change whose journal lies beside another image and names this one, which may be gone by now."""
     found = []
+    for place in list(_open_about(image)):
+        found += _complete(host, place)
+    return found
+
+
+def _open_about(image: Path) -> Iterator[Path]:
     for place in filter(is_ours, index.open_changes()):
         entry = journal.read(place)
         if entry is not None and image in _images_of(entry.plan):
-            found += _complete(host, place)
-    return found
+            yield place
 
 
 def is_ours(place: Path) -> bool:
@@ -194,7 +210,12 @@ def run(host: Host, plan: Plan, written: Path) -> None:
     """The plan, which was approved and whose images are ``locked``, is carried out."""
     place = journal.beside(written)
     index.note_change(place)
-    journal.begin(place, plan, alone=True)
+    try:
+        journal.begin(place, plan, alone=True)
+    except errors.HvmgrError:
+        if not journal.is_open(place):
+            index.forget_change(place)
+        raise
     _carry_out(host, plan, place)
 
 

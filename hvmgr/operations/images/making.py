@@ -181,6 +181,7 @@ def _kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
     with index.locked(paths, wait_s=host.wait_s), contextlib.ExitStack() as stack:
         for path in paths:
             stack.enter_context(image_locks.held(path, writable=False))
+        changes.require_settled(paths)
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hvmgr import ImageOptions, errors
+from hvmgr import ImageOptions, errors, settings
 from hvmgr.host import loop
 from hvmgr.model import image_plan
 from hvmgr.operations import attaching, image_users
@@ -94,6 +94,27 @@ class TestMeanwhile:
             folder.images.merge(folder / "child.qcow2")
         assert {"base.qcow2", "child.qcow2", "top.qcow2"} <= folder.names()
 
+    @pytest.mark.parametrize("act", ["compact", "create", "attach"])
+    def test_command_that_died_is_not_forgotten(self, folder, then, act):
+        """Its journal is there when the lock is free, and was not before."""
+        folder.raw("disk.raw")
+        child = ImageOptions(parent=folder / "disk.raw")
+        plan = changes.plan_of("image merge", "a merge", [image_plan.RemoveMerged(str(folder / "disk.raw"))])
+
+        def die():
+            index.note_change(journal.beside(folder / "disk.raw"))
+            journal.begin(journal.beside(folder / "disk.raw"), plan)
+
+        then(die)
+        with pytest.raises(errors.Conflict, match="cut off just now"):
+            if act == "attach":
+                folder.host.attach_image(folder / "disk.raw")
+            elif act == "create":
+                folder.images.create(folder / "child.qcow2", options=child)
+            else:
+                folder.images.compact(folder / "disk.raw")
+        assert folder.names() == {"disk.raw", ".disk.raw.hvmgr-change"}
+
 
 class TestJournal:
     """A file beside an image that says what is to be done: by whom it was written counts."""
@@ -133,6 +154,7 @@ class TestJournal:
         assert folder.images.info(folder / name).size == 4 * MIB
         with pytest.raises(errors.HostFailed, match="too long"):
             folder.images.resize(folder / name, 8 * MIB)
+        assert not list((settings.index_folder() / "changes").iterdir())
 
 
 def test_guest_that_writes_a_header_into_its_raw_disk_changes_no_merge(folder):
