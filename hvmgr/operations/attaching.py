@@ -32,6 +32,7 @@ from hvmgr.host.image_export import Link
 from hvmgr.model.image_info import Use, User
 from hvmgr.model.plan import Plan
 from hvmgr.operations import image_users
+from hvmgr.operations.images import recognition
 from hvmgr.storage import attachments, durable, images, partitions
 from hvmgr.storage.attachments import Attachment, Phase
 from hvmgr.storage.partitions import Partition
@@ -201,10 +202,7 @@ def chain_of(path: Path, fmt: str) -> list[Link]:
         links.append(Link(here, header.format))
         if header.parent is not None:
             if header.backing_format is None:
-                raise errors.Unsupported(
-                    f"{here} does not state the format of its parent",
-                    hint=f"state it: qemu-img rebase -u -b '{header.backing}' -F FORMAT '{here}'",
-                )
+                raise recognition.unstated(header)
             step = (header.parent, header.backing_format)
     return links
 

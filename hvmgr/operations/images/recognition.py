@@ -139,11 +139,11 @@ def _require_as_stated(child: images.Header) -> None:
     if child.parent is None or child.backing_format is None or not child.parent.exists():
         return
     truth = images.identify(child.parent).format
-    if child.backing_format != (images.VPC if truth == "vhd" else truth):
+    truth = images.VPC if truth == "vhd" else truth
+    if child.backing_format != truth:
         raise errors.Conflict(
             f"{child.path} states that its parent {child.parent} is {child.backing_format}, and its content is {truth}",
-            hint="a guest may have written that; if it is right, state it: qemu-img rebase -u -F "
-            f"{truth} -b {shlex.quote(child.backing or '')} {shlex.quote(str(child.path))}",
+            hint=f"a guest may have written that; if it is right, state it: {_restating(child, truth)}",
             path=str(child.parent),
         )
 
@@ -192,14 +192,23 @@ def require_no_differencing_below(path: Path) -> None:
         images.require_usable(parent)
         truth = images.identify(parent).format
         if stated is None and truth != images.QCOW2:
-            raise errors.Unsupported(
-                f"{step} does not state the format of its parent, and QEMU would guess",
-                hint=f"state it: qemu-img rebase -u -b {shlex.quote(header.backing or '')} -F FORMAT {shlex.quote(str(step))}",
-            )
+            raise unstated(header)
         if (stated or truth) != images.QCOW2:
             images.read(parent, stated or truth)
             return
         step = parent
+
+
+def unstated(child: images.Header) -> errors.Unsupported:
+    """The refusal of an image that does not say what its parent is."""
+    return errors.Unsupported(
+        f"{child.path} does not state the format of its parent, and QEMU would guess",
+        hint=f"state it: {_restating(child, 'FORMAT')}",
+    )
+
+
+def _restating(child: images.Header, fmt: str) -> str:
+    return f"qemu-img rebase -u -F {fmt} -b {shlex.quote(child.backing or '')} {shlex.quote(str(child.path))}"
 
 
 def format_of(path: Path, stated: ImageFormat | None) -> ImageFormat:

@@ -172,6 +172,17 @@ def test_guest_that_writes_a_header_into_its_raw_disk_changes_no_merge(folder):
     assert folder.bytes_of_files() == before
 
 
+def test_internal_snapshots_do_not_go_with_a_merged_image(folder):
+    folder.chain("base.qcow2", "child.qcow2")
+    subprocess.run(["qemu-img", "snapshot", "-c", "then", folder / "child.qcow2"], check=True, timeout=60)
+    before = folder.bytes_of_files()
+    with pytest.raises(errors.Unsupported, match="internal snapshots"):
+        folder.images.merge(folder / "child.qcow2")
+    assert folder.bytes_of_files() == before
+    folder.images.merge(folder / "child.qcow2", keep=True)
+    assert (folder / "child.qcow2").exists()
+
+
 def test_unfinished_file_of_another_command_is_not_swept(folder):
     folder.chain("base.vhd")
     others, dead = (folder / f"{durable.TEMPORARY}{'a' * length}" for length in (32, 16))
