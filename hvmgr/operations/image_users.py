@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.model.image_info import Use, User
-from hvmgr.storage import attachments, images, index, journal, vm_home
+from hvmgr.storage import attachments, durable, images, index, journal, vm_home
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import Domain
@@ -166,12 +166,15 @@ def _chain(path: str, fmt: str) -> Iterator[str]:
 
 
 def beside(path: Path, known: Container[str] = ()) -> Iterator[User]:
-    """Children that lie in the same folder: nobody else can know of those that no VM uses."""
+    """Children that lie in the same folder: nobody else can know of those that no VM uses.
+
+    What a killed command has not finished is none; while one makes a child, it has the lock of the parent.
+    """
     if stat.S_ISBLK(path.stat().st_mode):
         return
     is_child = _child_test(path)
     for file in sorted(path.parent.iterdir()):
-        if str(file) not in known and file.is_file():
+        if str(file) not in known and not file.name.startswith(durable.TEMPORARY) and file.is_file():
             with contextlib.suppress(errors.HvmgrError, OSError):
                 if is_child(file):
                     yield User(Use.PARENT, str(file))

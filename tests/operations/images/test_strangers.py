@@ -193,6 +193,13 @@ def test_unfinished_file_of_another_command_is_not_swept(folder):
     assert not dead.exists()
 
 
+def test_unfinished_child_of_a_dead_command_is_no_child(folder):
+    folder.chain("base.qcow2", "child.qcow2")
+    (folder / "child.qcow2").rename(durable.part_of(folder / "child.qcow2"))
+    assert folder.images.info(folder / "base.qcow2").used_by == ()
+    assert folder.images.resize(folder / "base.qcow2", 8 * MIB)
+
+
 class TestCompact:
     """A copy of a qcow2 image has its blocks, and takes its place only where it takes less."""
 
