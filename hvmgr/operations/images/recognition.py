@@ -217,10 +217,15 @@ def format_of(path: Path, stated: ImageFormat | None) -> ImageFormat:
         if stated not in MADE:
             raise errors.Unsupported(f"images of the format {stated.value} are not made here", hint=_choice())
         return stated
-    found = _SUFFIXES.get(path.suffix.lower())
+    found = named_format(path)
     if found is None:
         raise errors.UsageError(f"the name of {path} says no format", hint=f"state it with --format: {_choice()}")
     return found
+
+
+def named_format(path: Path) -> ImageFormat | None:
+    """The format that a file's name promises; None when it says none."""
+    return _SUFFIXES.get(path.suffix.lower())
 
 
 def _choice() -> str:

@@ -250,3 +250,12 @@ def test_size_that_no_file_can_have_is_told_of_the_file_that_was_named(folder, n
         folder.images.create(folder / name, size)
     assert durable.TEMPORARY not in refused.value.message
     assert folder.names() == set()
+
+
+def test_fixed_vhd_without_its_end_is_not_called_sound(folder):
+    folder.images.create(folder / "disk.vhd", 4 * MIB, ImageOptions(fixed=True))
+    assert folder.images.check(folder / "disk.vhd").is_sound
+    os.truncate(folder / "disk.vhd", 4 * MIB)
+    found = folder.images.check(folder / "disk.vhd")
+    assert [one.code for one in found.faults] == ["other-format"]
+    assert not found.is_sound
