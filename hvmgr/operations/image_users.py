@@ -52,6 +52,10 @@ def stated_format(host: Host, path: Path) -> str | None:
         for disk in _disks(domain):
             if disk[0] is not None and _is(disk[0], wanted):
                 return disk[1]
+    for child in beside(path):
+        with contextlib.suppress(errors.HvmgrError):  # a VHD: its parent is one, and says so itself
+            if (stated := images.read(Path(child.name), images.QCOW2).backing_format) is not None:
+                return stated
     return None
 
 

@@ -259,3 +259,11 @@ def test_fixed_vhd_without_its_end_is_not_called_sound(folder):
     found = folder.images.check(folder / "disk.vhd")
     assert [one.code for one in found.faults] == ["other-format"]
     assert not found.is_sound
+
+
+def test_child_that_no_vm_has_states_the_format_of_its_parent(folder):
+    folder.chain("looks.qcow2")  # what a guest wrote into its raw disk
+    command = ["qemu-img", "create", "-q", "-f", "qcow2", "-u", "-b", "looks.qcow2", "-F", "raw", folder / "top.qcow2"]
+    subprocess.run([*command, "4M"], check=True, timeout=60)
+    assert image_users.stated_format(folder.host, folder / "looks.qcow2") == "raw"
+    assert image_users.stated_format(folder.host, folder / "top.qcow2") is None
