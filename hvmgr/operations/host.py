@@ -366,10 +366,12 @@ class Host:
 
     @contextlib.contextmanager
     def _locked(self, paths: list[Path]) -> Iterator[None]:
+        from hvmgr.operations import image_users
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(index.locked(paths, wait_s=self.wait_s))
             for entry in index.entries():
-                if any(path.is_relative_to(entry.home) for path in paths):
+                if any(image_users.is_inside(path, entry.home) for path in paths):
                     stack.enter_context(vm_home.open_home(entry.home).locked(wait_s=self.wait_s))
             yield
 

@@ -114,11 +114,11 @@ def _in_home(entry: Entry, home: VmHome, wanted: tuple[int, int], present: Use) 
 
 
 def _concerns(entry: Entry, path: Path, wanted: tuple[int, int]) -> bool:
-    inside = _is_inside(path, entry.home) or path.stat().st_nlink > 1
+    inside = is_inside(path, entry.home) or path.stat().st_nlink > 1
     return inside or any(_is(one, wanted) for one in entry.outside)
 
 
-def _is_inside(path: Path, home: Path) -> bool:
+def is_inside(path: Path, home: Path) -> bool:
     """Whether a file lies in a home, by whatever link or bind mount it is reached."""
     if path.is_relative_to(home):
         return True

@@ -229,8 +229,8 @@ def test_home_is_known_by_whatever_path_it_is_reached(tmp_path):
     (home / "disks").mkdir(parents=True)
     (home / "disks" / "a.raw").touch()
     (tmp_path / "link").symlink_to(tmp_path / "root")
-    assert image_users._is_inside(home / "disks" / "a.raw", tmp_path / "link" / "web")
-    assert not image_users._is_inside(home / "disks" / "a.raw", tmp_path / "link" / "db")
+    assert image_users.is_inside(home / "disks" / "a.raw", tmp_path / "link" / "web")
+    assert not image_users.is_inside(home / "disks" / "a.raw", tmp_path / "link" / "db")
 
 
 @pytest.mark.parametrize("name", ["child.qcow2", "odd,name:\udcff.qcow2"])
