@@ -86,7 +86,7 @@ def attach(file: int, *, read_only: bool, name: str) -> Path:
 def backing(device: Path) -> str | None:
     """The file that a loop device shows; None when it shows none."""
     try:
-        return (_SYS / device.name / "loop" / "backing_file").read_text().rstrip("\n")
+        return os.fsdecode((_SYS / device.name / "loop" / "backing_file").read_bytes().removesuffix(b"\n"))
     except OSError:
         return None
 

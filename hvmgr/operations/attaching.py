@@ -71,6 +71,8 @@ def require_image(path: Path) -> None:
         raise errors.NotFound(f"there is no {path}", path=str(path)) from error
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise errors.UsageError(f"{path} is no image file", hint="name an image file, or a block device")
+    if images.length(path) == 0:
+        raise errors.UsageError(f"{path} is empty: there is no disk in it")
 
 
 def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown:

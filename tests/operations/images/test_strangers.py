@@ -267,3 +267,33 @@ def test_child_that_no_vm_has_states_the_format_of_its_parent(folder):
     subprocess.run([*command, "4M"], check=True, timeout=60)
     assert image_users.stated_format(folder.host, folder / "looks.qcow2") == "raw"
     assert image_users.stated_format(folder.host, folder / "top.qcow2") is None
+
+
+class TestNamesThatAreNotUnicode:
+    """QEMU is told names in JSON, and a VHD stores them in UTF-16."""
+
+    def test_image_for_qemu_is_refused_and_stays(self, folder):
+        folder.chain("base.qcow2", "child.qcow2")
+        (folder / "child.qcow2").rename(folder / "\udcff.qcow2")
+        before = folder.bytes_of_files()
+        with pytest.raises(errors.Unsupported, match="not UTF-8"):
+            folder.images.merge(folder / "\udcff.qcow2")
+        assert folder.bytes_of_files() == before
+
+    def test_vhd_gets_no_parent_that_nobody_would_find(self, folder):
+        folder.images.create(folder / "\udcff.vhd", 4 * MIB)
+        with pytest.raises(errors.Unsupported, match="not UTF-8"):
+            folder.images.create(folder / "child.vhd", options=ImageOptions(parent=folder / "\udcff.vhd"))
+        assert folder.names() == {"\udcff.vhd"}
+
+    def test_file_of_a_loop_device_is_known(self, monkeypatch, tmp_path):
+        (tmp_path / "sys" / "loop7" / "loop").mkdir(parents=True)
+        (tmp_path / "sys" / "loop7" / "loop" / "backing_file").write_bytes(b"/srv/\xff.raw\n")
+        monkeypatch.setattr(loop, "_SYS", tmp_path / "sys")
+        assert loop.backing(Path("/dev/loop7")) == "/srv/\udcff.raw"
+
+
+def test_empty_file_has_no_disk_to_attach(folder):
+    (folder / "empty.raw").touch()
+    with pytest.raises(errors.UsageError, match="is empty"):
+        folder.host.attach_image(folder / "empty.raw")
