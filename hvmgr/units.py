@@ -17,11 +17,14 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
-    """Bytes for ``512M``, ``1.5G``, ``10GiB`` or a plain number; units are powers of 1024."""
+    """Bytes for ``512M``, ``1.5G``, ``10GiB`` or a plain number below 8 EiB; units are powers of 1024."""
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise errors.UsageError(f"'{text}' is not a size", hint="write a number with a unit, such as 512M or 20G")
-    return int(float(match[1]) * _FACTORS[match[2].upper()])
+    size = float(match[1]) * _FACTORS[match[2].upper()]
+    if size >= 1 << 63:
+        raise errors.UsageError(f"'{text}' is too large", hint="no file and no disk can have 8 EiB (8388608T)")
+    return int(size)
 
 
 def format_size(size: int) -> str:

@@ -25,9 +25,13 @@ def main(words: Sequence[str]) -> int:
     writable = words[:1] == ["--writable"]
     path, address = words[-2:]
     try:
-        chain = vhd.open_chain(Path(path), writable=writable)
-        for number, image in enumerate(chain.images):
-            image_locks.take(image.path, writable=writable and number == 0)  # as long as this process lives
+        with vhd.open_chain(Path(path)) as found:
+            files = [image.path for image in found.images]
+        for number, file in enumerate(files):
+            image_locks.take(file, writable=writable and number == 0)  # as long as this process lives
+        chain = vhd.open_chain(Path(path), writable=writable)  # anew: only now nobody changes its tables any more
+        if [image.path for image in chain.images] != files:
+            raise errors.Conflict(f"the chain of {path} was changed meanwhile")
     except errors.HvmgrError as error:
         sys.stderr.write(f"{error.code}: {error.message}\n")
         return error.exit_code

@@ -74,6 +74,8 @@ def start(folder: Path, links: Sequence[Link], *, writable: bool) -> None:
 
     Raises Conflict when another process has an image open in a way that forbids it, Unsupported without FUSE.
     """
+    for link in links:
+        qemu_errors.require_utf8(link.path)
     file = folder / _FILE
     file.touch(0o600)
     nodes = _nodes(folder, links, writable=writable)

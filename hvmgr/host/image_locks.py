@@ -27,7 +27,12 @@ def take(path: Path, *, writable: bool) -> int:
 
     Conflict when somebody writes the image, or for a writer when somebody needs it unchanged.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise errors.NotFound(f"there is no {path}", path=str(path)) from error
+    except OSError as error:
+        raise errors.HostFailed(f"{path} cannot be opened: {error.strerror}", path=str(path)) from error
     does = (_READ, _WRITE, _RESIZE) if writable else (_READ,)
     forbids = (_WRITE, _RESIZE)
     try:

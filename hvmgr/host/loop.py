@@ -86,7 +86,7 @@ def attach(file: int, *, read_only: bool, name: str) -> Path:
 def backing(device: Path) -> str | None:
     """The file that a loop device shows; None when it shows none."""
     try:
-        return (_SYS / device.name / "loop" / "backing_file").read_text().rstrip("\n")
+        return os.fsdecode((_SYS / device.name / "loop" / "backing_file").read_bytes().removesuffix(b"\n"))
     except OSError:
         return None
 
@@ -95,6 +95,20 @@ def devices_of(file: Path) -> list[Path]:
     """The loop devices that show a file with this path."""
     found = [_DEV / one.name for one in _SYS.glob("loop*")]
     return sorted(device for device in found if backing(device) in {os.fspath(file), f"{file} (deleted)"})
+
+
+def require_not_shown(file: Path) -> None:
+    """Conflict when a loop device shows this very file: the kernel writes it then, and holds no lock on it."""
+    for folder in _SYS.glob("loop*"):
+        shown = backing(_DEV / folder.name)
+        with contextlib.suppress(OSError):  # the path of another mount namespace, or of a file that is gone
+            if shown is not None and Path(shown).samefile(file):
+                raise errors.Conflict(
+                    f"{file} is shown by the loop device {_DEV / folder.name}",
+                    hint=f"unmount it, then: losetup --detach {_DEV / folder.name}",
+                    path=str(file),
+                    device=str(_DEV / folder.name),
+                )
 
 
 def life_of(device: Path) -> str | None:

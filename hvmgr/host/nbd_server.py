@@ -20,7 +20,6 @@ from hvmgr import errors
 MAX_REQUEST = 32 << 20  # bytes in one read or write; what the protocol asks of every server
 _WORKERS = 4
 _IN_FLIGHT = 16
-_ZEROS = 1 << 20
 
 _INIT_MAGIC, _OPTION_MAGIC, _OPTION_REPLY_MAGIC = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
 _REQUEST_MAGIC, _SIMPLE_MAGIC, _STRUCTURED_MAGIC = 0x25609513, 0x67446698, 0x668E33EF
@@ -76,6 +75,9 @@ class WritableDisk(Disk, Protocol):
     def write(self, offset: int, data: memoryview) -> None:
         """The disk has these bytes from ``offset``."""
 
+    def write_zeros(self, offset: int, length: int) -> None:
+        """The range reads as zeros; what does so already takes no space for it."""
+
     def flush(self) -> None:
         """All that was written is on the storage itself."""
 
@@ -126,13 +128,10 @@ class Server:
                 disk.flush()
 
     def write_zeroes(self, offset: int, length: int, *, through: bool) -> None:
-        """The range reads as zeros; what does so already takes no space for it."""
-        disk, zeros = self._writable(), memoryview(bytes(min(length, _ZEROS)))
+        """The range reads as zeros, ``through`` to the storage where that is asked for."""
+        disk = self._writable()
         with self.lock:
-            # A list: the disk changes below an iteration.
-            for start, count, data in list(disk.stretches(offset, length)):
-                for at in range(start, start + count if data else start, _ZEROS):
-                    disk.write(at, zeros[: min(_ZEROS, start + count - at)])
+            disk.write_zeros(offset, length)
             if through:
                 disk.flush()
 

@@ -52,6 +52,18 @@ def translated(words: str, path: Path) -> errors.HvmgrError:
     return errors.HostFailed(words, **facts)
 
 
+def require_utf8(path: Path) -> None:
+    """Unsupported for a name that QEMU cannot be told: it takes names of its block nodes in JSON."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError as error:
+        raise errors.Unsupported(
+            f"QEMU cannot be told a name that is not UTF-8: {path}",
+            hint="rename the file, or its folder",
+            path=str(path),
+        ) from error
+
+
 def holders_of(*paths: Path) -> list[int]:
     """The other processes that have one of these files open, as far as we may see.
 

@@ -138,12 +138,14 @@ def map(path: Path, fmt: str, *, force_share: bool = False) -> list[Extent]:
 
 
 def check(path: Path, fmt: str, *, repair_leaks: bool = False) -> CheckResult:
-    """The tables of the image compared with each other. Its parents have to be there, but are not checked.
+    """The tables of the image compared with each other. Its parents are not checked, and need not be there.
 
     ``repair_leaks`` gives lost clusters back; corruptions are never repaired here.
     """
     repair = ["-r", "leaks"] if repair_leaks else []
-    answer = _run(path, "check", ["-f", fmt, *repair], timeout_s=_SCAN_S, ok_codes=_CHECK_CODES)
+    argv: list[str | Path] = ["qemu-img", "check", "--output=json", *repair]
+    argv += _alone(path) if fmt == "qcow2" else ["-f", fmt, path.absolute()]
+    answer = json.loads(_translated(argv, path, timeout_s=_SCAN_S, ok_codes=_CHECK_CODES))
     return CheckResult(
         corruptions=answer.get("corruptions", 0),
         leaks=answer.get("leaks", 0),
@@ -264,6 +266,15 @@ def _run(path: Path, verb: str, options: Sequence[str], *, timeout_s: float, ok_
     return json.loads(_translated(argv, path, timeout_s=timeout_s, ok_codes=ok_codes))
 
 
+def _alone(path: Path) -> list[str | Path]:
+    """How QEMU is told of a qcow2 image without what it stands on; in JSON it takes no name that is not UTF-8."""
+    name = str(path.absolute())
+    if not name.isprintable():
+        return ["-f", "qcow2", name]
+    file = {"driver": "host_device" if path.is_block_device() else "file", "filename": name}
+    return ["json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None}, ensure_ascii=False)]
+
+
 def _translated(
     argv: Sequence[str | Path], path: Path, *, timeout_s: float = _INFO_S, ok_codes: Sequence[int] = (0,)
 ) -> bytes:
@@ -273,7 +284,8 @@ def _translated(
         words = error.facts.get("words")
         if not words:
             raise
-        raise qemu_errors.translated(str(words).removeprefix("qemu-img: "), path) from error
+        told = str(words).removeprefix("qemu-img: ").replace(str(argv[-1]), str(path))
+        raise qemu_errors.translated(told, path) from error
 
 
 def _share(*, force_share: bool) -> list[str]:

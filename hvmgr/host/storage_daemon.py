@@ -140,6 +140,7 @@ class Daemon:
         process holds the image, NotFound, and Corrupt when it is not of that format.
         """
         path = path.absolute()
+        qemu_errors.require_utf8(path)
         name = self._name("node")
         options: dict[str, object] = {
             "driver": fmt,

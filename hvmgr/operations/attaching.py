@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import os
 import stat
 import uuid
@@ -31,6 +32,7 @@ from hvmgr.host.image_export import Link
 from hvmgr.model.image_info import Use, User
 from hvmgr.model.plan import Plan
 from hvmgr.operations import image_users
+from hvmgr.operations.images import recognition
 from hvmgr.storage import attachments, durable, images, partitions
 from hvmgr.storage.attachments import Attachment, Phase
 from hvmgr.storage.partitions import Partition
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 
 VHDX = "vhdx"
 _VHD = "vhd"  # in hvmgr's words; QEMU calls it vpc
-_VHDX_MAGIC = b"vhdxfile"
 _CHAIN_MAX = 200
 _EXTENDED_SHOWN = 1024
 _HINT = "list what is attached: hvmgr image attachments"
@@ -70,6 +71,8 @@ def require_image(path: Path) -> None:
         raise errors.NotFound(f"there is no {path}", path=str(path)) from error
     if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
         raise errors.UsageError(f"{path} is no image file", hint="name an image file, or a block device")
+    if images.length(path) == 0:
+        raise errors.UsageError(f"{path} is empty: there is no disk in it")
 
 
 def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown:
@@ -80,6 +83,8 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
     links = chain_of(path, (images.VPC if fmt == _VHD else fmt) or image_users.stated_format(host, path) or probe(path))
     users = image_users.of(host, path)
     _require_free(users, path)
+    if not read_only:
+        loop.require_not_shown(path)
     reason = None if read_only else _why_read_only(users, path)
     one = Attachment(
         id=str(uuid.uuid4()),
@@ -135,8 +140,13 @@ def shown(one: Attachment) -> Shown:
     if not one.is_alive or one.device is None:
         return Shown(one, False, ())
     device = Path(one.device)
-    with partitions.File(device) as disk:
-        table = partitions.read(disk)
+    try:
+        with partitions.File(device) as disk:
+            table = partitions.read(disk)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            raise
+        return Shown(one, False, ())  # it was detached, or died, just now
     there = {part.number for part in loop.partitions(device)}
     found = [part for part in (() if table is None else table.partitions) if part.number in there]
     return Shown(one, True, tuple((str(loop.node(device, part.number)), part) for part in found))
@@ -171,10 +181,8 @@ _LEFT_OVER = "its attachment was broken off and is cleaned up; what had not been
 
 def probe(path: Path) -> str:
     """The format by content."""
-    with path.open("rb") as file:
-        if file.read(len(_VHDX_MAGIC)) == _VHDX_MAGIC:
-            return VHDX
-    return images.probe(path)
+    found = images.identify(path)
+    return VHDX if found.format == VHDX and not found.is_differencing else images.probe(path)
 
 
 def chain_of(path: Path, fmt: str) -> list[Link]:
@@ -196,10 +204,7 @@ def chain_of(path: Path, fmt: str) -> list[Link]:
         links.append(Link(here, header.format))
         if header.parent is not None:
             if header.backing_format is None:
-                raise errors.Unsupported(
-                    f"{here} does not state the format of its parent",
-                    hint=f"state it: qemu-img rebase -u -b '{header.backing}' -F FORMAT '{here}'",
-                )
+                raise recognition.unstated(header)
             step = (header.parent, header.backing_format)
     return links
 

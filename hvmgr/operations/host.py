@@ -231,11 +231,14 @@ class Host:
         children state counts, and then the content. Conflict when a running VM works on it, or it is attached already.
         """
         from hvmgr.operations import attaching
+        from hvmgr.operations.images import changes, recognition
         from hvmgr.storage import attachments
 
         real = Path(os.path.realpath(path))
         attaching.require_image(real)
+        changes.complete(self, recognition.known_chain(real))
         with attachments.locked(wait_s=self.wait_s), self._locked([real]):
+            changes.require_settled(recognition.known_chain(real))
             return attaching.attach(self, real, read_only=read_only, fmt=format)
 
     def detach_image(self, device: Path | str) -> Attachment:
@@ -363,10 +366,12 @@ class Host:
 
     @contextlib.contextmanager
     def _locked(self, paths: list[Path]) -> Iterator[None]:
+        from hvmgr.operations import image_users
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(index.locked(paths, wait_s=self.wait_s))
             for entry in index.entries():
-                if any(path.is_relative_to(entry.home) for path in paths):
+                if any(image_users.is_inside(path, entry.home) for path in paths):
                     stack.enter_context(vm_home.open_home(entry.home).locked(wait_s=self.wait_s))
             yield
 

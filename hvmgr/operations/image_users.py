@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.model.image_info import Use, User
-from hvmgr.storage import attachments, images, index, journal, vm_home
+from hvmgr.storage import attachments, durable, images, index, journal, vm_home
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import Domain
@@ -52,6 +52,10 @@ def stated_format(host: Host, path: Path) -> str | None:
         for disk in _disks(domain):
             if disk[0] is not None and _is(disk[0], wanted):
                 return disk[1]
+    for child in beside(path):
+        with contextlib.suppress(errors.HvmgrError):  # a VHD: its parent is one, and says so itself
+            if (stated := images.read(Path(child.name), images.QCOW2).backing_format) is not None:
+                return stated
     return None
 
 
@@ -75,10 +79,12 @@ def _in_homes(host: Host, path: Path, domains: dict[str, Domain]) -> Iterator[Us
     for entry in index.entries():
         if not _concerns(entry, path, wanted):
             continue
+        # Of another connection's VM nobody knows here whether its memory is saved.
+        present = _use(domains.get(entry.vm_id)) if entry.uri == host.uri else Use.UNKNOWN
         try:
             home = vm_home.open_home(entry.home)
             _require_complete(entry, home)
-            yield from _in_home(entry, home, wanted, _use(domains.get(entry.vm_id) if entry.uri == host.uri else None))
+            yield from _in_home(entry, home, wanted, present)
         except (errors.Corrupt, errors.NotFound, errors.Unsupported):
             yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home cannot be read", entry.name)
 
@@ -108,8 +114,15 @@ def _in_home(entry: Entry, home: VmHome, wanted: tuple[int, int], present: Use) 
 
 
 def _concerns(entry: Entry, path: Path, wanted: tuple[int, int]) -> bool:
-    inside = path.is_relative_to(entry.home) or path.stat().st_nlink > 1
+    inside = is_inside(path, entry.home) or path.stat().st_nlink > 1
     return inside or any(_is(one, wanted) for one in entry.outside)
+
+
+def is_inside(path: Path, home: Path) -> bool:
+    """Whether a file lies in a home, by whatever link or bind mount it is reached."""
+    if path.is_relative_to(home):
+        return True
+    return home.exists() and any(_is(str(folder), images.identity(home)) for folder in path.parents)
 
 
 def _in_domain(domain: Domain, path: Path) -> Iterator[User]:
@@ -157,12 +170,15 @@ def _chain(path: str, fmt: str) -> Iterator[str]:
 
 
 def beside(path: Path, known: Container[str] = ()) -> Iterator[User]:
-    """Children that lie in the same folder: nobody else can know of those that no VM uses."""
+    """Children that lie in the same folder: nobody else can know of those that no VM uses.
+
+    What a killed command has not finished is none; while one makes a child, it has the lock of the parent.
+    """
     if stat.S_ISBLK(path.stat().st_mode):
         return
     is_child = _child_test(path)
     for file in sorted(path.parent.iterdir()):
-        if str(file) not in known and file.is_file():
+        if str(file) not in known and not file.name.startswith(durable.TEMPORARY) and file.is_file():
             with contextlib.suppress(errors.HvmgrError, OSError):
                 if is_child(file):
                     yield User(Use.PARENT, str(file))

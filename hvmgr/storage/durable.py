@@ -41,6 +41,8 @@ def explained(path: Path) -> Iterator[None]:
             raise errors.NoSpace(
                 f"no space left for {path}", hint="free space there and run the command again"
             ) from error
+        if error.errno == errno.EFBIG:
+            raise errors.Unsupported(f"{path}: no file of this file system can be that large") from error
         if error.errno == errno.EROFS:
             raise errors.HostFailed(f"{path} is on a read-only file system", hint="mount it writable") from error
         raise errors.HostFailed(f"{path}: {error.strerror}") from error
@@ -281,12 +283,17 @@ def _name_without_replacing(part: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def rewriting(path: Path) -> Iterator[Path]:
-    """A path at which a program makes a file that takes the place of ``path``, with its owner and mode."""
+    """A path at which a program makes a file that takes the place of ``path``, with its owner and mode.
+
+    When the block removes what it made, ``path`` stays as it is.
+    """
     part = part_of(path)
     with explained(path):
         part.unlink(missing_ok=True)
         try:
             yield part
+            if not part.exists():
+                return
             part.chmod(path.stat().st_mode & 0o7777)
             _take_owner(path, part)
             sync_file(part)

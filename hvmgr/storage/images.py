@@ -364,6 +364,8 @@ def _vhd_checksum(footer: bytes) -> int:
 def _head(path: Path, length: int = _HEADER_READ) -> tuple[bytes, int, os.stat_result]:
     """The first bytes, the size, and what the file system says; a block device has no size in its inode."""
     try:
+        if _is_endless(path.stat().st_mode):
+            raise errors.UsageError(f"{path} is no image file", hint="name an image file, or a block device")
         with path.open("rb", buffering=0) as file:
             head = file.read(length)
             size = file.seek(0, os.SEEK_END)
@@ -377,6 +379,11 @@ def _head(path: Path, length: int = _HEADER_READ) -> tuple[bytes, int, os.stat_r
     except OSError as error:
         raise errors.HostFailed(f"{path} cannot be read: {error.strerror}", path=str(path)) from error
     return head, size, facts
+
+
+def _is_endless(mode: int) -> bool:
+    """Whether who opens or reads it may wait for ever: a pipe, a socket, a terminal."""
+    return not (stat.S_ISREG(mode) or stat.S_ISBLK(mode) or stat.S_ISDIR(mode))
 
 
 def _allocated(facts: os.stat_result) -> int:

@@ -136,12 +136,13 @@ def read(disk: Disk) -> Table | None:
 def least_size(disk: Disk) -> int:
     """The bytes that a disk cannot do without: what lies behind belongs to no partition, and only zeros to nobody.
 
-    It is the disk's whole size where nobody can tell: no table but data (a file system on the whole disk), or a
-    damaged one.
+    It is the disk's whole size where nobody can tell: no table, or an empty MBR, but data (a file system on the whole
+    disk), or a damaged table.
     """
     table = read(disk)
-    if table is None:
-        return disk.size if any(_bytes(disk, 0, min(disk.size, 1 << 20))) else 0
+    if table is None or (table.scheme is Scheme.MBR and not table.partitions):
+        start = 0 if table is None else _SECTOR  # mkfs leaves an empty MBR in front of a file system as it was
+        return disk.size if any(_bytes(disk, start, max(0, min(disk.size, 1 << 20) - start))) else start
     if table.fault is not None:
         return disk.size
     behind = 0 if table.scheme is Scheme.MBR else table.entries_size + table.sector

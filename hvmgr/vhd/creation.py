@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -54,12 +55,20 @@ def create(
 
 def describe_parent(child: Path, parent: Path, *, windows_path: str | None = None) -> Parentage:
     """What a file at ``child`` has to say of the VHD at ``parent``. Corrupt when that is none."""
+    if not _is_unicode(parent.name) or not _is_unicode(os.path.relpath(parent, child.parent)):
+        raise errors.Unsupported(
+            f"a VHD cannot name a parent whose name is not UTF-8: {parent}", hint="rename the parent, or its folder"
+        )
     with open_image(parent) as image:
         if image.uid == format.NO_ID:
             raise errors.Corrupt(f"{parent} has no id, so no child can know it", hint="convert it: a new file has one")
         changed = int(image.file.changed() - format.EPOCH.timestamp())
         time = min(max(0, changed), 0xFFFFFFFF)
         return layout.parentage(child, parent, image.uid, absolute=windows_path, time=time)
+
+
+def _is_unicode(name: str) -> bool:
+    return not any("\ud800" <= one <= "\udfff" for one in name)
 
 
 def write_image(

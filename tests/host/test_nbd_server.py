@@ -46,6 +46,9 @@ class Memory:
     def write(self, offset, data):
         self.data[offset : offset + len(data)] = data
 
+    def write_zeros(self, offset, length):
+        self.data[offset : offset + length] = bytes(length)
+
     def flush(self):
         self.flushed += 1
 

@@ -142,3 +142,11 @@ def test_gpt_on_a_disk_that_has_grown_is_whole():
     disk.data += bytes(MIB)
     assert partitions.read(disk).fault is None
     assert partitions.least_size(disk) == 512 * 512 + 16384 + 512
+
+
+def test_empty_mbr_in_front_of_a_file_system_says_nothing_about_its_end():
+    disk = Memory(4 * MIB)
+    put_mbr(disk, [])
+    assert partitions.least_size(disk) == 512
+    disk.data[1024 + 56 : 1024 + 58] = b"\x53\xef"  # ext4: mkfs leaves the first sector as it was
+    assert partitions.least_size(disk) == 4 * MIB

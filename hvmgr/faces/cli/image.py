@@ -112,7 +112,7 @@ def info(request: Request, /, *, path: Path, chain: bool, folders: tuple[Path, .
 @_search
 @click.pass_context
 def check(context: click.Context, /, *, path: Path, chain: bool, repair: bool, folders: tuple[Path, ...]) -> None:
-    """Check an image by every rule of its format; the exit code is 6 when something is wrong.
+    """Check an image by every rule of its format; the exit code is 6 when readers would refuse it.
 
     VHD is checked by hvmgr itself, everything else by QEMU. Nothing is written without --repair.
     """

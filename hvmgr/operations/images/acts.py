@@ -19,11 +19,11 @@ from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.plan import Step
 from hvmgr.model.progress import Progress
 from hvmgr.operations.images import disks, recognition
-from hvmgr.storage import durable, images, partitions
+from hvmgr.storage import durable, images, partitions, vhdx
 
 Report = Callable[[Progress], None]
 
-_PART = re.compile(re.escape(durable.TEMPORARY) + "[0-9a-f]{16,32}")  # as a codec names what it has not finished
+_PART = re.compile(re.escape(durable.TEMPORARY) + "[0-9a-f]{16}")  # as the codec alone names what it has not finished
 _TORN = ("F4", "F5", "F7")  # what a death between the writing of two footers leaves
 
 
@@ -52,6 +52,8 @@ class Worker:
                 stack.enter_context(image_locks.held(path))
             folders = list(dict.fromkeys(path.parent for path in chain))
             disk = stack.enter_context(vhd.open_chain(chain[0], folders=folders, any_size=True))
+            if not all(map(Path.samefile, chain, (image.path for image in disk.images))):
+                raise errors.Conflict(f"{chain[0]} stands on other files than it did", hint="run the command again")
             vhd.merge(disk, into=len(chain) - 1, on_progress=self._counted(f"merge into {chain[-1].name}"))
 
     def _merge_qcow2(self, step: image_plan.MergeChain) -> None:
@@ -132,7 +134,7 @@ class Worker:
             )
 
     def _rewrite(self, path: Path, fmt: str) -> None:
-        """A copy without the zeros takes the image's name; QEMU opens the image, and so keeps others out of it."""
+        """A copy without the zeros takes the image's name where it takes less; QEMU keeps others out of the image."""
         found = recognition.look(path)
         above = None
         if found.is_differencing:
@@ -143,9 +145,11 @@ class Worker:
         what = f"compact {path.name}"
         with durable.rewriting(path) as part:
             qemu_img.flatten(
-                path, fmt, part, target_fmt=fmt, above=above,
+                path, fmt, part, target_fmt=fmt, options=_shape(path, fmt), above=above,
                 on_progress=lambda done: self.report(Progress(min(done, taken), taken, what)),
             )  # fmt: skip
+            if part.stat().st_blocks * 512 >= taken:  # compressed clusters, above all
+                durable.remove(part)
 
     def repair(self, step: image_plan.RepairImage) -> None:
         """What is repairable is right."""
@@ -170,6 +174,13 @@ class Worker:
         image_plan.CompactImage: compact,
         image_plan.RepairImage: repair,
     }
+
+
+def _shape(path: Path, fmt: str) -> list[str]:
+    """What a copy of an image has to have like the image itself: its blocks."""
+    if fmt == "vhdx":
+        return ["subformat=dynamic", f"block_size={vhdx.read(path).block_size}"]
+    return [f"cluster_size={qemu_img.info(path, fmt).cluster_size}"]
 
 
 def _sweep(folder: Path) -> None:

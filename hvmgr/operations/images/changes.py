@@ -15,7 +15,9 @@ An error, or Ctrl-C, in a step of the second row ends the change there and then:
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
+import stat
 import uuid
 from collections.abc import Collection, Container, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +30,9 @@ from hvmgr.model.image_info import Use, User
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.progress import Progress
 from hvmgr.operations import image_users
-from hvmgr.storage import index, journal
+from hvmgr.operations.images import recognition
+from hvmgr.operations.images.recognition import Recognised
+from hvmgr.storage import images, index, journal
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
@@ -55,18 +59,51 @@ def require_approval(host: Host, plan: Plan) -> None:
 
 
 @contextlib.contextmanager
-def locked(host: Host, paths: Sequence[Path]) -> Iterator[None]:
-    """No other command of hvmgr's works on these images; whatever else has one of them open is a Conflict."""
+def locked(host: Host, paths: Sequence[Path], *, seen: Sequence[Recognised] = ()) -> Iterator[None]:
+    """No other command of hvmgr's works on these images; whatever else has one of them open is a Conflict.
+
+    ``seen`` are those among them that the caller has looked at: a command that was waited for may have changed them.
+    """
+    for path in paths:
+        if path.is_block_device():
+            raise errors.Unsupported(
+                f"{path} is a block device; only image files are changed in place",
+                hint=f"make a file of it: hvmgr image convert {shlex.quote(str(path))} NEW.qcow2",
+            )
+    before = [images.identity(path) for path in paths]
     with index.locked(paths, wait_s=host.wait_s):
+        for path, file in zip(paths, before, strict=True):
+            if not path.exists() or images.identity(path) != file:
+                raise changed_meanwhile(path)
+        require_settled(paths)
         require_closed(paths)
+        for one in seen:
+            if recognition.look(one.path, folders=one.folders) != one:
+                raise changed_meanwhile(one.path)
         yield
 
 
+def require_settled(paths: Sequence[Path]) -> None:
+    """Conflict when a command that was waited for has died in a change of one of these images: locked as they are now.
+
+    ``complete`` has to come before the locks, and cannot see that.
+    """
+    for path in paths:
+        if journal.is_open(journal.beside(path)) or next(_open_about(path), None) is not None:
+            raise errors.Conflict(f"a change of {path} was cut off just now", hint="run the command again")
+
+
+def changed_meanwhile(path: Path) -> errors.Conflict:
+    """The refusal of a plan that was made for other files than are there now."""
+    return errors.Conflict(f"{path} was changed by another command meanwhile", hint="run the command again")
+
+
 def require_closed(paths: Sequence[Path]) -> None:
-    """Conflict when any other program has one of the files open, be it a QEMU with its locks or one without."""
-    from hvmgr.host import qemu_errors
+    """Conflict when any other program has one of the files open: a QEMU with its locks, one without, a loop device."""
+    from hvmgr.host import loop, qemu_errors
 
     for path in paths:
+        loop.require_not_shown(path)
         with image_locks.held(path):
             pass
     if qemu_errors.holders_of(*paths):
@@ -117,14 +154,36 @@ def complete(host: Host, chain: Sequence[Path]) -> list[Plan]:
 def complete_about(host: Host, image: Path) -> list[Plan]:
     """The same for a change whose journal lies beside another image and names this one, which may be gone by now."""
     found = []
-    for place in index.open_changes():
-        entry = journal.read(place)
-        if entry is not None and image in _images_of(entry.plan):
-            found += _complete(host, place)
+    for place in list(_open_about(image)):
+        found += _complete(host, place)
     return found
 
 
+def _open_about(image: Path) -> Iterator[Path]:
+    for place in filter(is_ours, index.open_changes()):
+        entry = journal.read(place)
+        if entry is not None and image in _images_of(entry.plan):
+            yield place
+
+
+def is_ours(place: Path) -> bool:
+    """Whether a journal was written on this host by this user, or root. Anybody may put a file beside an image."""
+    try:
+        facts = place.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(facts.st_mode) and facts.st_uid in {0, os.geteuid()} and place in index.open_changes()
+
+
 def _complete(host: Host, place: Path) -> list[Plan]:
+    if not journal.is_open(place):
+        return []
+    if not is_ours(place):
+        raise errors.Conflict(
+            f"{place} says that a change of the image was cut off, and is not by this user on this host",
+            hint="complete it where it was begun; remove the file only when you know that it is not true",
+            journal=str(place),
+        )
     entry = journal.read(place)
     if entry is None:
         return []
@@ -151,7 +210,12 @@ def run(host: Host, plan: Plan, written: Path) -> None:
     """The plan, which was approved and whose images are ``locked``, is carried out."""
     place = journal.beside(written)
     index.note_change(place)
-    journal.begin(place, plan, alone=True)
+    try:
+        journal.begin(place, plan, alone=True)
+    except errors.HvmgrError:
+        if not journal.is_open(place):
+            index.forget_change(place)
+        raise
     _carry_out(host, plan, place)
 
 

@@ -72,9 +72,18 @@ def _of_codec(path: Path, one: Fault) -> ImageFault:
     return ImageFault(one.path or path, one.code, FaultSeverity(one.severity.value), one.text, one.offset)
 
 
+def _raw_faults(path: Path) -> list[ImageFault]:
+    """Any bytes are a raw disk; yet a fixed VHD whose end is lost, or a file that was emptied, looks like one as well."""
+    wanted = recognition.named_format(path)
+    if wanted in (None, ImageFormat.RAW):
+        return []
+    sentence = f"its name says {wanted}, and nothing in it does: it is read as a raw disk"
+    return [ImageFault(path, "other-format", FaultSeverity.ERROR, sentence)]
+
+
 def _qemu_faults(path: Path, fmt: ImageFormat) -> list[ImageFault]:
     if fmt is ImageFormat.RAW:
-        return []  # any bytes are a raw disk
+        return _raw_faults(path)
     if fmt is ImageFormat.VHDX:
         images.require_usable(path)
     elif fmt is ImageFormat.QCOW2:

@@ -10,7 +10,7 @@ from hvmgr import errors
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import ImageInfo, ImageParent, Use, User
 from hvmgr.operations import image_users
-from hvmgr.operations.images import recognition
+from hvmgr.operations.images import changes, recognition
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import images, journal, vhdx
 
@@ -57,7 +57,7 @@ def _users(host: Host, path: Path) -> tuple[User, ...]:
 def _open_subject(path: Path) -> str | None:
     """What was begun on the image and has not come to its end."""
     place = journal.beside(path)
-    entry = journal.read(place) if journal.is_open(place) else None
+    entry = journal.read(place) if changes.is_ours(place) else None
     return None if entry is None else entry.plan.subject
 
 

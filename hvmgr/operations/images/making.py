@@ -181,6 +181,7 @@ def _kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
     with index.locked(paths, wait_s=host.wait_s), contextlib.ExitStack() as stack:
         for path in paths:
             stack.enter_context(image_locks.held(path, writable=False))
+        changes.require_settled(paths)
         yield
 
 
@@ -192,6 +193,9 @@ def _named(path: Path) -> Iterator[Path]:
             yield part
     except errors.NoSpace as error:
         raise errors.NoSpace(f"no space left for {path}", hint="free space there and run it again") from error
+    except errors.HvmgrError as error:
+        error.message = error.message.replace(str(durable.part_of(path)), str(path))
+        raise
 
 
 def _warn_of_users(host: Host, parent: Recognised) -> None:

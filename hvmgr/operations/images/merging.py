@@ -21,7 +21,7 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.operations import image_users
 from hvmgr.operations.images import changes, recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.storage import index
+from hvmgr.storage import images, index
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
@@ -36,7 +36,9 @@ def merge(host: Host, child: Path, into: Path | None, folders: Sequence[Path] = 
     chain = _part(whole, into)
     looked = [recognition.look(path) for path in chain]
     steps = _steps(looked, whole, keep=keep)
-    with changes.locked(host, [*chain, *_pointed(steps)]):
+    with changes.locked(host, [*chain, *_pointed(steps)], seen=looked):
+        if recognition.chain_of(child, folders) != whole or _steps(looked, whole, keep=keep) != steps:
+            raise changes.changed_meanwhile(child)
         _require_unused(host, chain)
         plan = changes.plan_of("image merge", f"merge of {chain[0]} into {chain[-1]}", steps)
         changes.require_approval(host, plan)
@@ -73,7 +75,7 @@ def _part(whole: Sequence[Path], into: Path | None) -> list[Path]:
 def _steps(looked: Sequence[Recognised], whole: Sequence[Path], *, keep: bool) -> list[Step]:
     child, ancestor = looked[0], looked[-1]
     below = whole[len(looked) :]
-    _require_mergeable(looked)
+    _require_mergeable(looked, keep=keep)
     steps: list[Step] = []
     if child.size != ancestor.size and child.format is not ImageFormat.VHD:
         if child.size < ancestor.size or below:
@@ -92,8 +94,14 @@ def _steps(looked: Sequence[Recognised], whole: Sequence[Path], *, keep: bool) -
     return steps
 
 
-def _require_mergeable(looked: Sequence[Recognised]) -> None:
+def _require_mergeable(looked: Sequence[Recognised], *, keep: bool) -> None:
     child, *below = looked
+    for one in () if keep else looked[:-1]:
+        if one.format is ImageFormat.QCOW2 and images.read(one.path, images.QCOW2).has_internal_snapshots:
+            raise errors.Unsupported(
+                f"{one.path} holds internal snapshots, which would go with it",
+                hint="leave it where it is with --keep, or remove them first: qemu-img snapshot -d",
+            )
     for one in below:
         is_fit = one.format is child.format or (child.format is ImageFormat.QCOW2 and one.format is ImageFormat.RAW)
         if not is_fit:

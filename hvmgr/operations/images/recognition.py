@@ -118,17 +118,34 @@ def _asked_size(path: Path, known: ImageFormat) -> int:
 def parent_of(path: Path, folders: Sequence[Path] = ()) -> Path | None:
     """The file that a differencing image stands on, without opening it further; None for any other image.
 
-    NotFound and Conflict as the parent of a VHD is searched for: by its names and by id, always proved by its id.
+    NotFound and Conflict as the parent of a VHD is searched for: by its names and by id, always proved by its id. Conflict
+    where a qcow2 image states another format than its parent's content has.
     """
     found = images.identify(path)
     if found.format == images.QCOW2:
-        return images.read(path, images.QCOW2).parent
+        header = images.read(path, images.QCOW2)
+        _require_as_stated(header)
+        return header.parent
     if found.format != "vhd" or not found.is_differencing:
         return None
     from hvmgr import vhd
 
     with vhd.open_image(path, tolerant=True) as image:
         return Path(os.path.realpath(vhd.find_parent(image, folders=folders)))
+
+
+def _require_as_stated(child: images.Header) -> None:
+    """A guest may write what looks like a header into its raw disk: what the child states and the content must agree."""
+    if child.parent is None or child.backing_format is None or not child.parent.exists():
+        return
+    truth = images.identify(child.parent).format
+    truth = images.VPC if truth == "vhd" else truth
+    if child.backing_format != truth:
+        raise errors.Conflict(
+            f"{child.path} states that its parent {child.parent} is {child.backing_format}, and its content is {truth}",
+            hint=f"a guest may have written that; if it is right, state it: {_restating(child, truth)}",
+            path=str(child.parent),
+        )
 
 
 def chain_of(path: Path, folders: Sequence[Path] = ()) -> list[Path]:
@@ -175,14 +192,23 @@ def require_no_differencing_below(path: Path) -> None:
         images.require_usable(parent)
         truth = images.identify(parent).format
         if stated is None and truth != images.QCOW2:
-            raise errors.Unsupported(
-                f"{step} does not state the format of its parent, and QEMU would guess",
-                hint=f"state it: qemu-img rebase -u -b {shlex.quote(header.backing or '')} -F FORMAT {shlex.quote(str(step))}",
-            )
+            raise unstated(header)
         if (stated or truth) != images.QCOW2:
             images.read(parent, stated or truth)
             return
         step = parent
+
+
+def unstated(child: images.Header) -> errors.Unsupported:
+    """The refusal of an image that does not say what its parent is."""
+    return errors.Unsupported(
+        f"{child.path} does not state the format of its parent, and QEMU would guess",
+        hint=f"state it: {_restating(child, 'FORMAT')}",
+    )
+
+
+def _restating(child: images.Header, fmt: str) -> str:
+    return f"qemu-img rebase -u -F {fmt} -b {shlex.quote(child.backing or '')} {shlex.quote(str(child.path))}"
 
 
 def format_of(path: Path, stated: ImageFormat | None) -> ImageFormat:
@@ -191,10 +217,15 @@ def format_of(path: Path, stated: ImageFormat | None) -> ImageFormat:
         if stated not in MADE:
             raise errors.Unsupported(f"images of the format {stated.value} are not made here", hint=_choice())
         return stated
-    found = _SUFFIXES.get(path.suffix.lower())
+    found = named_format(path)
     if found is None:
         raise errors.UsageError(f"the name of {path} says no format", hint=f"state it with --format: {_choice()}")
     return found
+
+
+def named_format(path: Path) -> ImageFormat | None:
+    """The format that a file's name promises; None when it says none."""
+    return _SUFFIXES.get(path.suffix.lower())
 
 
 def _choice() -> str:

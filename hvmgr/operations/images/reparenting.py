@@ -39,7 +39,7 @@ def reparent(host: Host, child: Path, parent: Path, folders: Sequence[Path] = ()
     found = recognition.look(child, folders=searched)
     below = recognition.look(parent, folders=searched)
     _require_fit(found, below)
-    with changes.locked(host, [child]):
+    with changes.locked(host, [child], seen=[found]):
         changes.require_unused(host, child, but=(Use.PARENT,))
         proof = _proof(host, found, below, ignore_id=ignore_id)
         step = image_plan.PointChild(str(child), found.format.value, str(parent), below.driver)

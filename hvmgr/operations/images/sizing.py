@@ -30,7 +30,7 @@ def resize(host: Host, path: Path, size: int, *, shrink: bool) -> bool:
     _require_resizable(found)
     if size == found.size:
         return False
-    with changes.locked(host, [path]):
+    with changes.locked(host, [path], seen=[found]):
         changes.require_unused(host, path)
         steps: list[Step] = []
         if size < found.size:
@@ -53,6 +53,8 @@ def _require_resizable(found: Recognised) -> None:
             f"{found.path} is a differencing VHD: its size is that of its parent",
             hint=f"merge it, or convert it and resize that: hvmgr image convert {shlex.quote(str(found.path))} NEW.vhd",
         )
+    if found.format is ImageFormat.QCOW2:
+        recognition.require_no_differencing_below(found.path)
 
 
 def _shrinking(found: Recognised, size: int, *, shrink: bool) -> list[Step]:
@@ -83,7 +85,7 @@ def compact(host: Host, path: Path) -> int:
     found = recognition.look(path)
     _require_compactable(found)
     before = path.stat().st_blocks * 512
-    with changes.locked(host, [path]):
+    with changes.locked(host, [path], seen=[found]):
         changes.require_unused(host, path, but=(Use.PARENT,))
         steps = [image_plan.CompactImage(str(path), found.format.value)]
         plan = changes.plan_of("image compact", f"compaction of {path}", steps)
