@@ -119,9 +119,11 @@ _guard = threading.RLock()
 
 def is_archive(path: Path) -> bool:
     """Whether the file is a tar archive, compressed or not; Unsupported for a compression that is not read here."""
+    if not path.is_file():  # whoever opens a pipe waits for its other end
+        return False
     try:
         with path.open("rb") as file:
-            head = file.read(_TAR_MAGIC_AT + len(_TAR_MAGIC)) if path.is_file() else b""
+            head = file.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))
     except OSError:
         return False
     for magic, name in _OTHERS.items():
