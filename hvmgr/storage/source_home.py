@@ -229,7 +229,8 @@ def open_source(
         trusted=own or (not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries())),
     )
     with durable.explained(folder):
-        return _Reader(folder, file, present, finder, snapshots_from).read()
+        second = None if snapshots_from is None else Path(os.path.realpath(snapshots_from))
+        return _Reader(folder, file, present, finder, second).read()
 
 
 def _as_archive(opened: SourceHome, archive: Archive) -> SourceHome:
