@@ -12,7 +12,7 @@ from hvmgr.model import configuration, plan
 from hvmgr.model.metadata import NAMESPACE
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import memory_steps
-from hvmgr.storage import durable, frozen, images, index, journal, start_guard, vm_home
+from hvmgr.storage import durable, images, index, journal, start_guard, vm_home
 
 
 def define(session: Session, step: plan.Define | plan.ReleaseDomain) -> None:
@@ -301,7 +301,7 @@ def start_from(session: Session, step: plan.StartFrom) -> None:
 
 
 def _restore(session: Session, step: plan.StartFrom) -> None:
-    unpacked = session.layout.private / "unpacked-memory.save"
+    unpacked = memory_steps.unpacked_file(session.layout)
     try:
         _restore_from(session, step, memory_steps.unpacked(Path(step.memory), unpacked))
     finally:
@@ -409,10 +409,3 @@ def undefine(session: Session, _step: plan.UndefineDomain) -> None:
 def is_undefined(session: Session, _step: plan.UndefineDomain) -> bool:
     """Whether libvirt does not know the VM."""
     return session.find_domain() is None
-
-
-def thaw_working(session: Session) -> None:
-    """Working images of the present are writable."""
-    for path in vm_home.disks_of(session.home.present()).values():
-        if not session.uses.is_frozen(path) and session.layout.owns(path):
-            frozen.thaw(session.layout, Path(path))
