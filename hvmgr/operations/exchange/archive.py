@@ -7,6 +7,7 @@ interrupted is made anew.
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ def export(session: Session, target: Target, options: ExportOptions) -> None:
 def _place(session: Session, target: Target) -> Place:
     name = session.home.name
     if target.file is None:
-        folder = Path(tempfile.gettempdir()) / f".{name}-{os.getpid()}.hvmgr-export"
+        # Nobody else, who may write there too, knows the name before the folder is there.
+        folder = Path(tempfile.gettempdir()) / f".{name}-{secrets.token_hex(8)}.hvmgr-export"
         return Place(Path("/") / name, folder)
     if os.path.lexists(target.file):
         raise errors.Conflict(
@@ -81,7 +83,8 @@ def _compressed(target: Target) -> Iterator[tar.Sink]:
         with process.filtered(_ZSTD, to=target.descriptor) as sink:
             yield sink
         return
-    with durable.explained(target.file), durable.replacing(target.file, FILE_MODE, None) as writer:
+    part = durable.part_of(target.file)  # the place is ours, so that nobody else makes it
+    with durable.explained(target.file), durable.replacing(target.file, FILE_MODE, None, part=part) as writer:
         try:
             with process.filtered(_ZSTD, to=writer) as sink:
                 yield sink
