@@ -205,17 +205,6 @@ def _managed_save(taken: Intake, disks: dict[str, tuple[str, str]], nvram: Path 
 # --- in place of a VM -----------------------------------------------------------------------------------------------
 
 
-def require_off_limits(connection: Connection, paths: Iterable[str]) -> None:
-    """Raises Conflict when a running VM writes to one of these images."""
-    found = written_by(connection, paths)
-    for path, name in found.items():
-        raise errors.Conflict(
-            f"{path} is being written by the VM '{name}'",
-            hint="stop it, or take a snapshot of it and use that",
-            path=path,
-        )
-
-
 def written_by(connection: Connection, paths: Iterable[str]) -> dict[str, str]:
     """Of these images the ones that a running VM writes, each with its name."""
     mine = {images.identity(Path(path)): path for path in paths if Path(path).exists()}
