@@ -144,8 +144,11 @@ def name_true_parents(session: Session, domain: Domain, children: dict[str, Path
 def is_switched(session: Session, step: plan.SwitchDisks) -> bool:
     """Whether the VM went on in its new images. QEMU is asked, because libvirt's view may be late.
 
-    When the VM is gone, data in a new image proves it; without any, going back loses nothing.
+    When the VM is gone, data in a new image proves it; without any, going back loses nothing. A VM without disks has
+    nothing but its memory to show.
     """
+    if not step.children:
+        return step.memory is None or saved_state.has_begun(Path(step.memory))
     children = {vm_home.canonical(path) for _, path in step.children}
     domain = session.find_domain()
     if domain is not None and domain.is_active():
