@@ -300,6 +300,17 @@ class TestHostileSource:
         edit(source, lambda text: re.sub(r"(<disk .*?</disk>)", r"\1\1", text, count=1, flags=re.DOTALL))
         self.refused(bench, source, "double-slot")
 
+    @pytest.mark.parametrize("name", ["../../evil", "..", ".hidden", "x" * 300, "a&#10;b"])
+    def test_name_that_no_folder_can_have(self, bench, source, name):
+        edit(source, lambda text: text.replace("<name>web", f"<name>{name}"))
+        before = bench.states()
+        for attempt in (bench.codes, bench.bring):
+            with pytest.raises(errors.UsageError) as caught:
+                attempt(source)
+            assert "--name" in caught.value.hint
+        assert bench.states() == before
+        assert bench.codes(source, name="other") == []
+
     def test_bomb(self, bench, source):
         bomb = '<!DOCTYPE domain [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>\n'
         edit(source, lambda text: bomb + text.replace("<name>web", "<name>&b;web"))

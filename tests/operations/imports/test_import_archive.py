@@ -231,6 +231,16 @@ class TestRefused:
             bench.bring(file)
         assert "gzip" in str(caught.value) if kind == "gzip" else f"{file} is neither" in str(caught.value)
 
+    def test_image_that_no_file_system_takes(self, bench):
+        file, size, name = bench.place / "x.tar", 1 << 61, "web/Virtual Hard Disks/x.img"
+        info, table = tarfile.TarInfo(name), b"1\n0\n0\n".ljust(512, b"\0")
+        info.size = len(table)
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size)}
+        with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.addfile(info, io.BytesIO(table))
+        with pytest.raises(errors.Unsupported, match=f"{name} has {size} bytes"):
+            bench.bring(file)
+
     def test_archive_that_is_replaced_meanwhile(self, bench, archive, monkeypatch):
         file = archive[0]
         real = archives.unpack
