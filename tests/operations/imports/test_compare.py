@@ -259,10 +259,11 @@ class TestHostileSource:
         Path(path).symlink_to(secret)
         self.refused(bench, source, "link")
 
-    def test_folder_that_is_a_link(self, bench, source, place):
-        (source / "Virtual Hard Disks").rename(place / "moved")
-        (source / "Virtual Hard Disks").symlink_to(place / "moved")
-        self.refused(bench, source, "link")
+    @pytest.mark.parametrize("name", ["Virtual Hard Disks", "Virtual Machines", "Snapshots"])
+    def test_folder_that_is_a_link(self, bench, source, place, name):
+        (source / name).rename(place / "moved")
+        (source / name).symlink_to(place / "moved")
+        self.refused(bench, source, "link", *(["missing-snapshot"] if name == "Snapshots" else []))
 
     def test_parent_that_is_another_file(self, bench, source, secret):
         (path,) = source_home.open_source(source).disks.values()
