@@ -31,6 +31,7 @@ from hvmgr.storage.finished import Made
 _ZSTD = ("zstd", "-q", "-T0", "-3", "-c")
 _LAST = (export_plan.WriteManifest, export_plan.WriteSums)
 _NOT_HERE = (export_plan.ProtectExport,)
+_PRIVATE = 0o600  # while it is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,10 @@ def _compressed(target: Target) -> Iterator[tar.Sink]:
         with process.filtered(_ZSTD, to=target.descriptor) as sink:
             yield sink
         return
-    part = durable.part_of(target.file)  # the place is ours, so that nobody else makes it
-    with durable.explained(target.file), durable.replacing(target.file, FILE_MODE, None, part=part) as writer:
+    with durable.appearing(target.file, mode=FILE_MODE) as part, part.open("xb", buffering=0) as file:
+        os.fchmod(file.fileno(), _PRIVATE)
         try:
-            with process.filtered(_ZSTD, to=writer) as sink:
+            with process.filtered(_ZSTD, to=file.fileno()) as sink:
                 yield sink
         except errors.HostFailed as error:
             if "No space left" in str(error):
