@@ -58,7 +58,10 @@ def is_frozen(domain: Domain) -> bool:
 
 def freeze(domain: Domain) -> int:
     """Puts the guest's file systems to rest; how many. After an error some may be, and ``thaw`` is called for."""
-    return int(domain.ask_agent("guest-fsfreeze-freeze", timeout_s=FREEZE_S))
+    count = domain.ask_agent("guest-fsfreeze-freeze", timeout_s=FREEZE_S)
+    if not isinstance(count, int):  # the guest may answer anything
+        raise errors.HostFailed(f"the guest agent of {domain.name} gave no number of file systems")
+    return count
 
 
 def thaw(domain: Domain) -> None:

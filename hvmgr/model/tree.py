@@ -129,10 +129,6 @@ class Tree:
                 step = None if step.parent is None else self.images.get(step.parent)
         return read
 
-    def snapshot_children(self, snapshot_id: str | None) -> list[str]:
-        """The snapshots directly below one; None gives the roots."""
-        return [node.snapshot_id for node in self.nodes.values() if node.parent == snapshot_id]
-
     def subtree(self, snapshot_id: str) -> list[str]:
         """The snapshot and everything below it, parents first."""
         below: dict[str | None, list[str]] = {}

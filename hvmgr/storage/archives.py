@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import errno
 import os
 import threading
 import uuid
@@ -119,9 +120,11 @@ _guard = threading.RLock()
 
 def is_archive(path: Path) -> bool:
     """Whether the file is a tar archive, compressed or not; Unsupported for a compression that is not read here."""
+    if not path.is_file():  # whoever opens a pipe waits for its other end
+        return False
     try:
         with path.open("rb") as file:
-            head = file.read(_TAR_MAGIC_AT + len(_TAR_MAGIC)) if path.is_file() else b""
+            head = file.read(_TAR_MAGIC_AT + len(_TAR_MAGIC))
     except OSError:
         return False
     for magic, name in _OTHERS.items():
@@ -328,13 +331,25 @@ def _show(reader: untar.Reader, entry: untar.Entry, target: Path, *, hashed: boo
     tail = entry.size - _TAIL
     with durable.explained(target), target.open("xb", buffering=0) as file:
         os.fchmod(file.fileno(), _FILE_MODE)
-        os.ftruncate(file.fileno(), entry.size)
+        _set_size(file.fileno(), entry)
         for offset, piece in reader.pieces():
             if digest is not None:
                 digest.update(offset, piece)
             if offset < head or offset + len(piece) > tail:
                 copy.write_data(file.fileno(), offset, piece)
     return None if digest is None else digest.finish(entry.size)
+
+
+def _set_size(descriptor: int, entry: untar.Entry) -> None:
+    try:
+        os.ftruncate(descriptor, entry.size)
+    except OSError as error:
+        if error.errno != errno.EFBIG:
+            raise
+        raise errors.Unsupported(
+            f"{entry.name} has {entry.size} bytes, and no file in {_place()} can be that long",
+            hint="unpack the archive where it can, and name the folder",
+        ) from error
 
 
 def _head_of(target: Path) -> int:

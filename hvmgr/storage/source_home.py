@@ -229,7 +229,8 @@ def open_source(
         trusted=own or (not (folder / manifest.FILE).is_file() and any(one.home == folder for one in index.entries())),
     )
     with durable.explained(folder):
-        return _Reader(folder, file, present, finder, snapshots_from).read()
+        second = None if snapshots_from is None else Path(os.path.realpath(snapshots_from))
+        return _Reader(folder, file, present, finder, second).read()
 
 
 def _as_archive(opened: SourceHome, archive: Archive) -> SourceHome:
@@ -301,6 +302,7 @@ class _Reader:
     def read(self) -> SourceHome:
         present, facts = self.present, self.present.metadata()
         is_home = self.file.parent.name == CONFIGURATIONS
+        self.finder.is_plain(self.file)  # what a link leads to may be another VM's
         told = self._manifest()
         if told is not None:
             here = {str(self.folder / one.file): one for one in told.images}
@@ -378,6 +380,8 @@ class _Reader:
         return tuple(sorted(read, key=lambda one: (one.record.created, one.record.id)))
 
     def _snapshot(self, file: Path) -> SourceSnapshot | None:
+        if not self.finder.is_plain(file):
+            return None
         try:
             parsed = read_xml(file)
             facts = parsed.metadata()

@@ -276,14 +276,14 @@ class Finder:
 
     def is_plain(self, path: Path) -> bool:
         """Whether a file of the source is a file, reached without links; one that is missing is somebody else's."""
-        step = path
-        while step != self.folder:
+        for step in (path, *path.parents):  # up to the root, for what is in a second folder of snapshots
+            if step == self.folder:
+                break
             if step.is_symlink():
                 if self.trusted and step.parent == self.folder:
                     return True  # a home of this host whose folder lies on another file system
                 self.problem("link", f"{step} is a symbolic link", step)
                 return False
-            step = step.parent
         if path.exists() and not path.is_file():
             self.problem("link", f"{path} is no plain file", path)
             return False

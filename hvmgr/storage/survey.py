@@ -78,10 +78,6 @@ class Survey:
         leaves = [one for one in (self.present, self.undo) if one is not None]
         return [*leaves, *self.snapshots]
 
-    def fault_of(self, file: Path) -> errors.HvmgrError | None:
-        """Why this file could not be read."""
-        return next((one.error for one in self.faults if one.file == file), None)
-
     def needs(self, path: str) -> list[str]:
         """Who stands on an image or names it, in the words of people."""
         named = [one.who for one in self.parts() if path in one.disks.values()]

@@ -8,6 +8,7 @@ with the place in the archive. Python's tarfile would end silently at a header t
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -51,7 +52,7 @@ class Reader:
     take: Take
     where: str
     position: int = 0
-    _left: list[tuple[int, int]] = field(default_factory=list)  # runs of the entry that nobody has read yet
+    _left: deque[tuple[int, int]] = field(default_factory=deque)  # runs of the entry that nobody has read yet
     _padding: int = 0
     _buffer: bytearray = field(default_factory=lambda: bytearray(_PIECE))
     _seen: dict[str, bool] = field(default_factory=dict)  # name: whether it is a folder
@@ -70,7 +71,7 @@ class Reader:
         """The data of the entry: where each piece belongs, and its bytes, valid until the next is asked for."""
         view = memoryview(self._buffer)
         while self._left:
-            offset, length = self._left.pop(0)
+            offset, length = self._left.popleft()
             while length:
                 count = self.take(view[: min(length, len(view))])
                 if count == 0:
@@ -119,7 +120,7 @@ class Reader:
             entry = self._sparse(name, size, more)
         else:
             entry = Entry(name, is_folder=False, size=size, runs=((0, size),) if size else ())
-        self._left = list(entry.runs)
+        self._left = deque(entry.runs)
         return entry
 
     # -- headers -----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvmgr import errors
-from hvmgr.storage import tar, untar
+from hvmgr.storage import archives, tar, untar
 
 
 def reader(data):
@@ -159,3 +159,8 @@ def test_any_damage_is_an_error_of_ours_or_harmless(data):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(errors.Corrupt, errors.Unsupported):
         read(bytes(whole))
+
+
+def test_pipe_is_no_archive_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert not archives.is_archive(tmp_path / "pipe")

@@ -7,6 +7,7 @@ interrupted is made anew.
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from hvmgr.storage.finished import Made
 _ZSTD = ("zstd", "-q", "-T0", "-3", "-c")
 _LAST = (export_plan.WriteManifest, export_plan.WriteSums)
 _NOT_HERE = (export_plan.ProtectExport,)
+_PRIVATE = 0o600  # while it is made
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,8 @@ def export(session: Session, target: Target, options: ExportOptions) -> None:
 def _place(session: Session, target: Target) -> Place:
     name = session.home.name
     if target.file is None:
-        folder = Path(tempfile.gettempdir()) / f".{name}-{os.getpid()}.hvmgr-export"
+        # Nobody else, who may write there too, knows the name before the folder is there.
+        folder = Path(tempfile.gettempdir()) / f".{name}-{secrets.token_hex(8)}.hvmgr-export"
         return Place(Path("/") / name, folder)
     if os.path.lexists(target.file):
         raise errors.Conflict(
@@ -81,9 +84,10 @@ def _compressed(target: Target) -> Iterator[tar.Sink]:
         with process.filtered(_ZSTD, to=target.descriptor) as sink:
             yield sink
         return
-    with durable.explained(target.file), durable.replacing(target.file, FILE_MODE, None) as writer:
+    with durable.appearing(target.file, mode=FILE_MODE) as part, part.open("xb", buffering=0) as file:
+        os.fchmod(file.fileno(), _PRIVATE)
         try:
-            with process.filtered(_ZSTD, to=writer) as sink:
+            with process.filtered(_ZSTD, to=file.fileno()) as sink:
                 yield sink
         except errors.HostFailed as error:
             if "No space left" in str(error):

@@ -124,7 +124,7 @@ def _require_snapshot_source_used(comparison: Comparison) -> None:
         return
     if not folder.is_dir():
         raise errors.NotFound(f"there is no folder {folder}", hint="give --snapshot-source the folder with the XMLs")
-    if not any(one.file.parent == folder for one in comparison.source.snapshots):
+    if not any(one.file.parent == folder.resolve() for one in comparison.source.snapshots):
         raise errors.UsageError(
             f"--snapshot-source {folder} would be ignored: it holds no snapshot that the source lacks",
             hint="leave it out, or name the folder that holds <snapshot id>.xml",

@@ -13,7 +13,7 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.host.hypervisor import Connection
-from hvmgr.model import configuration, identity, plan
+from hvmgr.model import configuration, identity, plan, specification
 from hvmgr.model.identity import Identity
 from hvmgr.model.import_options import ImportOptions, Mode
 from hvmgr.model.layout import Layout
@@ -52,10 +52,19 @@ def macs_of_host(connection: Connection) -> dict[str, str]:
 
 
 def target_layout(root: Path, source: SourceHome, options: ImportOptions, vm_id: str) -> Layout:
-    """Where the VM will lie: below the root or ``--vm-path``, with folders elsewhere as the other two roots say."""
+    """Where the VM will lie: below the root or ``--vm-path``, with folders elsewhere as the other two roots say.
+
+    UsageError for a source whose VM has a name that no folder there can have, or that leads out of it.
+    """
     if options.mode is Mode.REGISTER:
         return vm_home.layout_of(source.folder, vm_id)
     name = options.name or source.present.name
+    if not options.replace:
+        try:
+            specification.require_name(name)
+        except errors.UsageError as error:
+            error.hint = "give it another one: --name NEW"
+            raise
     home = Path(os.path.realpath((options.vm_path or root) / name))
     snapshots_at = options.snapshot_path and Path(os.path.realpath(options.snapshot_path)) / name / "Snapshots"
     bases_at = options.disk_path and Path(os.path.realpath(options.disk_path)) / name / "Virtual Hard Disks"
@@ -203,17 +212,6 @@ def _managed_save(taken: Intake, disks: dict[str, tuple[str, str]], nvram: Path 
 
 
 # --- in place of a VM -----------------------------------------------------------------------------------------------
-
-
-def require_off_limits(connection: Connection, paths: Iterable[str]) -> None:
-    """Raises Conflict when a running VM writes to one of these images."""
-    found = written_by(connection, paths)
-    for path, name in found.items():
-        raise errors.Conflict(
-            f"{path} is being written by the VM '{name}'",
-            hint="stop it, or take a snapshot of it and use that",
-            path=path,
-        )
 
 
 def written_by(connection: Connection, paths: Iterable[str]) -> dict[str, str]:

@@ -145,7 +145,7 @@ def prepare(host: Host, source: Path, options: ImportOptions) -> ImportPlan:
     return ImportPlan(
         host=host,
         source=opened.origin if opened.is_home else opened.file,
-        vm=None,
+        vm=None if opened.archive is None else options.vm,  # a folder is that of the VM already
         name=options.name or opened.present.name,
         mode=options.mode,
         new_id=options.makes_new_id,

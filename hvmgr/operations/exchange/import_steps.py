@@ -7,10 +7,12 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host import qemu_img, saved_state
+from hvmgr.host.saved_state import Compression
 from hvmgr.model import configuration, plan
 from hvmgr.model.progress import Progress
 from hvmgr.operations.exchange import gold
 from hvmgr.operations.session import Session
+from hvmgr.operations.steps import memory_steps
 from hvmgr.storage import archives, copy, durable, frozen, images, index, vm_home
 
 
@@ -117,21 +119,33 @@ def _name(session: Session, step: plan.NameParent, parent: str) -> None:
 
 
 def copy_memory(session: Session, step: plan.CopyMemory) -> None:
-    """The copy is complete and on disk, with its own configuration in it."""
-    target = Path(step.target)
+    """The copy is complete and on disk, with its own configuration in it; one for libvirt itself is not compressed."""
+    source, target = Path(step.source), Path(step.target)
+    raw = memory_steps.unpacked_file(session.layout)
     part = target.with_name(f"{durable.TEMPORARY}{target.name}")
     durable.remove(part)
-    saved_state.rewritten(Path(step.source), part, step.xml)
+    try:
+        if _is_for_libvirt(session, target):
+            source = memory_steps.unpacked(source, raw)
+        saved_state.rewritten(source, part, step.xml)
+    finally:
+        durable.remove(raw)
     durable.set_owner(part, session.owner)
     durable.sync_file(part)
     durable.rename(part, target)
 
 
-def uncopy_memory(_session: Session, step: plan.CopyMemory) -> None:
+def _is_for_libvirt(session: Session, target: Path) -> bool:
+    """Whether libvirt will restore the file: not every libvirt knows zstd."""
+    return target.parent == session.connection.managed_save_path("any").parent or target == session.layout.taken_in
+
+
+def uncopy_memory(session: Session, step: plan.CopyMemory) -> None:
     """The copy is not there."""
     target = Path(step.target)
-    durable.remove(target.with_name(f"{durable.TEMPORARY}{target.name}"))
-    durable.remove(target)
+    part = target.with_name(f"{durable.TEMPORARY}{target.name}")
+    for path in (memory_steps.unpacked_file(session.layout), part, target):
+        durable.remove(path)
 
 
 def put_managed_save(session: Session, step: plan.PutManagedSave) -> None:
@@ -167,8 +181,12 @@ def has_gone_on(session: Session, step: plan.PutManagedSave) -> bool:
 
 
 def change_memory(session: Session, step: plan.ChangeMemory) -> None:
-    """The saved state holds the new configuration."""
-    _put_xml(session, Path(step.path), step.after)
+    """The saved state holds the new configuration; for libvirt's sake it is not compressed."""
+    path = Path(step.path)
+    if _is_for_libvirt(session, path) and saved_state.read(path).compression is Compression.ZSTD:
+        copy_memory(session, plan.CopyMemory(source=step.path, target=step.path, xml=step.after))
+    else:
+        _put_xml(session, path, step.after)
 
 
 def unchange_memory(session: Session, step: plan.ChangeMemory) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvmgr import errors
 from hvmgr.host import saved_state
 from hvmgr.model import manifest, plan
 from hvmgr.model.layout import Layout
@@ -21,7 +22,7 @@ from hvmgr.operations.exchange.intake import Intake
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
 from hvmgr.operations.vm import VM
-from hvmgr.storage import durable, frozen, locks
+from hvmgr.storage import durable, frozen, locks, source_home
 from hvmgr.storage.source_home import SourceHome
 from hvmgr.storage.vm_home import VmHome
 
@@ -46,12 +47,24 @@ def run(host: Host, comparison: Comparison) -> VM:
     layout = home.layout
     durable.make_folder(layout.private)
     with locks.held(layout.lock, wait_s=host.wait_s, what=f"the VM in {home.path}"):
+        _require_as_planned(comparison.source, layout)
         session = Session(home, host.connection, host.reporter, wait_s=host.wait_s)
         try:
             execution.run(session, one)
         finally:
             session.close()
     return VM(host, home)
+
+
+def _require_as_planned(source: SourceHome, layout: Layout) -> None:
+    """Nobody else has registered the folder, or begun to, while the lock was waited for."""
+    try:
+        with durable.explained(source.file):
+            is_same = source_home.read_xml(source.file).to_xml() == source.present.to_xml()
+    except (errors.NotFound, errors.Corrupt):
+        is_same = False
+    if not is_same or layout.journal.exists():
+        raise errors.Conflict(f"{source.folder} was changed meanwhile", hint="run the command again")
 
 
 def plan_register(session: Session, comparison: Comparison, change: str) -> Plan:

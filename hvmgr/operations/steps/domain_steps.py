@@ -12,7 +12,7 @@ from hvmgr.model import configuration, plan
 from hvmgr.model.metadata import NAMESPACE
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import memory_steps
-from hvmgr.storage import durable, frozen, images, index, journal, start_guard, vm_home
+from hvmgr.storage import durable, images, index, journal, start_guard, vm_home
 
 
 def define(session: Session, step: plan.Define | plan.ReleaseDomain) -> None:
@@ -144,8 +144,11 @@ def name_true_parents(session: Session, domain: Domain, children: dict[str, Path
 def is_switched(session: Session, step: plan.SwitchDisks) -> bool:
     """Whether the VM went on in its new images. QEMU is asked, because libvirt's view may be late.
 
-    When the VM is gone, data in a new image proves it; without any, going back loses nothing.
+    When the VM is gone, data in a new image proves it; without any, going back loses nothing. A VM without disks has
+    nothing but its memory to show.
     """
+    if not step.children:
+        return step.memory is None or saved_state.has_begun(Path(step.memory))
     children = {vm_home.canonical(path) for _, path in step.children}
     domain = session.find_domain()
     if domain is not None and domain.is_active():
@@ -301,7 +304,7 @@ def start_from(session: Session, step: plan.StartFrom) -> None:
 
 
 def _restore(session: Session, step: plan.StartFrom) -> None:
-    unpacked = session.layout.private / "unpacked-memory.save"
+    unpacked = memory_steps.unpacked_file(session.layout)
     try:
         _restore_from(session, step, memory_steps.unpacked(Path(step.memory), unpacked))
     finally:
@@ -409,10 +412,3 @@ def undefine(session: Session, _step: plan.UndefineDomain) -> None:
 def is_undefined(session: Session, _step: plan.UndefineDomain) -> bool:
     """Whether libvirt does not know the VM."""
     return session.find_domain() is None
-
-
-def thaw_working(session: Session) -> None:
-    """Working images of the present are writable."""
-    for path in vm_home.disks_of(session.home.present()).values():
-        if not session.uses.is_frozen(path) and session.layout.owns(path):
-            frozen.thaw(session.layout, Path(path))

@@ -22,6 +22,7 @@ from hvmgr.host.background_snapshot import Phase, Stream
 from hvmgr.host.domain import Domain, State
 from hvmgr.host.saved_state import Compression
 from hvmgr.model import configuration, memory_plan, plan
+from hvmgr.model.layout import Layout
 from hvmgr.model.progress import Progress
 from hvmgr.operations import stuck_memory
 from hvmgr.operations.session import Session
@@ -51,14 +52,14 @@ def unreserve(session: Session, step: memory_plan.ReserveMemory) -> None:
     memory, domain = Path(step.path), session.find_domain()
     if session.recovering and domain is not None and domain.is_active():
         background_snapshot.dismiss(domain)
-        if _has_head(memory) and domain.state() is State.PAUSED:
+        if _may_be_stopped(memory) and domain.state() is State.PAUSED:
             domain.resume()
     durable.remove(memory)
 
 
-def _has_head(memory: Path) -> bool:
-    """Written just before the guest is stopped."""
-    return memory.exists() and memory.stat().st_size > 0
+def _may_be_stopped(memory: Path) -> bool:
+    """Just before the guest is stopped, the file gets its head, or makes place for libvirt's."""
+    return not memory.exists() or memory.stat().st_size > 0
 
 
 # --- the switch -------------------------------------------------------------------------------------------------------
@@ -171,7 +172,7 @@ def await_memory(session: Session, step: memory_plan.AwaitMemory) -> None:
                 raise
             session.say(f"{domain.name} ended while its memory was being saved")
             return
-    if session.recovering:
+    if session.recovering or not saved_state.has_begun(memory):  # without a stream the guest may still be stopped
         background_snapshot.dismiss(domain)
         if domain.state() is State.PAUSED:
             domain.resume()
@@ -234,6 +235,11 @@ def compress(session: Session, step: memory_plan.CompressMemory) -> None:
             saved_state.transcoded(memory, descriptor, Compression.ZSTD)
     except (errors.HostFailed, errors.NoSpace, errors.Unsupported) as error:
         session.say(f"the saved memory was not compressed: {error}")
+
+
+def unpacked_file(layout: Layout) -> Path:
+    """Where a raw copy of compressed memory lies as long as it is needed."""
+    return layout.private / "unpacked-memory.save"
 
 
 def unpacked(memory: Path, target: Path) -> Path:

@@ -60,6 +60,7 @@ def test_options_reach_the_export(hvmgr, branched, out, options):
     ("options", "code"),
     [
         (("--snapshot", "one", "--keep-snapshot", "two"), 2),
+        (("--format", "qcow2"), 2),
         (("--format", "vmdk"), 2),
         (("--snapshot", "nobody"), 3),
         (("--exclude-disk", "vdz"), 3),

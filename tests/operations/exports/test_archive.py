@@ -10,6 +10,7 @@ import pytest
 import hvmgr
 from hvmgr import errors
 from hvmgr.model.manifest import Extent
+from hvmgr.operations.exchange import export_
 
 MIB = 1 << 20
 
@@ -127,3 +128,17 @@ def test_failure_leaves_nothing(bench, branched, monkeypatch):
     with pytest.raises(errors.HostFailed):
         archive(bench, branched, snapshots=Extent.NONE)
     assert set(bench.place.iterdir()) == before
+
+
+def test_file_that_somebody_else_makes_meanwhile(bench, branched, monkeypatch):
+    file, run = bench.place / "web.tar.zst", export_.run
+
+    def late(*args):
+        file.write_text("theirs")
+        run(*args)
+
+    monkeypatch.setattr(export_, "run", late)
+    with pytest.raises(errors.Conflict, match="exists already"):
+        branched.export_archive(file)
+    assert file.read_text() == "theirs"
+    assert [one.name for one in bench.place.iterdir() if "web.tar.zst" in one.name] == [file.name]

@@ -259,10 +259,11 @@ class TestHostileSource:
         Path(path).symlink_to(secret)
         self.refused(bench, source, "link")
 
-    def test_folder_that_is_a_link(self, bench, source, place):
-        (source / "Virtual Hard Disks").rename(place / "moved")
-        (source / "Virtual Hard Disks").symlink_to(place / "moved")
-        self.refused(bench, source, "link")
+    @pytest.mark.parametrize("name", ["Virtual Hard Disks", "Virtual Machines", "Snapshots"])
+    def test_folder_that_is_a_link(self, bench, source, place, name):
+        (source / name).rename(place / "moved")
+        (source / name).symlink_to(place / "moved")
+        self.refused(bench, source, "link", *(["missing-snapshot"] if name == "Snapshots" else []))
 
     def test_parent_that_is_another_file(self, bench, source, secret):
         (path,) = source_home.open_source(source).disks.values()
@@ -299,6 +300,17 @@ class TestHostileSource:
     def test_two_disks_of_one_name(self, bench, source):
         edit(source, lambda text: re.sub(r"(<disk .*?</disk>)", r"\1\1", text, count=1, flags=re.DOTALL))
         self.refused(bench, source, "double-slot")
+
+    @pytest.mark.parametrize("name", ["../../evil", "..", ".hidden", "x" * 300, "a&#10;b"])
+    def test_name_that_no_folder_can_have(self, bench, source, name):
+        edit(source, lambda text: text.replace("<name>web", f"<name>{name}"))
+        before = bench.states()
+        for attempt in (bench.codes, bench.bring):
+            with pytest.raises(errors.UsageError) as caught:
+                attempt(source)
+            assert "--name" in caught.value.hint
+        assert bench.states() == before
+        assert bench.codes(source, name="other") == []
 
     def test_bomb(self, bench, source):
         bomb = '<!DOCTYPE domain [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;&a;&a;&a;&a;">]>\n'

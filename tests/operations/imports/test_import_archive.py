@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+import uuid
 
 import pytest
 
@@ -230,6 +231,29 @@ class TestRefused:
         with pytest.raises(errors.Unsupported if kind == "gzip" else errors.NotFound) as caught:
             bench.bring(file)
         assert "gzip" in str(caught.value) if kind == "gzip" else f"{file} is neither" in str(caught.value)
+
+    def test_plan_of_one_of_two_vms(self, bench):
+        file = bench.place / "two.tar"
+        with tarfile.open(file, "w") as tar:
+            for name, vm_id in (("a", uuid.uuid4()), ("b", uuid.uuid4())):
+                xml = f"<domain type='qemu'><name>{name}</name><uuid>{vm_id}</uuid><memory>65536</memory>"
+                data = f"{xml}<os><type>hvm</type></os></domain>".encode()
+                info = tarfile.TarInfo(f"{name}/Virtual Machines/{vm_id}.xml")
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+        plan = bench.host.plan_import(file, hvmgr.ImportOptions(vm="b"))
+        plan.check()
+        assert plan.name == "b"
+
+    def test_image_that_no_file_system_takes(self, bench):
+        file, size, name = bench.place / "x.tar", 1 << 61, "web/Virtual Hard Disks/x.img"
+        info, table = tarfile.TarInfo(name), b"1\n0\n0\n".ljust(512, b"\0")
+        info.size = len(table)
+        info.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": str(size)}
+        with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as tar:
+            tar.addfile(info, io.BytesIO(table))
+        with pytest.raises(errors.Unsupported, match=f"{name} has {size} bytes"):
+            bench.bring(file)
 
     def test_archive_that_is_replaced_meanwhile(self, bench, archive, monkeypatch):
         file = archive[0]

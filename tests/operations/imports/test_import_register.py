@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 import hvmgr
 from hvmgr import errors
+from hvmgr.operations.exchange import registering
+from hvmgr.storage import locks
 
 
 @pytest.fixture
@@ -110,3 +114,19 @@ def test_value_that_would_be_ignored_is_refused(bench, branched, wish):
     source = bench.take_away(branched)
     with pytest.raises(errors.UsageError):
         bench.bring(source, mode=hvmgr.Mode.REGISTER, **wish)
+
+
+@pytest.mark.parametrize("new_id", [True, False])
+def test_folder_that_somebody_else_has_just_registered(bench, branched, monkeypatch, new_id):
+    source, made = bench.take_away(branched, export=False), []
+
+    def held(*where, **how):
+        monkeypatch.undo()
+        made.append(bench.bring(source, mode=hvmgr.Mode.REGISTER))
+        return locks.held(*where, **how)
+
+    monkeypatch.setattr(registering, "locks", SimpleNamespace(held=held))
+    with pytest.raises(errors.Conflict, match="meanwhile"):
+        bench.bring(source, mode=hvmgr.Mode.REGISTER, new_id=new_id, name="late")
+    bench.check(made[0])
+    assert [one.name for one in bench.host.vms()] == ["web"]

@@ -11,6 +11,7 @@ import pytest
 import hvmgr
 from hvmgr.host import saved_state
 from hvmgr.model import configuration
+from hvmgr.storage import source_home
 
 
 def monitor(bench, vm, line):
@@ -112,3 +113,39 @@ def test_network_of_a_saved_state_follows_the_map(bench, source):
         nic = configuration.parse(text, source="x").nics()[0]
         assert (nic.type, nic.source) == ("bridge", "lo")
     assert all(Path(path).is_relative_to(vm.path) for path in vm.now().disks.values())
+
+
+def test_compressed_memory_becomes_what_every_libvirt_reads(bench):
+    """The saved memory of a present is started from by libvirt itself, and not every libvirt knows zstd."""
+    vm = bench.make(4)
+    bench.start(vm)
+    monitor(bench, vm, "o /b 0x3ff 0xa7")
+    memory = vm.home.layout.memory(vm.create_snapshot("one", compress=True).id)
+    vm.stop(force=True)
+    assert saved_state.read(memory).compression is saved_state.Compression.ZSTD
+    archive = bench.place / "one.tar"
+    vm.export_archive(archive, hvmgr.ExportOptions(snapshot="one"))
+    clone = vm.clone("clone", hvmgr.CloneOptions(snapshot="one"))
+    packed = bench.bring(archive, name="packed")
+    for one in (clone, packed):
+        save = bench.host.connection.managed_save_path(one.name)
+        assert saved_state.read(save).compression is saved_state.Compression.RAW
+        assert not list((one.path / ".hvmgr").glob("*.save"))
+    clone.start()
+    assert monitor(bench, clone, "i /b 0x3ff").endswith("0xa7")
+
+
+def test_snapshot_with_memory_lies_elsewhere(bench, source):
+    """What is taken from a second folder is looked at like the source itself."""
+    record = next(one.record for one in source_home.open_source(source).snapshots if one.record.name == "second")
+    kept = bench.place / "kept"
+    kept.mkdir()
+    for path in (source / "Snapshots").glob(f"{record.id}*"):
+        path.rename(kept / path.name)
+    (bench.place / "link").symlink_to(kept)
+    vm = bench.bring(source, name="other", snapshot_source=bench.place / "link")
+    assert bench.tree(vm)[0]["second"] == ("first", "running")
+    memory = kept / record.id / "memory.save"
+    memory.rename(kept / "elsewhere")
+    memory.symlink_to(kept / "elsewhere")
+    assert "link" in bench.codes(source, name="third", snapshot_source=kept)

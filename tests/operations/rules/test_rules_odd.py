@@ -1,4 +1,4 @@
-"""Raw images whose length is no whole number of sectors, and homes in the place of others."""
+"""Raw images whose length is no whole number of sectors, homes in the place of others, VMs without disks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import shutil
 
 import pytest
+
+import hvmgr
 
 MIB = 1 << 20
 
@@ -42,4 +44,20 @@ def test_home_in_the_place_of_one_that_was_removed_by_hand(bench):
     vm.snapshot("one").apply()
     vm.snapshot("one").delete()
     vm.merge()
+    bench.check(vm)
+
+
+def test_running_vm_without_disks(bench):
+    vm = bench.host.create_vm(
+        hvmgr.Specification(name="bare", template="generation1", accel="tcg", memory=64 * MIB, networks=(), disks=())
+    )
+    bench.start(vm)
+    memory = vm.create_snapshot("memory")
+    vm.create_snapshot("disks", type=hvmgr.SnapshotType.DISK_ONLY)
+    assert [str(one.state) for one in vm.snapshots()] == ["running", "none"]
+    made = vm.export(bench.place / "out")
+    assert not [one for one in bench.host.verify(made) if one.severity == "error"]
+    memory.apply(discard_state=True)
+    assert str(vm.state()) == "running"
+    vm.stop(force=True)
     bench.check(vm)
