@@ -174,8 +174,10 @@ def _what_there_is(source: SourceHome, option: str) -> str | None:
     cards: dict[str, tuple[str, str | None]] = {}
     for one in source.configurations():
         cards |= maps.networks_of(one)
+    if option in {"nic", "vlan", "portgroup", "network"} and not cards:
+        return "it has no cards"
     if option in {"nic", "vlan", "portgroup"}:
-        return "it has the cards " + ", ".join(cards) if cards else "it has no cards"
+        return "it has the cards " + ", ".join(cards)
     if option == "network":
         return "it is plugged into " + ", ".join(dict.fromkeys(name or kind for kind, name in cards.values()))
     return f"it was written as {source.recorded_home}"

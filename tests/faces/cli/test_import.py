@@ -78,6 +78,7 @@ def test_dry_run_shows_the_plan(hvmgr, source, root):
         (("--network", "lan"), "OLD=NEW"),
         (("--nic", "lan=x"), "not the address of a card"),
         (("--network", "nowhere=x"), "would be ignored"),
+        (("--network", "nowhere=x"), "it has no cards"),
         (("--disk", "vdz=/x"), "would be ignored"),
         (("--mode", "register", "--vm-path", "/x"), "would be ignored"),
         (("--new-id", "--keep-id"), "exclude each other"),
