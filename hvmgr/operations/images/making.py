@@ -14,6 +14,7 @@ from hvmgr.host import image_locks, qemu_img
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.image_info import ImageOptions, ImageType, Use
+from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.operations import image_users
 from hvmgr.operations.images import acts, changes, disks, recognition
@@ -56,11 +57,7 @@ def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None
         block_size=wish.block_size,
     )  # fmt: skip
     plan = changes.plan_of("image create", f"creation of {path}", [step])
-    _require_new(path)
-    if parent is not None:
-        _warn_of_users(host, parent)
-    changes.require_approval(host, plan)
-    with index.making(path, wait_s=host.wait_s), _kept_still(host, parent), _named(path) as part:
+    with _approved(host, plan, path, parent) as part:
         _make(part, path, step)
 
 
@@ -89,12 +86,21 @@ def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
         parent_format=None if parent is None else parent.driver, keep_id=wish.keep_id, block_size=wish.block_size,
     )  # fmt: skip
     plan = changes.plan_of("image convert", f"conversion of {source} into {path}", [step])
+    with _approved(host, plan, path, parent, found) as part:
+        _convert(found, parent, part, path, step, host.reporter.progress)
+
+
+@contextlib.contextmanager
+def _approved(
+    host: Host, plan: Plan, path: Path, parent: Recognised | None, source: Recognised | None = None
+) -> Iterator[Path]:
+    """The place of the new file, once its plan is wanted; nobody writes what it is made of meanwhile."""
     _require_new(path)
     if parent is not None:
         _warn_of_users(host, parent)
     changes.require_approval(host, plan)
-    with index.making(path, wait_s=host.wait_s), _kept_still(host, found, parent), _named(path) as part:
-        _convert(found, parent, part, path, step, host.reporter.progress)
+    with index.making(path, wait_s=host.wait_s), _kept_still(host, source, parent), _named(path) as part:
+        yield part
 
 
 def _parent(host: Host, path: Path, fmt: ImageFormat, wish: ImageOptions) -> Recognised:
