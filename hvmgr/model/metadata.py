@@ -8,7 +8,8 @@
       <hvmgr:disk slot="vda" id="UUID" image="UUID" apart="yes"/>                   image: absent when unnamed
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
                       state="none|running|paused" automatic="no" parent="SNAPSHOT-ID"
-                      damaged="vda vdb">                    the disks that others wrote below it; absent when it is whole
+                      damaged="vda vdb"                     the disks that others wrote below it; absent when it is whole
+                      qemu="7.2.22">                        the version that saved its state; absent when that is unknown
         <hvmgr:notes>…</hvmgr:notes>
       </hvmgr:snapshot>                                                             only in Snapshots/<id>.xml
     </hvmgr:vm>
@@ -78,6 +79,7 @@ class SnapshotRecord:
     """What a snapshot is called, when and how it was taken, and its parent in the tree (None: a root).
 
     ``damaged`` names the slots whose images somebody wrote after they were frozen, for good: an image has one past.
+    ``qemu`` is the version that saved its state.
     """
 
     id: str
@@ -89,6 +91,7 @@ class SnapshotRecord:
     automatic: bool = False
     notes: str = ""
     damaged: tuple[str, ...] = ()
+    qemu: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +181,7 @@ def _read_snapshot(element: etree._Element, source: str) -> SnapshotRecord:
         automatic=element.get("automatic") == "yes",
         notes=element.findtext(_NOTES) or "",
         damaged=tuple(element.get("damaged", "").split()),
+        qemu=element.get("qemu"),
     )
 
 
@@ -190,7 +194,7 @@ def _recorded_type(text: str) -> SnapshotType:
 def _write_snapshot(element: etree._Element, facts: SnapshotRecord) -> None:
     _set(element, id=facts.id, name=facts.name, created=units.to_rfc3339(facts.created), type=facts.type)
     _set(element, state=facts.state, automatic="yes" if facts.automatic else "no", parent=facts.parent)
-    _set(element, damaged=" ".join(facts.damaged) or None)
+    _set(element, damaged=" ".join(facts.damaged) or None, qemu=facts.qemu)
     if facts.notes:
         etree.SubElement(element, _NOTES).text = facts.notes
 
