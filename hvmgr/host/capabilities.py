@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 class Capabilities:
     """The host as libvirt sees it.
 
-    ``qemu_owner`` is the (uid, gid) that libvirt runs QEMU as and chowns images to; None where it changes no
+    ``uuid`` is libvirt's id of the host, made up at each start of libvirt where the board has none. ``qemu_owner`` is the (uid, gid) that libvirt runs QEMU as and chowns images to; None where it changes no
     owners (session connections), so that QEMU runs as the caller.
     """
 
+    uuid: str
     arch: str
     libvirt_version: str
     qemu_version: str
@@ -64,6 +65,7 @@ def parse_host(xml: str, *, libvirt_version: int, qemu_version: int) -> Capabili
         emulators[name] = Path(guest.findtext("emulator") or "")
         machines[name] = {m.text or "": m.get("canonical", m.text or "") for m in guest.iterfind("machine")}
     return Capabilities(
+        uuid=root.findtext("host/uuid") or "",
         arch=arch,
         libvirt_version=_version(libvirt_version),
         qemu_version=_version(qemu_version),

@@ -52,7 +52,9 @@ def find_obstacle(domain: Domain) -> Obstacle | None:
         if is_silence(error):
             reason = f"the guest agent of {domain.name} gave no answer within {ANSWER_S} s"
             return Obstacle(reason, "see to it that the guest runs and its agent too")
-        return Obstacle(f"the guest agent of {domain.name} refuses: {error}", "allow it the guest-fsfreeze commands")
+        return Obstacle(
+            f"the guest agent of {domain.name} refuses: {_words(error)}", "allow it the guest-fsfreeze commands"
+        )
     if rests:
         return Obstacle(
             f"the file systems of {domain.name} are at rest already: somebody else needs that now",
@@ -65,6 +67,11 @@ def is_silence(error: errors.HvmgrError) -> bool:
     """Whether the agent did not answer in time, or is not there; as against: it said no."""
     libvirt = libvirt_door.library()
     return error.facts.get("libvirt_code") in {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED}
+
+
+def _words(error: errors.HvmgrError) -> str:
+    """What a guest says is printed: nothing in it moves the cursor."""
+    return "".join(one if one.isprintable() else "?" for one in str(error))
 
 
 def is_frozen(domain: Domain) -> bool:
@@ -81,7 +88,7 @@ def freeze(domain: Domain) -> int:
     except errors.HvmgrError as error:
         within = f" within {FREEZE_S} s" if is_silence(error) else ""
         raise errors.HostFailed(
-            f"the guest agent of {domain.name} did not put its file systems to rest{within}: {error}"
+            f"the guest agent of {domain.name} did not put its file systems to rest{within}: {_words(error)}"
         ) from error
     if not isinstance(count, int):  # the guest may answer anything
         raise errors.HostFailed(f"the guest agent of {domain.name} gave no number of file systems")
@@ -106,7 +113,7 @@ def thaw(domain: Domain, *, once: bool = False) -> None:
             if time.monotonic() >= deadline:
                 raise errors.HostFailed(
                     f"the file systems of {domain.name} may still be at rest: its agent did not wake them within"
-                    f" {limit} s ({error})",
+                    f" {limit} s ({_words(error)})",
                     hint=f"every command on this VM tries again; virsh destroy {domain.name} ends its guest",
                 ) from error
             time.sleep(_PAUSE_S)

@@ -9,7 +9,7 @@
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
                       state="none|running|paused" automatic="no" parent="SNAPSHOT-ID"
                       damaged="vda vdb"                     the disks that others wrote below it; absent when it is whole
-                      qemu="7.2.22">                        the version that saved its state; absent when that is unknown
+                      qemu="7.2.22" host="UUID">            what saved its state, and where; absent when unknown
         <hvmgr:notes>…</hvmgr:notes>
       </hvmgr:snapshot>                                                             only in Snapshots/<id>.xml
     </hvmgr:vm>
@@ -79,7 +79,7 @@ class SnapshotRecord:
     """What a snapshot is called, when and how it was taken, and its parent in the tree (None: a root).
 
     ``damaged`` names the slots whose images somebody wrote after they were frozen, for good: an image has one past.
-    ``qemu`` is the version that saved its state.
+    ``qemu`` is the version that saved its state, ``host`` libvirt's id of the host where that was.
     """
 
     id: str
@@ -92,6 +92,7 @@ class SnapshotRecord:
     notes: str = ""
     damaged: tuple[str, ...] = ()
     qemu: str | None = None
+    host: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,7 @@ def _read_snapshot(element: etree._Element, source: str) -> SnapshotRecord:
         notes=element.findtext(_NOTES) or "",
         damaged=tuple(element.get("damaged", "").split()),
         qemu=element.get("qemu"),
+        host=element.get("host"),
     )
 
 
@@ -194,7 +196,9 @@ def _recorded_type(text: str) -> SnapshotType:
 def _write_snapshot(element: etree._Element, facts: SnapshotRecord) -> None:
     _set(element, id=facts.id, name=facts.name, created=units.to_rfc3339(facts.created), type=facts.type)
     _set(element, state=facts.state, automatic="yes" if facts.automatic else "no", parent=facts.parent)
-    _set(element, damaged=" ".join(facts.damaged) or None, qemu=facts.qemu)
+    _set(element, damaged=" ".join(facts.damaged) or None)
+    has_state = facts.state is not SavedState.NONE
+    _set(element, qemu=facts.qemu if has_state else None, host=facts.host if has_state else None)
     if facts.notes:
         etree.SubElement(element, _NOTES).text = facts.notes
 

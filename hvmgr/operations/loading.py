@@ -21,7 +21,7 @@ WITHOUT = "apply it with --without-state: its disks are whole"
 
 
 def require_loadable(session: Session, record: SnapshotRecord, memory: Path) -> Configuration:
-    """The configuration in a snapshot's saved state; Corrupt when the file is none, Unsupported when this host is in the way."""
+    """The configuration in a snapshot's saved state; Corrupt when the file is none, Unsupported when the host is in the way."""
     try:
         saved = saved_state.read(memory)
     except errors.HvmgrError as error:
@@ -35,12 +35,24 @@ def require_loadable(session: Session, record: SnapshotRecord, memory: Path) -> 
             f"the saved state of snapshot '{record.name}' is damaged: no memory is in it", hint=WITHOUT
         )
     live = configuration.parse(saved.xml, source=str(memory))
+    _say_what_nobody_knows(session, record, live)
     lacks = list(_lacks(session, record, live, saved.cookie))
     if lacks:
         raise errors.Unsupported(
             f"this host cannot go on from the saved state of snapshot '{record.name}': {'; '.join(lacks)}", hint=WITHOUT
         )
     return live
+
+
+def _say_what_nobody_knows(session: Session, record: SnapshotRecord, live: Configuration) -> None:
+    """libvirt cannot compare a CPU that was passed through, and a guest on another one may crash later."""
+    cpu = live.root.find("cpu")
+    is_passed = cpu is not None and cpu.get("mode") in ("host-passthrough", "maximum") and live.type == "kvm"
+    if is_passed and record.host is not None and record.host != session.connection.capabilities().uuid:
+        session.say(
+            f"the saved state of snapshot '{record.name}' is of a guest to which another host's CPU was passed through: it"
+            " goes on well only if this host has the same CPU"
+        )
 
 
 def _lacks(session: Session, record: SnapshotRecord, live: Configuration, cookie: str | None) -> Iterator[str]:
@@ -52,7 +64,8 @@ def _lacks(session: Session, record: SnapshotRecord, live: Configuration, cookie
     if (path := live.emulator) is not None and not path.exists():
         yield f"there is no {path}, which ran it"
     yield from _age(record, live, host)
-    if (live.arch or host.arch) in host.emulators and compare_host.lacks_cpu(connection, live, cookie):
+    is_elsewhere = not record.host or record.host != host.uuid  # libvirt may doubt a CPU that it started here itself
+    if is_elsewhere and (live.arch or host.arch) in host.emulators and compare_host.lacks_cpu(connection, live, cookie):
         yield "its CPU has features that this host does not offer"
     for nic in live.nics():
         if nic.type == "network" and nic.source is not None and connection.lacks_network(nic.source):

@@ -57,6 +57,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     active = state in (State.RUNNING, State.PAUSED)
     taken = quiescing.settle_type(session, state, wish.type)
     saved = _state_to_save(session, state, taken, present)
+    saves = active and saved is not SavedState.NONE
     record = SnapshotRecord(
         id=snapshot_id,
         name=name or default_name(present.name, moment),
@@ -65,7 +66,8 @@ def plan_create(session: Session, wish: Wish) -> Plan:
         state=saved,
         parent=facts.parent,
         notes=wish.notes,
-        qemu=session.domain().qemu_version() if active and saved is not SavedState.NONE else None,
+        qemu=session.domain().qemu_version() if saves else None,
+        host=session.connection.capabilities().uuid or None if saves else None,
     )
     snapshot = present.copy()
     if present.nvram is not None:  # also when no start has made it yet: that is what comes back then

@@ -166,7 +166,11 @@ def run(session: Session, one: Plan) -> None:
     if one.switch is not None:
         _prepare(session, one)
         _switch(session, one)
-    _finish(session, one)
+    try:
+        _finish(session, one)
+    except errors.HvmgrError:
+        resting_guest.tell(session)
+        raise
     if session.unwoken is not None:
         error, session.unwoken = session.unwoken, None
         raise errors.HostFailed(f"{one.subject}: done, but {error}", hint=error.hint) from error
