@@ -38,6 +38,16 @@ def test_a_domain_lives_through_save_and_switch(daemon_connection, make_xml, mak
     assert domain.writable_files() == {second}
 
 
+def test_network_that_is_not_there_or_not_up_is_lacking(daemon_connection):
+    assert daemon_connection.lacks_network("nowhere")
+    xml = "<network><name>inner</name><bridge name='hvinner0'/></network>"  # defined, and never started
+    defined = daemon_connection._handle.networkDefineXML(xml)
+    try:
+        assert daemon_connection.lacks_network("inner")
+    finally:
+        defined.undefine()
+
+
 def test_own_folders_are_the_usual_ones_inside(libvirtd, daemon_connection, make_xml):
     domain = daemon_connection.define(make_xml("guest"))
     domain.start()
