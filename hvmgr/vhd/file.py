@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Self
 
 from hvmgr import errors
+from hvmgr.write_behind import WriteBehind
 
-_KERNEL_PIECE = 128 << 20  # moved inside the kernel: the fewer calls, the less each byte costs
+_KERNEL_PIECE = 16 << 20  # moved inside the kernel: the fewer calls, the less each byte costs
 _PIECE = 1 << 20
-_BEHIND = 32 << 20  # of a new file so much is written before the kernel is told to bring it to the disk
 _TEMPORARY = ".hvmgr-part-"  # the name by which unfinished files are known and swept
 
 
@@ -44,7 +44,7 @@ class File:
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
         self.path = Path(path)
-        self._behind: _Behind | None = None
+        self._behind: WriteBehind | None = None
         with explained(self.path):
             access = os.O_RDWR if writable else os.O_RDONLY
             self.descriptor = os.open(self.path, access | os.O_CLOEXEC | os.O_NONBLOCK)  # no pipe makes it wait
@@ -60,7 +60,7 @@ class File:
         A new one goes to the disk while it is written, so that little is left to wait for at the end.
         """
         self = cls.__new__(cls)
-        self.path, self.descriptor, self._behind = path, descriptor, _Behind() if new else None
+        self.path, self.descriptor, self._behind = path, descriptor, WriteBehind(descriptor) if new else None
         return self
 
     def close(self) -> None:
@@ -110,9 +110,8 @@ class File:
                 view, offset = view[count:], offset + count
 
     def _push(self, offset: int, length: int) -> None:
-        if self._behind is not None and (ready := self._behind.add(offset, length)):
-            # Dirty pages are not forgotten by this: the kernel only begins to write them.
-            os.posix_fadvise(self.descriptor, *ready, os.POSIX_FADV_DONTNEED)
+        if self._behind is not None:
+            self._behind.wrote(offset, length)
 
     def sync(self) -> None:
         """What was written is on the disk."""
@@ -152,23 +151,6 @@ class File:
                     raise errors.Conflict(f"{other.path} became shorter while it was read")
                 self._push(target, count)
                 source, target, length = source + count, target + count, length - count
-
-
-class _Behind:
-    """What was written of a file since the kernel was last told to bring it to the disk."""
-
-    def __init__(self) -> None:
-        self._length, self._start, self._end = 0, 0, 0
-
-    def add(self, offset: int, length: int) -> tuple[int, int] | None:
-        """A range of which it is time to tell: offset and length."""
-        self._start = min(self._start, offset) if self._length else offset
-        self._end = max(self._end, offset + length) if self._length else offset + length
-        self._length += length
-        if self._length < _BEHIND:
-            return None
-        self._length = 0
-        return self._start, self._end - self._start
 
 
 def _copy_piece(reader: int, writer: int, source: int, target: int, length: int) -> int:
