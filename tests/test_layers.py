@@ -20,7 +20,7 @@ LAYERS = {
     module: height
     for height, modules in enumerate(
         [
-            "errors units settings version write_behind",
+            "errors os_errors units settings version write_behind",
             "model",
             "host",
             "vhd",
@@ -34,7 +34,7 @@ LAYERS = {
 }
 
 # What a layer may import besides itself, where the layers below it are too many: the codec knows nothing of VMs.
-ALONE = {"vhd": {"errors", "units", "write_behind"}}
+ALONE = {"vhd": {"errors", "os_errors", "units", "write_behind"}}
 
 # What only some files may name: modules and functions by their dotted name, with everything below it.
 DURABLE = ["storage/durable.py", "vhd/file.py"]  # the codec works without storage, which is above it

@@ -11,32 +11,12 @@ from pathlib import Path
 from typing import Self
 
 from hvmgr import errors
+from hvmgr.os_errors import explained as explained  # noqa: PLC0414 - part of what this module gives
 from hvmgr.write_behind import WriteBehind
 
 _KERNEL_PIECE = 16 << 20  # moved inside the kernel: the fewer calls, the less each byte costs
 _PIECE = 1 << 20
 _TEMPORARY = ".hvmgr-part-"  # the name by which unfinished files are known and swept
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns what the file system answers into hvmgr's errors, naming ``path``."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise errors.NotFound(f"there is no {path}") from error
-    except FileExistsError as error:
-        raise errors.Conflict(f"{path} exists already") from error
-    except PermissionError as error:
-        raise errors.HostFailed(
-            f"no permission for {path}", hint="run as root, or give your user access to it"
-        ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise errors.NoSpace(f"no space left for {path}", hint="free space there and run it again") from error
-        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise errors.UsageError(f"{path} is no file: {error.strerror}") from error
-        raise errors.HostFailed(f"{path}: {error.strerror}") from error
 
 
 class File:
@@ -170,7 +150,7 @@ def created(path: Path, *, mode: int = 0o600) -> Iterator[File]:
     """
     with explained(path):
         if os.path.lexists(path):
-            raise FileExistsError
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         part, descriptor = _open_nameless(path, mode)
     file = File.adopt(path, descriptor, new=True)
     try:
