@@ -44,10 +44,11 @@ T = TypeVar("T")
 
 
 class SnapshotType(StrEnum):
-    """How the disks and the memory of a snapshot belong together."""
+    """What a snapshot is, or is asked to be: memory and disks, or disks of which the guest knew, or disks alone."""
 
     STANDARD = "standard"
-    PRODUCTION = "production"
+    PRODUCTION = "production"  # asked for: where the guest does not help, a standard one is taken
+    PRODUCTION_ONLY = "production-only"  # only ever asked for: what it makes is a production snapshot
     DISK_ONLY = "disk-only"
 
 
@@ -171,13 +172,19 @@ def _read_snapshot(element: etree._Element, source: str) -> SnapshotRecord:
         id=_text(element, "id", source),
         name=_text(element, "name", source),
         created=_value(element, "created", source, units.from_rfc3339),
-        type=_value(element, "type", source, SnapshotType),
+        type=_value(element, "type", source, _recorded_type),
         state=_value(element, "state", source, SavedState),
         parent=element.get("parent"),
         automatic=element.get("automatic") == "yes",
         notes=element.findtext(_NOTES) or "",
         damaged=tuple(element.get("damaged", "").split()),
     )
+
+
+def _recorded_type(text: str) -> SnapshotType:
+    if text == SnapshotType.PRODUCTION_ONLY:
+        raise ValueError("no snapshot is that; one is asked for so")
+    return SnapshotType(text)
 
 
 def _write_snapshot(element: etree._Element, facts: SnapshotRecord) -> None:
