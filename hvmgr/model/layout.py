@@ -117,6 +117,11 @@ class Layout:
         return self.private / "allow-start"
 
     @property
+    def diary(self) -> Path:
+        """What hvmgr did with the VM by itself, and when; may be missing."""
+        return self.private / "automatic"
+
+    @property
     def frozen(self) -> Path:
         """One record per frozen image: its size, header and time when it was frozen."""
         return self.private / "frozen"
