@@ -26,9 +26,10 @@ def to_delete(
     records: Sequence[SnapshotRecord], now_parent: str | None, policy: Policy, zone: tzinfo | None = None
 ) -> list[str]:
     """The ids of the scheduled snapshots that are not to be kept, and of those of crashes; oldest first."""
+    rules = [(Origin.CRASH, CRASHES), *([(Origin.SCHEDULE, policy.keep)] if policy.takes_snapshots else [])]
     gone = {
         one.id
-        for origin, keep in ((Origin.SCHEDULE, policy.keep), (Origin.CRASH, CRASHES))
+        for origin, keep in rules
         for one in superseded([record for record in records if record.automatic is origin], keep, zone)
     }
     free = _free(records, now_parent, policy)
@@ -58,12 +59,13 @@ def superseded(records: Iterable[SnapshotRecord], keep: Keep, zone: tzinfo | Non
     return [one for one in newest_first[::-1] if one.id not in kept]
 
 
-def is_due(schedule: Schedule, last: datetime, now: datetime, zone: tzinfo | None = None) -> bool:
-    """Whether a snapshot is to be taken now when the last one was taken then; turns that were missed count once.
+def is_due(schedule: Schedule, known: Iterable[datetime], now: datetime, zone: tzinfo | None = None) -> bool:
+    """Whether a snapshot is to be taken now, when the others are ``known``; turns that were missed count once.
 
-    A last one from the future means that the clock was set back: waiting for it could take for ever.
+    One from the future means that the clock was set back: it does not count, for waiting could take for ever.
     """
-    if last > now:
+    last = max((one for one in known if one <= now), default=None)
+    if last is None:
         return True
     if schedule.rhythm is Rhythm.INTERVAL:
         return now - last >= timedelta(minutes=schedule.minutes) - _SLACK

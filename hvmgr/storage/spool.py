@@ -45,20 +45,19 @@ def folder() -> Path:
     return settings.runtime_folder() / "events" / "new"
 
 
-def take() -> list[Marker]:
-    """Every event that nobody has settled yet, oldest first; from here on none of them is new."""
+def look(*, take: bool) -> list[Marker]:
+    """Every event that nobody has settled yet, oldest first; with ``take`` none of them is new from here on.
+
+    What is no event is none of ours: it is left in ``new``'s neighbour, where it starts nothing.
+    """
     new, taken = folder(), folder().with_name("taken")
-    if new.is_dir():
-        durable.make_folder(taken, mode=0o700)
-        for file in sorted(new.iterdir()):
-            durable.rename(file, taken / file.name)
-    found = []
-    for file in sorted(taken.iterdir()) if taken.is_dir() else ():
-        marker = _read(file)
-        if marker is None:
-            durable.remove(file)
-        else:
-            found.append(marker)
+    with durable.explained(new):
+        if take and new.is_dir():
+            durable.make_folder(taken, mode=0o700)
+            for file in sorted(new.iterdir()):
+                durable.rename(file, taken / file.name)
+        files = [file for place in (new, taken) if place.is_dir() for file in place.iterdir()]
+    found = [marker for marker in map(_read, files) if marker is not None]
     return sorted(found, key=lambda one: (one.time, one.file.name))
 
 
