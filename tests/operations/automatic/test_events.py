@@ -152,9 +152,7 @@ def test_crashed_vm_is_put_back_and_what_it_had_come_to_is_kept(bench):
     assert bench.done() == []
 
 
-@pytest.mark.parametrize(
-    "step", [plan.CreateImage, plan.Define, plan.WritePresent], ids=lambda step: step.__name__
-)
+@pytest.mark.parametrize("step", [plan.CreateImage, plan.Define, plan.WritePresent], ids=lambda step: step.__name__)
 def test_worker_that_is_killed_is_made_up_for(bench, kill_at, run_and_die, step):
     vm = crashed(bench)
     kill_at(step)
