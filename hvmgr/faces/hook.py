@@ -63,6 +63,8 @@ def _note(arguments: Sequence[str], xml: BinaryIO) -> int:
         if any(mark in data for mark in _MARKS):
             _leave_marker(_id_in(data), arguments[1], arguments[3] if len(arguments) > 3 else "")
     except Exception as error:  # noqa: BLE001 - the outermost edge
+        if isinstance(error, PermissionError) and _is_users():
+            return PASS
         _warn(f"no word of '{arguments[1]}' of {arguments[0]} could be left: {type(error).__name__}: {error}")
     return PASS
 
@@ -85,6 +87,13 @@ def _leave_marker(vm_id: str, operation: str, reason: str) -> None:
     word = reason if reason.isascii() and reason.isalpha() and reason.islower() else ""
     path = f"{folder}/{time.time_ns()}_{vm_id}_{operation}_{word[:32]}"
     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+
+def _is_users() -> bool:
+    """Whether this is the hook of an ordinary user's session, for whose VMs the host has no worker."""
+    import os
+
+    return os.geteuid() != 0
 
 
 def _judge(name: str, data: bytes) -> int:

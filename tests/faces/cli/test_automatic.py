@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
-from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from hvmgr.operations.automatic import systemd
+from hvmgr.storage import locks
 
 ON = ("--automatic-snapshots", "on", "--schedule", "hourly", "--keep", "last=2,daily=7")
 
 
 @pytest.fixture
-def due(hvmgr, vm, root):
-    """A VM whose turn has come: its schedule was set long ago."""
+def due(hvmgr, vm, ahead):
+    """A VM whose turn has come."""
     hvmgr.ok("vm", "set", vm, *ON)
-    (path,) = (root / vm / "Virtual Machines").glob("*.xml")
-    long_ago = (datetime.now(UTC) - timedelta(days=2)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-    path.write_text(re.sub(r'since="[^"]*"', f'since="{long_ago}"', path.read_text()))
+    ahead(2)
     return vm
 
 
@@ -106,8 +103,6 @@ def test_failure_and_what_is_put_off_are_told(hvmgr, due, root):
     assert answer.code == 6
     assert [(one["name"], one["error"]["code"]) for one in answer.json["failed"]] == [(due, "Corrupt")]
     path.write_text(whole)
-    from hvmgr.storage import locks
-
     with locks.held(root / due / ".hvmgr" / "lock", wait_s=0, what="a test"):
         answer = hvmgr("automatic", "run", "--wait", "0")
     assert (answer.code, answer.out) == (0, "")
@@ -125,7 +120,7 @@ def test_hook_install_brings_the_units_where_it_is_the_hosts_libvirt(hvmgr, tmp_
         systemd, "install", lambda *, dry_run: called.append(dry_run) or systemd.Units(present=True, changed=True)
     )
     assert hvmgr("hook", "install", "--dir", folder, "--json").json["worker"] is True
-    monkeypatch.setattr(systemd, "install", lambda *, dry_run: systemd.Units())
+    monkeypatch.setattr(systemd, "install", lambda **_: systemd.Units())
     answer = hvmgr("hook", "install", "--dir", folder)
     assert "no systemd: let cron do" in answer.err
     assert "-m hvmgr automatic run" in answer.err

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import tempfile
 import time
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -60,21 +59,6 @@ def holds(path, pattern):
     return b"failed" not in subprocess.run(command, check=False, capture_output=True, timeout=60).stdout
 
 
-@pytest.fixture
-def later(monkeypatch):
-    """``later(hours)``: the worker's clock is that much ahead."""
-
-    def set_up(hours):
-        class Clock(datetime):
-            @classmethod
-            def now(cls, zone=None):
-                return datetime.now(zone) + timedelta(hours=hours)
-
-        monkeypatch.setattr(worker, "datetime", Clock)
-
-    return set_up
-
-
 def work(**wishes):
     said = []
     outcome = worker.run(hvmgr.Reporter(notice=said.append, **wishes), wait_s=0)
@@ -88,7 +72,7 @@ def done(outcome):
 # --- the schedule ---------------------------------------------------------------------------------------------------
 
 
-def test_turn_takes_what_was_written_and_keeps_as_many_as_wanted(host, later):
+def test_turn_takes_what_was_written_and_keeps_as_many_as_wanted(host, ahead):
     vm = make(host, **HOURLY)
     assert done(work()[0]) == []  # the schedule has just begun
     for number in range(1, 5):
@@ -96,11 +80,11 @@ def test_turn_takes_what_was_written_and_keeps_as_many_as_wanted(host, later):
         if number == 2:
             vm.create_snapshot("mine")
             write(vm, 20)
-        later(3 * number)
+        ahead(3 * number)
         outcome, _ = work()
         assert (outcome.failed, outcome.put_off) == ([], [])
         assert ("web", Action.SNAPSHOT) in done(outcome)
-        later(3 * number + 1.5)
+        ahead(3 * number + 1.5)
         assert work()[0].done == []  # nothing was written since
     mine, *scheduled = vm.snapshots()
     assert mine.name == "mine"
@@ -110,15 +94,15 @@ def test_turn_takes_what_was_written_and_keeps_as_many_as_wanted(host, later):
         assert holds(*snapshot.disks.values(), pattern)
     assert len(vm.tree().images) == 4  # what stood between them is merged
     vm.set(automatic_snapshots=False)
-    later(100)
+    ahead(100)
     assert work()[0].done == []
 
 
-def test_snapshot_that_somebody_named_is_his(host, later):
+def test_snapshot_that_somebody_named_is_his(host, ahead):
     vm = make(host, **(HOURLY | {"keep": "1"}))
     for number in range(1, 4):
         write(vm, number)
-        later(2 * number)
+        ahead(2 * number)
         work()
         if number == 1:
             vm.snapshots()[0].rename("the good one")
@@ -126,24 +110,24 @@ def test_snapshot_that_somebody_named_is_his(host, later):
     assert holds(*vm.snapshots()[0].disks.values(), 1)
 
 
-def test_what_somebody_put_away_lately_stays(host, later):
+def test_what_somebody_put_away_lately_stays(host, ahead):
     vm = make(host, **HOURLY)
     write(vm, 1)
     vm.create_snapshot("one")
     write(vm, 2)
     vm.snapshot("one").apply()
     write(vm, 3)
-    later(2)
+    ahead(2)
     outcome, _ = work()
     assert [(name, error.code) for name, error in outcome.put_off] == [("web", "Busy")]
     assert vm.can_undo()
-    later(25)
+    ahead(25)
     assert done(work()[0]) == [("web", Action.SNAPSHOT)]
 
 
-def test_dry_run_shows_and_changes_nothing(host, later):
+def test_dry_run_shows_and_changes_nothing(host, ahead):
     vm = make(host, **HOURLY)
-    later(2)
+    ahead(2)
     shown = []
     outcome, _ = work(dry_run=True, approve=lambda one: shown.append(one.subject))
     assert (outcome.done, outcome.failed, outcome.put_off) == ([], [], [])
@@ -153,12 +137,12 @@ def test_dry_run_shows_and_changes_nothing(host, later):
     assert not vm.home.layout.diary.exists()
 
 
-def test_long_chain_gets_no_longer_by_itself(host, later, monkeypatch):
+def test_long_chain_gets_no_longer_by_itself(host, ahead, monkeypatch):
     monkeypatch.setattr(acts, "DEPTH_MAX", 2)
     vm = make(host, **(HOURLY | {"keep": "9"}))
     for number in range(1, 5):
         write(vm, number)
-        later(2 * number)
+        ahead(2 * number)
         outcome, _ = work()
     ((_, error),) = outcome.failed
     assert "stand on chains of 3 images: no more are added automatically" in error.message
@@ -176,7 +160,7 @@ def test_diary_that_cannot_be_read_counts_for_nothing(host, text):
 # --- many VMs -------------------------------------------------------------------------------------------------------
 
 
-def test_trouble_with_one_vm_holds_up_no_other(host, later, monkeypatch):
+def test_trouble_with_one_vm_holds_up_no_other(host, ahead, monkeypatch):
     vms = {name: make(host, name, **HOURLY) for name in ("broken", "busy", "dead", "defect", "fine", "gone", "ok")}
     vms["broken"].home.layout.configuration.write_text("<domain>")
     shutil.rmtree(vms["gone"].path)
@@ -185,11 +169,11 @@ def test_trouble_with_one_vm_holds_up_no_other(host, later, monkeypatch):
     monkeypatch.setattr(vm_home, "open_home", lambda path: time.sleep(3) if Path(path) == dead else open_home(path))
     on_schedule, defect = acts.on_schedule, vms["defect"].id
     monkeypatch.setattr(acts, "on_schedule", lambda one, now: 1 / 0 if one.id == defect else on_schedule(one, now))
-    later(2)
+    ahead(2)
     with vms["busy"].home.locked(wait_s=5):
         outcome, _ = work()
     assert done(outcome) == [("fine", Action.SNAPSHOT), ("ok", Action.SNAPSHOT)]
-    failed = {name: error for name, error in outcome.failed}
+    failed = dict(outcome.failed)
     assert sorted(failed) == ["broken", "dead", "defect"]
     assert failed["broken"].code == "Corrupt"
     assert "does not answer" in failed["dead"].message
@@ -198,7 +182,7 @@ def test_trouble_with_one_vm_holds_up_no_other(host, later, monkeypatch):
     assert done(work()[0]) == [("busy", Action.SNAPSHOT)]
 
 
-def test_full_disk_leaves_the_vm_as_it_was(host, folder, later):
+def test_full_disk_leaves_the_vm_as_it_was(host, folder, ahead):
     place = folder / "small"
     place.mkdir(mode=0o711)
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m,mode=0711", "tmpfs", str(place)]
@@ -217,7 +201,7 @@ def test_full_disk_leaves_the_vm_as_it_was(host, folder, later):
         make(host, "zoo", **HOURLY)
         with contextlib.suppress(OSError), open(place / "filler", "wb") as filler:
             filler.write(bytes(8 << 20))
-        later(2)
+        ahead(2)
         outcome, _ = work()
         assert [(name, error.code) for name, error in outcome.failed] == [("small", "NoSpace")]
         assert done(outcome) == [("zoo", Action.SNAPSHOT)]
@@ -231,9 +215,9 @@ def test_full_disk_leaves_the_vm_as_it_was(host, folder, later):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_one_worker_at_a_time(host, later):
+def test_one_worker_at_a_time(host, ahead):
     vm = make(host, **HOURLY)
-    later(2)
+    ahead(2)
     second = []
 
     def tell(_deed):
@@ -247,16 +231,16 @@ def test_one_worker_at_a_time(host, later):
 
 
 @pytest.mark.parametrize("step", [plan.CreateImage, plan.Define, plan.WriteSnapshot], ids=lambda one: one.__name__)
-def test_worker_that_is_killed_takes_it_the_next_time(host, later, kill_at, run_and_die, step):
+def test_worker_that_is_killed_takes_it_the_next_time(host, ahead, kill_at, run_and_die, step):
     vm = make(host, **HOURLY)
     write(vm, 5)
-    later(2)
+    ahead(2)
     kill_at(step)
     run_and_die(work)
     work()
     (taken,) = vm.snapshots()
     assert (taken.automatic, holds(*taken.disks.values(), 5)) == (Origin.SCHEDULE, True)
-    later(2.5)
+    ahead(2.5)
     assert work()[0].done == []
 
 
