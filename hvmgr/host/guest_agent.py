@@ -7,11 +7,13 @@ qga/qapi-schema.json; a frozen guest's agent takes only those that ask for the s
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lxml import etree
 
 from hvmgr import errors
+from hvmgr.host import libvirt_door
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import Domain
@@ -24,31 +26,45 @@ THAW_S = 30
 _PAUSE_S = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why nobody would put the guest's file systems to rest now, and what would change that."""
+
+    reason: str
+    remedy: str
+
+
 def is_connected(domain: Domain) -> bool:
     """Whether an agent holds the guest's end of the channel."""
     channels = etree.fromstring(domain.xml(live=True).encode()).findall("devices/channel/target")
     return any(one.get("name") == _CHANNEL and one.get("state") == "connected" for one in channels)
 
 
-def require(domain: Domain) -> None:
-    """Conflict when no agent would put the file systems to rest now: there is none, it is silent, or they rest already."""
+def find_obstacle(domain: Domain) -> Obstacle | None:
+    """What is in the way of ``freeze``, asked of the agent itself; nothing is changed. None when nothing is."""
     if not is_connected(domain):
-        raise errors.Conflict(
-            f"no guest agent answers in {domain.name}: nobody can put its file systems to rest",
-            hint="install and start qemu-guest-agent in the guest, or leave out --quiesce",
-        )
+        return Obstacle(f"no guest agent answers in {domain.name}", "install and start qemu-guest-agent in the guest")
     try:
         rests = is_frozen(domain)
+    except errors.OutcomeUnknown:
+        raise
     except errors.HvmgrError as error:
-        raise errors.Conflict(
-            f"the guest agent of {domain.name} gave no answer within {ANSWER_S} s: {error}",
-            hint="see to it that the guest runs and its agent too, or leave out --quiesce",
-        ) from error
+        if is_silence(error):
+            reason = f"the guest agent of {domain.name} gave no answer within {ANSWER_S} s"
+            return Obstacle(reason, "see to it that the guest runs and its agent too")
+        return Obstacle(f"the guest agent of {domain.name} refuses: {error}", "allow it the guest-fsfreeze commands")
     if rests:
-        raise errors.Conflict(
+        return Obstacle(
             f"the file systems of {domain.name} are at rest already: somebody else needs that now",
-            hint=f"wait until that is done; if nobody is at it: virsh domfsthaw {domain.name}",
+            f"wait until that is done; if nobody is at it: virsh domfsthaw {domain.name}",
         )
+    return None
+
+
+def is_silence(error: errors.HvmgrError) -> bool:
+    """Whether the agent did not answer in time, or is not there; as against: it said no."""
+    libvirt = libvirt_door.library()
+    return error.facts.get("libvirt_code") in {libvirt.VIR_ERR_AGENT_UNRESPONSIVE, libvirt.VIR_ERR_AGENT_UNSYNCED}
 
 
 def is_frozen(domain: Domain) -> bool:
@@ -58,27 +74,40 @@ def is_frozen(domain: Domain) -> bool:
 
 def freeze(domain: Domain) -> int:
     """Puts the guest's file systems to rest; how many. After an error some may be, and ``thaw`` is called for."""
-    count = domain.ask_agent("guest-fsfreeze-freeze", timeout_s=FREEZE_S)
+    try:
+        count = domain.ask_agent("guest-fsfreeze-freeze", timeout_s=FREEZE_S)
+    except errors.OutcomeUnknown:
+        raise
+    except errors.HvmgrError as error:
+        within = f" within {FREEZE_S} s" if is_silence(error) else ""
+        raise errors.HostFailed(
+            f"the guest agent of {domain.name} did not put its file systems to rest{within}: {error}"
+        ) from error
     if not isinstance(count, int):  # the guest may answer anything
         raise errors.HostFailed(f"the guest agent of {domain.name} gave no number of file systems")
     return count
 
 
-def thaw(domain: Domain) -> None:
-    """The guest's file systems take writes; fine when they did. HostFailed when the agent stays silent for ``THAW_S``."""
-    deadline = time.monotonic() + THAW_S
+def thaw(domain: Domain, *, once: bool = False) -> None:
+    """The guest's file systems take writes; fine when they did. HostFailed when the agent stays silent for ``THAW_S``.
+
+    ``once`` asks a single time, for ``ANSWER_S`` at most: libvirt greets an agent for that long whatever it is told.
+    """
+    limit = ANSWER_S if once else THAW_S
+    deadline = time.monotonic() + (0 if once else limit)
     while True:
         try:
-            domain.ask_agent("guest-fsfreeze-thaw", timeout_s=THAW_S)
+            domain.ask_agent("guest-fsfreeze-thaw", timeout_s=limit)
         except errors.OutcomeUnknown:
             raise
         except errors.HvmgrError as error:  # libvirt may just have lost sight of it, or it is still busy freezing
             if not domain.is_active():
                 return
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 raise errors.HostFailed(
-                    f"the file systems of {domain.name} may still be at rest: its agent does not wake them ({error})",
-                    hint=f"if its guest runs, run the command again; virsh destroy {domain.name} ends it",
+                    f"the file systems of {domain.name} may still be at rest: its agent did not wake them within"
+                    f" {limit} s ({error})",
+                    hint=f"every command on this VM tries again; virsh destroy {domain.name} ends its guest",
                 ) from error
             time.sleep(_PAUSE_S)
         else:

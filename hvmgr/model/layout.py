@@ -137,6 +137,11 @@ class Layout:
         return self.private / "export"
 
     @property
+    def guest_at_rest(self) -> Path:
+        """The note that the guest's agent stayed silent when it was to wake the guest's file systems."""
+        return self.private / "guest-at-rest"
+
+    @property
     def put_away(self) -> Path:
         """Memory of a running present while an apply replaces it."""
         return self.private / "present.save"

@@ -41,7 +41,11 @@ USUAL = How()
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """The switch to new images with what belongs to it: steps before it, right after it, and when the new state is safe."""
+    """The switch to new images with what belongs to it: steps before it, right after it, and when the new state is safe.
+
+    The guest's file systems rest, and the guest stands still, as shortly as can be: copies of state files are made before
+    that, and brought up to the instant of the switch where they changed.
+    """
 
     prepare: tuple[Step, ...]
     switch: plan.SwitchDisks
@@ -50,20 +54,34 @@ class Switch:
 
 
 def plan_switch(
-    session: Session, state: State, children: Mapping[str, str], memory: Path | None, copies: Sequence[Step], how: How
+    session: Session,
+    state: State,
+    children: Mapping[str, str],
+    memory: Path | None,
+    copies: Sequence[Step],
+    how: How,
+    *,
+    quiesce: bool = False,
 ) -> Switch:
-    """A running or paused VM goes on in its ``children``; ``copies`` are of state files that have to be of that instant."""
+    """A running or paused VM goes on in its ``children``; ``copies`` are of state files that have to be of that instant.
+
+    With ``quiesce`` the guest's file systems are at rest then, for which its agent must not be paused yet.
+    """
     disks = tuple(children.items())
-    size = None if memory is None or not how.in_background else _size_to_reserve(session, state, fallback=how.fallback)
+    pairs = tuple((one.source, one.target) for one in copies if isinstance(one, plan.CopyFile | plan.CopyFolder))
+    size = None
+    if memory is not None and how.in_background:
+        size = _size_to_reserve(session, state, memory.parent, fallback=how.fallback)
     if size is None:
         stops = state is State.RUNNING and bool(copies)
+        rest: tuple[Step, ...] = (plan.QuiesceGuest(),) if quiesce else ()
+        wake: tuple[Step, ...] = (plan.WakeGuest(),) if quiesce else ()
         return Switch(
-            prepare=(*((plan.Suspend(),) if stops else ()), *copies),
-            switch=plan.SwitchDisks(children=disks, memory=None if memory is None else str(memory)),
-            resume=(plan.Resume(),) if stops else (),
+            prepare=(*copies, *rest, *((plan.Suspend(),) if stops else ())),
+            switch=plan.SwitchDisks(disks, None if memory is None else str(memory), copies=pairs),
+            resume=(*((plan.Resume(),) if stops else ()), *wake),
             memory=compression(memory, how),
         )
-    pairs = tuple((one.source, one.target) for one in copies if isinstance(one, plan.CopyFile))
     return Switch(
         prepare=(memory_plan.ReserveMemory(path=str(memory), size=size), *copies),
         switch=plan.SwitchDisks(disks, str(memory), background=True, copies=pairs, fallback=how.fallback),
@@ -77,15 +95,15 @@ def compression(memory: Path | None, how: How) -> tuple[Step, ...]:
     return (memory_plan.CompressMemory(path=str(memory)),) if memory is not None and how.compress else ()
 
 
-def _size_to_reserve(session: Session, state: State, *, fallback: bool) -> int | None:
-    """How much the memory may take when it is saved in the background; None when the guest has to stand still for it.
+def _size_to_reserve(session: Session, state: State, folder: Path, *, fallback: bool) -> int | None:
+    """How much memory saved in the background may take in ``folder``; None when the guest has to stand still for it.
 
     A paused guest stands still anyway. Unsupported when there is no ``fallback`` and it is in the way.
     """
     if state is not State.RUNNING:
         return None
     size = _needed(session)
-    obstacle = userfault.find_obstacle(session.domain()) or _find_obstacle_to_space(session, size)
+    obstacle = userfault.find_obstacle(session.domain()) or _find_obstacle_to_space(folder, size)
     if obstacle is None:
         return size
     if not fallback:
@@ -102,9 +120,9 @@ def _needed(session: Session) -> int:
     return memory + memory // _PAGE * _PAGE_HEAD + _DEVICES
 
 
-def _find_obstacle_to_space(session: Session, size: int) -> Obstacle | None:
+def _find_obstacle_to_space(place: Path, size: int) -> Obstacle | None:
     """QEMU must not meet a full disk, so that all it may need is reserved."""
-    folder = session.layout.snapshots
+    folder = next(one for one in (place, *place.parents) if one.is_dir())
     facts = os.statvfs(folder)
     free = facts.f_bavail * facts.f_frsize
     if free < size:

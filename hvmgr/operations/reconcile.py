@@ -27,7 +27,7 @@ from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import chains, takeover
+from hvmgr.operations import chains, resting_guest, takeover
 from hvmgr.operations.chains import Deed
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import domain_steps, execution
@@ -42,6 +42,7 @@ def bring_together(session: Session, *, needs_present: bool = True) -> None:
     if session.dry_run and journal.is_open(session.layout.journal):
         raise _needs_a_real_run("an interrupted operation is open")
     execution.recover(session)
+    resting_guest.try_again(session)
     if not session.dry_run:
         durable.remove_folder(session.layout.export)  # of an export that died
     if not session.layout.configuration.exists():

@@ -77,6 +77,7 @@ class Session:
         self.doubt: errors.HvmgrError | None = None  # what others did to the present that nobody can explain
         self.waiting: set[str] = set()  # images whose merge has to wait: nothing may remove them
         self.put_off: errors.HvmgrError | None = None  # why a merge was put off, said when all else is done
+        self.unwoken: errors.HvmgrError | None = None  # the guest's file systems may still be at rest
         self._reporter = reporter
         self._stack = contextlib.ExitStack()
         self._daemon: Daemon | None = None

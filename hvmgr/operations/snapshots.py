@@ -17,7 +17,7 @@ from hvmgr.model.metadata import DiskRecord, SavedState, SnapshotRecord, Snapsho
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.policy import Origin
 from hvmgr.model.tree import Tree
-from hvmgr.operations import background, strangers, stuck_memory, undo_slot
+from hvmgr.operations import background, quiescing, strangers, stuck_memory, undo_slot
 from hvmgr.operations.background import How
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, frozen, images, vm_home
@@ -42,11 +42,6 @@ class Wish:
 def plan_create(session: Session, wish: Wish) -> Plan:
     """The present becomes a snapshot, and goes on in new images."""
     name = require_name(wish.name) if wish.name is not None else None
-    if wish.type is SnapshotType.PRODUCTION:
-        raise errors.Unsupported(
-            "production snapshots are not there yet: nothing quiets the guest's file systems",
-            hint="take the disks alone with --type disk-only, or memory and disks with --type standard",
-        )
     home, layout, state = session.home, session.layout, session.state()
     present = home.present()
     facts = vm_home.require_facts(present)
@@ -59,19 +54,19 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     warn_of_depth(session, change.after)
     if state not in (State.RUNNING, State.PAUSED):  # a running QEMU carries them over to the new images
         strangers.say_what_bitmaps_lose(session)
-    saved = _state_to_save(session, state, wish.type, present)
+    taken = quiescing.settle_type(session, state, wish.type)
+    saved = _state_to_save(session, state, taken, present)
     record = SnapshotRecord(
         id=snapshot_id,
         name=name or default_name(present.name, moment, wish.automatic),
         created=moment,
-        type=wish.type,
+        type=taken,
         state=saved,
         parent=facts.parent,
         automatic=wish.automatic,
         notes=wish.notes,
     )
     snapshot = present.copy()
-    keep_nvram = _keeps_nvram(present)
     if present.nvram is not None:  # also when no start has made it yet: that is what comes back then
         snapshot.set_nvram(layout.snapshot_nvram(snapshot_id))
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
@@ -84,12 +79,14 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     prepare: list[Step] = [*creates, plan.MakeSnapshotFolder(snapshot_id=snapshot_id)]
     finish: list[Step] = []
     active = state in (State.RUNNING, State.PAUSED)
-    has_tpm = present.has_tpm and not (active and saved is not SavedState.NONE)  # else it is in the memory stream
-    copies = _copies_of_firmware(session, present, snapshot_id, nvram=keep_nvram, tpm=has_tpm)
+    # The TPM's state lies in saved memory too, which an apply may leave.
+    nvram, tpm = layout.snapshot_nvram(snapshot_id), layout.snapshot_tpm(snapshot_id)
+    copies = copies_of_firmware(session, present, nvram, tpm)
     memory = None if saved is SavedState.NONE else layout.memory(snapshot_id)
     switch: Step
     if active:
-        going_on = background.plan_switch(session, state, children, memory, copies, wish.how)
+        rests = taken is SnapshotType.PRODUCTION
+        going_on = background.plan_switch(session, state, children, memory, copies, wish.how, quiesce=rests)
         prepare += going_on.prepare
         switch = going_on.switch
         finish += [*going_on.resume, plan.Define(xml=after.to_xml()), *freezes]
@@ -149,18 +146,19 @@ def default_name(vm: str, moment: datetime, automatic: Origin | None = None) -> 
     return name if len(name) <= NAME_LENGTH else name[-NAME_LENGTH:]
 
 
-def _state_to_save(session: Session, state: State, wanted: SnapshotType, present: Configuration) -> SavedState:
+def _state_to_save(session: Session, state: State, taken: SnapshotType, present: Configuration) -> SavedState:
+    with_memory = taken is SnapshotType.STANDARD
     if state in (State.SLEEPING, State.CRASHED):
         raise errors.Conflict(f"{present.name} is {state}", hint="wake it up or stop it, then run the command again")
     if state is State.OFF:
         return SavedState.NONE
     if state is State.SAVED:
-        if wanted is SnapshotType.DISK_ONLY:
+        if not with_memory:
             return SavedState.NONE
         was_running = saved_state.read(session.connection.managed_save_path(present.name)).was_running
         return SavedState.RUNNING if was_running else SavedState.PAUSED
-    require_same_disks(session, present, with_memory=wanted is not SnapshotType.DISK_ONLY)
-    if wanted is SnapshotType.DISK_ONLY:
+    require_same_disks(session, present, with_memory=with_memory)
+    if not with_memory:
         return SavedState.NONE
     require_memory(session, present)
     return SavedState.RUNNING if state is State.RUNNING else SavedState.PAUSED
@@ -239,16 +237,16 @@ def _steps_for_managed_save(
     return [*steps, plan.PointManagedSave(disks=disks)]
 
 
-def _copies_of_firmware(
-    session: Session, present: Configuration, snapshot_id: str, *, nvram: bool, tpm: bool
-) -> list[Step]:
-    steps: list[Step] = []
-    if nvram:
-        assert present.nvram is not None
-        steps.append(plan.CopyFile(source=str(present.nvram), target=str(session.layout.snapshot_nvram(snapshot_id))))
+def copies_of_firmware(
+    session: Session, present: Configuration, nvram: Path, tpm: Path
+) -> list[plan.CopyFile | plan.CopyFolder]:
+    """Copies of what the VM's firmware and its TPM keep, as far as a start has made it yet."""
+    steps: list[plan.CopyFile | plan.CopyFolder] = []
+    if present.nvram is not None and present.nvram.exists():
+        steps.append(plan.CopyFile(source=str(present.nvram), target=str(nvram)))
     folder = session.connection.tpm_folder(session.home.vm_id)
-    if tpm and folder.is_dir():
-        steps.append(plan.CopyFolder(source=str(folder), target=str(session.layout.snapshot_tpm(snapshot_id))))
+    if present.has_tpm and folder.is_dir():
+        steps.append(plan.CopyFolder(source=str(folder), target=str(tpm)))
     return steps
 
 
@@ -335,11 +333,6 @@ def point_disks(target: Configuration, children: dict[str, str]) -> None:
     target.strip_backing_chains()
     for slot, path in children.items():
         target.set_disk_source(slot, Path(path), images.QCOW2)
-
-
-def _keeps_nvram(present: Configuration) -> bool:
-    """An NVRAM that no start has made yet has nothing to keep."""
-    return present.nvram is not None and present.nvram.exists()
 
 
 def working(before: Tree) -> tuple[tuple[str, str], ...]:

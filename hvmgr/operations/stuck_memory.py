@@ -1,7 +1,7 @@
 """A QEMU whose background snapshot failed: its memory stays write-protected, and cannot be saved any more.
 
 The guest runs on, and its disks can be snapshotted. Until that QEMU is gone, nothing that saves its memory is tried: it
-would fail in the middle. ``.hvmgr/stuck-memory`` holds pid and start time of that QEMU.
+would fail in the middle. ``.hvmgr/stuck-memory`` is the note of that QEMU.
 """
 
 from __future__ import annotations
@@ -10,26 +10,20 @@ import contextlib
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import process
 from hvmgr.model.layout import Layout
+from hvmgr.operations import running_qemu
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable
 
 
 def note(session: Session) -> None:
     """The VM's present QEMU is known for it; it need not be there any more."""
-    found = process.find(session.home.vm_id)
-    if found is not None:
-        durable.write_file(_file(session.layout), f"{found[0]} {found[1]}\n".encode())
+    running_qemu.note(session, _file(session.layout))
 
 
 def is_noted(layout: Layout) -> bool:
     """Whether the QEMU that is known for it still runs; changes nothing."""
-    try:
-        pid, started = map(int, _file(layout).read_text().split())
-    except (OSError, ValueError):
-        return False
-    return process.start_time(pid) == started
+    return running_qemu.is_noted(_file(layout))
 
 
 def refuse(session: Session, *, hint: str) -> None:

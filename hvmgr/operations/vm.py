@@ -122,11 +122,12 @@ class VM:
         fallback: bool = True,
         compress: bool = False,
     ) -> Snapshot:
-        """A new snapshot of the present; running VMs keep running and their memory is saved, unless disk-only.
+        """A new snapshot of the present; running VMs keep running and the memory of a standard one is saved.
 
         Without a ``type`` it is what the VM's policy says; Conflict when that is that there are none.
         It is saved while the guest goes on; where that cannot be the guest stands still for it, or, without ``fallback``,
-        Unsupported. With ``compress`` it is compressed with zstd.
+        Unsupported. With ``compress`` it is compressed with zstd. For a production one the guest's agent puts its file
+        systems to rest instead; where it does not, a standard one is taken, or, production-only, Conflict.
         """
         from hvmgr.operations import background, policies, snapshots
 
@@ -136,6 +137,19 @@ class VM:
             return self._create(session, snapshots.Wish(name, notes, kind, how))
 
     def _create(self, session: Session, wish: Wish) -> Snapshot:
+        from hvmgr.operations import quiescing
+
+        try:
+            made = self._take(session, wish)
+        except errors.HostFailed as error:
+            other = quiescing.instead(session, wish, error)
+            if other is None:
+                raise
+            made = self._take(session, other)
+        return _snapshot(self, self.home.entry(made))
+
+    def _take(self, session: Session, wish: Wish) -> str:
+        """The id of the snapshot that was taken."""
         from hvmgr.operations import background, snapshots
 
         plan = snapshots.plan_create(session, wish)
@@ -145,7 +159,7 @@ class VM:
             if error.facts.get("complete") and background.is_in_background(plan):
                 background.take_back(session, snapshots.snapshot_of(plan))
             raise
-        return _snapshot(self, self.home.entry(snapshots.snapshot_of(plan)))
+        return snapshots.snapshot_of(plan)
 
     def undo(self, *, discard_state: bool = False) -> None:
         """Present and undo slot change places."""
@@ -324,7 +338,8 @@ class VM:
 
     def _complete(self) -> None:
         """A reader never waits; but what a dead command left open is not a state to show."""
-        if journal.is_open(self.home.layout.journal) and not locks.is_held(self.home.layout.lock):
+        layout = self.home.layout
+        if (journal.is_open(layout.journal) or layout.guest_at_rest.exists()) and not locks.is_held(layout.lock):
             with self._work(needs_present=False):
                 pass
 

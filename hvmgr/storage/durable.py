@@ -16,6 +16,7 @@ from pathlib import Path
 from hvmgr import errors
 
 TEMPORARY = ".hvmgr-part-"
+_TRIES = 5  # of copying a folder in which files are replaced meanwhile
 _COPY_PIECE = 128 << 20  # in the kernel: the fewer calls, the less each byte costs
 _READ_PIECE = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
@@ -154,11 +155,11 @@ def copy_folder(source: Path, target: Path) -> None:
     """``target`` becomes a complete copy of the folder ``source``, with owners, who alone may read and write what is in it.
 
     Modes are those of TPM states in libvirt's own place, whatever an export made of them: swtpm, which runs as a user of
-    its own, passes through the outer folder.
+    its own, passes through the outer folder. A running swtpm replaces its files by renaming others.
     """
     with explained(target):
         part = target.with_name(f"{TEMPORARY}{_unique()}")
-        shutil.copytree(source, part, symlinks=True, copy_function=_copy_with_owner)
+        _copy_tree(source, part)
         for folder, _, names in os.walk(part):
             for name in names:
                 (Path(folder) / name).chmod(0o600)
@@ -170,6 +171,21 @@ def copy_folder(source: Path, target: Path) -> None:
             remove_folder(target)
         os.rename(part, target)
         sync_folder(target.parent)
+
+
+def _copy_tree(source: Path, part: Path) -> None:
+    """A file that was renamed between looking and copying is looked for again."""
+    for left in reversed(range(_TRIES)):
+        try:
+            shutil.copytree(source, part, symlinks=True, copy_function=_copy_with_owner)
+        except BaseException as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if not isinstance(error, shutil.Error | FileNotFoundError):
+                raise
+            if not left:
+                raise OSError(errno.EIO, f"cannot be copied: {error}", source) from error
+        else:
+            return
 
 
 def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None = None) -> None:

@@ -7,15 +7,20 @@ is frozen (ext4_freeze in fs/ext4/super.c), and sets it as long as it is mounted
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import re
 import shutil
 import struct
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
+from hvmgr import errors
 from hvmgr.faces import guest
+from hvmgr.host import guest_agent, libvirt_door
 
 _PACKAGE = "qemu-guest-agent"
 _INIT = Path(__file__).with_name("agent_init.sh")
@@ -24,6 +29,105 @@ _FILES_AT = 2 << 20  # behind the counter
 _SIZE = 8 << 20
 _FEATURES_AT = _FILES_AT + 1024 + 0x60  # s_feature_incompat of struct ext4_super_block
 _NEEDS_RECOVERY = 0x4
+
+AGENT_S = 120
+
+# A shell inside the guest that can wait for a nudge: an NMI, which nothing else looks at.
+_SHELL = """
+b=/bin/busybox
+nudges() { $b grep NMI: /proc/interrupts; }
+await_nudge() {
+    until [ "$(nudges)" != "$was" ]; do $b sleep 0.05; done
+    was=$(nudges)
+}
+start() {
+    for one in /sys/class/virtio-ports/*; do $b grep -q guest_agent "$one/name" && path=/dev/${one##*/}; done
+    exec /bin/qemu-ga --method virtio-serial --path "$path" --statedir /agent --pidfile /agent/pid --logfile /agent/log "$@"
+}
+was=$(nudges)
+: > /agent/ready
+"""
+
+
+class Agent:
+    """The agent of a running guest, and what can happen to it."""
+
+    def __init__(self, machine):
+        self.machine = machine
+
+    def ask(self, command, **arguments):
+        request = json.dumps({"execute": command, "arguments": arguments})
+        return json.loads(libvirt_door.agent_command(self.machine.domain._handle(), request, 20))["return"]
+
+    def run(self, script):
+        """A shell in the guest is at it; the agent does not wait for it."""
+        self.ask("guest-exec", path="/bin/busybox", arg=["sh", "-c", _SHELL + script])
+
+    def nudge(self):
+        self.machine.domain.monitor("inject-nmi")
+
+    def stop(self):
+        """It stops, and the channel stays open: its process sleeps."""
+        self.run("$b killall -STOP qemu-ga")
+        self.await_silence()
+
+    def hang_at_nudge(self):
+        """Nudged it sleeps, until it is nudged again."""
+        self.run("await_nudge; $b killall -STOP qemu-ga; await_nudge; $b killall -CONT qemu-ga")
+        self._await_shell()
+
+    def die_at_nudge(self):
+        """Nudged it is killed; nudged again a new one is there."""
+        self.run("await_nudge; $b killall -KILL qemu-ga; await_nudge; start")
+        self._await_shell()
+
+    def forbid(self, command):
+        """Another one is there, which refuses this command."""
+        self.run(f"$b killall -KILL qemu-ga; start -b {command}")
+        deadline = time.monotonic() + AGENT_S
+        with contextlib.suppress(errors.HvmgrError, libvirt_door.library().libvirtError):
+            while any(
+                one["name"] == command and one["enabled"] for one in self.ask("guest-info")["supported_commands"]
+            ):
+                assert time.monotonic() < deadline, "the guest's agent was not replaced"
+                time.sleep(0.05)
+        self.await_answer()
+
+    def _await_shell(self):
+        """Until it waits for a nudge."""
+        deadline = time.monotonic() + AGENT_S
+        while True:
+            with contextlib.suppress(libvirt_door.library().libvirtError):
+                self.ask("guest-file-close", handle=self.ask("guest-file-open", path="/agent/ready"))
+                return
+            assert time.monotonic() < deadline, "the shell in the guest did not come"
+            time.sleep(0.05)
+
+    def await_silence(self):
+        """It answers no more; it, too, comes a little later to what it was told."""
+        deadline = time.monotonic() + AGENT_S
+        with contextlib.suppress(errors.HvmgrError):
+            while True:
+                self.machine.domain.ask_agent("guest-ping", timeout_s=1)
+                assert time.monotonic() < deadline, "the guest's agent did not stop"
+                time.sleep(0.05)
+
+    def await_answer(self):
+        """It holds the channel and answers."""
+        deadline, words = time.monotonic() + AGENT_S, "nobody holds the channel"
+        while True:
+            if guest_agent.is_connected(self.machine.domain):
+                try:
+                    self.machine.domain.ask_agent("guest-ping", timeout_s=5)
+                except errors.HvmgrError as error:
+                    words = str(error)
+                else:
+                    return
+            assert time.monotonic() < deadline, f"the guest's agent did not come: {words}"
+            time.sleep(0.1)
+
+    def is_frozen(self):
+        return guest_agent.is_frozen(self.machine.domain)
 
 
 def build(counting, folder):

@@ -25,6 +25,7 @@ from hvmgr.operations import background
 from hvmgr.operations.steps import execution
 from hvmgr.storage import vm_home
 from tests import told
+from tests.operations import agent_guest
 
 BOOT_S = 120
 TICK_S = 60
@@ -272,6 +273,52 @@ def factory(_factory):
         host.close()
         shutil.rmtree(host.root)
     _factory.hosts.clear()
+
+
+class Agents:
+    """Machines with an agent: the first one boots, later ones go on from its memory, agent and all."""
+
+    def __init__(self, factory):
+        self.factory = factory
+
+    def make(self, uri):
+        booted = Kind() in self.factory.games
+        if booted:
+            machine = self.factory.make(uri)
+        else:
+            disk = agent_guest.make_disk(self.factory.folder / "disk.qcow2")
+            machine = self.factory.make(uri, disks=(DiskSpecification(path=disk),))
+        machine.agent = agent_guest.Agent(machine)
+        machine.agent.await_answer()
+        if not booted:
+            self.factory._keep(machine, Kind())
+            machine.agent.await_answer()
+        machine.said.clear()
+        return machine
+
+
+@pytest.fixture(scope="session")
+def _agents(counting_guest, request, require_program):
+    for name in ("ldd", "mke2fs"):
+        require_program(name)
+    folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
+    folder.chmod(0o711)
+    made = agent_guest.build(counting_guest, request.config.cache.mkdir("guest-agent"))
+    initrd = folder / "initrd"  # where QEMU's user gets at it
+    shutil.copyfile(made.initrd, initrd)
+    initrd.chmod(0o644)
+    yield Agents(Factory(dataclasses.replace(made, initrd=initrd), folder))
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def agents(_agents):
+    """``agents.make(uri)``: a running machine whose guest has Debian's own agent; their homes go after the test."""
+    yield _agents
+    for host in _agents.factory.hosts:
+        host.close()
+        shutil.rmtree(host.root)
+    _agents.factory.hosts.clear()
 
 
 @pytest.fixture

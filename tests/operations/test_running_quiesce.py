@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import json
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
 import hvmgr
 from hvmgr import errors
-from hvmgr.host import guest_agent, libvirt_door
+from hvmgr.host import guest_agent
 from hvmgr.model import manifest, plan
-from hvmgr.model.specification import DiskSpecification
+from hvmgr.operations import snapshots
 from hvmgr.operations.exchange import freezing
 from hvmgr.storage import journal, source_home
 from tests.operations import agent_guest
-from tests.operations.conftest import Factory, Kind
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
-
-AGENT_S = 120
 
 DYING = """
 import os, signal, sys
@@ -44,54 +37,6 @@ uri, root, vm, out = sys.argv[1:]
 with hvmgr.Host.open(uri, root=Path(root)) as host:
     host.vm(vm).export(out, hvmgr.ExportOptions(quiesce=True))
 """
-
-
-class Agents:
-    """Machines with an agent: the first one boots, later ones go on from its memory, agent and all."""
-
-    def __init__(self, factory):
-        self.factory = factory
-
-    def make(self, uri):
-        if Kind() in self.factory.games:
-            machine = self.factory.make(uri)
-        else:
-            disk = agent_guest.make_disk(self.factory.folder / "disk.qcow2")
-            machine = self.factory.make(uri, disks=(DiskSpecification(path=disk),))
-            self.wait_for(machine)
-            self.factory._keep(machine, Kind())
-        self.wait_for(machine)
-        machine.said.clear()
-        return machine
-
-    def wait_for(self, machine):
-        deadline = time.monotonic() + AGENT_S
-        while not guest_agent.is_connected(machine.domain):
-            assert time.monotonic() < deadline, "the guest's agent did not come"
-            time.sleep(0.1)
-
-
-@pytest.fixture(scope="module")
-def _agents(counting_guest, request, require_program):
-    for name in ("ldd", "mke2fs"):
-        require_program(name)
-    folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    folder.chmod(0o711)
-    made = agent_guest.build(counting_guest, request.config.cache.mkdir("guest-agent"))
-    initrd = folder / "initrd"  # where QEMU's user gets at it
-    shutil.copyfile(made.initrd, initrd)
-    initrd.chmod(0o644)
-    yield Agents(Factory(dataclasses.replace(made, initrd=initrd), folder))
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def agents(_agents):
-    yield _agents
-    for host in _agents.factory.hosts:
-        host.close()
-        shutil.rmtree(host.root)
-    _agents.factory.hosts.clear()
 
 
 @pytest.fixture
@@ -123,18 +68,6 @@ def is_frozen(machine):
     return guest_agent.is_frozen(machine.domain)
 
 
-def silence_agent(machine):
-    """The agent stops, and the channel stays open: its process sleeps."""
-    arguments = {"path": "/bin/busybox", "arg": ["killall", "-STOP", "qemu-ga"]}
-    request = json.dumps({"execute": "guest-exec", "arguments": arguments})
-    libvirt_door.agent_command(machine.domain._handle(), request, 20)
-    deadline = time.monotonic() + AGENT_S
-    with contextlib.suppress(errors.HvmgrError):
-        while True:  # the process that stops it comes a little later
-            machine.domain.ask_agent("guest-ping", timeout_s=1)
-            assert time.monotonic() < deadline, "the guest's agent did not stop"
-
-
 def test_file_systems_rest_at_that_moment_and_not_any_longer(machine, out, at_step, monkeypatch, tmp_path):
     assert not disk_was_at_rest(export(machine, out)), "without --quiesce they are as after a power cut"
     seen = []
@@ -151,7 +84,8 @@ def test_file_systems_rest_at_that_moment_and_not_any_longer(machine, out, at_st
     source = tmp_path / "nvram"
     source.write_bytes(b"variables")
     copy = plan.CopyFile(source=str(source), target=str(machine.layout.export / "nvram"))
-    monkeypatch.setattr(freezing, "_copies", lambda *_, **__: [copy])
+    monkeypatch.setattr(snapshots, "copies_of_firmware", lambda *_: [copy])
+    monkeypatch.setattr(freezing, "firmware", lambda *_: (None, None))
     at_step(plan.Suspend, before=lambda: seen.append(is_frozen(machine)))
     at_step(plan.SwitchDisks, before=lambda: seen.append(machine.state()))
     folder = export(machine, out, quiesce=True)
@@ -218,6 +152,6 @@ def test_who_cannot_be_put_to_rest_is_refused(machine, out, monkeypatch):
     refuse("is paused")
     machine.domain.resume()
     monkeypatch.setattr(guest_agent, "ANSWER_S", 1)
-    silence_agent(machine)
+    machine.agent.stop()
     refuse("gave no answer within 1 s")
     machine.check()

@@ -39,7 +39,9 @@ def command() -> None:
 @click.argument("name", required=False)
 @click.option("--notes", default="", metavar="T", help="A text that stays with the snapshot.")
 @click.option("--type", "kind", type=click.Choice(_TYPES),
-              help="standard saves the memory of a running VM too, disk-only does not. Without it: what 'vm set' says.")  # fmt: skip
+              help="standard saves the memory of a running VM too, disk-only does not; for production its agent puts its"
+                   " file systems to rest, or else a standard one is taken, with production-only none. Without it: what"
+                   " 'vm set' says.")  # fmt: skip
 @click.option("--no-fallback", is_flag=True,
               help="Fail where a running guest would have to stand still while its memory is saved.")  # fmt: skip
 @click.option("--compress", type=click.Choice(("zstd",)), help="Compress the saved memory.")
@@ -60,11 +62,6 @@ def create(
     """
     from hvmgr.model.metadata import SnapshotType
 
-    if kind is not None and kind.startswith("production"):
-        raise errors.Unsupported(
-            "production snapshots are not there yet: nothing quiets the guest's file systems",
-            hint="take the disks alone with --type disk-only, or memory and disks with --type standard",
-        )
     with request.host() as host, request.changing():
         one = host.vm(vm)
         made = one.create_snapshot(

@@ -21,8 +21,8 @@ class Define(Step):
 class SwitchDisks(Step):
     """The running VM goes on in new images, all at one instant; with ``memory`` its memory of that instant is saved.
 
-    In the ``background`` the memory is saved while the guest goes on; ``copies`` (source, target) are brought up to that
-    instant. Should QEMU refuse that at the last moment, the guest stands still for it, unless there is no ``fallback``.
+    ``copies`` (source, target) of files and folders are brought up to that instant. In the ``background`` the memory is
+    saved while the guest goes on. Should QEMU refuse that at the last moment, the guest stands still for it, unless there is no ``fallback``.
     """
 
     children: tuple[tuple[str, str], ...]

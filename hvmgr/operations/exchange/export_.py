@@ -56,7 +56,7 @@ def run(session: Session, one: Plan, options: ExportOptions, act: Callable[[list
     froze, held = False, list[str]()
     try:
         if freezing.is_needed(session.state(), options):
-            freezing.freeze(session, memory=options.with_state, quiesce=options.quiesce)
+            freezing.freeze(session, with_memory=options.with_state, quiesce=options.quiesce)
             froze = True
         elif one.hold:
             held = _hold(session, one)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors, units
-from hvmgr.host import guest_agent, saved_state
+from hvmgr.host import saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import export_plan, identity, manifest, names
 from hvmgr.model.configuration import Configuration
@@ -25,7 +25,7 @@ from hvmgr.model.manifest import Extent
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Tree
-from hvmgr.operations import snapshots
+from hvmgr.operations import quiescing, snapshots
 from hvmgr.operations.exchange import export_manifest, freezing
 from hvmgr.operations.exchange.export_place import Place
 from hvmgr.operations.session import Session
@@ -121,11 +121,9 @@ class Planner:
                                   hint="leave out --with-state")  # fmt: skip
         if options.quiesce and not active:
             raise errors.Conflict(f"{name} is {self.state}: its file systems are at rest", hint="leave out --quiesce")
-        if options.quiesce and self.state is State.PAUSED:
-            raise errors.Conflict(f"{name} is paused: its agent cannot answer",
-                                  hint="let it run on, or leave out --quiesce")  # fmt: skip
-        if options.quiesce:
-            guest_agent.require(self.session.domain())
+        if options.quiesce and (obstacle := quiescing.find_obstacle(self.session, self.state)) is not None:
+            raise errors.Conflict(f"nobody can put the guest's file systems to rest: {obstacle.reason}",
+                                  hint=f"{obstacle.remedy}, or leave out --quiesce")  # fmt: skip
         self._check_excluded()
         if self.as_vhd and options.flattens and self._memory() is not None:
             raise errors.UsageError(
@@ -327,7 +325,7 @@ class Planner:
         if self.one is not None:
             nvram, tpm = self.source.snapshot_nvram(self.one.id), self.source.snapshot_tpm(self.one.id)
         elif self.freezes:
-            return freezing.firmware(self.session, self.present, memory=self.options.with_state)
+            return freezing.firmware(self.session, self.present)
         else:
             nvram = self.present.nvram or Path()
             tpm = self.session.connection.tpm_folder(self.session.home.vm_id)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from hvmgr import errors
+from hvmgr.host import saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import plan, tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.export_options import ExportOptions
 from hvmgr.model.layout import Layout
-from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import merge, snapshots
+from hvmgr.model.plan import Plan
+from hvmgr.operations import background, merge, snapshots
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
 from hvmgr.storage import durable, vm_home
@@ -33,19 +35,34 @@ def memory(layout: Layout) -> Path:
     return layout.export / "memory.save"
 
 
-def firmware(session: Session, present: Configuration, *, memory: bool) -> tuple[Path | None, Path | None]:
+def firmware(session: Session, present: Configuration) -> tuple[Path | None, Path | None]:
     """Where NVRAM and TPM state of that moment lie while they are exported; None for what there is not."""
-    has_nvram = present.nvram is not None and present.nvram.is_file()
-    has_tpm = present.has_tpm and not memory and session.connection.tpm_folder(session.home.vm_id).is_dir()
-    folder = session.layout.export
-    return folder / "nvram" if has_nvram else None, folder / "tpm" if has_tpm else None
+    nvram, tpm = session.layout.export / "nvram", session.layout.export / "tpm"
+    made = {Path(one.target) for one in snapshots.copies_of_firmware(session, present, nvram, tpm)}
+    return nvram if nvram in made else None, tpm if tpm in made else None
 
 
-def freeze(session: Session, *, memory: bool, quiesce: bool) -> None:
-    """The VM runs on in new images; its disks of this moment, and with ``memory`` its memory, are frozen."""
+def freeze(session: Session, *, with_memory: bool, quiesce: bool) -> None:
+    """The VM runs on in new images; its disks of this moment, and ``with_memory`` its memory, are frozen.
+
+    HostFailed when the memory did not come through.
+    """
     durable.make_folder(session.layout.export)
-    execution.run(session, _plan(session, with_memory=memory, quiesce=quiesce))
+    try:
+        execution.run(session, _plan(session, with_memory=with_memory, quiesce=quiesce))
+    except errors.Cancelled as error:
+        if not error.facts.get("complete"):
+            raise
+        session.forget_uses()
+        end(session)
+        raise errors.Cancelled("stopped; nothing was exported") from error
     session.forget_uses()
+    if with_memory and not saved_state.is_complete(memory(session.layout)):
+        end(session)
+        raise errors.HostFailed(
+            f"the memory of {session.home.name} was not saved completely, so that nothing was exported",
+            hint="export it without --with-state",
+        )
 
 
 def end(session: Session) -> None:
@@ -75,39 +92,23 @@ def _plan(session: Session, *, with_memory: bool, quiesce: bool) -> Plan:
     snapshots.point_disks(after, children)
     after.set_metadata(dataclasses.replace(vm_home.require_facts(present), change=change_id))
     freezes = [step for step in change.prepare if isinstance(step, plan.FreezeImage)]
-    prepare: list[Step] = [step for step in change.prepare if isinstance(step, plan.CreateImage)]
-    finish: list[Step] = []
-    if quiesce:  # before the guest is paused: its agent could do nothing then
-        prepare.append(plan.QuiesceGuest())
-        finish.append(plan.WakeGuest())
-    copies = _copies(session, present, with_memory=with_memory)
-    if copies and state is State.RUNNING:
-        prepare.append(plan.Suspend())
-        finish.insert(0, plan.Resume())
-    switch = plan.SwitchDisks(children=tuple(children.items()), memory=str(memory(layout)) if with_memory else None)
+    creates = [step for step in change.prepare if isinstance(step, plan.CreateImage)]
+    copies = snapshots.copies_of_firmware(session, present, layout.export / "nvram", layout.export / "tpm")
+    to = memory(layout) if with_memory else None
+    going_on = background.plan_switch(session, state, children, to, copies, background.USUAL, quiesce=quiesce)
     return Plan(
         plan_id=change_id,
         vm_id=session.home.vm_id,
         operation="export",
         subject=f"freezing of the disks of {present.name}",
-        prepare=(*prepare, *copies),
-        switch=switch,
+        prepare=(*creates, *going_on.prepare),
+        switch=going_on.switch,
         finish=(
-            *finish,
+            *going_on.resume,
             plan.Define(xml=after.to_xml()),
             *freezes,
+            *going_on.memory,
             plan.WritePresent(),
             plan.RecordFrozen(paths=tuple(step.path for step in freezes)),
         ),
     )
-
-
-def _copies(session: Session, present: Configuration, *, with_memory: bool) -> list[Step]:
-    nvram, tpm = firmware(session, present, memory=with_memory)
-    steps: list[Step] = []
-    if nvram is not None:
-        steps.append(plan.CopyFile(source=str(present.nvram), target=str(nvram)))
-    if tpm is not None:
-        folder = session.connection.tpm_folder(session.home.vm_id)
-        steps.append(plan.CopyFolder(source=str(folder), target=str(tpm)))
-    return steps

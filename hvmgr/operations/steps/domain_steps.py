@@ -103,6 +103,7 @@ def _switch_and_save(
     session: Session, domain: Domain, step: plan.SwitchDisks, children: dict[str, Path], others: list[str]
 ) -> None:
     """With memory the guest stands still until it is written."""
+    memory_steps.bring_up(session, step.copies)
     memory = None if step.memory is None else Path(step.memory)
 
     def report(done: int, total: int) -> None:

@@ -21,6 +21,7 @@ from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import memory_plan, plan
 from hvmgr.model.plan import Plan, Step
+from hvmgr.operations import resting_guest
 from hvmgr.operations.exchange import import_steps, move_steps, vhd_steps
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import domain_steps, file_steps, guest_steps, image_steps, memory_steps, resize_steps
@@ -166,6 +167,9 @@ def run(session: Session, one: Plan) -> None:
         _prepare(session, one)
         _switch(session, one)
     _finish(session, one)
+    if session.unwoken is not None:
+        error, session.unwoken = session.unwoken, None
+        raise errors.HostFailed(f"{one.subject}: done, but {error}", hint=error.hint) from error
 
 
 def recover(session: Session) -> bool:
@@ -188,6 +192,7 @@ def recover(session: Session) -> bool:
             _undo(session, one.prepare)
             _end_undone(session, one)
             session.say(f"undid the interrupted {one.subject}")
+    resting_guest.tell(session)
     session.recovering = False
     return True
 
@@ -303,6 +308,7 @@ def _go_back(session: Session, one: Plan, done: list[Step], error: BaseException
             _end_undone(session, one)
         except errors.HvmgrError as second:
             session.say(f"going back failed as well ({second}); the next command on this VM tries again")
+        resting_guest.tell(session)
     if isinstance(error, errors.Cancelled):
         session.interrupts.clear()
 

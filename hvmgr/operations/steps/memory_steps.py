@@ -85,7 +85,7 @@ def switch(
         try:
             file.write(head)
             _stop_guest(domain)
-            _bring_up(step.copies)
+            bring_up(session, step.copies)
             domain.switch_disks(children, others=others)
             background_snapshot.start(domain)
         except BaseException:
@@ -106,11 +106,28 @@ def _stop_guest(domain: Domain) -> None:
     domain.suspend()
 
 
-def _bring_up(copies: Sequence[tuple[str, str]]) -> None:
-    """NVRAM that changed since it was copied, which is rare, is copied again; TPM state lies in the stream."""
-    for source, target in copies:
-        if not filecmp.cmp(source, target, shallow=False):
-            durable.copy_file(Path(source), Path(target))
+def bring_up(session: Session, copies: Sequence[tuple[str, str]]) -> None:
+    """NVRAM and TPM state that changed since they were copied, which is rare, are copied again; the guest stands still."""
+    for source, target in ((Path(source), Path(target)) for source, target in copies):
+        with durable.explained(source):
+            is_same = _is_same_folder(source, target) if source.is_dir() else filecmp.cmp(source, target, shallow=False)
+        if is_same:
+            continue
+        if source.is_dir():
+            durable.copy_folder(source, target)
+        else:
+            durable.copy_file(source, target, owner=session.owner)
+
+
+def _is_same_folder(one: Path, other: Path) -> bool:
+    """Whether all files in the folder of a TPM's state, some KiB, are the same."""
+    return _files(one) == _files(other) and all(
+        filecmp.cmp(one / name, other / name, shallow=False) for name in _files(one)
+    )
+
+
+def _files(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
 
 
 def _let_go(domain: Domain) -> None:
@@ -144,7 +161,7 @@ def _stand_still(
     durable.remove(memory)  # libvirt makes its own
     _stop_guest(domain)
     try:
-        _bring_up(step.copies)
+        bring_up(session, step.copies)
         domain.switch_disks(
             children,
             others=others,
