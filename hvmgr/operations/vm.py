@@ -322,11 +322,11 @@ class VM:
         return made
 
     @contextlib.contextmanager
-    def _work(self, *, needs_present: bool = True) -> Iterator[Session]:
+    def _work(self, *, needs_present: bool = True, gives_way: bool = False) -> Iterator[Session]:
         """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present."""
         from hvmgr.operations import reconcile
 
-        with self.host.session(self.home) as session:
+        with self.host.session(self.home, gives_way=gives_way) as session:
             reconcile.bring_together(session, needs_present=needs_present)
             yield session
 

@@ -7,23 +7,25 @@ every snapshot operation empties it.
 | act                | when                                                   | what                                              |
 |--------------------|--------------------------------------------------------|---------------------------------------------------|
 | ``at_start``       | the VM was started, not long ago, and has no snapshot  | a snapshot                                        |
-| ``after_stop``     | its guest switched it off                              | snapshots of starts go; images are merged         |
+| ``after_stop``     | its guest switched it off                              | snapshots of starts go                            |
 |                    | it crashed and is to go back                           | its present becomes a snapshot, another is applied|
-|                    | it ended otherwise                                     | images are merged                                 |
 | ``on_schedule``    | a turn of its schedule came                            | a snapshot, unless it is off and nothing was written|
 | ``prune``          | there are more automatic snapshots than are to be kept | they are deleted                                  |
+| ``merge_waiting``  | images wait, and the VM runs or has been off a while   | they are merged, unless others want the VM        |
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host.domain import State, StopReason
-from hvmgr.model import retention
+from hvmgr.model import plan, retention, tree
 from hvmgr.model.metadata import SnapshotRecord, SnapshotType
 from hvmgr.model.policy import Origin, Policy, SnapshotDefault
 from hvmgr.operations import merge, replacement, vms
@@ -32,9 +34,10 @@ from hvmgr.operations.session import Session
 from hvmgr.operations.snapshots import Wish
 from hvmgr.operations.steps import domain_steps
 from hvmgr.operations.vm import VM
-from hvmgr.storage import diary
+from hvmgr.storage import diary, journal
 from hvmgr.storage.diary import Diary
 
+QUIET = timedelta(minutes=2)
 UNDO_RESTS = timedelta(hours=24)  # what somebody put away is left alone that long
 START_LASTS = timedelta(minutes=15)  # a snapshot taken later would not be of the start
 DEPTH_MAX = 100  # images in a chain: automatic snapshots leave room for those that people take
@@ -93,10 +96,6 @@ def after_stop(one: VM, told: str, stopped: datetime, now: datetime) -> Iterator
             return
         if reason is StopReason.SHUTDOWN and one.policy.takes_snapshots:
             yield from _delete(one, session, retention.after_clean_stop(*_facts(one)), now)
-        plan = merge.plan_merge(session)
-        if plan.finish:
-            one._run(session, plan)  # noqa: SLF001
-            yield _deed(one, Action.MERGED, f"merged images of {one.name} that had waited")
 
 
 def on_schedule(one: VM, now: datetime) -> Iterator[Deed]:
@@ -133,6 +132,34 @@ def prune(one: VM, now: datetime) -> Iterator[Deed]:
         return
     with one._work() as session:  # noqa: SLF001
         yield from _delete(one, session, retention.to_delete(*_facts(one)), now)
+
+
+def merge_waiting(one: VM, now: datetime) -> Iterator[Deed]:
+    """Images of snapshots that are gone; it stops as soon as somebody else wants to work on the VM, and goes on later.
+
+    A VM that has just ended may be started again at once, and could not be while its images are merged.
+    """
+    if not journal.is_open(one.home.layout.journal) and not tree.pending(one.home.tree()):
+        return
+    with one._work(gives_way=True) as session:  # noqa: SLF001
+        waiting = merge.plan_merge(session)
+        if not waiting.finish:
+            return
+        if not session.is_active() and now - _last_written(session) < QUIET:
+            raise errors.Busy(f"{one.name} was at work a moment ago: its images are merged later")
+        try:
+            one._run(session, waiting)  # noqa: SLF001
+        except errors.Cancelled as error:
+            if not session.interrupts.gave_way:
+                raise
+            raise errors.Busy(f"others work on {one.name}: its images are merged later") from error
+        yield _deed(one, Action.MERGED, f"merged images of {one.name} that had waited")
+
+
+def _last_written(session: Session) -> datetime:
+    """About when a VM that is off was switched off."""
+    moments = [Path(path).stat().st_mtime for path in session.home.present_tree().present.disks.values()]
+    return datetime.fromtimestamp(max(moments, default=0), UTC)
 
 
 def require_rest(session: Session, now: datetime) -> None:
@@ -218,11 +245,14 @@ def _take(one: VM, session: Session, why: Origin, kind: SnapshotType) -> Deed:
 
 
 def _delete(one: VM, session: Session, gone: list[str], now: datetime) -> Iterator[Deed]:
+    """The snapshots go at once; their images wait for ``merge_waiting``, for which nobody else has to wait."""
     if not gone:
         return
     require_rest(session, now)
     names = [f"'{one.home.entry(snapshot_id).record.name}'" for snapshot_id in gone]
-    one._run(session, merge.plan_delete(session, gone))  # noqa: SLF001
+    deletion = merge.plan_delete(session, gone)
+    finish = tuple(step for step in deletion.finish if not isinstance(step, plan.MergeUp | plan.MergeDown))
+    one._run(session, dataclasses.replace(deletion, finish=finish))  # noqa: SLF001
     session.forget_uses()
     yield _deed(one, Action.DELETED, f"deleted {', '.join(names)} of {one.name}", *gone)
 

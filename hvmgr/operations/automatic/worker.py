@@ -23,7 +23,7 @@ from hvmgr.operations.automatic.acts import Action, Deed
 from hvmgr.operations.host import Host
 from hvmgr.operations.reporter import Reporter
 from hvmgr.operations.vm import VM
-from hvmgr.storage import index, journal, locks, spool, vm_home
+from hvmgr.storage import index, locks, spool, vm_home
 from hvmgr.storage.index import Entry
 from hvmgr.storage.spool import Event, Marker
 from hvmgr.storage.vm_home import VmHome
@@ -133,21 +133,24 @@ class _Worker:
         """What the last start or end of a VM asks for. Only its state now counts: what came before is over."""
         starts = [marker for marker in told if marker.event is Event.STARTED]
         ends = [marker for marker in told if marker.event is Event.RELEASE]
-        may_start = starts and policy.takes_snapshots
-        may_end = ends and (policy.recovery is not None or policy.takes_snapshots or _may_merge(one))
-        if not may_start and not may_end:
-            return
-        state = one.state()
-        if may_start and state in (State.RUNNING, State.PAUSED):
+        asks = policy.takes_snapshots or policy.recovery is not None
+        state = one.state() if asks else None
+        if starts and state in (State.RUNNING, State.PAUSED):
             self._do(acts.at_start(one, starts[-1].time, datetime.now(UTC)))
-        elif may_end and state is State.OFF:
+        elif ends and state is State.OFF:
             self._do(acts.after_stop(one, ends[-1].reason, ends[-1].time, datetime.now(UTC)))
+        if ends:
+            self._do(acts.merge_waiting(one, datetime.now(UTC)))
 
     def _keep_time(self, one: VM, policy: Policy, _told: Sequence[Marker]) -> None:
         if not policy.takes_snapshots and policy.recovery is None:
             return
         failures: list[errors.HvmgrError] = []
-        for act in (acts.on_schedule, acts.prune):  # also when there is no space: it may be the one that makes some
+        for act in (
+            acts.on_schedule,
+            acts.prune,
+            acts.merge_waiting,
+        ):  # also when there is no space: it may be the one that makes some
             try:
                 self._do(act(one, datetime.now(UTC)))
             except errors.Cancelled:
@@ -188,13 +191,6 @@ def _look(entry: Entry) -> tuple[VmHome, Policy] | None:
     except errors.NotFound:
         return None  # being made, or deleted
     return (home, home.facts().policy) if home.vm_id == entry.vm_id else None
-
-
-def _may_merge(one: VM) -> bool:
-    """Whether images wait to be merged, or a dead command left something open."""
-    from hvmgr.model import tree
-
-    return journal.is_open(one.home.layout.journal) or bool(tree.pending(one.home.tree()))
 
 
 def _within(timeout_s: float, look: Callable[[], T], home: Path) -> T:

@@ -8,13 +8,14 @@ import shutil
 import signal
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 import hvmgr
 from hvmgr.operations import start_hook
-from hvmgr.operations.automatic import worker
+from hvmgr.operations.automatic import acts, worker
 from hvmgr.storage import spool
 from tests import private_libvirt
 from tests.operations.test_start_hook import Bench as _Bench
@@ -98,6 +99,7 @@ def bench(hooked, run_folder, monkeypatch):
     folder.chmod(0o711)
     monkeypatch.setenv("HVMGR_INDEX", str(folder / "index"))
     monkeypatch.setenv("HVMGR_RUN", str(run_folder))
+    monkeypatch.setattr(acts, "QUIET", timedelta(0))  # nobody waits two minutes here
     bench = Bench(hooked, folder / "homes")
     yield bench
     for domain in bench.host.connection.domains():

@@ -19,7 +19,7 @@ from hvmgr.model.policy import Origin
 from hvmgr.operations.automatic import acts, worker
 from hvmgr.operations.automatic.worker import Action
 from hvmgr.operations.exchange.importing import CloneOptions
-from hvmgr.storage import diary, vm_home
+from hvmgr.storage import diary, journal, start_guard, vm_home
 
 HOURLY = {"automatic_snapshots": True, "schedule": "hourly", "keep": "2"}
 
@@ -147,6 +147,43 @@ def test_long_chain_gets_no_longer_by_itself(host, ahead, monkeypatch):
     ((_, error),) = outcome.failed
     assert "stand on chains of 3 images: no more are added automatically" in error.message
     assert len(vm.snapshots()) == 2
+
+
+def test_merge_gives_way_to_others_and_goes_on_later(host, ahead, at_step):
+    vm = make(host, **(HOURLY | {"keep": "1"}))
+    for number in (1, 2):
+        write(vm, number)
+        ahead(3 * number)
+        if number == 2:
+            for step in (plan.MergeUp, plan.MergeDown):  # whichever way is the cheaper one
+                at_step(step, before=vm.home.ask_to_give_way)
+        outcome, _ = work()
+    assert done(outcome) == [("web", Action.SNAPSHOT), ("web", Action.DELETED)]
+    ((_, error),) = outcome.put_off
+    assert "others work on web" in error.message
+    assert len(vm.tree().images) == 3
+    with vm.home.locked(wait_s=0):
+        assert not vm.home.layout.give_way.exists()
+    assert done(work()[0]) == [("web", Action.MERGED)]
+    assert len(vm.tree().images) == 2
+    assert holds(*vm.snapshots()[0].disks.values(), 2)
+
+
+def test_who_waits_asks_the_other_to_give_way(host):
+    vm = make(host)
+    home = vm.home
+    with home.locked(wait_s=0):
+        assert not home.layout.give_way.exists()
+        with pytest.raises(hvmgr.errors.Busy), home.locked(wait_s=0):
+            pass
+        assert home.layout.give_way.exists()
+        home.layout.give_way.unlink()
+        one = plan.Plan(plan_id="x", vm_id=vm.id, operation="o", subject="work on web")
+        journal.begin(home.layout.journal, one)
+        (finding,) = start_guard.examine(home.present())
+        assert finding.code == "operation-running"
+        assert home.layout.give_way.exists()
+    home.layout.journal.unlink()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"scheduled": 7}', '{"recoveries": ["yesterday"]}'])
