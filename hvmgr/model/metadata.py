@@ -147,7 +147,7 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
         change=vm.get("change"),
         owner=vm.get("owner"),
         tags=tuple(_text(tag, "name", source) for tag in vm.findall(_TAG)),
-        policy=_read_policy(vm.find(_POLICY), source),
+        policy=_read_policy(vm.find(_POLICY)),
     )
 
 
@@ -193,7 +193,8 @@ def _origin(text: str | None) -> Origin | None:
     return Origin(text) if text in set(Origin) else None
 
 
-def _read_policy(element: etree._Element | None, source: str) -> Policy:
+def _read_policy(element: etree._Element | None) -> Policy:
+    """A VM whose policy is not understood is a VM like any other: nothing is done with it by itself."""
     if element is None:
         return policy.DEFAULT
     schedule, since, keep = element.get("schedule"), element.get("since"), element.get("keep")
@@ -206,12 +207,14 @@ def _read_policy(element: etree._Element | None, source: str) -> Policy:
             since=None if since is None else units.from_rfc3339(since),
             recovery=policy.Recovery(element.get("snapshot")) if element.get("recovery") == "revert" else None,
         )
-    except (ValueError, errors.UsageError) as error:
-        raise _corrupt(element, source, f"is not understood: {error}") from error
+    except (ValueError, errors.UsageError):
+        return Policy(understood=False)
 
 
 def _write_policy(vm: etree._Element, facts: Policy) -> None:
     """The element of what was set; attributes that this hvmgr does not know stay in it."""
+    if not facts.understood:
+        return
     element = vm.find(_POLICY)
     if element is None:
         if facts == policy.DEFAULT:

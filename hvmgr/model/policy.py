@@ -98,7 +98,10 @@ class Recovery:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """All of it for one VM; ``since`` is when its schedule was set. ``recovery`` None: after a crash it stays off."""
+    """All of it for one VM; ``since`` is when its schedule was set. ``recovery`` None: after a crash it stays off.
+
+    What another hvmgr, or a hand, wrote and this one does not understand asks for nothing, and stays as it is in the file.
+    """
 
     type: SnapshotDefault = SnapshotDefault.STANDARD
     automatic: bool = False
@@ -106,6 +109,7 @@ class Policy:
     schedule: Schedule | None = None
     since: datetime | None = None
     recovery: Recovery | None = None
+    understood: bool = True
 
     @property
     def takes_snapshots(self) -> bool:

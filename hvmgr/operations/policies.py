@@ -31,7 +31,7 @@ class Wishes:
 
     def applied(self, old: Policy, now: datetime, find: Callable[[str], str]) -> Policy:
         """The policy with these wishes; ``find`` gives the id of a snapshot that is named. UsageError before all else."""
-        new = old
+        new = old if old.understood else policy.DEFAULT
         if self.snapshot_type is not None:
             new = dataclasses.replace(new, type=_type(self.snapshot_type))
         if self.automatic_snapshots is not None:

@@ -68,7 +68,13 @@ class Session:
     """What the steps of a plan work with."""
 
     def __init__(
-        self, home: VmHome, connection: Connection, reporter: Reporter, *, wait_s: float, gives_way: bool = False
+        self,
+        home: VmHome,
+        connection: Connection,
+        reporter: Reporter,
+        *,
+        wait_s: float,
+        stop: Callable[[], bool] | None = None,
     ) -> None:
         self.home = home
         self.connection = connection
@@ -85,7 +91,7 @@ class Session:
         self._daemon: Daemon | None = None
         self._held: list[Node] = []
         self._uses: Uses | None = None
-        self._interrupts = Interrupts(home.layout.give_way.exists if gives_way else None)
+        self._interrupts = Interrupts(stop)
         self._owner: tuple[int, int] | None = None
         self._knows_owner = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -322,11 +322,11 @@ class VM:
         return made
 
     @contextlib.contextmanager
-    def _work(self, *, needs_present: bool = True, gives_way: bool = False) -> Iterator[Session]:
+    def _work(self, *, needs_present: bool = True, stop: Callable[[], bool] | None = None) -> Iterator[Session]:
         """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present."""
         from hvmgr.operations import reconcile
 
-        with self.host.session(self.home, gives_way=gives_way) as session:
+        with self.host.session(self.home, stop=stop) as session:
             reconcile.bring_together(session, needs_present=needs_present)
             yield session
 

@@ -9,6 +9,7 @@ what systemd's path unit watches. The folder is gone with the host's next start,
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ def look(*, take: bool) -> list[Marker]:
         files = [file for place in (new, taken) if place.is_dir() for file in place.iterdir()]
     found = [marker for marker in map(_read, files) if marker is not None]
     return sorted(found, key=lambda one: (one.time, one.file.name))
+
+
+def has_news() -> bool:
+    """Whether something happened that nobody has looked at yet."""
+    try:
+        with os.scandir(folder()) as entries:
+            return next(entries, None) is not None
+    except OSError:
+        return False
 
 
 def settle(markers: Iterable[Marker]) -> None:

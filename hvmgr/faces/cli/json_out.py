@@ -76,8 +76,10 @@ def snapshots(of: VM, state: str | None, shown: list[Snapshot]) -> Document:
     }
 
 
-def policy(one: Policy) -> Document:
-    """What a VM's owner wants of its snapshots, and of the VM after a crash; ``snapshot`` is the one to go back to."""
+def policy(one: Policy) -> Document | None:
+    """What a VM's owner wants of its snapshots, and of the VM after a crash; null when that is not understood."""
+    if not one.understood:
+        return None
     return {
         "snapshot_type": one.type.value,
         "automatic_snapshots": one.automatic,

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from hvmgr import errors
-from hvmgr.faces.cli import arguments, json_out
+from hvmgr import errors, settings
+from hvmgr.faces.cli import arguments, json_out, render
 from hvmgr.faces.cli.groups import Command
 from hvmgr.faces.cli.request import Request
+
+if TYPE_CHECKING:
+    from hvmgr.model.policy import Policy
 
 _TYPES = ("standard", "production", "production-only", "disabled")
 
@@ -42,10 +45,23 @@ def command(request: Request, /, vm: str, automatic_snapshots: str | None, **wor
         changed = one.set(automatic_snapshots=wanted, **words)
         facts = {"vm": json_out.vm(one, request.state(one)), "policy": json_out.policy(one.policy)}
         request.done(f"set {one.name}" if changed else f"{one.name} is set so already", facts, changed=changed)
+        say_what_is_missing(host.uri, one.policy)
 
 
-def lines(policy: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def say_what_is_missing(uri: str, wanted: Policy) -> None:
+    """A policy that nobody carries out looks like one that somebody does."""
+    from hvmgr.operations import start_hook
+
+    asks = wanted.takes_snapshots or wanted.recovery is not None
+    if asks and uri == settings.SYSTEM_URI and not start_hook.is_installed():
+        render.notice("nothing tells hvmgr of starts, ends and the time on this host: hvmgr hook install")
+
+
+def lines(policy: dict[str, Any] | None) -> Iterator[tuple[str, str]]:
     """The settings as 'vm show' has them, of the document's part."""
+    if policy is None:
+        yield "automatic snapshots", "not understood: set them anew with 'hvmgr vm set'"
+        return
     yield "snapshot type", policy["snapshot_type"]
     keep = ",".join(f"{rule}={count}" for rule, count in policy["keep"].items() if count)
     when = "no schedule" if policy["schedule"] is None else f"{policy['schedule']}, keep {keep}"

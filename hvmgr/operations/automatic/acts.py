@@ -17,7 +17,7 @@ every snapshot operation empties it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
@@ -134,14 +134,15 @@ def prune(one: VM, now: datetime) -> Iterator[Deed]:
         yield from _delete(one, session, retention.to_delete(*_facts(one)), now)
 
 
-def merge_waiting(one: VM, now: datetime) -> Iterator[Deed]:
-    """Images of snapshots that are gone; it stops as soon as somebody else wants to work on the VM, and goes on later.
+def merge_waiting(one: VM, now: datetime, stop: Callable[[], bool]) -> Iterator[Deed]:
+    """Images of snapshots that are gone; when somebody wants to work on the VM, or ``stop`` says so, it goes on later.
 
     A VM that has just ended may be started again at once, and could not be while its images are merged.
     """
     if not journal.is_open(one.home.layout.journal) and not tree.pending(one.home.tree()):
         return
-    with one._work(gives_way=True) as session:  # noqa: SLF001
+    asked = one.home.layout.give_way.exists
+    with one._work(stop=lambda: asked() or stop()) as session:  # noqa: SLF001
         waiting = merge.plan_merge(session)
         if not waiting.finish:
             return
@@ -152,7 +153,7 @@ def merge_waiting(one: VM, now: datetime) -> Iterator[Deed]:
         except errors.Cancelled as error:
             if not session.interrupts.gave_way:
                 raise
-            raise errors.Busy(f"others work on {one.name}: its images are merged later") from error
+            raise errors.Busy(f"there is other work to do: images of {one.name} are merged later") from error
         yield _deed(one, Action.MERGED, f"merged images of {one.name} that had waited")
 
 

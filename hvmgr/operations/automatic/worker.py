@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -31,6 +32,7 @@ from hvmgr.storage.vm_home import VmHome
 _ANSWER_S = 10.0  # how long a home may take to be read: on a dead NFS mount it would be for ever
 _EVENTS_LAST = timedelta(days=7)
 _TRIED_AGAIN = (errors.NoSpace, errors.HostFailed, errors.OutcomeUnknown)  # all else stays as it is until somebody acts
+_MERGES_S = 600.0
 _ROUNDS = 20  # events that come while the worker works are seen to as well; what comes without end waits for the next
 
 T = TypeVar("T")
@@ -79,18 +81,28 @@ class _Worker:
     stack: contextlib.ExitStack
     outcome: Outcome = field(default_factory=Outcome)
     hosts: dict[str, Host] = field(default_factory=dict)
+    seen: set[Path] = field(default_factory=set)
+    troubled: set[str] = field(default_factory=set)
+    ended: dict[str, list[Marker]] = field(default_factory=dict)  # whose images may be merged now
+    begun: float = field(default_factory=time.monotonic)
 
     def work(self) -> None:
-        """Events first, for they are of now; then what has its time."""
-        seen: set[Path] = set()
+        """Events first, for they are of now; then what has its time; last what may take long, and stops for new events."""
+        self._see_to_events()
+        for entry in self._entries():
+            self._try(entry, [], self._keep_time)
+        for entry in self._entries():
+            if entry.vm_id not in self.troubled:
+                self._try(entry, self.ended.pop(entry.vm_id, []), self._merge)
+                self._see_to_events()
+
+    def _see_to_events(self) -> None:
         for _ in range(_ROUNDS):
-            markers = [one for one in spool.look(take=not self.reporter.dry_run) if one.file not in seen]
-            seen |= {one.file for one in markers}
+            markers = [one for one in spool.look(take=not self.reporter.dry_run) if one.file not in self.seen]
+            self.seen |= {one.file for one in markers}
             if not markers:
                 break
             self._see_to(markers)
-        for entry in self._entries():
-            self._try(entry, [], self._keep_time)
 
     def _see_to(self, markers: Sequence[Marker]) -> None:
         entries = {entry.vm_id: entry for entry in self._entries(every=True)}
@@ -120,14 +132,18 @@ class _Worker:
             self.outcome.put_off.append((entry.name, error))
             return
         except errors.HvmgrError as error:
-            self.outcome.failed.append((entry.name, error))
+            self._fail(entry, error)
             if isinstance(error, _TRIED_AGAIN):
                 return
         except Exception as error:  # noqa: BLE001 - a defect with one VM must not keep the others waiting for ever
             what = errors.HvmgrError(f"a defect in hvmgr: {type(error).__name__}: {error}")
             what.__cause__ = error
-            self.outcome.failed.append((entry.name, what))
-        self._settle(told)
+            self._fail(entry, what)
+        self._settle([one for one in told if one not in self.ended.get(entry.vm_id, ())])
+
+    def _fail(self, entry: Entry, error: errors.HvmgrError) -> None:
+        self.outcome.failed.append((entry.name, error))
+        self.troubled.add(entry.vm_id)
 
     def _answer(self, one: VM, policy: Policy, told: Sequence[Marker]) -> None:
         """What the last start or end of a VM asks for. Only its state now counts: what came before is over."""
@@ -140,17 +156,13 @@ class _Worker:
         elif ends and state is State.OFF:
             self._do(acts.after_stop(one, ends[-1].reason, ends[-1].time, datetime.now(UTC)))
         if ends:
-            self._do(acts.merge_waiting(one, datetime.now(UTC)))
+            self.ended[one.id] = ends
 
     def _keep_time(self, one: VM, policy: Policy, _told: Sequence[Marker]) -> None:
         if not policy.takes_snapshots and policy.recovery is None:
             return
         failures: list[errors.HvmgrError] = []
-        for act in (
-            acts.on_schedule,
-            acts.prune,
-            acts.merge_waiting,
-        ):  # also when there is no space: it may be the one that makes some
+        for act in (acts.on_schedule, acts.prune):  # also when there is no space: it may be the one that makes some
             try:
                 self._do(act(one, datetime.now(UTC)))
             except errors.Cancelled:
@@ -159,6 +171,14 @@ class _Worker:
                 failures.append(error)
         if failures:
             raise failures[0]
+
+    def _merge(self, one: VM, policy: Policy, told: Sequence[Marker]) -> None:
+        if told or policy.takes_snapshots or policy.recovery is not None:
+            self._do(acts.merge_waiting(one, datetime.now(UTC), self._has_to_stop))
+
+    def _has_to_stop(self) -> bool:
+        """A merge may take hours, and goes on where it was: others have events and schedules of their own."""
+        return spool.has_news() or time.monotonic() - self.begun > _MERGES_S
 
     def _do(self, deeds: Iterator[Deed]) -> None:
         """Each deed is told as soon as it is done; in a dry run nobody agrees to any."""

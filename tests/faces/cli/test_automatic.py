@@ -6,6 +6,9 @@ import json
 
 import pytest
 
+from hvmgr.faces.cli import policy
+from hvmgr.model.policy import Policy, Recovery
+from hvmgr.operations import start_hook
 from hvmgr.operations.automatic import systemd
 from hvmgr.storage import locks
 
@@ -67,6 +70,28 @@ def test_wrong_wish_is_refused_with_a_hint(hvmgr, vm, options, code):
     answer = hvmgr("vm", "set", vm, *options)
     assert (answer.code, answer.out) == (code, "")
     assert answer.err.startswith("hvmgr: ")
+
+
+def test_policy_that_nobody_carries_out_is_said(capsys, monkeypatch):
+    for installed in (False, True):
+        monkeypatch.setattr(start_hook, "is_installed", lambda there=installed: there)
+        for uri in ("qemu:///system", "qemu:///session"):
+            for wanted in (Policy(automatic=True), Policy(recovery=Recovery()), Policy()):
+                policy.say_what_is_missing(uri, wanted)
+                said = "hvmgr hook install" in capsys.readouterr().err
+                assert said == (not installed and uri == "qemu:///system" and wanted != Policy())
+
+
+def test_policy_that_is_not_understood_is_said(hvmgr, vm, root):
+    hvmgr.ok("vm", "set", vm, *ON)
+    (path,) = (root / vm / "Virtual Machines").glob("*.xml")
+    path.write_text(path.read_text().replace("hourly", "often"))
+    assert hvmgr.ok("vm", "show", vm, "--json").json["policy"] is None
+    assert ["automatic snapshots", "not understood: set them anew with 'hvmgr vm set'"] in hvmgr.ok(
+        "vm", "show", vm
+    ).lines
+    hvmgr("vm", "set", vm, "--recovery", "revert")
+    assert hvmgr.ok("vm", "show", vm, "--json").json["policy"]["recovery"] == "revert"
 
 
 def test_set_in_a_dry_run_shows_the_plan(hvmgr, vm):

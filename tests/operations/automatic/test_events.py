@@ -11,9 +11,11 @@ import pytest
 import hvmgr
 from hvmgr.model import plan
 from hvmgr.model.policy import Origin
+from hvmgr.operations import vms
 from hvmgr.operations.automatic import acts
 from hvmgr.operations.automatic.worker import Action
 from hvmgr.storage import spool
+from tests.operations.conftest import Killed
 
 pytestmark = pytest.mark.libvirtd
 
@@ -160,26 +162,38 @@ def test_crashed_vm_is_put_back_and_what_it_had_come_to_is_kept(bench):
     assert bench.done() == []
 
 
-@pytest.mark.parametrize("step", [plan.CreateImage, plan.Define, plan.WritePresent], ids=lambda step: step.__name__)
-def test_worker_that_is_killed_is_made_up_for(bench, kill_at, run_and_die, step):
+@pytest.mark.parametrize("before", ["the switch", "the start"])
+def test_worker_that_is_killed_is_made_up_for(bench, kill_at, run_and_die, monkeypatch, before):
     vm = crashed(bench)
-    kill_at(step)
+    if before == "the switch":
+        kill_at(plan.Define)
+    else:
+        kill_at(plan.WritePresent, after=True)  # of the snapshot; what follows it is killed below
     run_and_die(bench.work)
+    if before == "the start":
+        with monkeypatch.context() as patched:
+            patched.setattr(vms, "start", die)
+            run_and_die(bench.work)
     bench.work()
     require_recovered(bench, vm)
     assert bench.done() == []
 
 
-def test_vm_that_crashes_again_and_again_stays_off(bench):
+def die(_session):
+    raise Killed
+
+
+def test_vm_that_crashes_again_and_again_stays_off(bench, monkeypatch):
+    monkeypatch.setattr(acts, "RECOVERIES_MAX", 2)
     vm = crashed(bench)
-    for _ in range(3):
+    for _ in range(acts.RECOVERIES_MAX):
         bench.done()
         assert bench.is_running
         bench.crash()
     outcome = bench.work()
     assert outcome.done == []
     ((name, error),) = outcome.failed
-    assert (name, "put back 3 times within an hour" in error.message) == ("web", True)
+    assert (name, "put back 2 times within an hour" in error.message) == ("web", True)
     assert not bench.is_running
     assert bench.done() == []  # said once
     assert origins(vm).count(Origin.CRASH) == 1  # nothing was written before the later ones
