@@ -340,6 +340,11 @@ class Domain:
         """Why QEMU could not save its memory now, in QEMU's words; empty when nothing is in the way."""
         return [str(reason) for reason in self.monitor("query-migrate").get("blocked-reasons", [])]
 
+    def qemu_version(self) -> str:
+        """The version of the QEMU that runs it, which may be older than the one that is installed."""
+        numbers = self.monitor("query-version")["qemu"]
+        return f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
+
     def has_job(self) -> bool:
         """Whether libvirt works on it (save, migration, …) or QEMU has a block job for it."""
         libvirt = libvirt_door.library()

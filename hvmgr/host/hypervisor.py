@@ -226,6 +226,19 @@ class Connection:
                 return frozenset()
         return frozenset(network.name() for network in found)
 
+    def lacks_network(self, name: str) -> bool:
+        """Whether libvirt says that a network of this name is not there or not up; False where it cannot tell."""
+        libvirt = libvirt_door.library()
+        if self.driver is Driver.EMBED:  # its guests use the networks of another libvirt
+            return False
+        with libvirt_door.translated(f"look for the network {name}"):
+            try:
+                return not self._handle.networkLookupByName(name).isActive()
+            except libvirt.libvirtError as error:
+                if libvirt_door.is_lost(error):
+                    raise
+                return bool(error.get_error_code() == libvirt.VIR_ERR_NO_NETWORK)
+
     def find_volume(self, pool: str, name: str) -> Volume | None:
         """A volume of a storage pool that is a file or a block device; None for others and where there is none.
 

@@ -192,6 +192,14 @@ def transcoded(src: Path, target: int, to: Compression) -> None:
                 position += len(piece)
 
 
+def has_stream(path: Path) -> bool:
+    """Whether what stands behind the head begins as QEMU's streams do; a compressed one may be anything."""
+    with _opened(path, os.O_RDONLY) as descriptor:
+        state = _read(descriptor, path)
+        found = os.pread(descriptor, len(_STREAM), state.data_offset)
+    return found == _STREAM or (bool(found) and state.compression is not Compression.RAW)
+
+
 def holds_whole_stream(path: Path) -> bool:
     """Whether a raw stream has QEMU's beginning, and at its end the description of itself that QEMU writes last.
 

@@ -159,6 +159,12 @@ class Configuration:
         return None if element is None else element.get("arch")
 
     @property
+    def emulator(self) -> Path | None:
+        """The QEMU that runs it, when the XML names one."""
+        text = (self._root.findtext("devices/emulator") or "").strip()
+        return Path(text) if text else None
+
+    @property
     def nvram(self) -> Path | None:
         """The file of the UEFI variables, in both of libvirt's spellings."""
         element = self._root.find("os/nvram")

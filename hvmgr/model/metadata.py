@@ -9,7 +9,8 @@
       <hvmgr:disk slot="vda" id="UUID" image="UUID" apart="yes"/>                   image: absent when unnamed
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
                       state="none|running|paused" automatic="no|start|schedule|crash" parent="SNAPSHOT-ID"
-                      damaged="vda vdb">                    the disks that others wrote below it; absent when it is whole
+                      damaged="vda vdb"                     the disks that others wrote below it; absent when it is whole
+                      qemu="7.2.22">                        the version that saved its state; absent when that is unknown
         <hvmgr:notes>…</hvmgr:notes>
       </hvmgr:snapshot>                                                             only in Snapshots/<id>.xml
     </hvmgr:vm>
@@ -82,6 +83,7 @@ class SnapshotRecord:
 
     ``automatic`` says why hvmgr took it by itself; None: somebody asked for it, or has made it his own.
     ``damaged`` names the slots whose images somebody wrote after they were frozen, for good: an image has one past.
+    ``qemu`` is the version that saved its state.
     """
 
     id: str
@@ -93,6 +95,7 @@ class SnapshotRecord:
     automatic: Origin | None = None
     notes: str = ""
     damaged: tuple[str, ...] = ()
+    qemu: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,7 @@ def _read_snapshot(element: etree._Element, source: str) -> SnapshotRecord:
         automatic=_origin(element.get("automatic")),
         notes=element.findtext(_NOTES) or "",
         damaged=tuple(element.get("damaged", "").split()),
+        qemu=element.get("qemu"),
     )
 
 
@@ -243,7 +247,7 @@ def _recorded_type(text: str) -> SnapshotType:
 def _write_snapshot(element: etree._Element, facts: SnapshotRecord) -> None:
     _set(element, id=facts.id, name=facts.name, created=units.to_rfc3339(facts.created), type=facts.type)
     _set(element, state=facts.state, automatic=facts.automatic or "no", parent=facts.parent)
-    _set(element, damaged=" ".join(facts.damaged) or None)
+    _set(element, damaged=" ".join(facts.damaged) or None, qemu=facts.qemu)
     if facts.notes:
         etree.SubElement(element, _NOTES).text = facts.notes
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import saved_state
 from hvmgr.host.domain import State
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import snapshots, strangers, stuck_memory, undo_slot
+from hvmgr.operations import loading, snapshots, strangers, stuck_memory, undo_slot
 from hvmgr.operations.session import Session
 from hvmgr.storage import vm_home
 
@@ -216,19 +215,7 @@ def _start_from(
     session: Session, record: SnapshotRecord, after: Configuration, children: dict[str, str]
 ) -> plan.StartFrom:
     memory = session.layout.memory(record.id)
-    try:
-        saved = saved_state.read(memory)
-    except errors.HvmgrError as error:
-        raise errors.Corrupt(
-            f"the saved state of snapshot '{record.name}' cannot be used: {error}",
-            hint="apply it with --without-state: its disks are whole",
-        ) from error
-    if not saved.complete:
-        raise errors.Corrupt(
-            f"the saved state of snapshot '{record.name}' is not complete",
-            hint="apply it with --without-state: its disks are whole",
-        )
-    live = configuration.parse(saved.xml, source=str(memory))
+    live = loading.require_loadable(session, record, memory)
     live.strip_backing_chains()
     live.set_name(after.name)
     snapshots.point_disks(live, children)

@@ -44,6 +44,8 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     name = require_name(wish.name) if wish.name is not None else None
     home, layout, state = session.home, session.layout, session.state()
     present = home.present()
+    if state in (State.SLEEPING, State.CRASHED):
+        raise errors.Conflict(f"{present.name} is {state}", hint="wake it up or stop it, then run the command again")
     facts = vm_home.require_facts(present)
     undo = home.undo()
     before = present_tree(session) if undo is None else whole_tree(session)
@@ -54,6 +56,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     warn_of_depth(session, change.after)
     if state not in (State.RUNNING, State.PAUSED):  # a running QEMU carries them over to the new images
         strangers.say_what_bitmaps_lose(session)
+    active = state in (State.RUNNING, State.PAUSED)
     taken = quiescing.settle_type(session, state, wish.type)
     saved = _state_to_save(session, state, taken, present)
     record = SnapshotRecord(
@@ -65,6 +68,7 @@ def plan_create(session: Session, wish: Wish) -> Plan:
         parent=facts.parent,
         automatic=wish.automatic,
         notes=wish.notes,
+        qemu=session.domain().qemu_version() if active and saved is not SavedState.NONE else None,
     )
     snapshot = present.copy()
     if present.nvram is not None:  # also when no start has made it yet: that is what comes back then
@@ -78,7 +82,6 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     freezes = [step for step in change.prepare if isinstance(step, plan.FreezeImage)]
     prepare: list[Step] = [*creates, plan.MakeSnapshotFolder(snapshot_id=snapshot_id)]
     finish: list[Step] = []
-    active = state in (State.RUNNING, State.PAUSED)
     # The TPM's state lies in saved memory too, which an apply may leave.
     nvram, tpm = layout.snapshot_nvram(snapshot_id), layout.snapshot_tpm(snapshot_id)
     copies = copies_of_firmware(session, present, nvram, tpm)
@@ -148,8 +151,6 @@ def default_name(vm: str, moment: datetime, automatic: Origin | None = None) -> 
 
 def _state_to_save(session: Session, state: State, taken: SnapshotType, present: Configuration) -> SavedState:
     with_memory = taken is SnapshotType.STANDARD
-    if state in (State.SLEEPING, State.CRASHED):
-        raise errors.Conflict(f"{present.name} is {state}", hint="wake it up or stop it, then run the command again")
     if state is State.OFF:
         return SavedState.NONE
     if state is State.SAVED:

@@ -521,10 +521,11 @@ def test_listing_finds_no_metadata_in_a_foreign_file():
     assert configuration.metadata_of(MINIMAL.encode(), source="web.xml") is None
 
 
-def test_listing_names_the_line_in_the_whole_file():
+@pytest.mark.parametrize("kind", ["none", "production-only"])  # the latter is only ever asked for
+def test_listing_names_the_line_in_the_whole_file(kind):
     config = make(MINIMAL)
     config.set_metadata(FACTS)
-    broken = config.to_xml().replace('type="disk-only"', 'type="none"').encode()
+    broken = config.to_xml().replace('type="disk-only"', f'type="{kind}"').encode()
     line = broken[: broken.index(b"<hvmgr:snapshot")].count(b"\n") + 1
     with pytest.raises(errors.Corrupt, match=f"line {line}: "):
         configuration.metadata_of(broken, source="web.xml")

@@ -153,6 +153,7 @@ class Kind:
     firmware: Firmware | None = Firmware.BIOS
     disks: int = 1
     memory: int | None = None
+    tpm: bool = False
 
 
 @dataclass
@@ -182,6 +183,7 @@ class Factory:
             accel=Acceleration.TCG,
             disks=disks,
             networks=(),
+            tpm=kind.tpm,
             kernel=self.guest.kernel,
             initrd=self.guest.initrd,
             cmdline=self.guest.command_line,

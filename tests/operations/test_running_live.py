@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -25,6 +26,7 @@ from hvmgr.operations import background, stuck_memory
 from hvmgr.operations.steps import execution, memory_steps
 from tests import private_libvirt
 from tests.operations.conftest import Killed
+from tests.operations.test_running_export import Out
 
 pytestmark = [pytest.mark.guest, pytest.mark.libvirtd, pytest.mark.timeout(240)]
 
@@ -99,6 +101,53 @@ def test_paused_guest_stays_paused(live):
     live.domain.suspend()
     snapshot = live.vm.create_snapshot("one", fallback=False)
     assert (snapshot.state, live.state(), live.said) == (SavedState.PAUSED, "paused", [])
+
+
+# --- exports ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def out(factory, live):
+    folder = Path(tempfile.mkdtemp(prefix="out", dir=factory.folder))
+    folder.chmod(0o711)
+    yield Out(folder, live.host.connection)
+    shutil.rmtree(folder)
+
+
+def test_guest_goes_on_while_an_export_saves_its_memory(live, out, kill_at, run_and_die):
+    before = live.tick()
+    folder = out.export(live, with_state=True)
+    after = live.tick()
+    assert before.memory - 1 <= out.count(folder) < after.memory
+    assert not any("stands still" in one for one in live.said)
+    assert out.first_tick(folder).follows(out.count(folder))
+    assert not live.layout.export.exists()
+    live.check()
+    shutil.rmtree(folder)
+    kill_at(memory_plan.AwaitMemory)
+    run_and_die(out.export, live, with_state=True)
+    live.vm.now()
+    assert live.state() == "running"
+    assert background_snapshot.look(live.domain).phase is Phase.COMPLETED
+    live.vm.create_snapshot("one", fallback=False)
+    assert not live.layout.export.exists()
+    live.check()
+
+
+def test_export_whose_memory_does_not_come_through_is_none(live, out, at_step, monkeypatch):
+    real = background_snapshot.look
+    at_step(memory_plan.AwaitMemory, before=lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(errors.Cancelled, match="nothing was exported"):
+        out.export(live, with_state=True)
+    at_step(memory_plan.AwaitMemory, before=lambda: _wait_and_fake(monkeypatch, live, Stream(Phase.FAILED)))
+    with pytest.raises(errors.HostFailed, match="nothing was exported") as failure:
+        out.export(live, with_state=True)
+    monkeypatch.setattr(background_snapshot, "look", real)
+    assert "--with-state" in failure.value.hint
+    assert not list(out.folder.rglob("*.xml"))
+    assert not live.layout.export.exists()
+    assert live.state() == "running"
+    live.check()
 
 
 # --- where it cannot be -----------------------------------------------------------------------------------------------

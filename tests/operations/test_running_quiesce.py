@@ -33,9 +33,12 @@ def die(session, step):
     os.kill(os.getpid(), signal.SIGKILL)
 
 execution.DO = {**execution.DO, plan.SwitchDisks: die}
-uri, root, vm, out = sys.argv[1:]
+uri, root, vm, out, what = sys.argv[1:]
 with hvmgr.Host.open(uri, root=Path(root)) as host:
-    host.vm(vm).export(out, hvmgr.ExportOptions(quiesce=True))
+    if what == "export":
+        host.vm(vm).export(out, hvmgr.ExportOptions(quiesce=True))
+    else:
+        host.vm(vm).create_snapshot(type=hvmgr.SnapshotType.PRODUCTION)
 """
 
 
@@ -124,17 +127,19 @@ def test_they_are_woken_whatever_happens(machine, out, at_step, kill_at, run_and
 
 
 @pytest.mark.libvirtd
-def test_next_command_wakes_them_after_kill_9(agents, libvirtd, out):
+@pytest.mark.parametrize("what", ["export", "snapshot"])
+def test_next_command_wakes_them_after_kill_9(agents, libvirtd, out, what):
     machine = agents.make(libvirtd.uri)
     died = subprocess.run(
-        [sys.executable, "-c", DYING, libvirtd.uri, machine.host.root, machine.vm.name, out],
+        [sys.executable, "-c", DYING, libvirtd.uri, machine.host.root, machine.vm.name, out, what],
         capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert died.returncode == -signal.SIGKILL, died
     assert is_frozen(machine)
     machine.host.vm(machine.vm.name).now()
     assert not is_frozen(machine)
-    assert any("undid the interrupted freezing" in one for one in machine.said)
+    assert any("undid the interrupted " in one for one in machine.said)
+    assert machine.vm.snapshots() == []
     machine.check()
 
 

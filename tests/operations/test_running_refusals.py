@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from hvmgr import errors
+from hvmgr.host import guest_agent
 from hvmgr.model import configuration, plan
 from hvmgr.model.metadata import SavedState, SnapshotType
 from hvmgr.model.specification import DiskSpecification, ImageFormat
+from hvmgr.operations import quiescing
 
 pytestmark = pytest.mark.guest
 
@@ -133,24 +135,59 @@ def test_start_by_somebody_in_the_middle_of_an_apply_is_refused(machine, at_step
     machine.check()
 
 
-def test_nvram_belongs_to_the_instant_of_a_snapshot(make_machine, kinds, require, monkeypatch, kill_at, run_and_die):
+def test_firmware_and_tpm_state_belong_to_the_instant_of_a_snapshot(
+    make_machine, kinds, require, monkeypatch, at_step, kill_at, run_and_die
+):
     require(Path("/usr/share/OVMF/OVMF_CODE_4M.fd").exists(), "the package ovmf is missing")
-    machine = make_machine(kinds(firmware=None, memory=256 << 20), disks=(DiskSpecification(size=DISK),))
-    pauses = []
-    for name in ("suspend", "resume"):
-        real = getattr(type(machine.domain), name)
+    require(shutil.which("swtpm") is not None, "the package swtpm is missing")
+    machine = make_machine(kinds(firmware=None, memory=256 << 20, tpm=True), disks=(DiskSpecification(size=DISK),))
+    folder = machine.host.connection.tpm_folder(machine.vm.id)
+    was = machine.vm.home.present().nvram
+    order = []
+    for owner, name in ((type(machine.domain), "suspend"), (type(machine.domain), "resume")):
+        monkeypatch.setattr(owner, name, noting(order, getattr(owner, name)))
 
-        def noted(domain, real=real):
-            pauses.append(time.monotonic())
-            real(domain)
+    def state(nvram, tpm):
+        return nvram.read_bytes(), {one.name: one.read_bytes() for one in (tpm / "tpm2").iterdir()}
 
-        monkeypatch.setattr(type(machine.domain), name, noted)
+    def of(snapshot):
+        return state(machine.layout.snapshot_nvram(snapshot.id), machine.layout.snapshot_tpm(snapshot.id))
+
+    def change(count):
+        """As a guest that writes both, once more between the first copy and the pause."""
+        content = bytearray(was.read_bytes())
+        content[-8:] = count.to_bytes(8, "big")
+        was.write_bytes(content)
+        (folder / "tpm2" / "counter").write_text(f"{count}")
+
+    had, first = state(was, folder), machine.vm.create_snapshot("first", type=SnapshotType.DISK_ONLY)
+    assert "tpm2-00.permall" in had[1]
+    assert of(first) == had
+    assert order == ["suspend", "resume"]
+    order.clear()
+
+    at_step(plan.Suspend, before=lambda: change(1))
     disks = machine.vm.create_snapshot("disks", type=SnapshotType.DISK_ONLY)
-    begin, end = pauses
-    assert end - begin < 2
+    assert of(disks) == state(was, folder)
+    assert of(disks)[1]["counter"] == b"1"
+    assert of(disks)[0][-1] == 1
+    order.clear()
+
+    # With its agent's help its file systems rest before it is paused. No agent is in this guest: see test_running_production.
+    monkeypatch.setattr(quiescing, "find_obstacle", lambda *_: None)
+    monkeypatch.setattr(guest_agent, "freeze", lambda _: order.append("freeze") or 1)
+    monkeypatch.setattr(guest_agent, "thaw", lambda _, **__: order.append("thaw"))
+    at_step(plan.Suspend, before=lambda: change(2))
+    production = machine.vm.create_snapshot("production", type=SnapshotType.PRODUCTION)
+    assert of(production) == state(was, folder)
+    assert of(production)[1]["counter"] == b"2"
+    assert order == ["freeze", "suspend", "resume", "thaw"]
+
+    at_step(plan.Suspend, before=lambda: change(3))
     memory = machine.vm.create_snapshot("memory")
-    assert memory.state is SavedState.RUNNING
-    assert machine.state() == "running"
+    assert (memory.state, machine.state()) == (SavedState.RUNNING, "running")
+    assert of(memory) == state(was, folder)
+    assert of(memory)[1]["counter"] == b"3"
     machine.check()
 
     kill_at(plan.Suspend, after=True)
@@ -160,17 +197,24 @@ def test_nvram_belongs_to_the_instant_of_a_snapshot(make_machine, kinds, require
     assert machine.state() == "running"
     machine.check()
 
-    was = machine.vm.home.present().nvram
-    content = was.read_bytes()
-    assert machine.layout.snapshot_nvram(memory.id).read_bytes() == content
     machine.domain.destroy()
-    was.write_bytes(b"\xff" * len(content))
+    was.write_bytes(b"\xff" * was.stat().st_size)
     memory.apply()
     assert machine.tick().memory > machine.count_of(memory)
     now = machine.vm.home.present().nvram
     assert now != was
-    assert now.read_bytes() == content
+    assert now.read_bytes()[:-8] == of(memory)[0][:-8]  # QEMU writes the NVRAM that its memory holds, so not our change
     machine.check()
-    disks.apply(discard_state=True, keep_undo=False)
-    assert machine.vm.home.present().nvram.read_bytes() == content
+    for snapshot, how in ((disks, {}), (production, {}), (first, {}), (memory, {"without_state": True})):
+        snapshot.apply(discard_state=True, keep_undo=False, **how)
+        assert machine.state() == "off"
+        assert state(machine.vm.home.present().nvram, folder) == of(snapshot)
     machine.check()
+
+
+def noting(order, real):
+    def noted(domain):
+        order.append(real.__name__)
+        real(domain)
+
+    return noted

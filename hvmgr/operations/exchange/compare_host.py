@@ -29,7 +29,7 @@ def findings(connection: Connection, comparison: Comparison) -> Iterator[Finding
     for where, one, taken in _mapped(comparison):
         for finding in (
             *_network_findings(where, one, networks),
-            *_machine_findings(connection, host, one),
+            *machine_findings(connection, host, one),
             *_file_findings(where, one, taken),
         ):
             if finding not in seen:
@@ -63,7 +63,7 @@ def _network_findings(where: str, one: Configuration, networks: frozenset[str]) 
             repair = f"--network {nic.source}=OTHER, or --nic {nic.mac}=disconnected"
             sentence = f"there is no active network '{nic.source}' here, which card {nic.mac} needs"
             yield found("missing-network", sentence, nic.source, repair)
-        if nic.type in {"bridge", "direct"} and nic.source is not None and not (_DEVICES / nic.source).exists():
+        if nic.type in {"bridge", "direct"} and nic.source is not None and not has_device(nic.source):
             repair = f"--network {nic.source}=OTHER, or --nic {nic.mac}=disconnected"
             sentence = f"there is no bridge or device '{nic.source}' here, which card {nic.mac} needs"
             yield found("missing-bridge", sentence, nic.source, repair)
@@ -73,7 +73,8 @@ def _network_findings(where: str, one: Configuration, networks: frozenset[str]) 
             yield found("missing-pool", sentence, disk.slot, "export the VM with the disk as a file")
 
 
-def _machine_findings(connection: Connection, host: Capabilities, one: Configuration) -> Iterator[Finding]:
+def machine_findings(connection: Connection, host: Capabilities, one: Configuration) -> Iterator[Finding]:
+    """Emulator, machine type, acceleration and firmware that a configuration needs and this host does not have."""
     arch = one.arch or host.arch
     if arch not in host.emulators:
         yield found(
@@ -131,14 +132,26 @@ def _cpu_findings(connection: Connection, comparison: Comparison) -> Iterator[Fi
     saved = [("now", comparison.source.saved)]
     saved += [(f"snapshot '{one.record.name}'", one.saved) for one in comparison.snapshots]
     for where, one in saved:
-        cpu = None if one is None else one.root.find("cpu")
-        if one is None or cpu is None:
-            continue
-        text = etree.tostring(cpu, encoding="unicode", with_tail=False)
-        if connection.can_run_cpu(text, arch=one.arch, accel=one.type):
+        if one is None or not lacks_cpu(connection, one, None):
             continue
         sentence = f"this host's CPU cannot do what the saved state of {where} needs"
         yield found("cpu-unavailable", sentence, where, "apply it with --without-state, or import with --without-state")
+
+
+def lacks_cpu(connection: Connection, saved: Configuration, cookie: str | None) -> bool:
+    """Whether this host cannot offer the CPU of a saved state: the one in libvirt's ``cookie`` is that which QEMU had."""
+    cpu = None if cookie is None else etree.fromstring(cookie.encode()).find("cpu")
+    if cpu is None:
+        cpu = saved.root.find("cpu")
+    if cpu is None:
+        return False
+    text = etree.tostring(cpu, encoding="unicode", with_tail=False)
+    return not connection.can_run_cpu(text, arch=saved.arch, accel=saved.type)
+
+
+def has_device(name: str) -> bool:
+    """Whether the host has a network device of this name."""
+    return (_DEVICES / name).exists()
 
 
 def _state_findings(comparison: Comparison) -> Iterator[Finding]:

@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from hvmgr.faces.cli import snapshot
+from hvmgr.model.metadata import SnapshotType
 from tests.faces.cli.conftest import files_of
 
 SNAPSHOT = {"id", "name", "notes", "created", "parent", "type", "has_state", "automatic", "damaged", "disks"}
@@ -164,10 +166,16 @@ def test_merge_with_nothing_to_do_changes_nothing(hvmgr, branched):
 
 
 @pytest.mark.parametrize("kind", ["production", "production-only"])
-def test_production_snapshots_are_not_there_yet(hvmgr, vm, kind):
-    answer = hvmgr("snapshot", "create", vm, "--type", kind)
-    assert answer.code == 5
-    assert "--type disk-only" in answer.err
+def test_vm_that_is_off_has_its_file_systems_at_rest(hvmgr, vm, kind):
+    answer = hvmgr.ok("snapshot", "create", vm, "quiet", "--type", kind, "--json")
+    assert (answer.json["snapshot"]["type"], answer.json["snapshot"]["has_state"]) == ("production", False)
+    assert hvmgr.ok("snapshot", "list", vm).lines[0][2:4] == ["production", "off"]
+    assert "production" in hvmgr.ok("snapshot", "show", vm, "quiet").out
+    assert "production" in hvmgr.ok("snapshot", "tree", vm).out
+
+
+def test_types_are_those_of_the_library():
+    assert list(snapshot._TYPES) == list(SnapshotType)
 
 
 def test_disk_only_is_shown_as_such(hvmgr, vm):
