@@ -80,6 +80,7 @@ def at_start(one: VM, started: datetime, now: datetime) -> Iterator[Deed]:
         return
     with one._work() as session:  # noqa: SLF001 - as the operations of people do
         if session.state() in _ACTIVE and not one.home.entries():
+            require_rest(session, now)
             yield _take(one, session, Origin.START, _type_at_start(policy))
 
 

@@ -30,6 +30,7 @@ from hvmgr.storage.spool import Event, Marker
 from hvmgr.storage.vm_home import VmHome
 
 _ANSWER_S = 10.0  # how long a home may take to be read: on a dead NFS mount it would be for ever
+_VM_WAIT_S = 2.0  # for a VM that is busy: the next run will find it again, and the others wait as well
 _EVENTS_LAST = timedelta(days=7)
 _TRIED_AGAIN = (errors.NoSpace, errors.HostFailed, errors.OutcomeUnknown)  # all else stays as it is until somebody acts
 _MERGES_S = 600.0
@@ -197,7 +198,8 @@ class _Worker:
     def _host(self, uri: str) -> Host:
         """One connection for each; it is opened when something needs it."""
         if uri not in self.hosts:
-            host = Host.open(uri, root=settings.default_root(), wait_s=self.wait_s, reporter=self.reporter)
+            wait_s = min(self.wait_s, _VM_WAIT_S)
+            host = Host.open(uri, root=settings.default_root(), wait_s=wait_s, reporter=self.reporter)
             self.hosts[uri] = self.stack.enter_context(host)
         return self.hosts[uri]
 
