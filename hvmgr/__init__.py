@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
     from hvmgr.model.plan import Plan
+    from hvmgr.model.policy import Origin, Policy
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.operations.adopt.adoption import AdoptOptions
@@ -56,7 +57,9 @@ __all__ = [
     "ImportPlan",
     "Mode",
     "NetworkSpecification",
+    "Origin",
     "Plan",
+    "Policy",
     "Progress",
     "Release",
     "Repaired",
@@ -91,7 +94,9 @@ _HOMES = {
     "ImportPlan": "hvmgr.operations.exchange.import_plan",
     "Mode": "hvmgr.model.import_options",
     "NetworkSpecification": "hvmgr.model.specification",
+    "Origin": "hvmgr.model.policy",
     "Plan": "hvmgr.model.plan",
+    "Policy": "hvmgr.model.policy",
     "Progress": "hvmgr.model.progress",
     "Release": "hvmgr.operations.adopt.release",
     "Repaired": "hvmgr.operations.doctor.repair",

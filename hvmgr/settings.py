@@ -59,6 +59,13 @@ def templates_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "templates"
 
 
+def units_folder() -> Path:
+    """The shipped systemd units: inside the installed package, or beside it in an editable install."""
+    package = Path(__file__).resolve().parent
+    inside = package / "systemd"
+    return inside if inside.is_dir() else package.parent / "share" / "systemd"
+
+
 def _user_data() -> Path:
     base = os.environ.get("XDG_DATA_HOME")
     return Path(base) if base else Path.home() / ".local" / "share"

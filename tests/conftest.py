@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import signal
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ import pytest
 
 from hvmgr.faces import guest
 from hvmgr.host import hypervisor
+from hvmgr.operations.automatic import worker
 from tests import ordinary_user, private_libvirt
 
 if TYPE_CHECKING:
@@ -85,6 +87,21 @@ def _own_settings(_own_place: Path) -> Iterator[None]:
         environment.setenv("HVMGR_INDEX", str(_own_place / f"index{number}"))
         environment.setenv("HVMGR_RUN", str(_own_place / f"run{number}"))
         yield
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """``ahead(hours)``: the clock of what hvmgr does by itself is that much ahead of the host's."""
+
+    def set_up(hours):
+        class Clock(datetime):
+            @classmethod
+            def now(cls, zone=None):
+                return datetime.now(zone) + timedelta(hours=hours)
+
+        monkeypatch.setattr(worker, "datetime", Clock)
+
+    return set_up
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
-"""libvirt's qemu hook: may this VM start? ``hvmgr hook install`` puts a script into qemu.d that runs this file.
+"""libvirt's qemu hook: may this VM start? And it leaves word of starts and ends, for a worker that may ask libvirt.
+
+``hvmgr hook install`` puts a script into qemu.d that runs this file.
 
     hook.py GUEST OPERATION SUB-OPERATION EXTRA < domain.xml
 
 | what                                    | answer                                                             |
 |-----------------------------------------|--------------------------------------------------------------------|
-| any operation but ``prepare``           | 0, nothing is read                                                 |
 | an XML without hvmgr's element          | 0, nothing is imported                                             |
+| ``started``, ``release`` of a VM of ours| 0; a marker in the spool folder (storage/spool.py), whatever fails |
+| any other operation but ``prepare``     | 0, nothing is read                                                 |
 | a VM of hvmgr's, nothing in its way     | 0; what only warns goes to stderr and to the system's log          |
 | a VM of hvmgr's that must not start     | 1 and one line on stderr, which libvirt shows to whoever starts it |
 | a VM of hvmgr's that was allowed once   | 0, and the permission is used up                                   |
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 _MARK = "urn:hvmgr:vm:1"  # model/metadata.NAMESPACE; a test compares them
 _MARKS = tuple(_MARK.encode(encoding) for encoding in ("utf-8", "utf-16-le", "utf-16-be"))
+_TOLD = ("started", "release")  # storage/spool.Event; a test compares them
 _LIMIT = 16 << 20  # libvirt itself takes no XML above 4 MiB from its clients
 
 PASS, REFUSE = 0, 1
@@ -35,6 +39,8 @@ PASS, REFUSE = 0, 1
 
 def main(arguments: Sequence[str], xml: BinaryIO) -> int:
     """The answer to libvirt: 0 lets the VM start."""
+    if len(arguments) >= 2 and arguments[1] in _TOLD:
+        return _note(arguments, xml)
     if len(arguments) < 2 or arguments[1] != "prepare":
         return PASS
     data = xml.read(_LIMIT + 1)
@@ -48,6 +54,46 @@ def main(arguments: Sequence[str], xml: BinaryIO) -> int:
     except Exception as error:  # noqa: BLE001 - the outermost edge: libvirt's user gets a sentence and a way out
         why = f"a defect in hvmgr's hook: {type(error).__name__}: {error}"
         return _refuse(arguments[0], why, None, f"hvmgr hook allow --once {arguments[0]}")
+
+
+def _note(arguments: Sequence[str], xml: BinaryIO) -> int:
+    """A marker for the worker. The guest lives, whatever becomes of it: a start that fails here would be torn down."""
+    try:
+        data = xml.read(_LIMIT + 1)
+        if any(mark in data for mark in _MARKS):
+            _leave_marker(_id_in(data), arguments[1], arguments[3] if len(arguments) > 3 else "")
+    except Exception as error:  # noqa: BLE001 - the outermost edge
+        if isinstance(error, PermissionError) and _is_users():
+            return PASS
+        _warn(f"no word of '{arguments[1]}' of {arguments[0]} could be left: {type(error).__name__}: {error}")
+    return PASS
+
+
+def _id_in(data: bytes) -> str:
+    """The VM's id where libvirt writes it: the first element of that name. A parser would cost more than all the rest."""
+    start = data.index(b"<uuid>") + len(b"<uuid>")
+    return data[start : start + 36].decode("ascii")
+
+
+def _leave_marker(vm_id: str, operation: str, reason: str) -> None:
+    """An empty file: it is there at once and as a whole."""
+    import os
+    import time
+
+    if not set(vm_id) <= set("0123456789abcdef-"):
+        raise ValueError(f"'{vm_id}' is no id")
+    folder = os.environ.get("HVMGR_RUN", "/run/hvmgr") + "/events/new"  # pathlib would cost more than all the rest
+    os.makedirs(folder, mode=0o700, exist_ok=True)  # noqa: PTH103
+    word = reason if reason.isascii() and reason.isalpha() and reason.islower() else ""
+    path = f"{folder}/{time.time_ns()}_{vm_id}_{operation}_{word[:32]}"
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+
+
+def _is_users() -> bool:
+    """Whether this is the hook of an ordinary user's session, for whose VMs the host has no worker."""
+    import os
+
+    return os.geteuid() != 0
 
 
 def _judge(name: str, data: bytes) -> int:

@@ -43,6 +43,17 @@ class State(StrEnum):
     CRASHED = "crashed"  # the guest crashed and its QEMU was kept
 
 
+class StopReason(StrEnum):
+    """How a domain came to be off, as far as libvirt's daemon has seen it: it forgets that when it ends."""
+
+    SHUTDOWN = "shutdown"  # the guest switched itself off
+    DESTROYED = "destroyed"
+    CRASHED = "crashed"  # the guest, or its QEMU
+    SAVED = "saved"
+    OTHER = "other"
+    UNKNOWN = "unknown"
+
+
 class Domain:
     """A domain of a connection, addressed by its uuid."""
 
@@ -73,6 +84,20 @@ class Domain:
             libvirt.VIR_DOMAIN_CRASHED: State.CRASHED,
         }
         return states.get(number, State.RUNNING)
+
+    def stop_reason(self) -> StopReason:
+        """Why it is off; UNKNOWN also while it is not."""
+        libvirt = libvirt_door.library()
+        with libvirt_door.translated(f"ask for the state of {self.name}"):
+            number, reason = self._handle().state()
+        reasons = {
+            libvirt.VIR_DOMAIN_SHUTOFF_UNKNOWN: StopReason.UNKNOWN,
+            libvirt.VIR_DOMAIN_SHUTOFF_SHUTDOWN: StopReason.SHUTDOWN,
+            libvirt.VIR_DOMAIN_SHUTOFF_DESTROYED: StopReason.DESTROYED,
+            libvirt.VIR_DOMAIN_SHUTOFF_CRASHED: StopReason.CRASHED,
+            libvirt.VIR_DOMAIN_SHUTOFF_SAVED: StopReason.SAVED,
+        }
+        return reasons.get(reason, StopReason.OTHER) if number == libvirt.VIR_DOMAIN_SHUTOFF else StopReason.UNKNOWN
 
     def is_active(self) -> bool:
         """Whether a QEMU process runs it (also when paused or crashed)."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import Metadata
+from hvmgr.model.policy import Policy, Recovery
 
 VENDOR = 9  # characters of an address that name the maker: 'aa:bb:cc:'
 
@@ -56,7 +57,14 @@ class Identity:
             parent=self.snapshot(old.parent),
             disks=tuple(dataclasses.replace(disk, id=self.disks.get(disk.id, disk.id)) for disk in old.disks),
             snapshot=snapshot,
+            policy=self._policy(old.policy),
         )
+
+    def _policy(self, old: Policy) -> Policy:
+        """The snapshot that the VM goes back to after a crash is the same one, by its new id."""
+        if old.recovery is None:
+            return old
+        return dataclasses.replace(old, recovery=Recovery(self.snapshot(old.recovery.snapshot)))
 
 
 def kept(present: Configuration, *, name: str | None, genid: str | None) -> Identity:

@@ -117,6 +117,16 @@ class Layout:
         return self.private / "allow-start"
 
     @property
+    def give_way(self) -> Path:
+        """There while somebody waits for what hvmgr does by itself to let go of this home."""
+        return self.private / "give-way"
+
+    @property
+    def diary(self) -> Path:
+        """What hvmgr did with the VM by itself, and when; may be missing."""
+        return self.private / "automatic"
+
+    @property
     def frozen(self) -> Path:
         """One record per frozen image: its size, header and time when it was frozen."""
         return self.private / "frozen"

@@ -5,9 +5,10 @@
               change="UUID"                                                         the plan that last changed the disks
               owner="anna">                                                         absent when nobody was named
       <hvmgr:tag name="shop"/>                                                      as many as there are
+      <hvmgr:policy …/>                                                             absent where nothing was set; see ``policy``
       <hvmgr:disk slot="vda" id="UUID" image="UUID" apart="yes"/>                   image: absent when unnamed
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
-                      state="none|running|paused" automatic="no" parent="SNAPSHOT-ID"
+                      state="none|running|paused" automatic="no|start|schedule|crash" parent="SNAPSHOT-ID"
                       damaged="vda vdb"                     the disks that others wrote below it; absent when it is whole
                       qemu="7.2.22" host="UUID">            what saved its state, and where; absent when unknown
         <hvmgr:notes>…</hvmgr:notes>
@@ -29,7 +30,8 @@ from typing import TypeVar
 from lxml import etree
 
 from hvmgr import errors, units
-from hvmgr.model import xml_tree
+from hvmgr.model import policy, xml_tree
+from hvmgr.model.policy import Origin, Policy
 
 NAMESPACE = "urn:hvmgr:vm:1"
 PREFIX = "hvmgr"
@@ -40,6 +42,7 @@ _DISK = f"{{{NAMESPACE}}}disk"
 _SNAPSHOT = f"{{{NAMESPACE}}}snapshot"
 _NOTES = f"{{{NAMESPACE}}}notes"
 _TAG = f"{{{NAMESPACE}}}tag"
+_POLICY = f"{{{NAMESPACE}}}policy"
 
 T = TypeVar("T")
 
@@ -78,6 +81,7 @@ class DiskRecord:
 class SnapshotRecord:
     """What a snapshot is called, when and how it was taken, and its parent in the tree (None: a root).
 
+    ``automatic`` says why hvmgr took it by itself; None: somebody asked for it, or has made it his own.
     ``damaged`` names the slots whose images somebody wrote after they were frozen, for good: an image has one past.
     ``qemu`` is the version that saved its state, ``host`` libvirt's id of the host where that was.
     """
@@ -88,7 +92,7 @@ class SnapshotRecord:
     type: SnapshotType = SnapshotType.STANDARD
     state: SavedState = SavedState.NONE
     parent: str | None = None
-    automatic: bool = False
+    automatic: Origin | None = None
     notes: str = ""
     damaged: tuple[str, ...] = ()
     qemu: str | None = None
@@ -112,6 +116,7 @@ class Metadata:
     change: str | None = None
     owner: str | None = None
     tags: tuple[str, ...] = ()
+    policy: Policy = policy.DEFAULT
 
 
 def find_element(metadata: etree._Element | None) -> etree._Element | None:
@@ -146,6 +151,7 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
         change=vm.get("change"),
         owner=vm.get("owner"),
         tags=tuple(_text(tag, "name", source) for tag in vm.findall(_TAG)),
+        policy=_read_policy(vm.find(_POLICY)),
     )
 
 
@@ -153,6 +159,7 @@ def write(vm: etree._Element, facts: Metadata) -> None:
     """Make the element say exactly these facts; what hvmgr does not know in it stays."""
     for child in [*vm.findall(_TAG), *vm.findall(_DISK), *vm.findall(_SNAPSHOT)]:
         vm.remove(child)
+    _write_policy(vm, facts.policy)
     try:
         _set(vm, format=str(FORMAT), home=str(facts.home), uri=facts.uri)
         _set(vm, created=units.to_rfc3339(facts.created), parent=facts.parent, change=facts.change)
@@ -179,12 +186,58 @@ def _read_snapshot(element: etree._Element, source: str) -> SnapshotRecord:
         type=_value(element, "type", source, _recorded_type),
         state=_value(element, "state", source, SavedState),
         parent=element.get("parent"),
-        automatic=element.get("automatic") == "yes",
+        automatic=_origin(element.get("automatic")),
         notes=element.findtext(_NOTES) or "",
         damaged=tuple(element.get("damaged", "").split()),
         qemu=element.get("qemu"),
         host=element.get("host"),
     )
+
+
+def _origin(text: str | None) -> Origin | None:
+    """One that is not known is nobody's to remove."""
+    return Origin(text) if text in set(Origin) else None
+
+
+def _read_policy(element: etree._Element | None) -> Policy:
+    """A VM whose policy is not understood is a VM like any other: nothing is done with it by itself."""
+    if element is None:
+        return policy.DEFAULT
+    schedule, since, keep = element.get("schedule"), element.get("since"), element.get("keep")
+    try:
+        return Policy(
+            type=policy.SnapshotDefault(element.get("type", policy.DEFAULT.type)),
+            automatic=element.get("automatic") == "on",
+            keep=policy.KEEP if keep is None else policy.parse_keep(keep),
+            schedule=None if schedule is None else policy.parse_schedule(schedule),
+            since=None if since is None else units.from_rfc3339(since),
+            recovery=policy.Recovery(element.get("snapshot")) if element.get("recovery") == "revert" else None,
+        )
+    except (ValueError, errors.UsageError):
+        return Policy(understood=False)
+
+
+def _write_policy(vm: etree._Element, facts: Policy) -> None:
+    """The element of what was set; attributes that this hvmgr does not know stay in it."""
+    if not facts.understood:
+        return
+    element = vm.find(_POLICY)
+    if element is None:
+        if facts == policy.DEFAULT:
+            return
+        element = etree.SubElement(vm, _POLICY)
+    _set(element, type=None if facts.type is policy.DEFAULT.type else facts.type)
+    _set(
+        element,
+        automatic="on" if facts.automatic else None,
+        keep=None if facts.keep == policy.KEEP else str(facts.keep),
+    )
+    _set(element, schedule=None if facts.schedule is None else str(facts.schedule))
+    _set(element, since=None if facts.since is None else units.to_rfc3339(facts.since))
+    _set(element, recovery=None if facts.recovery is None else "revert")
+    _set(element, snapshot=None if facts.recovery is None else facts.recovery.snapshot)
+    if not element.attrib and len(element) == 0:
+        vm.remove(element)
 
 
 def _recorded_type(text: str) -> SnapshotType:
@@ -195,7 +248,7 @@ def _recorded_type(text: str) -> SnapshotType:
 
 def _write_snapshot(element: etree._Element, facts: SnapshotRecord) -> None:
     _set(element, id=facts.id, name=facts.name, created=units.to_rfc3339(facts.created), type=facts.type)
-    _set(element, state=facts.state, automatic="yes" if facts.automatic else "no", parent=facts.parent)
+    _set(element, state=facts.state, automatic=facts.automatic or "no", parent=facts.parent)
     _set(element, damaged=" ".join(facts.damaged) or None)
     has_state = facts.state is not SavedState.NONE
     _set(element, qemu=facts.qemu if has_state else None, host=facts.host if has_state else None)

@@ -393,13 +393,13 @@ class Host:
                 durable.remove_empty_folder(layout.home)
 
     @contextlib.contextmanager
-    def session(self, home: VmHome) -> Iterator[Session]:
-        """Exclusive work on one home, with libvirt."""
+    def session(self, home: VmHome, *, stop: Callable[[], bool] | None = None) -> Iterator[Session]:
+        """Exclusive work on one home, with libvirt; it stops as if by Ctrl-C when ``stop`` says so."""
         from hvmgr.operations.session import Session
 
         self._require_role()
         with home.locked(wait_s=self.wait_s):
-            session = Session(home, self.connection, self.reporter, wait_s=self.wait_s)
+            session = Session(home, self.connection, self.reporter, wait_s=self.wait_s, stop=stop)
             try:
                 yield session
             finally:

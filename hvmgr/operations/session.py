@@ -9,7 +9,7 @@ import contextlib
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -67,7 +67,15 @@ class Uses:
 class Session:
     """What the steps of a plan work with."""
 
-    def __init__(self, home: VmHome, connection: Connection, reporter: Reporter, *, wait_s: float) -> None:
+    def __init__(
+        self,
+        home: VmHome,
+        connection: Connection,
+        reporter: Reporter,
+        *,
+        wait_s: float,
+        stop: Callable[[], bool] | None = None,
+    ) -> None:
         self.home = home
         self.connection = connection
         self.wait_s = wait_s
@@ -83,7 +91,7 @@ class Session:
         self._daemon: Daemon | None = None
         self._held: list[Node] = []
         self._uses: Uses | None = None
-        self._interrupts = Interrupts()
+        self._interrupts = Interrupts(stop)
         self._owner: tuple[int, int] | None = None
         self._knows_owner = False
 
@@ -270,10 +278,15 @@ def open_images(home: VmHome, domain: Domain) -> set[str]:
 
 
 class Interrupts:
-    """SIGINT and SIGTERM as a wish: ``check`` raises it where stopping leaves nothing half-done."""
+    """SIGINT and SIGTERM as a wish: ``check`` raises it where stopping leaves nothing half-done.
 
-    def __init__(self) -> None:
+    So does, once, whatever ``asked`` says; ``gave_way`` then.
+    """
+
+    def __init__(self, asked: Callable[[], bool] | None = None) -> None:
         self._wanted = False
+        self._asked = asked
+        self.gave_way = False
         self._old: dict[int, object] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -285,12 +298,14 @@ class Interrupts:
 
     def check(self) -> None:
         """Raises Cancelled when the user wants to stop and may."""
-        if self._wanted and not self._held_back:
+        if self.wanted and not self._held_back:
             raise errors.Cancelled("stopped; nothing was changed")
 
     @property
     def wanted(self) -> bool:
-        """Whether the user wants to stop."""
+        """Whether the user wants to stop, or somebody else asks for that."""
+        if not self.gave_way and self._asked is not None and self._asked():
+            self._wanted = self.gave_way = True
         return self._wanted
 
     def clear(self) -> None:

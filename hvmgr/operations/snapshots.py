@@ -15,6 +15,7 @@ from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, SavedState, SnapshotRecord, SnapshotType
 from hvmgr.model.plan import Plan, Step
+from hvmgr.model.policy import Origin
 from hvmgr.model.tree import Tree
 from hvmgr.operations import background, quiescing, strangers, stuck_memory, undo_slot
 from hvmgr.operations.background import How
@@ -32,6 +33,7 @@ class Wish:
     notes: str = ""
     type: SnapshotType = SnapshotType.STANDARD
     how: How = background.USUAL
+    automatic: Origin | None = None
 
 
 # --- create ---------------------------------------------------------------------------------------------------------
@@ -60,11 +62,12 @@ def plan_create(session: Session, wish: Wish) -> Plan:
     saves = active and saved is not SavedState.NONE
     record = SnapshotRecord(
         id=snapshot_id,
-        name=name or default_name(present.name, moment),
+        name=name or default_name(present.name, moment, wish.automatic),
         created=moment,
         type=taken,
         state=saved,
         parent=facts.parent,
+        automatic=wish.automatic,
         notes=wish.notes,
         qemu=session.domain().qemu_version() if saves else None,
         host=session.connection.capabilities().uuid or None if saves else None,
@@ -138,9 +141,13 @@ def require_name(name: str) -> str:
     return name
 
 
-def default_name(vm: str, moment: datetime) -> str:
-    """``web (2026-11-21 14.03.05)``, in local time."""
-    name = f"{vm} ({moment.astimezone():%Y-%m-%d %H.%M.%S})"
+_AUTOMATIC = {Origin.START: "at start", Origin.SCHEDULE: "scheduled", Origin.CRASH: "crashed"}
+
+
+def default_name(vm: str, moment: datetime, automatic: Origin | None = None) -> str:
+    """``web (2026-11-21 14.03.05)``, in local time; ``web scheduled (…)``."""
+    why = "" if automatic is None else f" {_AUTOMATIC[automatic]}"
+    name = f"{vm}{why} ({moment.astimezone():%Y-%m-%d %H.%M.%S})"
     return name if len(name) <= NAME_LENGTH else name[-NAME_LENGTH:]
 
 
@@ -250,7 +257,10 @@ def copies_of_firmware(
 
 
 def describe(session: Session, snapshot_id: str, *, name: str | None = None, notes: str | None = None) -> None:
-    """A snapshot has another name or other notes; the only things of it that can be changed."""
+    """A snapshot has another name or other notes; the only things of it that can be changed.
+
+    Whoever says something about an automatic one makes it his own: from then on nobody else removes it.
+    """
     snapshot = session.home.snapshot(snapshot_id)
     facts, record = vm_home.require_facts(snapshot), record_of(snapshot)
     subject = f"new {'notes' if name is None else 'name'} of snapshot '{record.name}' of {session.home.name}"
@@ -258,6 +268,7 @@ def describe(session: Session, snapshot_id: str, *, name: str | None = None, not
         record = dataclasses.replace(record, name=require_name(name))
     if notes is not None:
         record = dataclasses.replace(record, notes=notes)
+    record = dataclasses.replace(record, automatic=None)
     snapshot.set_metadata(dataclasses.replace(facts, snapshot=record))
     session.require_consent("snapshot rename" if notes is None else "snapshot notes", subject)
     durable.write_file(session.layout.snapshot(snapshot_id), snapshot.to_xml().encode())

@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvmgr import errors
+from hvmgr import errors, settings
 from hvmgr.host import libvirt_door
 from hvmgr.model.finding import Finding
 from hvmgr.storage import durable, start_guard
@@ -28,9 +28,10 @@ _SCRIPT = """\
 #!/bin/sh
 {ours}, made by 'hvmgr hook install'; 'hvmgr hook uninstall' removes it.
 # libvirt runs it with: guest, operation, sub-operation, extra; and the domain's XML on stdin.
-[ "$2" = prepare ] || exit 0
+case "$2" in prepare|started|release) ;; *) exit 0 ;; esac
 python={python}
 hook={hook}
+export HVMGR_RUN={run}
 [ -x "$python" ] && [ -r "$hook" ] || exit 0
 exec "$python" -I -S "$hook" "$@"
 """
@@ -124,4 +125,9 @@ def _read(path: Path) -> str | None:
 
 def _text() -> str:
     hook = Path(__file__).resolve().parents[1] / "faces" / "hook.py"
-    return _SCRIPT.format(ours=_OURS, python=shlex.quote(sys.executable), hook=shlex.quote(str(hook)))
+    return _SCRIPT.format(
+        ours=_OURS,
+        python=shlex.quote(sys.executable),
+        hook=shlex.quote(str(hook)),
+        run=shlex.quote(str(settings.runtime_folder())),
+    )

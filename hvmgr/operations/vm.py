@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.model import names, tree
 from hvmgr.model.metadata import SavedState, SnapshotType
+from hvmgr.model.policy import Origin, Policy
 from hvmgr.model.tree import Tree
 from hvmgr.storage import journal, locks, vm_home
 from hvmgr.storage.vm_home import SnapshotEntry, VmHome
@@ -117,28 +118,34 @@ class VM:
         name: str | None = None,
         *,
         notes: str = "",
-        type: SnapshotType = SnapshotType.STANDARD,
+        type: SnapshotType | None = None,
         fallback: bool = True,
         compress: bool = False,
     ) -> Snapshot:
         """A new snapshot of the present; running VMs keep running and the memory of a standard one is saved.
 
+        Without a ``type`` it is what the VM's policy says; Conflict when that is that there are none.
         It is saved while the guest goes on; where that cannot be the guest stands still for it, or, without ``fallback``,
         Unsupported. With ``compress`` it is compressed with zstd. For a production one the guest's agent puts its file
         systems to rest instead; where it does not, a standard one is taken, or, production-only, Conflict.
         """
-        from hvmgr.operations import background, quiescing, snapshots
+        from hvmgr.operations import background, policies, snapshots
 
         how = background.How(fallback=fallback, compress=compress)
-        wish = snapshots.Wish(name, notes, SnapshotType(type), how)
         with self._work() as session:
-            try:
-                made = self._take(session, wish)
-            except errors.HostFailed as error:
-                other = quiescing.instead(session, wish, error)
-                if other is None:
-                    raise
-                made = self._take(session, other)
+            kind = SnapshotType(type) if type is not None else policies.default_type(self.policy, self.name)
+            return self._create(session, snapshots.Wish(name, notes, kind, how))
+
+    def _create(self, session: Session, wish: Wish) -> Snapshot:
+        from hvmgr.operations import quiescing
+
+        try:
+            made = self._take(session, wish)
+        except errors.HostFailed as error:
+            other = quiescing.instead(session, wish, error)
+            if other is None:
+                raise
+            made = self._take(session, other)
         return _snapshot(self, self.home.entry(made))
 
     def _take(self, session: Session, wish: Wish) -> str:
@@ -182,6 +189,31 @@ class VM:
             if plan.finish:
                 self._run(session, plan)
         return bool(plan.finish)
+
+    @property
+    def policy(self) -> Policy:
+        """What its owner wants of its snapshots, and of the VM after a crash."""
+        return self.home.facts().policy
+
+    def set(
+        self,
+        *,
+        snapshot_type: str | None = None,
+        automatic_snapshots: bool | None = None,
+        keep: str | None = None,
+        schedule: str | None = None,
+        recovery: str | None = None,
+    ) -> bool:
+        """The policy is this, in the words of ``vm set``; what is None stays. Whether that is a change."""
+        from hvmgr.operations import policies
+
+        wishes = policies.Wishes(snapshot_type, automatic_snapshots, keep, schedule, recovery)
+        wishes.applied(self.policy, self.home.facts().created, lambda _: "")  # says what is wrong before anything else
+        with self._work() as session:
+            plan = policies.plan_set(session, wishes, lambda reference: self.snapshot(reference).id)
+            if plan is not None:
+                self._run(session, plan)
+        return plan is not None
 
     def start(self) -> bool:
         """The VM runs; whether that is a change."""
@@ -290,11 +322,11 @@ class VM:
         return made
 
     @contextlib.contextmanager
-    def _work(self, *, needs_present: bool = True) -> Iterator[Session]:
+    def _work(self, *, needs_present: bool = True, stop: Callable[[], bool] | None = None) -> Iterator[Session]:
         """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present."""
         from hvmgr.operations import reconcile
 
-        with self.host.session(self.home) as session:
+        with self.host.session(self.home, stop=stop) as session:
             reconcile.bring_together(session, needs_present=needs_present)
             yield session
 
@@ -330,6 +362,7 @@ class Snapshot:
     type: SnapshotType
     state: SavedState
     damaged: tuple[str, ...]
+    automatic: Origin | None
     entry: SnapshotEntry = dataclasses.field(repr=False, compare=False)
 
     @property
@@ -368,7 +401,7 @@ class Snapshot:
 
     def delete(self, *, subtree: bool = False, state_only: bool = False) -> list[str]:
         """The snapshot is gone (with ``subtree`` all below it too); the ids of what was deleted."""
-        from hvmgr.operations import merge
+        from hvmgr.operations import merge, policies
 
         with self.vm._work() as session:  # noqa: SLF001
             if state_only:
@@ -376,6 +409,7 @@ class Snapshot:
                 return []
             gone = self.vm.home.tree().subtree(self.id) if subtree else [self.id]
             self.vm._run(session, merge.plan_delete(session, gone))  # noqa: SLF001
+            policies.say_lost_target(session, gone)
         return gone
 
     def rename(self, name: str) -> None:
@@ -405,5 +439,6 @@ def _snapshot(vm: VM, entry: SnapshotEntry) -> Snapshot:
         type=record.type,
         state=record.state,
         damaged=record.damaged,
+        automatic=record.automatic,
         entry=entry,
     )

@@ -164,6 +164,7 @@ class _Case:
             return [self._error("operation-open", sentence, self.layout.journal)]
         if entry.start is not None and entry.start.process == holder and entry.start.images == written_by(self.present):
             return []
+        VmHome(self.layout).ask_to_give_way()
         sentence = f"the {entry.plan.subject} is under way (process {holder})"
         wait = "wait until that is done"
         return [Finding("operation-running", Severity.ERROR, sentence, str(self.layout.journal), wait)]

@@ -132,13 +132,21 @@ class VmHome:
         """Exclusive for one command; leftovers of dead commands are swept first."""
         if self.layout.configuration.exists():
             durable.make_folder(self.layout.private)  # a home that was moved may have come without hvmgr's own files
+        if locks.is_held(self.layout.lock):
+            self.ask_to_give_way()
         with locks.held(self.layout.lock, wait_s=wait_s, what=f"the VM in {self.path}"):
+            durable.remove(self.layout.give_way)
             if self.layout.configuration.exists():
                 for folder in self.layout.folders():
                     durable.make_folder(folder)
             for folder in self.layout.folders()[1:]:
                 durable.sweep(folder)
             yield
+
+    def ask_to_give_way(self) -> None:
+        """A merge that nobody waits for lets go of this home soon; all else goes on to its end."""
+        with contextlib.suppress(OSError):
+            self.layout.give_way.touch(mode=0o600)
 
     def tree(self, *, strangers: Mapping[str, tuple[str, ...]] | None = None) -> Tree:
         """Both graphs, complete."""

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from hvmgr.faces import hook
 from hvmgr.host import libvirt_door
 from hvmgr.model import metadata
 from hvmgr.operations import start_hook
-from hvmgr.storage import start_guard
+from hvmgr.storage import spool, start_guard
 
 ROOT = Path(__file__).resolve().parents[2]
 FOREIGN = b"<domain type='kvm'><name>web</name><uuid>11111111-2222-4333-8444-555555555555</uuid></domain>"
@@ -50,12 +51,73 @@ def said(capsys):
     return get
 
 
-@pytest.mark.parametrize(
-    "operation", ["start", "started", "stopped", "release", "restore", "migrate", "reconnect", "attach", "new-one", ""]
-)
-def test_every_phase_but_prepare_passes_unread(operation, said):
+@pytest.mark.parametrize("operation", ["start", "stopped", "restore", "migrate", "reconnect", "attach", "new-one", ""])
+def test_every_other_phase_passes_unread(operation, said):
     assert answer(Unread(OURS), operation=operation) == 0
     assert said() == ""
+
+
+# --- word of starts and ends ------------------------------------------------------------------------------------------
+
+VM_ID = "11111111-2222-4333-8444-555555555555"
+
+
+def told():
+    """What the worker would find."""
+    return [(one.vm_id, str(one.event), one.reason) for one in spool.look(take=False)]
+
+
+@pytest.mark.parametrize("operation", list(spool.Event))
+def test_word_is_left_of_vms_of_ours(operation, said):
+    before = datetime.now(UTC)
+    assert answer(OURS, operation=operation) == 0
+    assert answer(OURS.replace(b"<name>", b"<title>\xf0\x9f\x90\xa7 <!-- cut off"), operation=operation) == 0
+    assert answer(FOREIGN, operation=operation) == 0
+    assert told() == [(VM_ID, operation, "")] * 2
+    assert all(before <= one.time <= datetime.now(UTC) for one in spool.look(take=False))
+    assert spool.folder().stat().st_mode & 0o777 == 0o700
+    assert said() == ""
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [("crashed", "crashed"), ("-", ""), ("from snapshot", ""), ("../../x", ""), ("x" * 999, "x" * 32)],
+)
+def test_reason_of_an_end_is_told_where_libvirt_says_it(extra, reason):
+    assert hook.main(["web", "release", "end", extra], io.BytesIO(OURS)) == 0
+    assert told() == [(VM_ID, "release", reason)]
+
+
+@pytest.mark.parametrize(
+    "xml",
+    [OURS.replace(VM_ID.encode(), b"../../../../../../../../../../etc/x"), OURS.replace(b"uuid", b"u"), Unread(OURS)],
+    ids=["path", "no-id", "unreadable"],
+)
+@pytest.mark.parametrize("operation", list(spool.Event))
+def test_guest_lives_when_no_word_can_be_left(xml, operation, capsys):
+    assert answer(xml, operation=operation) == 0
+    assert f"hvmgr: no word of '{operation}' of web could be left" in capsys.readouterr().err
+    assert told() == []
+
+
+def test_guest_lives_when_the_folder_is_none(capsys):
+    spool.folder().parent.mkdir(parents=True)
+    spool.folder().write_text("")
+    assert answer(OURS, operation="started") == 0
+    assert "FileExistsError" in capsys.readouterr().err
+
+
+def test_taken_events_stay_until_they_are_settled(tmp_path):
+    for operation in spool.Event:
+        answer(OURS, operation=operation)
+    (spool.folder() / "nonsense").touch()
+    (spool.folder() / f"1_{VM_ID}_exploded_").touch()
+    first = spool.look(take=True)
+    assert [str(one.event) for one in first] == ["started", "release"]
+    assert list(spool.folder().iterdir()) == []
+    assert spool.look(take=True) == first
+    spool.settle(first[:1])
+    assert spool.look(take=True) == first[1:]
 
 
 @pytest.mark.parametrize("arguments", [[], ["web"]])
@@ -169,6 +231,7 @@ def run(script, xml, operation="prepare"):
 def test_script_answers(script):
     assert run(script, FOREIGN).returncode == 0
     assert run(script, OURS, "started").returncode == 0
+    assert told() == [(VM_ID, "started", "")]
     refused = run(script, OURS)
     assert (refused.returncode, refused.stdout) == (1, b"")
     assert b"its home /no/such/home is not there" in refused.stderr
@@ -181,7 +244,7 @@ def test_script_speaks_of_names_beyond_ascii(script):
 
 
 def test_other_phases_and_other_vms_pass_in_well_under_a_tenth_of_a_second(script):
-    for xml, operation in ((OURS, "started"), (FOREIGN, "prepare")):
+    for xml, operation in ((OURS, "stopped"), (OURS, "started"), (FOREIGN, "prepare")):
         seconds = []
         for _ in range(9):
             start = time.perf_counter()

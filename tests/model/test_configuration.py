@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hvmgr import errors
 from hvmgr.model import configuration
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, Metadata, SavedState, SnapshotRecord, SnapshotType
+from hvmgr.model.policy import Keep, Origin, Policy, Recovery, SnapshotDefault, parse_schedule
 
 XML = """\
 <!-- kept: before the root -->
@@ -128,10 +130,14 @@ FACTS = Metadata(
         type=SnapshotType.DISK_ONLY,
         state=SavedState.PAUSED,
         parent="aaaa",
-        automatic=True,
+        automatic=Origin.SCHEDULE,
         notes="first line\n  second & last ",
     ),
-)
+    policy=Policy(
+        SnapshotDefault.PRODUCTION, automatic=True, keep=Keep(daily=3), schedule=parse_schedule("daily@02:30"), since=WHEN,
+        recovery=Recovery("s1"),
+    ),
+)  # fmt: skip
 
 
 def make(xml: str = XML) -> Configuration:
@@ -549,3 +555,20 @@ def test_listing_sees_a_file_that_was_cut_short():
 )
 def test_same_sees_content_and_nothing_else(change, equal):
     assert configuration.same(XML, change(XML)) is equal
+
+
+def test_origin_that_is_not_known_is_nobodys_to_remove():
+    one = make(MINIMAL)
+    one.set_metadata(FACTS)
+    for word in ("yes", "rhyme", ""):
+        changed = configuration.parse(one.to_xml().replace('automatic="schedule"', f'automatic="{word}"'), source="x")
+        assert changed.metadata().snapshot.automatic is None
+
+
+def test_policy_that_says_nothing_leaves_no_trace():
+    one = make(MINIMAL)
+    one.set_metadata(dataclasses.replace(FACTS, policy=Policy()))
+    assert "policy" not in one.to_xml()
+    one.set_metadata(FACTS)
+    one.set_metadata(dataclasses.replace(FACTS, policy=Policy()))
+    assert "policy" not in one.to_xml()

@@ -1,4 +1,4 @@
-"""``hvmgr hook``: the script by which libvirt asks hvmgr before it starts a VM."""
+"""``hvmgr hook``: the script by which libvirt asks hvmgr before it starts a VM, and tells it of starts and ends."""
 
 from __future__ import annotations
 
@@ -35,35 +35,48 @@ def command() -> None:
 def install(request: Request, folder: Path) -> None:
     """Install the hook: a VM whose home is half-way, or whose images are damaged, does not start.
 
-    libvirt shows one line with the reason and what to do. Other VMs, and other hooks, are not touched.
+    libvirt shows one line with the reason and what to do. Other VMs, and other hooks, are not touched. With systemd, units
+    are installed and enabled that start 'hvmgr automatic run' when the hook tells of a start or an end, and every 5 minutes.
     """
     from hvmgr.operations import start_hook
+    from hvmgr.operations.automatic import systemd
 
     done = start_hook.install(folder.absolute(), dry_run=request.dry_run)
-    facts = {"hook": str(done.path), "installed": True, "restart": done.changed and done.alone}
+    # Another folder is that of another libvirt than the host's: systemd is left alone.
+    units = systemd.install(dry_run=request.dry_run) if folder == Path(_FOLDER) else systemd.Units()
+    changed = done.changed or units.changed
+    facts = {
+        "hook": str(done.path),
+        "installed": True,
+        "restart": done.changed and done.alone,
+        "worker": units.present,
+    }
     if request.dry_run:
-        _show(request, f"installation of {done.path}", changed=done.changed)
+        _show(request, f"installation of {done.path}", changed=changed)
         return
-    request.done(
-        f"installed {done.path}" if done.changed else f"{done.path} is there already", facts, changed=done.changed
-    )
+    request.done(f"installed {done.path}" if changed else f"{done.path} is there already", facts, changed=changed)
     if done.changed and done.alone:
         render.notice(_RESTART)
+    if folder == Path(_FOLDER) and not units.present:
+        render.notice(f"no systemd: let cron do what hvmgr does by itself, for example with {systemd.cron_line()}")
 
 
 @command.command("uninstall", examples=["hvmgr hook uninstall"])
 @_dir
 @click.pass_obj
 def uninstall(request: Request, folder: Path) -> None:
-    """Remove the hook; libvirt starts VMs without asking hvmgr."""
+    """Remove the hook and its units; libvirt starts VMs without asking hvmgr, which does nothing by itself any more."""
     from hvmgr.operations import start_hook
+    from hvmgr.operations.automatic import systemd
 
+    units = systemd.uninstall(dry_run=request.dry_run) if folder == Path(_FOLDER) else systemd.Units()
     done = start_hook.uninstall(folder.absolute(), dry_run=request.dry_run)
-    facts = {"hook": str(done.path), "installed": False, "restart": False}
+    changed = done.changed or units.changed
+    facts = {"hook": str(done.path), "installed": False, "restart": False, "worker": False}
     if request.dry_run:
-        _show(request, f"removal of {done.path}", changed=done.changed)
+        _show(request, f"removal of {done.path}", changed=changed)
         return
-    request.done(f"removed {done.path}" if done.changed else f"there is no {done.path}", facts, changed=done.changed)
+    request.done(f"removed {done.path}" if changed else f"there is no {done.path}", facts, changed=changed)
 
 
 @command.command("allow", examples=["hvmgr hook allow web --once"])

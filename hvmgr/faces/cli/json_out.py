@@ -12,6 +12,7 @@ from hvmgr.faces.cli import render
 if TYPE_CHECKING:
     from hvmgr.errors import HvmgrError
     from hvmgr.model.finding import Finding
+    from hvmgr.model.policy import Policy
     from hvmgr.model.tree import Image, Tree
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.usage import Usage
@@ -59,6 +60,7 @@ def snapshot(one: Snapshot) -> Document:
         "parent": one.parent,
         "type": one.type.value,
         "has_state": one.has_state,
+        "automatic": None if one.automatic is None else one.automatic.value,
         "damaged": list(one.damaged),
         "disks": dict(one.disks),
     }
@@ -71,6 +73,20 @@ def snapshots(of: VM, state: str | None, shown: list[Snapshot]) -> Document:
         "vm": vm(of, state),
         "now": {"parent": now.parent, "disks": dict(now.disks)},
         "snapshots": [snapshot(one) for one in shown],
+    }
+
+
+def policy(one: Policy) -> Document | None:
+    """What a VM's owner wants of its snapshots, and of the VM after a crash; null when that is not understood."""
+    if not one.understood:
+        return None
+    return {
+        "snapshot_type": one.type.value,
+        "automatic_snapshots": one.automatic,
+        "keep": {"last": one.keep.last, "hourly": one.keep.hourly, "daily": one.keep.daily, "weekly": one.keep.weekly},
+        "schedule": None if one.schedule is None else str(one.schedule),
+        "recovery": "none" if one.recovery is None else "revert",
+        "recovery_snapshot": None if one.recovery is None else one.recovery.snapshot,
     }
 
 

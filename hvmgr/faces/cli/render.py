@@ -115,6 +115,11 @@ def state_of(one: Snapshot) -> str:
     return "off" if one.state.value == "none" else one.state.value
 
 
+def type_of(one: Snapshot) -> str:
+    """What kind of snapshot it is, and that nobody asked for it."""
+    return one.type.value if one.automatic is None else f"{one.type.value}, automatic"
+
+
 def draw_tree(vm: VM) -> str:
     """The snapshot tree of a VM as text: snapshots, the present (``Now``), the undo slot, images without a name."""
     lines, remarks = _tree_lines(vm)
@@ -177,7 +182,7 @@ def _branches(snapshots: list[Snapshot], tree: Tree, usage: Usage) -> Iterator[_
             yield _Line(place, name, ("", "", units.format_size(size), ""), style)
             continue
         one = known[key]
-        columns = (one.type.value, units.format_local(one.created), units.format_size(sizes[key]), state_of(one))
+        columns = (type_of(one), units.format_local(one.created), units.format_size(sizes[key]), state_of(one))
         yield _Line(place, clean(one.name), columns)
         children = below.get(key, [])
         deeper = prefix + (_GAP if is_last else _BAR)

@@ -38,15 +38,23 @@ def command() -> None:
 @arguments.vm
 @click.argument("name", required=False)
 @click.option("--notes", default="", metavar="T", help="A text that stays with the snapshot.")
-@click.option("--type", "kind", type=click.Choice(_TYPES), default=_TYPES[0], show_default=True,
+@click.option("--type", "kind", type=click.Choice(_TYPES),
               help="standard saves the memory of a running VM too, disk-only does not; for production its agent puts its"
-                   " file systems to rest, or else a standard one is taken, with production-only none.")  # fmt: skip
+                   " file systems to rest, or else a standard one is taken, with production-only none. Without it: what"
+                   " 'vm set' says.")  # fmt: skip
 @click.option("--no-fallback", is_flag=True,
               help="Fail where a running guest would have to stand still while its memory is saved.")  # fmt: skip
 @click.option("--compress", type=click.Choice(("zstd",)), help="Compress the saved memory.")
 @click.pass_obj
 def create(
-    request: Request, vm: str, name: str | None, *, notes: str, kind: str, no_fallback: bool, compress: str | None
+    request: Request,
+    vm: str,
+    name: str | None,
+    *,
+    notes: str,
+    kind: str | None,
+    no_fallback: bool,
+    compress: str | None,
 ) -> None:
     """Take a snapshot of a VM as it is now.
 
@@ -57,7 +65,11 @@ def create(
     with request.host() as host, request.changing():
         one = host.vm(vm)
         made = one.create_snapshot(
-            name, notes=notes, type=SnapshotType(kind), fallback=not no_fallback, compress=compress is not None
+            name,
+            notes=notes,
+            type=None if kind is None else SnapshotType(kind),
+            fallback=not no_fallback,
+            compress=compress is not None,
         )
         request.done(f"created snapshot '{made.name}' of {one.name}", {"snapshot": json_out.snapshot(made)})
 
@@ -68,8 +80,8 @@ def create(
 def show_list(request: Request, vm: str) -> None:
     """List the snapshots of a VM, oldest first.
 
-    In a pipe each line holds id, name, type, state, time and parent's id between tabs. libvirt is asked for the VM's
-    state with --json only.
+    In a pipe each line holds id, name, type, state, time, parent's id and, of an automatic one, why it was taken, between
+    tabs. libvirt is asked for the VM's state with --json only.
     """
     with request.host() as host:
         one = host.vm(vm)
@@ -79,9 +91,11 @@ def show_list(request: Request, vm: str) -> None:
             return
         if render.is_terminal():
             headers = ("Name", "Type", "State", "Created", "Id")
-            rows = [(s.name, s.type, render.state_of(s), units.format_local(s.created), s.id[:8]) for s in found]
+            rows = [
+                (s.name, render.type_of(s), render.state_of(s), units.format_local(s.created), s.id[:8]) for s in found
+            ]
         else:
-            headers = ("Id", "Name", "Type", "State", "Created", "Parent")  # type: ignore[assignment]
+            headers = ("Id", "Name", "Type", "State", "Created", "Parent", "Automatic")  # type: ignore[assignment]
             rows = [_line(s) for s in found]  # type: ignore[misc]
         render.table(headers, rows)
 
@@ -124,6 +138,7 @@ def show(request: Request, vm: str, snap: str) -> None:
                 ("vm", one.name),
                 ("created", units.format_local(found.created)),
                 ("type", found.type.value),
+                ("automatic", found.automatic or "no"),
                 ("state", render.state_of(found)),
                 ("parent", names.get(found.parent or "", "-")),
                 *([("notes", found.notes)] if found.notes else []),
@@ -355,4 +370,5 @@ def _line(one: Snapshot) -> tuple[str, ...]:
         render.state_of(one),
         units.format_local(one.created),
         one.parent or "",
+        one.automatic or "",
     )

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from hvmgr import errors, units
-from hvmgr.faces.cli import arguments, json_out, render
+from hvmgr.faces.cli import arguments, json_out, policy, render
 from hvmgr.faces.cli.groups import READS, Group, Seconds
 from hvmgr.faces.cli.request import Request
 
@@ -36,6 +36,10 @@ _ELSEWHERE = {
     "adopt": ("hvmgr.faces.cli.adopt:command", "Make hvmgr manage VMs that libvirt has already."),
     "clone": ("hvmgr.faces.cli.relocate:clone", "Make another VM like this one, with ids and addresses of its own."),
     "move": ("hvmgr.faces.cli.relocate:move", "Give a VM that is off or saved another home."),
+    "set": (
+        "hvmgr.faces.cli.policy:command",
+        "Say what a VM's snapshots are, which are automatic, what follows a crash.",
+    ),
     "release": ("hvmgr.faces.cli.release:command", "Make a VM a plain domain of libvirt's again."),
 }
 
@@ -206,6 +210,7 @@ def show(request: Request, vm: str) -> None:
             ("memory", units.format_size(document["memory"])),
             ("vcpus", str(document["vcpus"])),
             ("snapshots", str(document["snapshots"])),
+            *policy.lines(document["policy"]),
             ("undo", "possible" if document["undo"] else "nothing to undo"),
         ]
     )
@@ -253,6 +258,7 @@ def _facts(request: Request, one: VM) -> dict[str, Any]:
         "now": {"parent": now.parent, "disks": dict(now.disks)},
         "undo": one.can_undo(),
         "snapshots": len(snapshots),
+        "policy": json_out.policy(facts.policy),
         "disks": disks,
     }
 

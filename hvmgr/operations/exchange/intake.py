@@ -147,7 +147,11 @@ class Intake:
         snapshot = facts.snapshot
         if snapshot is not None:
             snapshot = dataclasses.replace(snapshot, parent=self.heir(snapshot.parent))
-        return dataclasses.replace(facts, parent=self.heir(facts.parent), snapshot=snapshot)
+        wanted = facts.policy
+        target = None if wanted.recovery is None else wanted.recovery.snapshot
+        if target is not None and self.heir(target) != target:
+            wanted = dataclasses.replace(wanted, recovery=None)  # to go back to another one is not what was asked for
+        return dataclasses.replace(facts, parent=self.heir(facts.parent), snapshot=snapshot, policy=wanted)
 
     def heir(self, snapshot_id: str | None) -> str | None:
         """The nearest snapshot at or above this one that comes along."""

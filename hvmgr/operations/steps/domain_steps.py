@@ -158,7 +158,7 @@ def is_switched(session: Session, step: plan.SwitchDisks) -> bool:
         inactive = configuration.parse(domain.xml(live=False), source="libvirt")
         if children & set(vm_home.disks_of(inactive).values()):
             return True
-    return any(_holds_data(path) for path in children)
+    return any(holds_data(path) for path in children)
 
 
 def has_gone_on(session: Session, images_made: set[str]) -> bool:
@@ -170,10 +170,11 @@ def has_gone_on(session: Session, images_made: set[str]) -> bool:
     if domain is not None and domain.is_active():
         writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
         return domain.state() is State.RUNNING and bool(images_made & writing)
-    return any(_holds_data(path) for path in images_made)
+    return any(holds_data(path) for path in images_made)
 
 
-def _holds_data(path: str) -> bool:
+def holds_data(path: str) -> bool:
+    """Whether something was written to a differencing image since it was made."""
     from hvmgr.host import qemu_img
 
     return _is_complete(Path(path)) and any(

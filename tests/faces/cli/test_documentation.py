@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import click
@@ -103,6 +104,8 @@ SHAPED = {
     "vm list": ["vm", "list"],
     "vm show": ["vm", "show", "VM"],
     "vm create": ["vm", "create", "shaped", "--network", "none"],
+    "vm set": ["vm", "set", "shaped", "--automatic-snapshots", "on", "--schedule", "hourly"],
+    "automatic run": ["automatic", "run"],
     "vm adopt several": ["vm", "adopt", "--all", "--dry-run"],
     "vm adopt": ["vm", "adopt", "plain"],
     "import": ["import", "HOME", "--name", "imported"],
@@ -140,6 +143,15 @@ SHAPED = {
 
 
 @pytest.fixture
+def due(hvmgr, branched, ahead):
+    """A VM whose turn has come, but whose undo slot holds something; that of 'vm set' in the test comes as well."""
+    hvmgr.ok("vm", "set", branched, "--automatic-snapshots", "on", "--schedule", "hourly")
+    (image,) = hvmgr.ok("vm", "show", branched, "--json").json["now"]["disks"].values()
+    subprocess.run(["qemu-io", "-f", "qcow2", "-c", "write 0 64k", image], check=True, capture_output=True, timeout=60)
+    ahead(2)
+
+
+@pytest.fixture
 def ailing(branched, root):
     """A VM with something to repair, and something that stays: for lists that must not be empty."""
     (home,) = [one for one in root.iterdir() if one.name == branched]
@@ -163,7 +175,7 @@ def files(hvmgr, tmp_path):
     return folder
 
 
-@pytest.mark.usefixtures("ailing")
+@pytest.mark.usefixtures("ailing", "due")
 def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path, files):
     with package.Host.open(root=root) as host:
         host.connection.define(

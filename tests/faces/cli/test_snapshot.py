@@ -11,7 +11,7 @@ from hvmgr.faces.cli import snapshot
 from hvmgr.model.metadata import SnapshotType
 from tests.faces.cli.conftest import files_of
 
-SNAPSHOT = {"id", "name", "notes", "created", "parent", "type", "has_state", "damaged", "disks"}
+SNAPSHOT = {"id", "name", "notes", "created", "parent", "type", "has_state", "automatic", "damaged", "disks"}
 
 
 def test_list_in_a_pipe_is_plain_lines(hvmgr, branched):

@@ -1,0 +1,1 @@
+"""What hvmgr does with VMs by itself (docs/automatic.md)."""

@@ -1,0 +1,120 @@
+"""What a VM's owner wants of its snapshots, and of the VM after a crash: set, and put into words."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from datetime import datetime
+
+from hvmgr import errors
+from hvmgr.model import plan, policy
+from hvmgr.model.metadata import SnapshotType
+from hvmgr.model.plan import Plan
+from hvmgr.model.policy import Policy, Recovery, SnapshotDefault
+from hvmgr.operations.session import Session
+from hvmgr.storage import vm_home
+
+NONE = "none"
+_REVERT = "revert"
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What ``vm set`` is asked for, in the words of the command line; None leaves a setting as it is."""
+
+    snapshot_type: str | None = None
+    automatic_snapshots: bool | None = None
+    keep: str | None = None
+    schedule: str | None = None
+    recovery: str | None = None
+
+    def applied(self, old: Policy, now: datetime, find: Callable[[str], str]) -> Policy:
+        """The policy with these wishes; ``find`` gives the id of a snapshot that is named. UsageError before all else."""
+        new = old if old.understood else policy.DEFAULT
+        if self.snapshot_type is not None:
+            new = dataclasses.replace(new, type=_type(self.snapshot_type))
+        if self.automatic_snapshots is not None:
+            new = dataclasses.replace(new, automatic=self.automatic_snapshots)
+        if self.keep is not None:
+            new = dataclasses.replace(new, keep=policy.parse_keep(self.keep))
+        if self.schedule is not None:
+            wanted = None if self.schedule == NONE else policy.parse_schedule(self.schedule)
+            if wanted != new.schedule:
+                new = dataclasses.replace(new, schedule=wanted, since=None if wanted is None else now)
+        if self.recovery is not None:
+            new = dataclasses.replace(new, recovery=_recovery(self.recovery, find))
+        return new
+
+
+def plan_set(session: Session, wishes: Wishes, find: Callable[[str], str]) -> Plan | None:
+    """The configuration says what is wanted; None when it does already."""
+    present = session.home.present()
+    facts = vm_home.require_facts(present)
+    wanted = wishes.applied(facts.policy, session.now(), find)
+    _say_what_is_idle(session, wanted)
+    if wanted == facts.policy:
+        return None
+    present.set_metadata(dataclasses.replace(facts, policy=wanted))
+    return Plan(
+        plan_id=session.new_id(),
+        vm_id=session.home.vm_id,
+        operation="vm set",
+        subject=f"new settings of {present.name}",
+        finish=(plan.Define(xml=present.to_xml()), plan.WritePresent()),
+    )
+
+
+def default_type(wanted: Policy, name: str) -> SnapshotType:
+    """What a snapshot is when nobody says it; Conflict where snapshots are switched off."""
+    if wanted.type is SnapshotDefault.DISABLED:
+        raise errors.Conflict(
+            f"snapshots of {name} are disabled",
+            hint=f"say which one you want all the same, such as --type standard, or: hvmgr vm set {name} "
+            "--snapshot-type standard",
+        )
+    return SnapshotType(wanted.type.value)
+
+
+def recovery_word(wanted: Policy) -> str:
+    """What ``--recovery`` would be given, with the snapshot's id."""
+    if wanted.recovery is None:
+        return NONE
+    return _REVERT if wanted.recovery.snapshot is None else f"{_REVERT}:{wanted.recovery.snapshot}"
+
+
+def say_lost_target(session: Session, gone: Collection[str]) -> None:
+    """A snapshot that was to bring the VM back after a crash is deleted."""
+    recovery = session.home.facts().policy.recovery
+    if recovery is not None and recovery.snapshot in gone:
+        session.say(
+            f"{session.home.name} was to go back to that snapshot after a crash, and will now stay off: "
+            f"hvmgr vm set {session.home.name} --recovery revert"
+        )
+
+
+def _say_what_is_idle(session: Session, wanted: Policy) -> None:
+    if wanted.automatic and wanted.type is SnapshotDefault.DISABLED:
+        session.say("snapshots are disabled for this VM: none is taken automatically either")
+    elif wanted.schedule is not None and not wanted.automatic:
+        session.say("the schedule rests as long as automatic snapshots are off: --automatic-snapshots on")
+
+
+def _type(text: str) -> SnapshotDefault:
+    try:
+        return SnapshotDefault(text)
+    except ValueError:
+        raise errors.UsageError(
+            f"'{text}' is no type of snapshots", hint=f"one of {', '.join(SnapshotDefault)}"
+        ) from None
+
+
+def _recovery(text: str, find: Callable[[str], str]) -> Recovery | None:
+    word, colon, reference = text.partition(":")
+    if text == NONE:
+        return None
+    if word != _REVERT or (colon and not reference):
+        raise errors.UsageError(
+            f"'{text}' is nothing to do after a crash", hint="write none, revert, or revert:SNAPSHOT"
+        )
+    return Recovery(find(reference) if colon else None)
