@@ -52,6 +52,7 @@ def receive(session: Session, slot: str, stream: Incoming, *, force: bool) -> No
     """The disk holds what arrives; on any failure it holds what it held."""
     point = require_ready(session, slot)
     what = f"disk {slot} of {session.home.name}"
+    stream.require_meant(force=force)
     stream.require_fitting(
         point.size, what, f"make it larger first: hvmgr disk resize {session.home.name} {slot} {stream.size}"
     )

@@ -37,12 +37,13 @@ _MAX_SIZE = 63 << 40  # of QEMU's qcow2 with clusters of 64 KiB
 
 def point_of(shelf: Shelf, one: FreeDisk) -> Point:
     """The disk, or its snapshot, as it can be read."""
+    chain = shelf.chain(one)
     return Point(
         uuid=one.uuid,
         disk=one.disk,
         name=name_of(one),
-        chain=tuple((path, images.QCOW2) for path in shelf.chain(one)),
-        size=one.size,
+        chain=tuple((path, images.QCOW2) for path in chain),
+        size=images.read(chain[0], images.QCOW2).size,
         is_frozen=one.snapshot_of is not None,
         created=units.from_rfc3339(one.created) if one.snapshot_of else None,
     )
@@ -109,6 +110,7 @@ def receive(host: Host, shelf: Shelf, wanted: str, stream: Incoming, *, force: b
         with shelf.locked(wait_s=host.wait_s):
             _settle(shelf)
             one = _disk(host, shelf, wanted)
+            stream.require_meant(force=force)
             stream.require_fitting(one.size, name_of(one), "make a larger one: hvmgr vdi-create virtual-size=BYTES")
             stream.require_held(_held(shelf, one), name_of(one), force=force)
             path = shelf.folder / shelf.new_image()
