@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Report = Callable[[Progress], None]
 
+_MERGE_WAIT_S = 600.0  # what has arrived is not thrown away because another disk is being merged
 _MAX_SIZE = 63 << 40  # of QEMU's qcow2 with clusters of 64 KiB
 
 
@@ -118,16 +119,18 @@ def receive(host: Host, shelf: Shelf, wanted: str, stream: Incoming, *, force: b
             _make(path, one.size, below=None if stream.parent is None else one.image)
         try:
             _fill(shelf, one, path, stream, host.reporter.progress)
-            with shelf.locked(wait_s=host.wait_s):
+            if stream.uuid is not None:
+                contents.note(shelf.contents, path, stream.uuid)
+            with shelf.locked(wait_s=max(host.wait_s, _MERGE_WAIT_S)):
                 shelf.write(one.pointing(path.name))
         except BaseException:
-            durable.remove(path)
+            if _found(shelf, wanted).image != path.name:
+                contents.forget(shelf.contents, path)
+                durable.remove(path)
             raise
         finally:
             transfers.end(record)
-        with shelf.locked(wait_s=host.wait_s):
-            if stream.uuid is not None:
-                contents.note(shelf.contents, path, stream.uuid)
+        with contextlib.suppress(errors.Busy), shelf.locked(wait_s=host.wait_s):  # else the next command does it
             _settle(shelf)
 
 

@@ -115,6 +115,21 @@ def test_disk_that_was_put_back_to_a_snapshot_holds_that(bench, source, streams)
     bench.check(source)
 
 
+def test_what_a_disk_holds_is_known_through_snapshots_and_merges(bench, streams) -> None:
+    vm = target(bench)
+    vm.create_snapshot("ground")
+    bench.take(vm, streams[0][0])
+    vm.create_snapshot("short")
+    vm.snapshot("short").delete()
+    alone = bench.host.disks.snapshot(vm.home.facts().disks[0].id)
+    bench.host.disks.destroy(alone)
+    bench.take(vm, streams[1][0])
+    assert bench.disk_of(vm) == streams[1][1]
+    bench.start(vm)
+    vm.stop(force=True)
+    bench.check(vm)
+
+
 def test_fixed_vhd_and_disks_of_other_sizes(bench, source) -> None:
     fixed = bench.place / "fixed.vhd"
     run("qemu-img", "convert", "-f", "qcow2", "-O", "vpc", "-o", "subformat=fixed,force_size=on",
