@@ -16,13 +16,14 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
 from hvmgr.operations import chains, snapshots, undo_slot
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, images, vm_home
+from hvmgr.storage import frozen, images, transfers, vm_home
 
 
 def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     """The snapshots go; their images go or are merged as far as nothing else needs them."""
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
+    _require_not_sent(before, snapshot_ids)
     change = _merging_whole_images(session, lambda busy: tree.plan_delete(before, snapshot_ids, busy=busy))
     _require_space(before, change)
     change_id = session.new_id()
@@ -51,6 +52,13 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         subject=f"deletion of snapshot {names}{more} of {present.name}",
         finish=tuple(finish),
     )
+
+
+def _require_not_sent(before: Tree, snapshot_ids: Sequence[str]) -> None:
+    """An image that nothing else stands on would be left over when the transfer that reads it ends."""
+    children = before.children()
+    named = [path for one in snapshot_ids if one in before.nodes for path in before.nodes[one].disks.values()]
+    transfers.require_none(path for path in named if not children.get(path))
 
 
 def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
@@ -90,6 +98,38 @@ def plan_merge(session: Session, names: Sequence[Path] = ()) -> Plan:
         subject=f"merge of unnamed images of {session.home.name}",
         finish=steps,
     )
+
+
+def plan_forget(session: Session, record: Path, path: str, user: str, subject: str) -> Plan:
+    """The ``record`` of a user goes that needed the image ``path``; what nothing needs without it is removed or merged."""
+    before = snapshots.whole_tree(session)
+    left = tuple(one for one in before.strangers.get(path, ()) if one != user)
+    before = dataclasses.replace(before, strangers={**before.strangers, path: left})
+
+    def planned(busy: set[str]) -> Change:
+        removed = tree.remove_userless(before, [path], busy=busy)
+        merged = tree.plan_merge(removed.after, busy=busy)
+        return Change(after=merged.after, finish=(*removed.finish, *merged.finish))
+
+    change = _merging_whole_images(session, planned)
+    _require_space(before, change)
+    steps: tuple[Step, ...] = change.finish
+    if steps:
+        steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
+    return Plan(
+        plan_id=session.new_id(),
+        vm_id=session.home.vm_id,
+        operation="vdi-destroy",
+        subject=subject,
+        finish=(plan.RemoveFile(path=str(record)), *steps),
+    )
+
+
+def steps_after(session: Session, after: Tree) -> tuple[Step, ...]:
+    """What merges the unnamed images of a tree that another plan makes true, for the end of that plan."""
+    change = _merging_whole_images(session, lambda busy: tree.plan_merge(after, busy=busy))
+    _require_space(after, change)
+    return change.finish
 
 
 def _named(session: Session, before: Tree, names: Sequence[Path]) -> set[str]:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from hvmgr import errors
+from hvmgr.write_behind import WriteBehind
 
 P = ParamSpec("P")
 
@@ -32,6 +33,7 @@ class Outlet:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         mode = os.fstat(descriptor).st_mode
+        self._behind = WriteBehind(descriptor) if stat.S_ISREG(mode) else None
         self._movers: list[Callable[[int, int, int], int]] = [self._sendfile]
         if stat.S_ISREG(mode):
             self._movers.insert(0, self._copy_file_range)  # may share blocks
@@ -43,7 +45,9 @@ class Outlet:
         """All of it is handed over."""
         view = memoryview(data)
         while view:
-            view = view[self._patiently(os.write, self._descriptor, view) :]
+            count = self._patiently(os.write, self._descriptor, view)
+            view = view[count:]
+            self._push(count)
 
     def send(self, source: int, offset: int, length: int) -> None:
         """A range of another file; Corrupt when that ends within it."""
@@ -58,8 +62,13 @@ class Outlet:
             else:
                 _require(count, offset)
                 offset += count
+                self._push(count)
         if offset < end:
             self._carry(source, offset, end)
+
+    def _push(self, count: int) -> None:
+        if self._behind is not None:
+            self._behind.wrote(os.lseek(self._descriptor, 0, os.SEEK_CUR) - count, count)
 
     def _carry(self, source: int, offset: int, end: int) -> None:
         buffer = memoryview(bytearray(min(_BUFFER, end - offset)))

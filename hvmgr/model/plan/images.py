@@ -177,3 +177,19 @@ class RecordFrozen(Step):
 
     def describe(self) -> str:
         return "note the state of " + ", ".join(name(path) for path in self.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveDisk(Step):
+    """A disk that arrives goes into ``child``, an empty image on what the disk held before.
+
+    ``uuid`` is the point that it then holds, which is remembered until somebody writes the image; None when nobody knows.
+    """
+
+    child: str
+    parent: str
+    parent_format: str
+    uuid: str | None
+
+    def describe(self) -> str:
+        return f"write what arrives into image {name(self.child)}"

@@ -24,7 +24,15 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.operations import resting_guest
 from hvmgr.operations.exchange import import_steps, move_steps, vhd_steps
 from hvmgr.operations.session import Session
-from hvmgr.operations.steps import domain_steps, file_steps, guest_steps, image_steps, memory_steps, resize_steps
+from hvmgr.operations.steps import (
+    domain_steps,
+    file_steps,
+    guest_steps,
+    image_steps,
+    memory_steps,
+    resize_steps,
+    transfer_steps,
+)
 from hvmgr.storage import durable, journal
 
 _Act = Callable[[Session, Any], None]
@@ -44,6 +52,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.CopyImage: image_steps.copy,
     plan.MoveImage: image_steps.move,
     plan.RecordFrozen: image_steps.record,
+    plan.ReceiveDisk: transfer_steps.receive,
     plan.MakeHome: file_steps.make_home,
     plan.NoteUses: file_steps.note_uses,
     plan.TakeFile: file_steps.take_file,
@@ -108,6 +117,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.CompleteImage: image_steps.uncopy,
     plan.ConvertInternal: image_steps.uncopy,
     plan.CopyImage: image_steps.uncopy,
+    plan.ReceiveDisk: transfer_steps.unreceive,
     plan.MakeHome: file_steps.unmake_home,
     plan.NoteUses: file_steps.unnote_uses,
     plan.TakeFile: file_steps.untake_file,
@@ -351,6 +361,7 @@ def _catch_up(session: Session, one: Plan) -> bool:
     What the guest has written since is in the new images: undoing would lose it.
     """
     made = {step.path for step in one.prepare if isinstance(step, plan.CreateImage) and step.parent is not None}
+    made -= {step.child for step in one.prepare if isinstance(step, plan.ReceiveDisk)}  # whose data no guest wrote
     if not isinstance(one.switch, plan.Define):
         return False
     put = [step for step in one.prepare if isinstance(step, plan.PutManagedSave)]
