@@ -108,6 +108,7 @@ SHAPED = {
     "import": ["import", "HOME", "--name", "imported"],
     "compare": ["compare", "HOME"],
     "disk localize": ["disk", "localize", "VM", "vda"],
+    "disk convert": ["disk", "convert", "VM", "vda"],
     "disk info": ["disk", "info", "VM", "vda"],
     "disk resize": ["disk", "resize", "VM", "vda", "9M"],
     "snapshots": ["snapshot", "list", "VM"],
