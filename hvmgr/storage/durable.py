@@ -221,6 +221,16 @@ def _reserve(descriptor: int, size: int) -> None:
             raise OSError(number, os.strerror(number))
 
 
+def start_writing(path: Path) -> None:
+    """What another process has written into the file so far begins to go to disk; nobody waits for that."""
+    with contextlib.suppress(OSError):  # it only makes ``settle_file`` quicker
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def settle_file(path: Path) -> None:
     """What another process wrote into the file is on disk, and the space that was reserved behind its end is free."""
     with explained(path):
