@@ -133,6 +133,26 @@ def run(
     return completed
 
 
+# Whoever is killed closes the pipe without a word. What a terminal or systemd sends before concerns the one who works.
+_SECOND = ("sh", "-c", "trap '' INT TERM HUP; read -r _ || exec \"$@\"", "sh")
+
+
+@contextlib.contextmanager
+def seconded(argv: Sequence[str | Path]) -> Iterator[None]:
+    """Should we be killed before the block ends, this program runs by itself, with our environment; else it never does."""
+    quiet = subprocess.DEVNULL
+    with subprocess.Popen(
+        [*_SECOND, *argv], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+    ) as second:
+        try:
+            yield
+        finally:
+            assert second.stdin is not None
+            with contextlib.suppress(OSError):  # somebody has ended it
+                second.stdin.write(b"\n")
+                second.stdin.flush()
+
+
 @contextlib.contextmanager
 def spawned(
     argv: Sequence[str | Path], *, stderr_to: IO[bytes] | None = None, pass_fds: Sequence[int] = ()

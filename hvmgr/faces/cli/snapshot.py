@@ -60,9 +60,10 @@ def create(
         )
     with request.host() as host, request.changing():
         one = host.vm(vm)
-        made = one.create_snapshot(
-            name, notes=notes, type=SnapshotType(kind), fallback=not no_fallback, compress=compress is not None
-        )
+        with request.seconded(one):
+            made = one.create_snapshot(
+                name, notes=notes, type=SnapshotType(kind), fallback=not no_fallback, compress=compress is not None
+            )
         request.done(f"created snapshot '{made.name}' of {one.name}", {"snapshot": json_out.snapshot(made)})
 
 
