@@ -264,6 +264,8 @@ class VM:
 
         with self._work() as session:
             if converting.has_to_go_on(session, slot):
+                if session.dry_run:
+                    session.say("what is shown is the first part; the new image then takes in all that is below it")
                 self._run(session, converting.plan_go_on(session, slot))
                 session.forget_uses()
             plan = converting.plan_convert(session, slot)

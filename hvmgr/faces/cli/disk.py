@@ -106,6 +106,6 @@ def convert(request: Request, vm: str, slot: str) -> None:
     with request.host() as host, request.changing():
         one = host.vm(vm)
         changed = one.convert_disk(slot)
-        what = "stands on no VHD any more" if changed else "stands on no VHD"
+        what = "stands on no VHD any more; the VHD stays as it is" if changed else "stands on no VHD"
         facts = {"vm": json_out.vm(one, request.state(one)), "slot": slot, "disks": dict(one.now().disks)}
         request.done(f"disk {slot} of {one.name} {what}", facts, changed=changed)

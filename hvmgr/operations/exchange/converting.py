@@ -146,7 +146,14 @@ def _require_possible(session: Session, before: Tree, outcome: _Outcome, slot: s
     for path in outcome.vhds:
         if path != working:
             frozen.require_unchanged(session.layout, Path(path))
+    busy = session.busy_images() - ({one.path for one in before.chain(working)} if outcome.pulled else set())
     for one in children:
+        if one.path in busy:
+            raise errors.Conflict(
+                f"another disk of {session.home.name} stands on the same VHD with {one.path}, which is open while the VM runs",
+                hint=f"stop it first: hvmgr vm stop {session.home.name}",
+                path=one.path,
+            )
         if one.keeper is Keeper.OUTSIDE:
             raise errors.Conflict(
                 f"{one.path} stands on a VHD and lies outside the home, where nothing is written",
