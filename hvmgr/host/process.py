@@ -141,9 +141,13 @@ _SECOND = ("sh", "-c", "trap '' INT TERM HUP; read -r _ || exec \"$@\"", "sh")
 def seconded(argv: Sequence[str | Path]) -> Iterator[None]:
     """Should we be killed before the block ends, this program runs by itself, with our environment; else it never does."""
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(
-        [*_SECOND, *argv], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
-    ) as second:
+    try:
+        second = subprocess.Popen(
+            [*_SECOND, *argv], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+        )
+    except OSError as error:
+        raise errors.HostFailed(f"cannot start '{_SECOND[0]}': {error.strerror}") from error
+    with second:
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import names, plan, tree
+from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Leaf, Tree
 from hvmgr.operations import chains, snapshots, vhd_bases
@@ -29,7 +30,7 @@ def has_to_go_on(session: Session, slot: str) -> bool:
     """Whether the VM runs and writes to a VHD itself."""
     before = session.home.present_tree()
     working = before.present.disks.get(slot)
-    return working is not None and before.images[working].format == images.VPC and _is_active(session)
+    return working is not None and before.chain(working)[0].format == images.VPC and _is_active(session)
 
 
 def plan_go_on(session: Session, slot: str) -> Plan:
@@ -89,6 +90,7 @@ def plan_convert(session: Session, slot: str) -> Plan | None:
     left = [one for one in before.images.values() if one.parent in places and one.path not in gone]
     children = [one for one in left if not (outcome.pulled and one.path == working)]
     _require_possible(session, before, outcome, slot, children)
+    after.strip_backing_chains()  # one that somebody wrote out would still lead to the VHD
     repointing.point(after, before.present.disks, places, formats)
     facts = vm_home.require_facts(present)
     disks = chains.set_apart(facts.disks, [slot]) if outcome.pulled else facts.disks
@@ -162,10 +164,17 @@ def _require_possible(session: Session, before: Tree, outcome: _Outcome, slot: s
             )
         if one.path != working:
             frozen.require_unchanged(session.layout, Path(one.path))
-    size = sum(before.images[path].data for path in outcome.needed)
-    size += sum(one.data for one in before.chain(working)[1:]) if outcome.pulled else 0
-    for finding in compare_place.space_finding(session.layout.home, size):
-        raise errors.NoSpace(finding.sentence, hint="free space there, then run the command again")
+    _require_space(session.layout, before, outcome, working)
+
+
+def _require_space(layout: Layout, before: Tree, outcome: _Outcome, working: str) -> None:
+    written = sum(before.images[path].data for path in outcome.needed)
+    pulled = sum(one.data for one in before.chain(working)[1:]) if outcome.pulled else 0
+    if layout.bases.stat().st_dev == layout.images.stat().st_dev:
+        written, pulled = written + pulled, 0
+    for folder, size in ((layout.bases, written), (layout.images, pulled)):
+        for finding in compare_place.space_finding(folder, size) if size else ():
+            raise errors.NoSpace(finding.sentence, hint="free space there, then run the command again")
 
 
 def _let_go(before: Tree, outcome: _Outcome) -> Iterator[Step]:

@@ -39,7 +39,11 @@ def plan_localize(session: Session, slot: str) -> Plan | None:
         )
     _require_space(session, outside)
     places = _places(session, before, outside, slot)
-    children = [one for one in before.images.values() if one.parent in places and one.path not in places]
+    children = [
+        one
+        for one in before.images.values()
+        if one.parent in places and one.path not in places and one.keeper is not Keeper.OUTSIDE  # another disk's
+    ]
     for one in children:
         frozen.require_unchanged(layout, Path(one.path))
     pulled = active and any(one.path in places for one in before.chain(working)[1:])

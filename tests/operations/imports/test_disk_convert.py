@@ -154,6 +154,44 @@ def test_running_vm_above_other_states(bench, on_base):
     bench.check(vm)
 
 
+def test_running_vm_leaves_no_image_that_nothing_needs(bench, on_base):
+    """One whose snapshot was deleted while the VM ran: the working image has its data now."""
+    vm, vhd = on_base
+    bench.write(vm, 0x21, 1 << 20)
+    (between,) = vm.create_snapshot("between").disks.values()
+    bench.write(vm, 0x31, 2 << 20)
+    before = bench.photo(vm)
+    bench.start(vm)
+    vm.snapshot("between").delete()
+    assert vm.convert_disk("hda")
+    assert not Path(between).exists()
+    vm.stop(force=True)
+    bench.check(vm)
+    del before["between hda"]
+    assert bench.photo(vm) == before
+    assert vhd.exists()
+
+
+def test_two_disks_on_one_vhd(bench):
+    """While the VM runs, the other disk's images are open, and are not written."""
+    vhd = make_vhd(bench)
+    bench.make(bench.in_place(vhd)).create_snapshot("one")
+    vm = bench.make(bench.in_place(vhd), bench.in_place(vhd), name="other")
+    before, disks = bench.photo(vm), dict(vm.now().disks)
+    bench.start(vm)
+    with pytest.raises(errors.Conflict, match="another disk") as failure:
+        vm.convert_disk("hda")
+    assert "vm stop other" in failure.value.hint
+    assert str(vm.state()) == "running"
+    vm.stop(force=True)
+    assert (bench.photo(vm), vm.now().disks) == (before, disks)
+    assert vm.convert_disk("hda")
+    assert not vm.convert_disk("hdb")
+    assert on_vhds(vm) == set()
+    assert bench.photo(vm) == before
+    bench.check(vm)
+
+
 def test_import_says_that_a_vhd_stays_one(bench):
     folder = bench.take_away(bench.make(make_vhd(bench)))
     found = bench.host.plan_import(folder, hvmgr.ImportOptions()).check()
