@@ -12,10 +12,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from hvmgr import units
+
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of the table: medians in seconds; ``aim`` is the largest ratio, ``limit`` the most seconds, if any."""
+    """One line of the table: medians in seconds; ``aim`` is the largest ratio, ``limit`` the most seconds, if any.
+
+    ``is_size``: they are bytes.
+    """
 
     what: str
     ours: float
@@ -24,6 +29,7 @@ class Result:
     in_process: float | None = None
     aim: float | None = None
     limit: float | None = None
+    is_size: bool = False
 
     @property
     def ratio(self) -> float | None:
@@ -67,17 +73,21 @@ def table(results: Iterable[Result]) -> str:
 
 
 def _row(result: Result) -> tuple[str, ...]:
-    aim = "" if result.aim is None else f"<= {result.aim:g}"
+    aim, shown = "" if result.aim is None else f"<= {result.aim:g}", _bytes if result.is_size else _seconds
     return (
         result.what,
-        _seconds(result.ours),
-        _seconds(result.in_process),
-        _seconds(result.theirs),
+        shown(result.ours),
+        shown(result.in_process),
+        shown(result.theirs),
         result.other,
         "" if result.ratio is None else f"{result.ratio:.2f}",
-        aim if result.limit is None else f"<= {_seconds(result.limit)}",
+        aim if result.limit is None else f"<= {shown(result.limit)}",
         {True: "yes", False: "NO", None: ""}[result.is_met],
     )
+
+
+def _bytes(value: float | None) -> str:
+    return "" if value is None else units.format_size(int(value))
 
 
 def _seconds(value: float | None) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import statistics
 import subprocess
 import threading
 import time
@@ -32,8 +33,9 @@ _ALIVE = ("hvmgr", "virsh", "virsh --live")
 class Scale:
     """How much is measured; the tests take next to nothing. The load is the part of the memory that is rewritten."""
 
-    memories: tuple[int, ...] = (256 * units.MIB, 512 * units.MIB)
+    memories: tuple[int, ...] = (512 * units.MIB, units.GIB, 2 * units.GIB)
     load: float = 0.5
+    rounds: int = 3
     live_s: float = 15.0  # a --live that has not ended by then never does
 
 
@@ -50,7 +52,7 @@ class Taken:
 def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Result]:
     """All results of this suite."""
     scale = scale or Scale()
-    results: list[Result] = []
+    results, gaps = list[Result](), dict[int, float]()
     with prepared(_allow) as bench:
         for memory in scale.memories:
             say(f"live: {units.format_size(memory)}")
@@ -59,6 +61,11 @@ def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Resu
                 end = "" if one.is_done else " (stopped)"
                 say(f"  {name}: gap {one.gap:.2f} s, total {one.total:.2f} s, {units.format_size(one.size)}{end}")
             results += _results(units.format_size(memory), memory, taken)
+            gaps[memory] = taken["hvmgr"].gap - taken["no snapshot"].gap
+    least, most = min(gaps), max(gaps)
+    if least != most:  # what a snapshot adds does not grow with the memory
+        sizes = units.format_size(most), units.format_size(least)
+        results.append(Result(f"added to the gap, {sizes[0]}", gaps[most], gaps[least], sizes[1], limit=_PAUSE))
     return results
 
 
@@ -69,8 +76,7 @@ def _results(name: str, memory: int, taken: dict[str, Taken]) -> list[Result]:
         end = "" if taken[other].is_done else ", stopped"
         pause.append(Result(f"longest gap, {name} under load", ours.gap, taken[other].gap, other + end))
     total = Result(f"whole time, {name} under load", ours.total, taken["virsh"].total, "virsh, paused", aim=3)
-    # No seconds: the ratio is what counts.
-    size = Result(f"file to memory, {name} under load", ours.size / memory, 1.0, "the memory", aim=1.01)
+    size = Result(f"file, {name} under load", ours.size, memory, "the memory", aim=1.01, is_size=True)
     return [*pause, total, size]
 
 
@@ -84,17 +90,34 @@ def _take(bench: Bench, memory: int, scale: Scale) -> dict[str, Taken]:
     vm = _booted(bench, memory, int(memory * scale.load))
     try:
         place = bench.folder / f"state{memory}"
-        taken = {"no snapshot": _watched(vm, lambda: time.sleep(3), lambda: 0)}
-        taken["hvmgr"] = _watched(
-            vm, lambda: bench.hvmgr("snapshot", "create", vm.name, "ours", "--no-fallback"), lambda: _ours(vm)
-        )
-        for name, more in (("virsh", ()), ("virsh --live", ("--live",))):
-            file = Path(f"{place}{name[-4:]}.save")
-            taken[name] = _watched(vm, lambda f=file, m=more: _virsh(bench, vm, f, m, scale), lambda f=file: _size(f))  # type: ignore[misc]
+        rounds = [_take_once(bench, vm, place, f"{number}", scale) for number in range(scale.rounds)]
+        taken = {name: _median([one[name] for one in rounds]) for name in rounds[0]}
         taken["virsh save"] = _saved(bench, vm, Path(f"{place}.saved"))
         return taken
     finally:
         vm.stop(force=True)
+
+
+def _take_once(bench: Bench, vm: VM, place: Path, number: str, scale: Scale) -> dict[str, Taken]:
+    """Everything after which the guest goes on, one after the other."""
+    taken = {"no snapshot": _watched(vm, lambda: time.sleep(3), lambda: 0)}
+    taken["hvmgr"] = _watched(
+        vm, lambda: bench.hvmgr("snapshot", "create", vm.name, number, "--no-fallback"), lambda: _ours(vm, number)
+    )
+    for name, more in (("virsh", ()), ("virsh --live", ("--live",))):
+        file = Path(f"{place}{name[-4:]}.save")
+        taken[name] = _watched(vm, lambda f=file, m=more: _virsh(bench, vm, f, m, scale), lambda f=file: _size(f))  # type: ignore[misc]
+        file.unlink(missing_ok=True)
+    return taken
+
+
+def _median(rounds: list[Taken]) -> Taken:
+    return Taken(
+        statistics.median(one.gap for one in rounds),
+        statistics.median(one.total for one in rounds),
+        max(one.size for one in rounds),
+        all(one.is_done for one in rounds),
+    )
 
 
 def _booted(bench: Bench, memory: int, load: int) -> VM:
@@ -181,8 +204,8 @@ def _saved(bench: Bench, vm: VM, file: Path) -> Taken:
     return Taken(seconds, seconds, _size(file))
 
 
-def _ours(vm: VM) -> int:
-    return _size(vm.home.layout.memory(vm.snapshot("ours").id))
+def _ours(vm: VM, name: str) -> int:
+    return _size(vm.home.layout.memory(vm.snapshot(name).id))
 
 
 def _size(file: Path) -> int:

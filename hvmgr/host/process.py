@@ -133,6 +133,30 @@ def run(
     return completed
 
 
+# Whoever is killed closes the pipe without a word. What a terminal or systemd sends before concerns the one who works.
+_SECOND = ("sh", "-c", "trap '' INT TERM HUP; read -r _ || exec \"$@\"", "sh")
+
+
+@contextlib.contextmanager
+def seconded(argv: Sequence[str | Path]) -> Iterator[None]:
+    """Should we be killed before the block ends, this program runs by itself, with our environment; else it never does."""
+    quiet = subprocess.DEVNULL
+    try:
+        second = subprocess.Popen(
+            [*_SECOND, *argv], stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+        )
+    except OSError as error:
+        raise errors.HostFailed(f"cannot start '{_SECOND[0]}': {error.strerror}") from error
+    with second:
+        try:
+            yield
+        finally:
+            assert second.stdin is not None
+            with contextlib.suppress(OSError):  # somebody has ended it
+                second.stdin.write(b"\n")
+                second.stdin.flush()
+
+
 @contextlib.contextmanager
 def spawned(
     argv: Sequence[str | Path], *, stderr_to: IO[bytes] | None = None, pass_fds: Sequence[int] = ()

@@ -77,6 +77,7 @@ KINDS: Mapping[str, Kind] = {
     "drive-emptied": _warning("a medium is not there: the drive will be empty"),
     "host-path": _info("the VM names a file or device of the host"),
     "address-in-state": _info("a guest that goes on from a saved state keeps its old addresses until it restarts"),
+    "vhd-kept": _info("a VHD stays one: the memory of a VM that runs on it cannot be saved"),
     "vhd-converted": _info("a VHD that QEMU does not read as it is becomes a qcow2 image"),
     "undo-left-behind": _info("the undo slot of the source does not come along"),
 }

@@ -17,7 +17,7 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.model.specification import DiskSpecification, NetworkKind, Specification
 from hvmgr.model.template import HostFacts, Template
 from hvmgr.model.tree import Leaf, Tree
-from hvmgr.operations import strangers
+from hvmgr.operations import strangers, vhd_bases
 from hvmgr.operations.session import Session
 from hvmgr.storage import access, images, templates, vm_home
 
@@ -32,6 +32,12 @@ class _Placed:
     path: Path
     format: str
     step: Step | None
+
+    @property
+    def base_format(self) -> str:
+        """The format of what it stands on, or is."""
+        below = self.step.parent_format if isinstance(self.step, plan.CreateImage) else None
+        return below or self.format
 
 
 def plan_create(session: Session, spec: Specification) -> Plan:
@@ -52,6 +58,7 @@ def plan_create(session: Session, spec: Specification) -> Plan:
         _require_readable(session, path)
     slots = template.slots(kind, spec)
     placed = {slot: _place(session, slot, disk) for slot, disk in zip(slots, spec.disks, strict=True)}
+    vhd_bases.say_what_it_costs(session, spec.name, ((slot, disk.base_format) for slot, disk in placed.items()))
     _require_space(layout, placed)
     built = template.build(
         kind,

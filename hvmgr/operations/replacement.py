@@ -12,7 +12,7 @@ from hvmgr.model import configuration, plan, tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import loading, snapshots, strangers, stuck_memory, undo_slot
+from hvmgr.operations import loading, snapshots, strangers, stuck_memory, undo_slot, vhd_bases
 from hvmgr.operations.session import Session
 from hvmgr.storage import vm_home
 
@@ -174,9 +174,11 @@ def put_present_away(session: Session, present: Configuration, facts: Metadata, 
     elif state in (State.RUNNING, State.PAUSED):
         stuck_memory.refuse(session, hint="give --discard-state to lose what it has in memory")
         if reasons := session.domain().blocked_reasons():
+            vhd = vhd_bases.find_reason(session)
+            why, way = vhd or ("; ".join(reasons), "stop it first")
             raise errors.Conflict(
-                f"{present.name} runs and its memory cannot be saved: {'; '.join(reasons)}",
-                hint="stop it first, or give --discard-state to lose what it has in memory",
+                f"{present.name} runs and its memory cannot be saved: {why}",
+                hint=f"{way}; or give --discard-state to lose what it has in memory",
             )
         _require_true_view(session)
         steps.append(plan.SavePresent(memory=memory, paused=state is State.PAUSED))

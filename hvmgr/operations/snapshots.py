@@ -17,7 +17,7 @@ from hvmgr.model.metadata import DiskRecord, SavedState, SnapshotRecord, Snapsho
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.policy import Origin
 from hvmgr.model.tree import Tree
-from hvmgr.operations import background, quiescing, strangers, stuck_memory, undo_slot
+from hvmgr.operations import background, quiescing, strangers, stuck_memory, undo_slot, vhd_bases
 from hvmgr.operations.background import How
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable, frozen, images, vm_home
@@ -225,7 +225,12 @@ def require_memory(session: Session, present: Configuration) -> None:
             )
     stuck_memory.refuse(session, hint="take the disks alone with --type disk-only")
     if reasons := session.domain().blocked_reasons():
-        raise errors.Unsupported(f"QEMU cannot save the memory of {present.name}: {'; '.join(reasons)}", hint=hint)
+        vhd = vhd_bases.find_reason(session)
+        why, way = vhd or ("; ".join(reasons), "stop the VM first")
+        raise errors.Unsupported(
+            f"QEMU cannot save the memory of {present.name}: {why}",
+            hint=f"{way}; or take the disks alone with --type disk-only",
+        )
 
 
 def _steps_for_managed_save(

@@ -352,6 +352,24 @@ class VM:
                 self._run(session, plan)
         return plan is not None
 
+    def convert_disk(self, slot: str) -> bool:
+        """No state of the disk stands on a VHD any more, so that memory can be saved; whether that is a change.
+
+        The VHD stays as it is. A VM that runs goes on meanwhile.
+        """
+        from hvmgr.operations.exchange import converting
+
+        with self._work() as session:
+            if converting.has_to_go_on(session, slot):
+                if session.dry_run:
+                    session.say("what is shown is the first part; the new image then takes in all that is below it")
+                self._run(session, converting.plan_go_on(session, slot))
+                session.forget_uses()
+            plan = converting.plan_convert(session, slot)
+            if plan is not None:
+                self._run(session, plan)
+        return plan is not None
+
     def foresee_release(self, *, flatten: bool = False) -> Release:
         """What ``release`` would make of the VM; nothing is changed."""
         from hvmgr.operations.adopt import release

@@ -23,6 +23,7 @@ _READ_PIECE = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 _PUNCH_HOLE = 1 | 2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 _FALLOC_KEEP_SIZE = 1  # fallocate(2)
+_SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2)
 
 
 def sync_folder(folder: Path) -> None:
@@ -211,6 +212,23 @@ def _reserve(descriptor: int, size: int) -> None:
             raise errors.Unsupported("this file system cannot reserve space for a file")
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))
+
+
+def start_writing(path: Path) -> None:
+    """What another process has written into the file so far begins to go to disk; nobody waits for that.
+
+    It promises nothing, and only makes ``settle_file`` quicker: whether it works does not matter.
+    """
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            libc.sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
+        finally:
+            os.close(descriptor)
 
 
 def settle_file(path: Path) -> None:

@@ -175,3 +175,41 @@ class TestEndLeftOver:
         with process.spawned(["true"]) as program:
             program.wait(5)
         assert not process.end_left_over(program.pid, 1)
+
+
+# --- a second -----------------------------------------------------------------------------------------------------------
+
+
+def test_second_goes_on_only_after_a_kill(tmp_path):
+    """However the one who works ends otherwise, nothing happens; a signal that is sent to both does not end the second."""
+    mark = tmp_path / "mark"
+    program = textwrap.dedent("""
+        import os, signal, sys, time
+        from pathlib import Path
+        from hvmgr.host import process
+
+        def ignores_term(pid):
+            words = Path(f"/proc/{pid}/status").read_text().partition("SigIgn:")[2].split()
+            return int(words[0], 16) >> (signal.SIGTERM - 1) & 1
+
+        with process.seconded(["touch", sys.argv[1]]):
+            if sys.argv[2] == "fail":
+                raise SystemExit(3)
+            if sys.argv[2] == "kill":
+                (child,) = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+                while not ignores_term(child):
+                    time.sleep(0.01)
+                for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                    os.kill(int(child), number)
+                os.kill(os.getpid(), signal.SIGKILL)
+    """)
+    for how, code in (("end", 0), ("fail", 3)):
+        done = subprocess.run([sys.executable, "-c", program, mark, how], check=False, timeout=60)
+        assert done.returncode == code
+        assert not mark.exists()  # the second has ended before its first did
+    done = subprocess.run([sys.executable, "-c", program, mark, "kill"], check=False, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 60
+    while not mark.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -256,6 +257,30 @@ def test_killed_while_the_memory_is_saved_is_completed_by_the_next_command(live,
     assert live.tick().memory > live.count_of(snapshot) >= before.memory - 1
     live.check()
     assert_goes_back_to(live, snapshot)
+
+
+def test_killed_command_is_completed_without_another_one(live):
+    """A ``virsh save`` right after its death would else meet a QEMU that lets the guest run on while it saves."""
+    command = [sys.executable, "-m", "hvmgr", "-c", live.host.uri, "--root", live.host.root]
+    with subprocess.Popen([*command, "snapshot", "create", live.vm.id, "one", "--no-fallback"]) as killed:
+        wait_until(lambda: background_snapshot.look(live.domain).phase is Phase.ACTIVE)
+        killed.kill()
+    assert killed.returncode == -signal.SIGKILL
+    wait_until(lambda: not live.layout.journal.exists())
+    able = {one["capability"]: one["state"] for one in live.domain.monitor("query-migrate-capabilities")}
+    assert not able["background-snapshot"]
+    (snapshot,) = live.vm.snapshots()
+    assert snapshot.state is SavedState.RUNNING
+    assert live.said == []  # nothing was left for us
+    live.check()
+    assert_goes_back_to(live, snapshot)
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_killed_with_the_guest_stopped_for_the_switch(live, monkeypatch, run_and_die):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -20,13 +21,15 @@ pytestmark = pytest.mark.guest
 DISK = 2 << 20
 
 
-def test_memory_over_a_dynamic_vhd(make_machine, tmp_path):
+def test_memory_over_a_dynamic_vhd_once_it_is_converted(make_machine, tmp_path):
     vhd = tmp_path / "base.vhd"
     command = ["qemu-img", "create", "-q", "-f", "vpc", "-o", "subformat=dynamic,force_size=on", str(vhd), str(DISK)]
     subprocess.run(command, check=True, timeout=60)
     machine = make_machine(disks=(DiskSpecification(path=vhd, format=ImageFormat.VHD),))
-    with pytest.raises(errors.Unsupported, match="vpc") as failure:
+    with pytest.raises(errors.Unsupported, match="stands on a VHD") as failure:
         machine.vm.create_snapshot("memory")
+    (slot,) = machine.vm.now().disks
+    assert f"hvmgr disk convert {machine.vm.name} {slot}" in failure.value.hint
     assert "--type disk-only" in failure.value.hint
     assert machine.vm.snapshots() == []
     machine.tick()
@@ -48,6 +51,20 @@ def test_memory_over_a_dynamic_vhd(make_machine, tmp_path):
     snapshot.delete()  # a qcow2 child never goes into a VHD, and the VHD stays its base
     assert machine.tick().memory > count
     machine.check()
+
+    base = machine.layout.bases / f"{slot}.vhd"
+    content = hashlib.sha256(base.read_bytes()).digest()
+    late = machine.tick()
+    assert machine.vm.convert_disk(slot)
+    assert machine.tick().memory > late.memory  # it went on meanwhile
+    machine.check()
+    memory = machine.vm.create_snapshot("memory")
+    assert memory.state is SavedState.RUNNING
+    machine.run_for(5)
+    memory.apply()
+    assert machine.tick().memory > machine.count_of(memory)  # and it would say when its disk were of another moment
+    machine.check()
+    assert hashlib.sha256(base.read_bytes()).digest() == content
 
 
 def test_disk_that_was_plugged_in_until_the_vm_stops(make_machine, kinds, tmp_path):

@@ -165,3 +165,21 @@ def import_(request: Request, vm: str, slot: str, file: str, fmt: str | None, *,
             "disks": dict(one.now().disks),
         }
         request.done(f"imported {name} into disk {slot} of {one.name}", facts)
+
+
+@command.command("convert", examples=["hvmgr disk convert web vda", "hvmgr disk convert web vda --dry-run"])
+@arguments.vm
+@click.argument("slot", metavar="SLOT")
+@click.pass_obj
+def convert(request: Request, vm: str, slot: str) -> None:
+    """Make a disk that stands on a VHD qcow2, so that snapshots of the running VM can have its memory.
+
+    The VHD is written once as a qcow2 image of the VM's home, and every state that stood on it stands on that. The VHD itself
+    stays as it is, and nothing needs it any more. The VM may run: then its working image takes in all that is below it.
+    """
+    with request.host() as host, request.changing():
+        one = host.vm(vm)
+        changed = one.convert_disk(slot)
+        what = "stands on no VHD any more; the VHD stays as it is" if changed else "stands on no VHD"
+        facts = {"vm": json_out.vm(one, request.state(one)), "slot": slot, "disks": dict(one.now().disks)}
+        request.done(f"disk {slot} of {one.name} {what}", facts, changed=changed)

@@ -69,6 +69,22 @@ class Request:
         else:
             render.say(sentence)
 
+    @contextlib.contextmanager
+    def seconded(self, vm: VM) -> Iterator[None]:
+        """Should this command be killed in here, another one does at once what the next command on the VM would do.
+
+        A guest may stand still meanwhile, and QEMU may be in a state that only hvmgr ends.
+        """
+        from hvmgr.host import process
+
+        if self.dry_run:
+            yield
+            return
+        host = vm.host
+        argv = [sys.executable, "-P", "-m", "hvmgr", "-c", host.uri, "--root", str(host.root), "vm", "show", vm.id]
+        with process.seconded(argv):
+            yield
+
     def show_plan(self, plan: Plan | None, *, first: Plan | None = None) -> None:
         """What would be done: sentences, or with ``--json`` the plan itself (null: nothing).
 

@@ -64,13 +64,14 @@ def create(
 
     with request.host() as host, request.changing():
         one = host.vm(vm)
-        made = one.create_snapshot(
-            name,
-            notes=notes,
-            type=None if kind is None else SnapshotType(kind),
-            fallback=not no_fallback,
-            compress=compress is not None,
-        )
+        with request.seconded(one):
+            made = one.create_snapshot(
+                name,
+                notes=notes,
+                type=None if kind is None else SnapshotType(kind),
+                fallback=not no_fallback,
+                compress=compress is not None,
+            )
         request.done(f"created snapshot '{made.name}' of {one.name}", {"snapshot": json_out.snapshot(made)})
 
 

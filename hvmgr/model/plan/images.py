@@ -122,6 +122,19 @@ class CompleteImage(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class ConvertBase(Step):
+    """A new qcow2 image that stands alone shows what QEMU shows of the base ``source``; compared before it counts."""
+
+    source: str
+    format: str
+    target: str
+    size: int
+
+    def describe(self) -> str:
+        return f"make the qcow2 image {name(self.target)} of {self.source}"
+
+
+@dataclass(frozen=True, slots=True)
 class ConvertInternal(Step):
     """A new differencing image on ``parent`` shows what a snapshot inside ``source`` shows; compared before it counts."""
 

@@ -76,7 +76,8 @@ class ConvertVhd(Step):
 class NameParent(Step):
     """The header of an image names its parent anew; its guest-visible content is the same.
 
-    ``before`` is the old name, ``mode`` what the file has before and afterwards.
+    ``before`` is the old name, ``before_format`` the old parent's format ('': the same), ``mode`` what the file has before
+    and afterwards.
     """
 
     path: str
@@ -84,6 +85,7 @@ class NameParent(Step):
     parent_format: str
     before: str
     mode: int
+    before_format: str = ""
 
     def describe(self) -> str:
         return f"let {name(self.path)} name its parent {self.parent}"

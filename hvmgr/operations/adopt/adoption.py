@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, Metadata, SnapshotRecord
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Leaf, Node, Tree
-from hvmgr.operations import snapshots
+from hvmgr.operations import snapshots, vhd_bases
 from hvmgr.operations.adopt import adoption_checks, internal_snapshots, libvirt_history
 from hvmgr.operations.adopt.libvirt_history import Past, Wishes
 from hvmgr.operations.session import Session
@@ -264,6 +264,7 @@ def _say_what_is_special(
 ) -> None:
     if what := adoptee.unsaveable(present):
         session.say(f"{domain.name} has {' and '.join(what)}: its memory cannot be saved, only its disks")
+    vhd_bases.say_what_it_costs(session, domain.name, _base_formats(session, present))
     written = [disk.slot for disk in present.disks() if disk.snapshot == "no" and disk.device == "disk"]
     written = [slot for slot in written if not _is_readonly(present, slot)]
     if written:
@@ -278,6 +279,14 @@ def _say_what_is_special(
                 f"new images go to {session.layout.home}, on another file system than {far[0]};"
                 " --home DIR chooses another place"
             )
+
+
+def _base_formats(session: Session, present: Configuration) -> Iterator[tuple[str, str]]:
+    """The format of what each disk stands on in the end."""
+    formats = vm_home.formats_of(present)
+    for slot, path in vm_home.disks_of(present).items():
+        found = session.home.load_images({path: formats[path]})
+        yield from ((slot, one.format) for one in found.values() if one.parent is None)
 
 
 def _is_readonly(present: Configuration, slot: str) -> bool:

@@ -21,7 +21,7 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.maps import Entry, Maps, Used
 from hvmgr.operations.exchange import compare_host, compare_place, import_, intake
 from hvmgr.operations.session import Session
-from hvmgr.storage import copy, source_home
+from hvmgr.storage import copy, images, source_home
 from hvmgr.storage.source_home import SourceHome, SourceSnapshot
 
 
@@ -220,8 +220,16 @@ def _vhds(comparison: Comparison) -> Iterator[Finding]:
     """QEMU reads zeros from a differencing VHD, and spoils it with the first write: it never gets one."""
     source, mode = comparison.source, comparison.options.mode
     used = {one.path for one in intake.needed_images(source, comparison.snapshots, left_out=mode is Mode.REGISTER)}
+    converted = (
+        frozenset[str]()
+        if mode is Mode.REGISTER
+        else intake.to_convert(source, comparison.snapshots, comparison.options, left_out=mode is Mode.LINK)
+    )
     for image in intake.needed_images(source, comparison.snapshots):
         if not image.is_foreign:
+            if image.format == images.VPC and image.path not in converted:
+                sentence = f"{image.path} is a VHD and stays one: snapshots of the running VM cannot have its memory"
+                yield found("vhd-kept", sentence, image.path, "afterwards: hvmgr disk convert VM SLOT")
             continue
         kind = "a differencing VHD" if image.parent is not None else "a VHD that QEMU would cut short"
         if mode is Mode.COPY or image.path not in used:

@@ -95,21 +95,21 @@ def pack_files_away(_session: Session, step: plan.UnpackFiles) -> None:
 
 def name_parent(session: Session, step: plan.NameParent) -> None:
     """The header names the parent."""
-    _name(session, step, step.parent)
+    _name(session, step, step.parent, step.parent_format)
 
 
 def unname_parent(session: Session, step: plan.NameParent) -> None:
     """The header names what it named before, where the image is still there."""
     if Path(step.path).exists():
-        _name(session, step, step.before)
+        _name(session, step, step.before, step.before_format or step.parent_format)
 
 
-def _name(session: Session, step: plan.NameParent, parent: str) -> None:
+def _name(session: Session, step: plan.NameParent, parent: str, fmt: str) -> None:
     path = Path(step.path)
     if images.read(path, images.QCOW2).backing != parent:
         durable.set_mode(path, frozen.WORKING_MODE)
         with session.lent(step.path):
-            qemu_img.name_parent(path, parent, step.parent_format)
+            qemu_img.name_parent(path, parent, fmt)
         durable.sync_file(path)
     durable.set_mode(path, step.mode)
     frozen.refresh(session.layout, path)  # whoever planned this has seen that the image was what it should be

@@ -10,6 +10,7 @@ from hvmgr import errors
 from hvmgr.host import internal_snapshots, qemu_img
 from hvmgr.host.storage_daemon import Node
 from hvmgr.model import plan
+from hvmgr.model.progress import Progress
 from hvmgr.operations import strangers
 from hvmgr.operations.session import Session
 from hvmgr.storage import contents, durable, frozen, images, index
@@ -103,6 +104,28 @@ def complete(session: Session, step: plan.CompleteImage) -> None:
     durable.sync_folder(path.parent)
 
 
+def convert_base(session: Session, step: plan.ConvertBase) -> None:
+    """The image is on disk, and QEMU reads the same from it as from the base, which is only read."""
+    source, target = Path(step.source), Path(step.target)
+    shared = session.is_held(step.source)  # the lock on it is ours: nobody writes it
+
+    def report(taken: int) -> None:
+        session.progress(Progress(min(taken, step.size), step.size, f"convert {source.name}"))
+
+    qemu_img.flatten(source, step.format, target, target_fmt=images.QCOW2, force_share=shared, on_progress=report)
+    is_same = qemu_img.same((source, step.format), (target, images.QCOW2), force_share=shared)
+    if not is_same or images.read(target, images.QCOW2).size != step.size:
+        raise errors.Corrupt(
+            f"{source} reads otherwise than the image that was made of it",
+            hint=f"check it: hvmgr image check '{source}'",
+            path=step.source,
+        )
+    durable.set_mode(target, frozen.WORKING_MODE)
+    durable.set_owner(target, session.owner)
+    durable.sync_file(target)
+    durable.sync_folder(target.parent)
+
+
 def convert_internal(session: Session, step: plan.ConvertInternal) -> None:
     """The image is on disk, and QEMU reads the same from it as from the snapshot inside the other one."""
     source, target = Path(step.source), Path(step.target)
@@ -136,7 +159,9 @@ def drop_internal(session: Session, step: plan.DropInternal) -> None:
     durable.sync_file(path)
 
 
-def uncopy(_session: Session, step: plan.CopyImage | plan.CompleteImage | plan.ConvertInternal) -> None:
+def uncopy(
+    _session: Session, step: plan.CopyImage | plan.CompleteImage | plan.ConvertBase | plan.ConvertInternal
+) -> None:
     """The copy is not there."""
     durable.remove(Path(step.target))
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hvmgr import errors
+from hvmgr import errors, units
 from hvmgr.host import background_snapshot, saved_state, userfault
 from hvmgr.host.background_snapshot import Phase, Stream
 from hvmgr.host.domain import Domain, State
@@ -26,9 +26,12 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.progress import Progress
 from hvmgr.operations import stuck_memory
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable
+from hvmgr.storage import durable, images
 
 _POLL_S = 0.05
+_WRITE_BACK = 64 * units.MIB  # so much more of the stream is sent to disk each time
+_WRITE_ROUNDS = 3
+_SHORT_S = 0.02  # what a round may take that leaves little behind
 _ENDS_S = 5.0
 _SAVING = "save the memory"
 STANDS_STILL = "the guest stands still while its memory is saved: "
@@ -76,6 +79,7 @@ def switch(
     assert step.memory is not None
     memory = Path(step.memory)
     with durable.explained(memory), memory.open("r+b", buffering=0) as file:
+        _write_back(children)
         head = _head(domain)
         try:
             background_snapshot.arrange(domain, file.fileno())
@@ -98,6 +102,21 @@ def _head(domain: Domain) -> bytes:
     saved = configuration.parse(domain.migratable_xml(), source=f"libvirt's migratable XML of {domain.name}")
     saved.strip_backing_chains()
     return saved_state.head(saved.to_xml(), complete=False, was_running=True, cookie=domain.save_cookie())
+
+
+def _write_back(children: Mapping[str, Path]) -> None:
+    """What the guest wrote to its disks lately goes to disk now: QEMU waits for all of it while the guest stands still.
+
+    What it writes meanwhile goes in another round, which is shorter.
+    """
+    parents = [images.read(child, images.QCOW2).parent for child in children.values()]
+    for _ in range(_WRITE_ROUNDS):
+        start = time.monotonic()
+        for parent in parents:
+            if parent is not None:
+                durable.sync_file(parent)
+        if time.monotonic() - start < _SHORT_S:
+            return
 
 
 def _stop_guest(domain: Domain) -> None:
@@ -196,7 +215,7 @@ def await_memory(session: Session, step: memory_plan.AwaitMemory) -> None:
 
 
 def _complete(session: Session, domain: Domain, memory: Path) -> None:
-    stream = _followed(session, domain)
+    stream = _followed(session, domain, memory)
     if stream.phase is not Phase.ACTIVE and not session.recovering:
         background_snapshot.dismiss(domain)
     if not saved_state.has_begun(memory):
@@ -224,17 +243,20 @@ def _ends(domain: Domain) -> bool:
     return True
 
 
-def _followed(session: Session, domain: Domain) -> Stream:
-    """The stream when it has ended: nothing stops it before."""
-    told = False
+def _followed(session: Session, domain: Domain, memory: Path) -> Stream:
+    """The stream when it has ended: nothing stops it before. Meanwhile it goes to disk, so that little is left to wait for."""
+    told, sent = False, 0
     while (stream := background_snapshot.look(domain)).phase is Phase.ACTIVE:
         session.progress(Progress(stream.done, stream.total, _SAVING))
+        if stream.done - sent > _WRITE_BACK:
+            durable.start_writing(memory)
+            sent = stream.done
         if session.interrupts.wanted and not told:
             session.say(
                 "QEMU must not be stopped in the middle of it: the memory is saved, and the snapshot then removed"
             )
             told = True
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # each question takes processor time and libvirt's lock from the guest
     return stream
 
 

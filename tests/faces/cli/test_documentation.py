@@ -112,6 +112,7 @@ SHAPED = {
     "import": ["import", "HOME", "--name", "imported"],
     "compare": ["compare", "HOME"],
     "disk localize": ["disk", "localize", "VM", "vda"],
+    "disk convert": ["disk", "convert", "VM", "vda"],
     "disk info": ["disk", "info", "VM", "vda"],
     "disk export": ["disk", "export", "VM", "vda", "FILES/disk.vhd"],
     "disk import": ["disk", "import", "VM", "vda", "FILES/disk.vhd"],

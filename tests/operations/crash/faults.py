@@ -151,6 +151,23 @@ def no_space_put_away():
     no_space("running-apply", 1 << 20, megabytes=64, outcome="before")
 
 
+def no_space_convert():
+    """The space went after the plan was made."""
+    from hvmgr.operations.exchange import compare_place
+
+    with small_file_system(24) as folder:
+        case = Case("convert", place=folder / "place")
+
+        def disturb(host, stack):
+            stack.enter_context(replaced(compare_place, "space_finding", lambda *_: iter(())))
+            fill(folder, 128 << 10)
+
+        answer = case.attempt(disturb)
+        (folder / "ballast").unlink()
+        case.require(answer, "NoSpace", "before")
+        forked(lambda: crash._clear(case.place))
+
+
 def no_space_merge_up():
     no_space_merge("big-delete-up")
 
@@ -660,7 +677,7 @@ CASES = {
     one.__name__: one
     for one in (
         no_space_create, no_space_memory, no_space_put_away, no_space_merge_up, no_space_merge_down, read_only_home,
-        daemon_dies, qemu_dies, started_between_steps, second_command, waiting_command, stopped_while_preparing,
+        no_space_convert, daemon_dies, qemu_dies, started_between_steps, second_command, waiting_command, stopped_while_preparing,
         stopped_while_finishing, stopped_while_merging, synced_in_order,
     )
 }  # fmt: skip

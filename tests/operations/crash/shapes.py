@@ -13,6 +13,8 @@ from lxml import etree
 import hvmgr
 from hvmgr import errors
 from hvmgr.host import background_snapshot
+from hvmgr.operations.exchange import converting
+from hvmgr.operations.steps import execution
 from tests.storage.test_partitions import Memory, put_gpt
 
 
@@ -415,6 +417,42 @@ TRANSFERS = {
     "destroy-disk-snapshot": Shape(with_disk_snapshot, destroy_disk_snapshot),
 }
 
+
+def on_vhd(host):
+    """A forked tree on a VHD in the home; the undo slot is full."""
+    path = host.root.parent / "outside" / "base.vhd"
+    command = ["qemu-img", "create", "-q", "-f", "vpc", "-o", "force_size=on", str(path), str(crash.DISK)]
+    subprocess.run(command, check=True, timeout=60)
+    command = ["qemu-io", "-f", "vpc", "-c", "write -P 0x99 0 64k", str(path)]
+    subprocess.run(command, check=True, timeout=60, capture_output=True)
+    host.create_vm(specification(disks=(hvmgr.DiskSpecification(path=path),)))
+    without_screen(host)
+
+
+def forked_on_vhd(host):
+    on_vhd(host)
+    take(host, "one", 0x20, "128k")
+    take(host, "two", 0x30, "192k")
+    snapshot(host, "one").apply()
+    write_off(host, 0x44, "320k")
+
+
+def convert(host):
+    vm(host).convert_disk(SLOT)
+
+
+def pull(host):
+    """What a kill leaves that comes after the data was pulled and before anything else."""
+    host.connection.find_domain_by_name(NAME).pull(SLOT)
+    look(host)
+
+
+def go_on(host):
+    """The first part of a conversion while the VM writes to the VHD itself."""
+    with vm(host)._work() as session:
+        execution.run(session, converting.plan_go_on(session, SLOT))
+
+
 FOREIGN = {
     "foreign-overlay": Shape(with_overlay, new, middle=look, foreign=True),
     "foreign-commit": Shape(gone_on_in_frozen, new, middle=look, foreign=True),
@@ -507,6 +545,8 @@ RUNNING = {
     "saved-apply": Shape(with_memory, apply("two"), live=saved),
     "saved-apply-memory": Shape(with_memory, apply("memory"), live=saved),
     "running-undo": Shape(with_memory, lambda host: vm(host).undo(), live=running_late),
+    "running-convert": Shape(forked_on_vhd, convert, live=running, middle=pull),
+    "running-convert-working": Shape(on_vhd, go_on, live=running),
     "running-delete": Shape(line, delete("two"), live=running),
     "running-delete-other-branch": Shape(forked_tree, delete("two"), live=running),
 }
@@ -591,6 +631,8 @@ IMPORTS = {
         lambda host: (gone_away(host), bring(mode=hvmgr.Mode.LINK)(host)), lambda host: vm(host).localize("hda")
     ),
     "localize": Shape(linked, lambda host: vm(host).localize("hda")),
+    "convert-working": Shape(on_vhd, convert),
+    "convert": Shape(forked_on_vhd, convert),
     "import-memory": Shape(lambda host: (with_memory(host), away(host)), bring(new_id=True), again=True),
     "import-memory-register": Shape(
         lambda host: (with_memory(host), away(host)), bring(mode=hvmgr.Mode.REGISTER, new_id=True), again=True

@@ -8,6 +8,7 @@ CASES = [
     "no_space_create",
     "no_space_memory",
     "no_space_put_away",
+    "no_space_convert",
     "no_space_merge_up",
     "no_space_merge_down",
     "read_only_home",

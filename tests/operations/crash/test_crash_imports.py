@@ -1,4 +1,4 @@
-"""Imports of every mode, clones, moves, localized disks: killed before every few acts."""
+"""Imports of every mode, clones, moves, localized and converted disks: killed before every few acts."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ SHAPES = {
     "move": 13,
     "localize": 13,
     "localize-working": 41,
+    "convert": 11,
+    "convert-working": 17,
     "import-memory": 13,
     "import-memory-register": 11,
 }

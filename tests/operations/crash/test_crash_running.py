@@ -25,6 +25,8 @@ RUNNING = [
     "running-adopt",
     "running-release",
     "saved-release",
+    "running-convert",
+    "running-convert-working",
 ]
 
 pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]

@@ -201,6 +201,19 @@ class TestLocalize:
         assert Path(vm.now().disks["hda"]).parent == vm.home.layout.bases
         bench.check(vm)
 
+    def test_image_outside_of_another_disk_is_not_written(self, bench):
+        """It stands on the same base, and goes on standing on that."""
+        gold = bench.image("gold.raw", fmt="raw", fill=(7,))
+        above = [bench.image(f"{number}.qcow2", fill=(number,), backing=(gold, "raw")) for number in (1, 2)]
+        vm = bench.make(*map(bench.in_place, above))
+        before, content = bench.photo(vm), bench.file_of(above[1])
+        assert vm.localize("hda")
+        assert bench.file_of(above[1]) == content
+        assert vm.localize("hdb")
+        assert bench.file_of(above[1]) == content
+        assert bench.photo(vm) == before
+        bench.check(vm)
+
     def test_unknown_disk(self, bench, branched):
         with pytest.raises(errors.NotFound):
             branched.localize("vdz")
