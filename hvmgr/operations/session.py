@@ -77,6 +77,8 @@ class Session:
         self.doubt: errors.HvmgrError | None = None  # what others did to the present that nobody can explain
         self.waiting: set[str] = set()  # images whose merge has to wait: nothing may remove them
         self.put_off: errors.HvmgrError | None = None  # why a merge was put off, said when all else is done
+        self.bandwidth = 0  # what merges of a running VM may take, in bytes a second; 0 is no limit
+        self.patient = True  # whether it waits for what a dead command left QEMU to do
         self._reporter = reporter
         self._stack = contextlib.ExitStack()
         self._daemon: Daemon | None = None
