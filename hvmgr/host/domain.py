@@ -521,7 +521,8 @@ def _writable(nodes: list[dict[str, Any]], attached: set[str]) -> set[Path]:
 
 
 def _path(filename: str) -> Path:
-    # A node with options that a plain name cannot express is shown as "json:{…}".
+    # A node with options that a plain name cannot express is shown as "json:{…}". A name that QEMU put together of an
+    # image's folder and the relative one in its header leads there and back.
     if filename.startswith("json:"):
-        return Path(json.loads(filename.removeprefix("json:"))["filename"])
-    return Path(filename)
+        filename = json.loads(filename.removeprefix("json:"))["filename"]
+    return Path(os.path.realpath(filename))

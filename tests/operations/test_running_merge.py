@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
+import os
+import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from hvmgr.model import configuration, tree
+import hvmgr
+from hvmgr import errors
+from hvmgr.host.domain import Domain
+from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
 from hvmgr.storage import images, vm_home
 
@@ -135,8 +142,8 @@ def test_only_snapshot(machine, tmp_path):
     machine.vm.stop(force=True)
     assert machine.held() >= late.disk
     machine.check()
-    (held,) = machine.boot()
-    assert held >= late.disk
+    machine.domain.start(paused=True)
+    machine.check()
 
 
 def test_branches_undo_slot_and_a_paused_guest(make_machine, two_disks, tmp_path):
@@ -165,3 +172,178 @@ def test_branches_undo_slot_and_a_paused_guest(make_machine, two_disks, tmp_path
     machine.first_tick()
     machine.vm.snapshot("left").apply(discard_state=True)
     machine.check()
+
+
+# --- while it runs ----------------------------------------------------------------------------------------------------
+
+
+def waiting(machine, name="one"):
+    """A snapshot whose image holds so much that merging it takes a while at ``SLOW``, deleted without that merge."""
+    write(machine, 1, "0", "960k")
+    machine.vm.create_snapshot(name, type=DISKS)
+    write(machine, 2, "0", "128k")
+    machine.vm.create_snapshot("two", type=DISKS)
+    write(machine, 3, "64k", "896k")
+    machine.vm.create_snapshot("three", type=DISKS)
+
+
+SLOW = 64 << 10
+
+
+def has_job(machine):
+    return machine.domain.has_block_job()
+
+
+def when(condition, act):
+    """Does something as soon as the condition holds, from another thread; call the answer to wait for that."""
+
+    def watch():
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, "the moment did not come"
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread.join
+
+
+def test_stop_leaves_images_waiting_and_a_later_merge_ends_it(machine, tmp_path):
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    told = []
+    machine.vm.host.reporter = dataclasses.replace(machine.vm.host.reporter, progress=told.append)
+    wait = when(lambda: has_job(machine), lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(errors.Cancelled, match="done, but images wait") as failure:
+        machine.vm.snapshot("three").delete(bandwidth=SLOW)
+    wait()
+    assert "snapshot merge" in failure.value.hint
+    assert told
+    assert told[0].what.startswith("merge ")
+    assert not has_job(machine)
+    assert [one.name for one in machine.vm.snapshots()] == ["one", "two"]
+    assert len(tree.pending(machine.vm.tree())) == 1
+    assert contents(machine, tmp_path) == without(before, "three")
+    machine.check()
+    assert machine.vm.merge()
+    require_whole(machine, 3)
+
+    wait = when(lambda: has_job(machine), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(errors.Cancelled):
+        machine.vm.snapshot("one").delete(bandwidth=SLOW)  # into the base
+    wait()
+    machine.check()
+    assert contents(machine, tmp_path) == without(before, "one", "three")
+    assert machine.vm.merge()
+    require_whole(machine, 2)
+    assert contents(machine, tmp_path) == without(before, "one", "three")
+    machine.tick()
+
+
+def test_other_commands_are_busy_and_readers_are_not(machine):
+    waiting(machine)
+    found = []
+
+    def look():
+        other = hvmgr.Host.open(machine.host.uri, root=machine.host.root, wait_s=0)
+        same = other.vm(machine.vm.name)
+        found.extend(one.name for one in same.snapshots())
+        for act in (same.create_snapshot, same.merge, same.stop, same.snapshot("two").apply):
+            with pytest.raises(errors.Busy, match="another command works on"):
+                act()
+        assert has_job(machine)
+        found.append("all busy")
+
+    wait = when(lambda: has_job(machine), look)
+    begun = time.monotonic()
+    machine.vm.snapshot("three").delete(bandwidth=SLOW)
+    assert time.monotonic() - begun > 2  # some 900 KiB at 64 KiB a second: the limit was kept
+    wait()
+    assert found == ["one", "two", "all busy"]
+    require_whole(machine, 3)
+
+
+class Died(BaseException):
+    """hvmgr is gone: nothing that it would still do is done."""
+
+
+def die_in_the_middle(machine, monkeypatch, act):
+    real = Domain.block_job
+
+    def look(domain, slot):
+        if real(domain, slot) is not None:
+            raise Died
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "block_job", look)
+        with pytest.raises(Died):
+            act()
+    assert has_job(machine)
+
+
+def test_job_that_outlives_its_command_is_found(machine, monkeypatch, tmp_path):
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot("two").delete(bandwidth=SLOW))
+    assert [one.name for one in machine.vm.snapshots()] == ["one", "three"]  # a reader does not wait for it
+    assert has_job(machine)
+    assert not machine.said
+    with watched(machine):
+        assert not machine.vm.merge(bandwidth=1 << 30)  # the interrupted one is all there is to do
+    assert any("still merges images for the interrupted deletion of snapshot 'two'" in one for one in machine.said)
+    assert any(one.startswith("completed the interrupted deletion") for one in machine.said)
+    require_whole(machine, 3)
+    assert contents(machine, tmp_path) == without(before, "two")
+
+    die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot("one").delete(bandwidth=SLOW))
+    machine.domain.destroy()
+    machine.vm.snapshots()  # what is open is completed, now that nothing runs
+    assert contents(machine, tmp_path) == without(before, "one", "two")
+    assert not machine.layout.journal.exists()
+    machine.vm.merge()
+    assert not tree.pending(machine.vm.tree())
+    assert len(machine.vm.tree().images) == 2
+    machine.check()
+
+
+def test_others_jobs_and_refusals_leave_images_waiting(machine, monkeypatch, tmp_path):
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    copy = machine.host.root / "copy.qcow2"
+    xml = f"<disk type='file'><source file='{copy}'/><driver type='qcow2'/></disk>"
+    handle = machine.domain._handle()
+    handle.blockCopy("vda", xml, {}, 4)  # VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+    machine.vm.snapshot("three").delete()
+    assert any("images wait for a later" in one for one in machine.said)
+    handle.blockJobAbort("vda", 0)
+    assert len(tree.pending(machine.vm.tree())) == 1
+    machine.check()
+
+    def deny(*_, **__):
+        raise errors.HostFailed("cannot merge: Could not reopen file: Permission denied")
+
+    monkeypatch.setattr(Domain, "start_commit", deny)
+    machine.vm.snapshot("one").delete()  # into the base
+    assert any("Permission denied" in one and "waits until the VM is off" in one for one in machine.said)
+    assert len(tree.pending(machine.vm.tree())) == 1  # what streams up was merged all the same
+    machine.check()
+    monkeypatch.undo()
+    assert machine.vm.merge()
+    require_whole(machine, 2)
+    assert contents(machine, tmp_path) == without(before, "one", "three")
+
+
+def test_dry_run_tells_what_the_running_vm_would_do(machine):
+    waiting(machine)
+    seen = []
+
+    def keep(one):
+        seen.append(one)
+        return False
+
+    machine.vm.host.reporter = dataclasses.replace(machine.vm.host.reporter, approve=keep, dry_run=True)
+    with pytest.raises(errors.Declined):
+        machine.vm.snapshot("three").delete()
+    assert any(isinstance(step, plan.StreamLive) for step in seen[0].finish)
+    assert len(machine.vm.snapshots()) == 3

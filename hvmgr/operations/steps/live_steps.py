@@ -69,7 +69,9 @@ def stream(session: Session, step: plan.StreamLive) -> None:
     if not parent.exists() or image_steps.has_to_wait(session, child, parent, when_open=False):
         return
     place = _find(session, child, parent)
-    if place is not None and not _tried(session, child, parent, lambda domain: _stream(session, domain, place, step)):
+    if place is not None and not _tried(
+        session, child, parent, child, lambda domain: _stream(session, domain, place, step)
+    ):
         return
     if _stands_on(child, parent):  # the VM has ended; or it was started again, and then they wait
         image_steps.merge_up(session, plan.MergeUp(step.child, step.parent, step.below, step.below_format, hide=None))
@@ -77,6 +79,8 @@ def stream(session: Session, step: plan.StreamLive) -> None:
         durable.sync_file(child)
     else:
         _take_back(session, child, parent)
+    if session.recovering:
+        _mend(session, child)
     session.forget_uses()
 
 
@@ -130,6 +134,8 @@ def commit(session: Session, step: plan.CommitLive) -> None:
         _go_by_the_parent(session, child, parent)
         if step.writes:
             frozen.thaw(session.layout, parent)
+            if session.recovering:
+                _mend(session, parent)
             _write_present(session, child, parent)
     finally:
         _let_go_on(session)
@@ -142,7 +148,7 @@ def _brought_down(session: Session, step: plan.CommitLive, child: Path, parent: 
     """Whether the parent shows what the child shows, and no running VM needs the child any more."""
     place = _find(session, child, parent)
     if place is not None and not _tried(
-        session, child, parent, lambda domain: _commit(session, domain, place, child, parent)
+        session, child, parent, parent, lambda domain: _commit(session, domain, place, child, parent)
     ):
         return False
     if step.writes:  # once the guest has written the parent, the child must never be written into it again
@@ -305,7 +311,7 @@ def take_up(session: Session, one: Plan) -> None:
     session.say(f"{session.home.name} still merges images for the interrupted {one.subject}; Ctrl-C puts that off")
 
 
-def _tried(session: Session, child: Path, parent: Path, act: Callable[[Domain], None]) -> bool:
+def _tried(session: Session, child: Path, parent: Path, written: Path, act: Callable[[Domain], None]) -> bool:
     """Whether the VM merged them, or has ended; otherwise both wait, and why is said when all else is done."""
     domain = session.domain()
     try:
@@ -316,6 +322,7 @@ def _tried(session: Session, child: Path, parent: Path, act: Callable[[Domain], 
             if _find(session, child, parent) is None and domain.is_active():
                 return True  # the job was quicker
         elif not _lives(domain):
+            _mend(session, written)
             return True
         if "Permission denied" in str(error):
             session.say(f"{error}: {parent} waits until the VM is off, for its 'hvmgr snapshot merge' then")
@@ -335,6 +342,14 @@ def _contact(domain: Domain) -> Iterator[None]:
         if error.facts.get("lost"):
             raise errors.OutcomeUnknown(f"lost contact with libvirt while {domain.name} merges images") from error
         raise
+
+
+def _mend(session: Session, path: Path) -> None:
+    """A QEMU that was killed may have taken clusters that nothing names yet; they cost space, nothing else."""
+    with contextlib.suppress(errors.HvmgrError):  # somebody started the VM again
+        if not session.is_active():
+            frozen.make_writable(session.layout, path)
+            qemu_img.check(path, images.QCOW2, repair_leaks=True)
 
 
 def _lives(domain: Domain) -> bool:
