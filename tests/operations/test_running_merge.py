@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import random
 import signal
 import subprocess
 import threading
@@ -347,3 +348,44 @@ def test_dry_run_tells_what_the_running_vm_would_do(machine):
         machine.vm.snapshot("three").delete()
     assert any(isinstance(step, plan.StreamLive) for step in seen[0].finish)
     assert len(machine.vm.snapshots()) == 3
+
+
+@contextlib.contextmanager
+def load(machine):
+    """Something besides the count is written all the time: other bytes in each round."""
+    over, rounds = threading.Event(), []
+
+    def keep_writing():
+        while not over.is_set():
+            rounds.append(len(rounds))
+            write(machine, len(rounds) % 251, f"{64 * (len(rounds) % 15)}k")
+
+    thread = threading.Thread(target=keep_writing)
+    thread.start()
+    try:
+        yield rounds
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_many_snapshots_under_load_half_of_them_deleted_in_any_order(machine, tmp_path):
+    """With HVMGR_CRASH=all a hundred of them; each that stays shows what it showed when it was taken."""
+    count = 100 if os.environ.get("HVMGR_CRASH") == "all" else 8
+    chance, wanted = random.Random(7), {}
+    with watched(machine), load(machine) as rounds:
+        for number in range(count):
+            made = machine.vm.create_snapshot(str(number), type=DISKS)
+            wanted[made.name, "vda"] = shown(made.disks["vda"], tmp_path)
+            if number % 2:
+                gone = chance.choice([name for name, _ in wanted])
+                machine.vm.snapshot(gone).delete()
+                del wanted[gone, "vda"]
+            assert contents(machine, tmp_path) == wanted
+    assert len(rounds) > count
+    assert len(wanted) == count // 2
+    require_whole(machine, 1 + len(wanted))
+    late = machine.tick()
+    machine.vm.stop(force=True)
+    assert machine.held() >= late.disk
+    assert contents(machine, tmp_path) == wanted
