@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, live, snapshots, transfer, vhd
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, live, live_merge, snapshots, transfer, vhd
 from tests import private_libvirt
 
 SUITES = {
     "snapshots": snapshots.measure,
     "hook": hook.measure,
     "live": live.measure,
+    "live_merge": live_merge.measure,
     "beside_libvirt": beside_libvirt.measure,
     "import": exchange_import.measure,
     "exchange": exchange.measure,

@@ -137,22 +137,23 @@ def _booted(bench: Bench, memory: int, load: int) -> VM:
         )
     )
     vm.start()
-    with _screen(vm) as screen:
-        screen.next_tick(_BOOT_S)
+    with screen(vm) as said:
+        said.next_tick(_BOOT_S)
         time.sleep(5)  # the first round fills the memory
-        screen.drain()
-        screen.next_tick(_BOOT_S)
+        said.drain()
+        said.next_tick(_BOOT_S)
     return vm
 
 
 @contextlib.contextmanager
-def _screen(vm: VM) -> Iterator[console.Console]:
+def screen(vm: VM) -> Iterator[console.Console]:
+    """The console of a running guest."""
     domain = vm.host.connection.find_domain(vm.id)
     path = None if domain is None else domain.serial_path()
     if path is None:
         raise SystemExit(f"bench: {vm.name} has no console")
-    with console.Console(path) as screen:
-        yield screen
+    with console.Console(path) as said:
+        yield said
 
 
 def _watched(vm: VM, act: Callable[[], object], size: Callable[[], int]) -> Taken:
@@ -161,9 +162,9 @@ def _watched(vm: VM, act: Callable[[], object], size: Callable[[], int]) -> Take
     over = threading.Event()
 
     def watch() -> None:
-        with _screen(vm) as screen, contextlib.suppress(errors.HostFailed):
+        with screen(vm) as said, contextlib.suppress(errors.HostFailed):
             while True:
-                screen.next_tick(_TICK_S)
+                said.next_tick(_TICK_S)
                 times.append(time.monotonic())
                 if over.is_set():
                     return

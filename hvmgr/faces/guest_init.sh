@@ -9,7 +9,8 @@
 #                                             every later tick says so too, until the guest boots anew
 #   poweroff disk=000124                  after the power button: the last thing it says
 #
-# With hvmgr.load=MIB on the kernel's command line it also rewrites that much memory, without end.
+# With hvmgr.load=MIB on the kernel's command line it also rewrites that much memory, with hvmgr.write=MIB as much of its
+# first disk behind the first 4 MiB, without end.
 #
 # Several disks are separated by commas; without any there is "-".
 #
@@ -97,6 +98,17 @@ rewrite_memory() { # MIB: that much of it is written over and over, as fast as i
     done
 }
 
+rewrite_disk() { # DISK MIB: that much of it is written over and over, as fast as it goes
+    head -c 1048576 /dev/zero | tr '\000' '\252' > /piece
+    while :; do
+        place=0
+        while [ "$place" -lt "$2" ]; do
+            dd if=/piece of="$1" bs=1M count=1 seek=$((4 + place)) conv=notrunc oflag=direct status=none
+            place=$((place + 1))
+        done
+    done
+}
+
 # Virtio disks stand for all others: probing an IDE controller takes 0.3 s under TCG, and each PC has one.
 disks=''
 load virtio
@@ -110,8 +122,11 @@ count=1${values%%,*} # a leading 1 keeps the zeros and is not octal
 [ -n "$disks" ] || count=1000000
 write_disks "${count#1}" 0 1
 await_power_button
-for word in $(cat /proc/cmdline); do # hvmgr.load=MIB
-    case $word in hvmgr.load=*) rewrite_memory "${word#*=}" & ;; esac
+for word in $(cat /proc/cmdline); do
+    case $word in
+        hvmgr.load=*) rewrite_memory "${word#*=}" & ;;
+        hvmgr.write=*) for disk in $disks; do rewrite_disk "$disk" "${word#*=}" & break; done ;;
+    esac
 done
 
 verdict=ok last=${count#1}

@@ -291,6 +291,49 @@ class Domain:
                     handle.blockJobAbort(slot, 0)
                 raise
 
+    def start_stream(self, slot: str, base: str, *, relative: bool, bandwidth: int) -> None:
+        """Begins to bring what is above ``base`` into the image that a running domain writes, which then stands on it.
+
+        Images are named as libvirt's live XML has them, ``vda[3]``. ``relative`` keeps the names of parents in headers
+        relative; ``bandwidth`` is a limit in bytes a second, 0 none.
+        """
+        libvirt = libvirt_door.library()
+        flags = libvirt.VIR_DOMAIN_BLOCK_REBASE_BANDWIDTH_BYTES
+        flags |= libvirt.VIR_DOMAIN_BLOCK_REBASE_RELATIVE if relative else 0
+        with libvirt_door.translated(f"merge images of disk {slot} of {self.name}", changing=True):
+            self._handle().blockRebase(slot, base, bandwidth, flags)
+
+    def start_commit(self, slot: str, base: str, top: str | None, *, relative: bool, bandwidth: int) -> None:
+        """Begins to write what ``top`` (None: the image that the domain writes) holds into ``base``, just below it.
+
+        An inner one ends by itself, and what stood on ``top`` then stands on ``base``. The other gets ready, and ends with
+        ``end_block_job``.
+        """
+        libvirt = libvirt_door.library()
+        flags = libvirt.VIR_DOMAIN_BLOCK_COMMIT_BANDWIDTH_BYTES
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_RELATIVE if relative else 0
+        flags |= libvirt.VIR_DOMAIN_BLOCK_COMMIT_ACTIVE if top is None else 0
+        with libvirt_door.translated(f"merge images of disk {slot} of {self.name}", changing=True):
+            self._handle().blockCommit(slot, base, top, bandwidth, flags)
+
+    def block_job(self, slot: str) -> tuple[int, int] | None:
+        """How far libvirt's block job on a disk is, in bytes done and in all; None when there is none."""
+        with libvirt_door.translated(f"ask for the merge of disk {slot} of {self.name}", changing=True):
+            found = self._handle().blockJobInfo(slot, 0)
+        return (found["cur"], found["end"]) if found else None
+
+    def throttle_block_job(self, slot: str, bandwidth: int) -> None:
+        """A block job goes at most at this speed from now on, in bytes a second."""
+        flags = libvirt_door.library().VIR_DOMAIN_BLOCK_JOB_SPEED_BANDWIDTH_BYTES
+        with libvirt_door.translated(f"slow down the merge of disk {slot} of {self.name}", changing=True):
+            self._handle().blockJobSetSpeed(slot, bandwidth, flags)
+
+    def end_block_job(self, slot: str, *, pivot: bool = False) -> None:
+        """Cancels a block job, or, with ``pivot``, has the domain go on in the base of a commit that is ready."""
+        flags = libvirt_door.library().VIR_DOMAIN_BLOCK_JOB_ABORT_PIVOT if pivot else 0
+        with libvirt_door.translated(f"end the merge of disk {slot} of {self.name}", changing=True):
+            self._handle().blockJobAbort(slot, flags)
+
     def resize_disk(self, slot: str, size: int) -> None:
         """A disk of a running domain has another size, in bytes, and its guest is told."""
         flags = libvirt_door.library().VIR_DOMAIN_BLOCK_RESIZE_BYTES
@@ -306,6 +349,13 @@ class Domain:
             return set()
         attached = _nodes_below(self.monitor("query-blockstats"))
         return _writable(self.monitor("query-named-block-nodes", flat=True), attached)
+
+    def open_files(self) -> set[Path]:
+        """All files that its QEMU has open as images, whoever uses them; empty when it is off."""
+        if not self.is_active():
+            return set()
+        nodes = self.monitor("query-named-block-nodes", flat=True)
+        return {_path(node["file"]) for node in nodes if node["drv"] in {"file", "host_device"}}
 
     def close_unused(self, path: Path) -> None:
         """Makes QEMU close a file that no disk of its guest uses: libvirt died between opening and switching to it.
@@ -323,7 +373,7 @@ class Domain:
                         self.monitor("blockdev-del", node_name=one)
                         names.discard(one)
 
-    def name_parent(self, child: Path, parent: Path) -> None:
+    def name_parent(self, child: Path, parent: Path | str) -> None:
         """Makes QEMU write into the header of an image that it has open what the image stands on."""
         nodes = self.monitor("query-named-block-nodes", flat=True)
         files = [node["node-name"] for node in nodes if node["drv"] == "file" and _path(node["file"]) == child]
@@ -345,8 +395,8 @@ class Domain:
         numbers = self.monitor("query-version")["qemu"]
         return f"{numbers['major']}.{numbers['minor']}.{numbers['micro']}"
 
-    def has_job(self) -> bool:
-        """Whether libvirt works on it (save, migration, …) or QEMU has a block job for it."""
+    def has_job(self, *, of_disks: bool = True) -> bool:
+        """Whether libvirt works on it (save, migration, …) or, with ``of_disks``, QEMU has a block job for it."""
         libvirt = libvirt_door.library()
         with libvirt_door.translated(f"ask for the jobs of {self.name}"):
             handle = self._handle()
@@ -354,7 +404,11 @@ class Domain:
                 return False
             if handle.jobInfo()[0] != libvirt.VIR_DOMAIN_JOB_NONE:
                 return True
-        return bool(self.monitor("query-block-jobs"))
+        return of_disks and self.has_block_job()
+
+    def has_block_job(self) -> bool:
+        """Whether its QEMU has a block job."""
+        return self.is_active() and bool(self.monitor("query-block-jobs"))
 
     def snapshot_count(self) -> int:
         """How many snapshots libvirt itself keeps metadata of."""
@@ -497,7 +551,8 @@ def _writable(nodes: list[dict[str, Any]], attached: set[str]) -> set[Path]:
 
 
 def _path(filename: str) -> Path:
-    # A node with options that a plain name cannot express is shown as "json:{…}".
+    # A node with options that a plain name cannot express is shown as "json:{…}". A name that QEMU put together of an
+    # image's folder and the relative one in its header leads there and back.
     if filename.startswith("json:"):
-        return Path(json.loads(filename.removeprefix("json:"))["filename"])
-    return Path(filename)
+        filename = json.loads(filename.removeprefix("json:"))["filename"]
+    return Path(os.path.realpath(filename))

@@ -116,7 +116,7 @@ def _to_hvmgr(error: Any, doing: str, *, changing: bool) -> HvmgrError:
     if is_lost(error):
         if changing:
             return OutcomeUnknown(f"lost contact with libvirt during: {doing}: {text}", libvirt_code=code)
-        return HostFailed(message, libvirt_code=code)
+        return HostFailed(message, libvirt_code=code, lost=True)
     if "No space left on device" in text:
         return NoSpace(message, libvirt_code=code)
     if "already exists with uuid" in text or "is already defined with uuid" in text:

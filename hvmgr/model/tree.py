@@ -204,7 +204,7 @@ def plan_undo(tree: Tree) -> Change:
 def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[str] = ()) -> Change:
     """Snapshots go; children take the parent's place; images that this leaves without users go, single children merge.
 
-    ``busy`` names images that a running VM has open: they wait as unnamed images.
+    ``busy`` names images that a running VM has open: they wait as unnamed images, for a merge of their own.
     """
     for snapshot_id in snapshot_ids:
         require_node(tree, snapshot_id)
@@ -225,18 +225,27 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
     return Change(after=merged.after, finish=(*emptied.finish, *removed.finish, *merged.finish))
 
 
-def plan_merge(tree: Tree, *, busy: Collection[str] = (), named: Collection[str] = ()) -> Change:
-    """Every unnamed image with exactly one child is merged with it, as far as nothing running has them open.
+def plan_merge(
+    tree: Tree, *, busy: Collection[str] = (), named: Collection[str] = (), live: Collection[str] = ()
+) -> Change:
+    """Every unnamed image with exactly one child is merged with it, as far as none of them is ``busy``.
 
     Of several in a row the one nearest to the disk is merged first, so that no block is copied twice. ``named`` are
-    differencing images that others made: this once they are written and removed as if they were ours.
+    differencing images that others made: this once they are written and removed as if they were ours. ``live`` are images
+    that the running VM has open: they are merged by it, where that can be (``live_merges``).
     """
+    from hvmgr.model import live_merges
     from hvmgr.model.plan import MergeUp, RemoveImage
 
     steps: list[Step] = []
-    while pairs := list(_mergeable(tree, busy, named)):
+    while pairs := list(_mergeable(tree, busy, named, live)):
         parents = {parent.path for parent, _ in pairs}
-        step, tree = _merge(tree, *next(pair for pair in pairs if pair[1].path not in parents), named)
+        parent, child = next(pair for pair in pairs if pair[1].path not in parents)
+        if child.path in live:
+            done, tree = live_merges.merge(tree, parent, child)
+            steps += done
+            continue
+        step, tree = _merge(tree, parent, child, named)
         steps.append(step)
         if isinstance(step, MergeUp):
             steps.append(RemoveImage(path=step.parent))
@@ -247,7 +256,7 @@ def plan_merge(tree: Tree, *, busy: Collection[str] = (), named: Collection[str]
 
 def pending(tree: Tree) -> list[tuple[str, str]]:
     """Unnamed images that wait to be merged, each with its only child."""
-    return [(parent.path, child.path) for parent, child in _mergeable(tree, (), ())]
+    return [(parent.path, child.path) for parent, child in _mergeable(tree, (), (), ())]
 
 
 def unnamed(tree: Tree) -> list[str]:
@@ -355,8 +364,12 @@ def may_be_written(tree: Tree, parent: Image, child: Image, named: Collection[st
     return parent.path in named and child.path in tree.present.disks.values()
 
 
-def _mergeable(tree: Tree, busy: Collection[str], named: Collection[str]) -> Iterator[tuple[Image, Image]]:
+def _mergeable(
+    tree: Tree, busy: Collection[str], named: Collection[str], live: Collection[str]
+) -> Iterator[tuple[Image, Image]]:
     """Pairs (unnamed image, its only child) that may be merged, in the order of the images."""
+    from hvmgr.model import live_merges
+
     names, below = tree.named(), tree.children()
     closed = {*busy, *tree.lent()}
     for image in tree.images.values():
@@ -366,7 +379,10 @@ def _mergeable(tree: Tree, busy: Collection[str], named: Collection[str]) -> Ite
         child = tree.images[children[0]]
         if image.path in closed or child.path in closed:
             continue
-        fits = _can_merge_up(image, named) or _can_merge_down(image, child)
+        if image.path in live or child.path in live:
+            fits = {image.path, child.path} <= {*live} and live_merges.fits(tree, image, child)
+        else:
+            fits = _can_merge_up(image, named) or _can_merge_down(image, child)
         if fits and may_be_written(tree, image, child, named) and is_whole(tree, child.path):
             yield image, child
 

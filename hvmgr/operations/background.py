@@ -146,7 +146,9 @@ def take_back(session: Session, snapshot_id: str) -> None:
     session.forget_uses()
     name = session.home.entry(snapshot_id).record.name
     try:
-        execution.run(session, merge.plan_delete(session, [snapshot_id]))
+        deletion = merge.plan_delete(session, [snapshot_id])
+        execution.run(session, deletion)
+        merge.merge_live(session, deletion)
     except errors.Cancelled as error:
         raise errors.Cancelled(
             f"stopped; snapshot '{name}' was removed, images wait to be merged", hint=error.hint

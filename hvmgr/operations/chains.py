@@ -133,7 +133,7 @@ def _explained(session: Session, slot: str, chain: list[Image], below: str) -> C
     if session.is_active():
         session.domain().flush_disks()
     left_out = before if now is None else before[: paths.index(now.path)]
-    if _holds_all(top, left_out, is_base=now is None):
+    if holds_all(top, left_out, is_base=now is None):
         return Change(Deed.PULLED, slot, top.path, base=None if now is None else now.path, missed=below)
     if now is None or not frozen.is_changed(session.layout, Path(now.path)):
         return change
@@ -142,7 +142,7 @@ def _explained(session: Session, slot: str, chain: list[Image], below: str) -> C
     return change
 
 
-def _holds_all(top: Image, left_out: list[Image], *, is_base: bool) -> bool:
+def holds_all(top: Image, left_out: list[Image], *, is_base: bool) -> bool:
     """Whether an image itself says something of every byte of which the images that it left out say something.
 
     Zeros of theirs need no word of it when nothing is below it.

@@ -1,4 +1,8 @@
-"""Deleting snapshots, and merging the images that this leaves unnamed. Guest-visible content never changes here."""
+"""Deleting snapshots, and merging the images that this leaves unnamed. Guest-visible content never changes here.
+
+What a running VM has open is merged by a plan of its own after the deletion (``merge_live``): from then on nothing else is
+open, and whatever ends that merge leaves images that wait, as unnamed ones always do.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,10 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
 from hvmgr.operations import chains, snapshots, undo_slot
 from hvmgr.operations.session import Session
+from hvmgr.operations.steps import execution
 from hvmgr.storage import frozen, images, transfers, vm_home
+
+_MERGES = (plan.MergeUp, plan.MergeDown, plan.StreamLive, plan.CommitLive)
 
 
 def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
@@ -24,8 +31,10 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
     _require_not_sent(before, snapshot_ids)
-    change = _merging_whole_images(session, lambda busy: tree.plan_delete(before, snapshot_ids, busy=busy))
-    _require_space(before, change)
+    live = session.busy_images()
+    change = _merging_whole_images(session, lambda unfit: tree.plan_delete(before, snapshot_ids, busy=live | unfit))
+    later = _merging_live(change.after, live)
+    _require_space(before, (*change.finish, *later))
     change_id = session.new_id()
     present = home.present()
     facts = vm_home.require_facts(present)
@@ -42,7 +51,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         present.set_metadata(dataclasses.replace(facts, parent=change.after.present.parent, disks=disks))
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
-    finish += change.finish
+    finish += [*change.finish, *(later if session.dry_run else ())]
     names = ", ".join(f"'{home.entry(one).record.name}'" for one in snapshot_ids[:3])
     more = f" and {len(snapshot_ids) - 3} more" if len(snapshot_ids) > 3 else ""
     return Plan(
@@ -59,6 +68,16 @@ def _require_not_sent(before: Tree, snapshot_ids: Sequence[str]) -> None:
     children = before.children()
     named = [path for one in snapshot_ids if one in before.nodes for path in before.nodes[one].disks.values()]
     transfers.require_none(path for path in named if not children.get(path))
+
+
+def merge_live(session: Session, deletion: Plan) -> None:
+    """What a running VM has open of the images that a deletion left unnamed is merged, too."""
+    if not session.is_active():
+        return
+    session.forget_uses()
+    one = plan_merge(session, subject=deletion.subject)
+    if one.finish:
+        execution.run(session, one)
 
 
 def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
@@ -82,12 +101,17 @@ def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
     )
 
 
-def plan_merge(session: Session, names: Sequence[Path] = ()) -> Plan:
+def plan_merge(session: Session, names: Sequence[Path] = (), *, subject: str | None = None) -> Plan:
     """Unnamed images that were left waiting are merged, and with them those of others that the user ``names``."""
     before = snapshots.whole_tree(session, outside=bool(names))
     named = _named(session, before, names)
-    change = _merging_whole_images(session, lambda busy: tree.plan_merge(before, busy=busy, named=named))
-    _require_space(before, change)
+    busy = session.busy_images()
+    live = busy if _may_merge_live(session, before, busy) else set()
+    closed = busy - live
+    change = _merging_whole_images(
+        session, lambda unfit: tree.plan_merge(before, busy=closed | unfit, named=named, live=live - unfit)
+    )
+    _require_space(before, change.finish)
     steps: tuple[Step, ...] = change.finish
     if steps:
         steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
@@ -95,7 +119,7 @@ def plan_merge(session: Session, names: Sequence[Path] = ()) -> Plan:
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,
         operation="snapshot merge",
-        subject=f"merge of unnamed images of {session.home.name}",
+        subject=subject or f"merge of unnamed images of {session.home.name}",
         finish=steps,
     )
 
@@ -106,13 +130,16 @@ def plan_forget(session: Session, record: Path, path: str, user: str, subject: s
     left = tuple(one for one in before.strangers.get(path, ()) if one != user)
     before = dataclasses.replace(before, strangers={**before.strangers, path: left})
 
-    def planned(busy: set[str]) -> Change:
+    live = session.busy_images()
+
+    def planned(unfit: set[str]) -> Change:
+        busy = live | unfit
         removed = tree.remove_userless(before, [path], busy=busy)
         merged = tree.plan_merge(removed.after, busy=busy)
         return Change(after=merged.after, finish=(*removed.finish, *merged.finish))
 
     change = _merging_whole_images(session, planned)
-    _require_space(before, change)
+    _require_space(before, change.finish)
     steps: tuple[Step, ...] = change.finish
     if steps:
         steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
@@ -127,9 +154,25 @@ def plan_forget(session: Session, record: Path, path: str, user: str, subject: s
 
 def steps_after(session: Session, after: Tree) -> tuple[Step, ...]:
     """What merges the unnamed images of a tree that another plan makes true, for the end of that plan."""
-    change = _merging_whole_images(session, lambda busy: tree.plan_merge(after, busy=busy))
-    _require_space(after, change)
+    live = session.busy_images()
+    change = _merging_whole_images(session, lambda unfit: tree.plan_merge(after, busy=live | unfit))
+    _require_space(after, change.finish)
     return change.finish
+
+
+def _merging_live(after: Tree, live: set[str]) -> tuple[Step, ...]:
+    """How a running VM would merge what a deletion leaves."""
+    others = set(after.images) - live
+    return tree.plan_merge(after, busy=others, live=live).finish if live else ()
+
+
+def _may_merge_live(session: Session, before: Tree, live: set[str]) -> bool:
+    """Whether the running VM may be asked for a merge; what keeps it from one is said when there is something to merge."""
+    if not live or not session.domain().has_job():
+        return bool(live)
+    if _merging_live(before, live):
+        session.say(f"libvirt or QEMU works on {session.home.name}: images wait for a later 'hvmgr snapshot merge'")
+    return False
 
 
 def _named(session: Session, before: Tree, names: Sequence[Path]) -> set[str]:
@@ -177,12 +220,12 @@ def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.
 
 
 def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change]) -> Change:
-    """A plan that leaves alone what a running VM has open, and what a merge would make worse."""
-    closed = session.busy_images()
+    """A plan that leaves alone what a merge would make worse."""
+    closed = set[str]()
     while True:
         change = planned(closed)
-        merges = [step for step in change.finish if isinstance(step, plan.MergeUp | plan.MergeDown)]
-        touched = {path for step in merges for path in (step.parent, step.child)} - closed
+        merges = [step for step in change.finish if isinstance(step, _MERGES)]
+        touched = {path for step in merges for path in (step.parent, step.child, *_above(session, step))} - closed
         reasons = {path: _reason_against_merging(session, Path(path)) for path in sorted(touched)}
         unfit = {path: reason for path, reason in reasons.items() if reason is not None}
         if not unfit:
@@ -191,6 +234,11 @@ def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change
         closed |= unfit.keys()
         for path, reason in unfit.items():
             session.say(f"{path} {reason}: it is not merged")
+
+
+def _above(session: Session, step: Step) -> list[str]:
+    """The images whose headers this merge changes, besides its own two."""
+    return session.home.tree().children().get(step.child, []) if isinstance(step, plan.CommitLive) else []
 
 
 def _say_what_is_lent(session: Session, after: Tree) -> None:
@@ -227,12 +275,12 @@ def _reason_against_merging(session: Session, path: Path) -> str | None:
     return None
 
 
-def _require_space(before: Tree, change: Change) -> None:
+def _require_space(before: Tree, steps: Sequence[Step]) -> None:
     """A merge writes at most what the side that goes away holds, before that side's file is removed."""
-    for step in change.finish:
-        if not isinstance(step, plan.MergeUp | plan.MergeDown):
+    for step in steps:
+        if not isinstance(step, _MERGES):
             continue
-        source = step.parent if isinstance(step, plan.MergeUp) else step.child
+        source = step.parent if isinstance(step, plan.MergeUp | plan.StreamLive) else step.child
         if source not in before.images:
             continue
         needed = before.images[source].data

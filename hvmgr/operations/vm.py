@@ -180,14 +180,15 @@ class VM:
         snapshot.apply(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
         return snapshot
 
-    def merge(self, images: Sequence[Path | str] = ()) -> bool:
-        """Images that wait to be merged are merged, as far as nothing running has them open; whether any were.
+    def merge(self, images: Sequence[Path | str] = (), *, bandwidth: int | None = None) -> bool:
+        """Images that wait to be merged are merged, by the VM itself where it runs; whether any were.
 
-        ``images`` names differencing images that were made outside hvmgr: they are merged as well, and removed.
+        ``images`` names differencing images that were made outside hvmgr: they are merged as well, and removed. While the
+        VM runs it merges at most ``bandwidth`` bytes a second.
         """
         from hvmgr.operations import merge
 
-        with self._work() as session:
+        with self._work(bandwidth=bandwidth) as session:
             plan = merge.plan_merge(session, [Path(image) for image in images])
             if plan.finish:
                 self._run(session, plan)
@@ -390,11 +391,22 @@ class VM:
         return made
 
     @contextlib.contextmanager
-    def _work(self, *, needs_present: bool = True, stop: Callable[[], bool] | None = None) -> Iterator[Session]:
-        """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present."""
+    def _work(
+        self,
+        *,
+        needs_present: bool = True,
+        patient: bool = True,
+        bandwidth: int | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> Iterator[Session]:
+        """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present.
+
+        Without ``patient`` it is Busy while the running VM still merges images for a command that died.
+        """
         from hvmgr.operations import reconcile
 
         with self.host.session(self.home, stop=stop) as session:
+            session.patient, session.bandwidth = patient, bandwidth or 0
             reconcile.bring_together(session, needs_present=needs_present)
             yield session
 
@@ -410,8 +422,12 @@ class VM:
         if locks.is_held(layout.lock):
             return
         if journal.is_open(layout.journal):
-            with self._work(needs_present=False):
-                pass
+            try:
+                with self._work(needs_present=False, patient=False):
+                    pass
+            except errors.Busy as error:
+                if not error.facts.get("merges"):
+                    raise
         elif layout.guest_at_rest.exists():  # its agent is asked again, which hides nothing from a reader
             with contextlib.suppress(errors.HvmgrError), self._work(needs_present=False):
                 pass
@@ -467,17 +483,22 @@ class Snapshot:
             self.vm._run(session, replacement.plan_apply(session, self.id, how))  # noqa: SLF001
         return None if first is None else self.vm.snapshot(first)
 
-    def delete(self, *, subtree: bool = False, state_only: bool = False) -> list[str]:
-        """The snapshot is gone (with ``subtree`` all below it too); the ids of what was deleted."""
+    def delete(self, *, subtree: bool = False, state_only: bool = False, bandwidth: int | None = None) -> list[str]:
+        """The snapshot is gone (with ``subtree`` all below it too); the ids of what was deleted.
+
+        A running VM merges what it has open, at most ``bandwidth`` bytes a second.
+        """
         from hvmgr.operations import merge, policies
 
-        with self.vm._work() as session:  # noqa: SLF001
+        with self.vm._work(bandwidth=bandwidth) as session:  # noqa: SLF001
             if state_only:
                 self.vm._run(session, merge.plan_delete_state(session, self.id))  # noqa: SLF001
                 return []
             gone = self.vm.home.tree().subtree(self.id) if subtree else [self.id]
-            self.vm._run(session, merge.plan_delete(session, gone))  # noqa: SLF001
+            plan = merge.plan_delete(session, gone)
+            self.vm._run(session, plan)  # noqa: SLF001
             policies.say_lost_target(session, gone)
+            merge.merge_live(session, plan)
         return gone
 
     def rename(self, name: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import random
 import sys
 from collections import Counter
@@ -24,9 +25,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from hvmgr.errors import HvmgrError, NotFound
-from hvmgr.model import outside_images
+from hvmgr.model import live_merges, outside_images
 from hvmgr.model import tree as real_planner
-from hvmgr.model.plan import CreateImage, FreezeImage, MergeDown, MergeUp, RemoveImage, Step
+from hvmgr.model.plan import CommitLive, CreateImage, FreezeImage, MergeDown, MergeUp, RemoveImage, Step, StreamLive
 from hvmgr.model.tree import Image, Keeper, Leaf, Tree
 
 Content = list[int]
@@ -109,6 +110,7 @@ class World:
         self.half_written: set[str] = set()
         self.named: set[str] = set()  # what the user names for one merge
         self.written: set[str] = set()  # what that merge has written for it
+        self.live = False  # whether that merge is the running VM's
         self.appear("vda", kind="own", size=4)
 
     # --- what the images say ---
@@ -294,15 +296,19 @@ class World:
         assert sorted(found) == sorted(self.reference.below(snapshot_id))
         self._delete(found)
 
-    def merge(self, cut: random.Random | None = None, names: random.Random | None = None) -> None:
-        """``names`` chooses images that others made and that are named."""
-        self.cut = cut
+    def merge(
+        self, cut: random.Random | None = None, names: random.Random | None = None, *, live: bool = False
+    ) -> None:
+        """``names`` chooses images that others made and that are named; ``live`` has a running VM merge what it has open."""
+        self.cut, self.live = cut, live
         foreign = [path for path, file in self.files.items() if file.keeper is not Keeper.IMAGES]
         self.named = set() if names is None else {path for path in foreign if names.random() < 0.7}
         before = self.tree()
         self.check_names_needed(before)
-        self._finish(before, self.planner.plan_merge(before, busy=self.busy(), named=self.named))
-        self.named, self.written = set(), set()
+        opened = self.busy()
+        closed, live_ones = (set(), opened) if live else (opened, set())
+        self._finish(before, self.planner.plan_merge(before, busy=closed, named=self.named, live=live_ones))
+        self.named, self.written, self.live = set(), set(), False
 
     def _delete(self, snapshot_ids: list[str]) -> None:
         before = self.tree()
@@ -337,7 +343,9 @@ class World:
             self.step(step, used)
             assert old == (self.nodes, self.present, self.undo)
             assert contents == {path: self.visible(path) for path in contents}, "preparing changed something"
-        self.nodes, self.present, self.undo = dict(change.after.nodes), change.after.present, change.after.undo
+        renamed = [step.parent for step in change.finish if isinstance(step, CommitLive)]
+        if not renamed:
+            self.nodes, self.present, self.undo = dict(change.after.nodes), change.after.present, change.after.undo
         used |= {step.path for step in change.prepare if isinstance(step, CreateImage)}
         for step in change.finish:
             self.cut_off()
@@ -347,7 +355,9 @@ class World:
                 break
         for path, content in contents.items():
             written = self.cut is not None and path in {*self.present.disks.values(), *self.half_written}
+            written = written or path in renamed  # nobody but what it takes the place of has seen it
             assert written or path not in self.files or self.visible(path) == content, f"{path} changed its content"
+        assert (self.nodes, self.present, self.undo) == (change.after.nodes, change.after.present, change.after.undo)
         if self.cut is None:
             self.check_after(before, change.after, used)
         self.check_state()
@@ -362,6 +372,10 @@ class World:
                 self._merge_up(step)
             case MergeDown():
                 return self._merge_down(step)
+            case StreamLive():
+                self._stream_live(step)
+            case CommitLive():
+                self._commit_live(step)
             case RemoveImage(path=path):
                 self._remove_image(path, used)
             case _:
@@ -435,6 +449,55 @@ class World:
         self._count_merge("down", step.parent, step.child)
         return True
 
+    def _require_open(self, parent: str, child: str) -> None:
+        assert self.files[child].parent == parent
+        assert self.users(parent) == [child], f"{parent} is used by {self.users(parent)}"
+        assert {parent, child} <= self.busy(), "the running VM does not have them open"
+        assert not {parent, child} & self.lent(), "another VM reads them"
+
+    def _stream_live(self, step: StreamLive) -> None:
+        """libvirt streams into the image that the guest writes and into no other."""
+        self._require_open(step.parent, step.child)
+        parent, child = self.files[step.parent], self.files[step.child]
+        assert step.child in self.present.disks.values()
+        assert step.below == parent.parent
+        assert step.below_format == self.files[step.below].format
+        assert parent.keeper is child.keeper is Keeper.IMAGES
+        content = self.visible(step.child)
+        for block in parent.own:
+            if block < child.size:
+                child.own.setdefault(block, parent.own[block])
+        child.parent = step.below
+        assert self.visible(step.child) == content, f"streaming {step.parent} changed {step.child}"
+        self._count_merge("up live", step.parent, step.child)
+
+    def _commit_live(self, step: CommitLive) -> None:
+        """The parent grows into what the child is; then everybody names the parent."""
+        self._require_open(step.parent, step.child)
+        parent, child = self.files[step.parent], self.files[step.child]
+        assert parent.size == child.size, "QEMU makes a shorter one longer first, and never makes a longer one shorter"
+        assert parent.format == child.format == "qcow2"
+        assert parent.keeper is not Keeper.OUTSIDE
+        assert child.keeper is Keeper.IMAGES
+        assert step.writes == (step.child in self.present.disks.values())
+        parent.own.update([*child.own.items()][::2])
+        self.check_contents()
+        parent.own.update(child.own)
+        assert self.visible(step.parent) == self.visible(step.child)
+        self._count_merge("down live", step.parent, step.child)
+        for file in self.files.values():
+            file.parent = step.parent if file.parent == step.child else file.parent
+        parent.frozen = not step.writes
+
+        def leaf(one: Any) -> Any:
+            if one is None:
+                return None
+            disks = {slot: step.parent if path == step.child else path for slot, path in one.disks.items()}
+            return dataclasses.replace(one, disks=disks)
+
+        self.nodes = {key: leaf(node) for key, node in self.nodes.items()}
+        self.present, self.undo = leaf(self.present), leaf(self.undo)
+
     def _remove_image(self, path: str, used: set[str]) -> None:
         assert not self.users(path), f"{path} is removed, used by {self.users(path)}"
         assert path in used, f"{path} had no user before: an edit made it a detached disk"
@@ -487,11 +550,21 @@ class World:
             self.seen["unnamed with two children"] += len(children) > 1
             if len(children) == 1 and self._is_open_to_merges(path, children[0]):
                 assert {path, children[0]} & closed, f"{path} should be merged with {children[0]}"
+                if self.live and {path, children[0]} <= self.busy() - self.lent():
+                    self.check_cannot_be_merged_live(file, children[0])
                 if path in self.busy():
                     self.waiting.add(path)
                     self.seen["waits for the VM"] += 1
                     if not self.named and not {path, children[0]} & self.lent():
                         assert (path, children[0]) in self.planner.pending(self.tree())
+
+    def check_cannot_be_merged_live(self, parent: File, path: str) -> None:
+        """Images of the home wait for the VM's end only because of their sizes."""
+        child = self.files[path]
+        if parent.keeper is child.keeper is Keeper.IMAGES and parent.parent is not None:
+            assert parent.size != child.size
+            assert path not in self.present.disks.values() or self.files[parent.parent].size > parent.size
+            self.seen["waits for its size"] += 1
 
     def check_names_needed(self, before: Tree) -> None:
         """What people are told to name is exactly what the planner then merges."""
@@ -621,9 +694,9 @@ class Life(RuleBasedStateMachine):
     def delete_subtree(self, pick: int) -> None:
         self.world.delete_subtree(pick)
 
-    @rule(cut=cuts, names=cuts)
-    def merge(self, cut: random.Random | None, names: random.Random | None) -> None:
-        self.world.merge(cut, names)
+    @rule(cut=cuts, names=cuts, live=st.booleans())
+    def merge(self, cut: random.Random | None, names: random.Random | None, live: bool) -> None:
+        self.world.merge(cut, names, live=live)
 
     @invariant()
     def all_promises_hold(self) -> None:
@@ -665,8 +738,8 @@ def one_act(world: World, chance: random.Random) -> None:
         (3, True, world.swap),
         (6, bool(world.nodes), lambda: world.delete([chance.randrange(99) for _ in range(chance.randint(1, 3))], cut)),
         (1, bool(world.nodes), lambda: world.delete_subtree(some)),
-        (2, True, lambda: world.merge(cut)),
-        (3, True, lambda: world.merge(cut, random.Random(some))),
+        (2, True, lambda: world.merge(cut, live=some % 2 == 0)),
+        (3, True, lambda: world.merge(cut, random.Random(some), live=some % 2 == 0)),
     ]
     possible = [(weight, act) for weight, can, act in acts if can]
     chance.choices([act for _, act in possible], [weight for weight, _ in possible])[0]()
@@ -698,6 +771,10 @@ INTERESTING = {
     "merged down": 100,
     "merged up into a working image": 10,
     "merged down into a working image": 10,
+    "merged up live": 20,
+    "merged down live": 20,
+    "merged down live into a working image": 5,
+    "waits for its size": 1,
     "own base merged down": 20,
     "hidden range": 20,
     "waits for the VM": 20,
@@ -735,7 +812,7 @@ MUTATIONS = {
     "merge down what others made": ("        and child.keeper is Keeper.IMAGES\n", ""),
     "merge away what others made": ("(parent.keeper is Keeper.IMAGES or parent.path in named)", "True"),
     "merge away a base that is named": (" and parent.parent is not None\n", "\n"),
-    "forget the names": ("_mergeable(tree, busy, named)", "_mergeable(tree, busy, ())"),
+    "forget the names": ("_mergeable(tree, busy, named, live)", "_mergeable(tree, busy, (), live)"),
     "write what others made because its parent is named": ("parent.path in named and child.path in", "parent.path in named or child.path in"),
     "merge down into another format": ('parent.format == child.format == "qcow2"', "True"),
     "merge down whatever the size": ("        and parent.size == child.size\n", ""),
@@ -775,6 +852,34 @@ def changed_planner(right: str, wrong: str) -> Iterator[ModuleType]:
 def test_random_lives_notice_a_planner_that_would(name: str) -> None:
     with changed_planner(*MUTATIONS[name]) as planner, pytest.raises((AssertionError, HvmgrError, LookupError)):
         live_all(600, planner)
+
+
+LIVE_MUTATIONS = {
+    "stream into any image": ("return child.path in tree.present.disks.values() and ", "return "),
+    "stream what was hidden": (".size <= parent.size", ".size <= parent.size + 9"),
+    "never stream": ("return _can_stream(tree, parent, child) or ", "return "),
+    "never commit": (" or _can_commit(parent, child)", ""),
+    "commit whatever the size": ("        and parent.size == child.size\n", ""),
+    "commit into images of others": ("parent.keeper is not Keeper.OUTSIDE\n        and ", ""),
+    "commit into another format": ('parent.format == child.format == "qcow2"', "True"),
+    "keep what was committed": ("[commit, RemoveImage(path=child.path)]", "[commit]"),
+    "keep what was streamed": ("[stream, RemoveImage(path=parent.path)]", "[stream]"),
+    "let snapshots name what goes": ("nodes={key: dataclasses.replace(node, disks=disks(node.disks))", "nodes={key: node"),
+    "let the present name what goes": ("present=dataclasses.replace(tree.present, disks=disks(tree.present.disks))", "present=tree.present"),
+    "let children stand on what goes": ("if one.parent == child.path else one", "if False else one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIVE_MUTATIONS)
+def test_random_lives_notice_a_running_vm_that_would(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, wrong = LIVE_MUTATIONS[name]
+    source = Path(live_merges.__file__).read_text()
+    assert source.count(right) == 1, "the planner changed: mutate its new text"
+    changed = ModuleType("changed_live_merges")
+    exec(compile(source.replace(right, wrong), changed.__name__, "exec"), changed.__dict__)
+    monkeypatch.setattr("hvmgr.model.live_merges", changed)
+    with pytest.raises((AssertionError, HvmgrError, LookupError)):
+        live_all(600)
 
 
 def test_random_lives_accept_an_unchanged_copy_of_the_planner() -> None:

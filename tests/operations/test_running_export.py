@@ -15,6 +15,7 @@ import hvmgr
 from hvmgr import errors
 from hvmgr.faces import console
 from hvmgr.host import saved_state
+from hvmgr.host.domain import Domain
 from hvmgr.model import manifest
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
@@ -108,13 +109,29 @@ class TestRunning:
         machine.check()
         assert told(folder).state is SavedState.NONE
 
-    def test_what_was_frozen_waits_and_is_merged_when_the_vm_is_off(self, machine, out):
+    def test_what_was_frozen_is_merged_by_the_running_vm(self, machine, out):
         machine.vm.create_snapshot("one")
         machine.run_for(2)
+        folder = out.export(machine)
+        assert unnamed(machine) == []
+        assert len(machine.vm.tree().images) == 2
+        assert not any("wait" in sentence for sentence in machine.said)
+        late = machine.tick()
+        assert out.count(folder) <= late.memory
+        machine.check()
+        machine.vm.stop(force=True)
+        assert machine.held() >= late.disk
+
+    def test_what_cannot_be_merged_now_is_no_failure_of_the_export(self, machine, out, monkeypatch):
+        def refuse(*_, **__):
+            raise errors.HostFailed("QEMU refused")
+
+        machine.vm.create_snapshot("one")
+        monkeypatch.setattr(Domain, "start_stream", refuse)
         out.export(machine)
         assert len(unnamed(machine)) == 1
-        assert any("wait as unnamed" in sentence for sentence in machine.said)
-        machine.run_for(2)
+        assert any("the export is complete" in one and "QEMU refused" in one for one in machine.said)
+        monkeypatch.undo()
         machine.vm.stop(force=True)
         held = machine.held()
         assert machine.vm.merge()

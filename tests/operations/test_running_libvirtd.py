@@ -83,11 +83,11 @@ def test_snapshots_of_a_running_guest(machine):
     two.delete()
     assert not tree.pending(machine.vm.tree())
     one.delete()
-    assert len(tree.pending(machine.vm.tree())) == 1
+    assert not tree.pending(machine.vm.tree())
     late = machine.tick()
     machine.check()
     machine.vm.stop()
-    assert machine.vm.merge()
+    assert not machine.vm.merge()
     assert machine.held() >= late.memory
     machine.check()
 

@@ -316,18 +316,41 @@ def undo(request: Request, vm: str, *, discard_state: bool) -> None:
 # --- delete and merge -----------------------------------------------------------------------------------------------
 
 
+def _read_bandwidth(_context: click.Context, _option: click.Parameter, text: str | None) -> int | None:
+    """Bytes a second."""
+    if text is None:
+        return None
+    size = units.parse_size(text.strip().removesuffix("/s"))
+    if size < units.MIB:
+        raise errors.UsageError(
+            f"--bandwidth {text} is less than 1 MiB a second",
+            hint="write a number with a unit, such as 50M or 1.5GiB/s",
+        )
+    return size
+
+
+_bandwidth = click.option(
+    "--bandwidth",
+    metavar="RATE",
+    callback=_read_bandwidth,
+    help="Let a running VM merge at most so much a second: 50MiB.",
+)
+
+
 @command.command("delete", examples=["hvmgr snapshot delete web 'before the update'",
                                      "hvmgr snapshot delete web 'before the update' --subtree --yes"])  # fmt: skip
 @arguments.vm
 @arguments.snapshot
 @click.option("--subtree", is_flag=True, help="Also all snapshots below it; needs --yes where nobody can be asked.")
 @click.option("--state-only", is_flag=True, help="Only its saved memory; the disks stay.")
+@_bandwidth
 @click.pass_obj
-def delete(request: Request, vm: str, snap: str, *, subtree: bool, state_only: bool) -> None:
+def delete(request: Request, vm: str, snap: str, *, subtree: bool, state_only: bool, bandwidth: int | None) -> None:
     """Delete a snapshot; what others need of it is kept.
 
-    Snapshots below it stay and move up. An image with one child left is merged with it, at once where nothing running has
-    it open, else with the next 'snapshot merge'. The present never changes. The undo slot is emptied.
+    Snapshots below it stay and move up. An image with one child left is merged with it, by the VM itself when it runs; what
+    cannot be merged now waits for a 'snapshot merge'. The present never changes. The undo slot is emptied. Ctrl-C stops a
+    merge; its images then wait.
     """
     if subtree and state_only:
         raise errors.UsageError("--subtree and --state-only exclude each other", hint="give one of them")
@@ -338,7 +361,7 @@ def delete(request: Request, vm: str, snap: str, *, subtree: bool, state_only: b
             names = {s.id: s.name for s in one.snapshots()}
             below = [names[found] for found in one.tree().subtree(snapshot.id)]
             request.require_consent(f"these snapshots of {one.name} will be deleted", below, always=True)
-        gone = snapshot.delete(subtree=subtree, state_only=state_only)
+        gone = snapshot.delete(subtree=subtree, state_only=state_only, bandwidth=bandwidth)
         what = "the saved state of snapshot" if state_only else "snapshot"
         more = f" and {len(gone) - 1} below it" if len(gone) > 1 else ""
         request.done(f"deleted {what} '{snapshot.name}'{more} of {one.name}", {"deleted": gone})
@@ -349,16 +372,18 @@ def delete(request: Request, vm: str, snap: str, *, subtree: bool, state_only: b
 @arguments.vm
 @click.option("--image", "images", type=click.Path(path_type=Path), multiple=True, metavar="PATH",
               help="Also this image, which others made; it is removed. Repeatable.")  # fmt: skip
+@_bandwidth
 @click.pass_obj
-def merge(request: Request, vm: str, images: tuple[Path, ...]) -> None:
+def merge(request: Request, vm: str, images: tuple[Path, ...], bandwidth: int | None) -> None:
     """Merge the images that were left waiting when snapshots were deleted.
 
+    A VM that runs or is paused merges them itself, and its guest goes on meanwhile. Ctrl-C stops that, and they wait on.
     Images that were made outside hvmgr (by virsh, by a backup tool) are only merged, and removed, when --image names them;
     'snapshot tree' says which ones wait for that.
     """
     with request.host() as host, request.changing():
         one = host.vm(vm)
-        changed = one.merge(images)
+        changed = one.merge(images, bandwidth=bandwidth)
         sentence = f"merged the unnamed images of {one.name}" if changed else f"nothing of {one.name} can be merged now"
         request.done(sentence, {}, changed=changed)
 

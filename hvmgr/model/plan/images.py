@@ -90,6 +90,35 @@ class MergeDown(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class StreamLive(Step):
+    """As ``MergeUp``, for images that a running VM has open: its QEMU does it, into the image that the guest writes."""
+
+    child: str
+    parent: str
+    below: str
+    below_format: str
+
+    def describe(self) -> str:
+        return f"merge image {name(self.parent)} into {name(self.child)} while the VM goes on"
+
+
+@dataclass(frozen=True, slots=True)
+class CommitLive(Step):
+    """The data of ``child`` goes into ``parent``, which takes its place: whoever named the child names the parent then.
+
+    The running QEMU does it, and names stay as they are because it has both open. Until the end the child shows the same
+    as ever: what it holds hides what is written below it. Where the guest ``writes`` the child, it goes on in the parent.
+    """
+
+    child: str
+    parent: str
+    writes: bool
+
+    def describe(self) -> str:
+        return f"merge image {name(self.child)} into its parent {name(self.parent)} while the VM goes on"
+
+
+@dataclass(frozen=True, slots=True)
 class Flatten(Step):
     """Everything below ``path`` goes into it; it then stands alone."""
 

@@ -116,7 +116,7 @@ def _confinement(connection: Connection, facts: Capabilities) -> Iterator[Findin
     if confined and version(facts.libvirt_version) < _APPARMOR_COMMIT:
         sentence = (
             f"AppArmor is on and libvirt is {facts.libvirt_version}: before 12.1 it denies a running VM to write to the "
-            "images below its own, so that 'virsh blockcommit' fails; hvmgr merges when the VM is off"
+            "images below its own, so that 'virsh blockcommit' fails, and some merges wait until the VM is off"
         )
         yield finding(
             Code.APPARMOR_COMMIT, sentence, "AppArmor", repair="stop the VM for a merge: hvmgr snapshot merge"

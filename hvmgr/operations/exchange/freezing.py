@@ -1,7 +1,7 @@
 """A running VM is exported from images that nothing writes any more: it goes on in new ones.
 
 What it wrote until then becomes unnamed images below the new ones: a state that needs no repair whenever the command
-dies, and which ends when they are merged, at once or when the VM is off.
+dies, and which ends when they are merged, by the VM itself after the export, or later.
 """
 
 from __future__ import annotations
@@ -66,14 +66,18 @@ def freeze(session: Session, *, with_memory: bool, quiesce: bool) -> None:
 
 
 def end(session: Session) -> None:
-    """What was frozen for the export is merged as far as the VM does not have it open."""
+    """What was frozen for the export is merged again; what keeps that from being done now is no failure of the export."""
     one = merge.plan_merge(session)
     if one.finish:
-        execution.run(session, one)
-    elif tree.pending(session.home.tree()):
+        try:
+            execution.run(session, one)
+        except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
+            session.say(f"the export is complete; {error}")
+            return
+    if tree.pending(session.home.tree()):
         session.say(
-            f"{session.home.name} still has the images open that were frozen for the export: they wait as unnamed"
-            " images, and the next 'hvmgr snapshot merge' after it is off merges them"
+            f"images of {session.home.name} that were frozen for the export wait as unnamed images, and the next"
+            " 'hvmgr snapshot merge' after it is off merges them"
         )
 
 

@@ -29,6 +29,7 @@ from hvmgr.operations.steps import (
     file_steps,
     guest_steps,
     image_steps,
+    live_steps,
     memory_steps,
     resize_steps,
     transfer_steps,
@@ -44,6 +45,8 @@ DO: Mapping[type[Step], _Act] = {
     plan.ThawImage: image_steps.thaw,
     plan.MergeUp: image_steps.merge_up,
     plan.MergeDown: image_steps.merge_down,
+    plan.StreamLive: live_steps.stream,
+    plan.CommitLive: live_steps.commit,
     plan.Flatten: image_steps.flatten,
     plan.RemoveImage: image_steps.remove,
     plan.CompleteImage: image_steps.complete,
@@ -200,7 +203,7 @@ def recover(session: Session) -> bool:
         journal.take_back_start(session.layout.journal)  # it was the dead command's, not ours
     session.recovering = True
     with session.interrupts.held_back():
-        _wait_for_jobs(session)
+        _wait_for_jobs(session, one)
         if one.switch is None or (entry.switch_reached and _happened(session, one)) or _catch_up(session, one):
             _finish(session, one)
             session.say(f"completed the interrupted {one.subject}")
@@ -373,11 +376,14 @@ def _catch_up(session: Session, one: Plan) -> bool:
     return True
 
 
-def _wait_for_jobs(session: Session) -> None:
-    """What a dead command asked libvirt or QEMU for may still be under way."""
+def _wait_for_jobs(session: Session, one: Plan) -> None:
+    """What a dead command asked libvirt or QEMU for may still be under way. Merges have steps that wait for them."""
     domain = session.find_domain()
+    merges = live_steps.is_live(one)
+    if merges and domain is not None and domain.has_block_job():
+        live_steps.take_up(session, one)
     deadline = time.monotonic() + _JOB_WAIT_S
-    while domain is not None and domain.is_active() and domain.has_job():
+    while domain is not None and domain.is_active() and domain.has_job(of_disks=not merges):
         if time.monotonic() > deadline:
             raise errors.Busy(f"libvirt still works on {domain.name}", hint="wait until it is done, then run it again")
         time.sleep(0.1)

@@ -183,10 +183,10 @@ def move(session: Session, step: plan.MoveImage) -> None:
 def merge_up(session: Session, step: plan.MergeUp) -> None:
     """The child holds the parent's data and stands on what was below it."""
     child, parent = Path(step.child), Path(step.parent)
-    if _has_to_wait(session, child, parent):
+    if has_to_wait(session, child, parent):
         return
     if not _is_on(child, parent):
-        _settle(session, child)
+        settle(session, child)
         _stands_on(session, step)
         return
     known = _known(session, child, parent)
@@ -194,11 +194,11 @@ def merge_up(session: Session, step: plan.MergeUp) -> None:
         with _without_strangers(session, child, parent), session.interrupts.let_through():
             _stream(session, step, child, parent)
     except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
-        _put_off(session, error, child, parent)
+        put_off(session, error, child, parent)
         return
     durable.sync_file(child)
     _stands_on(session, step)
-    _settle(session, child)
+    settle(session, child)
     _note_known(session, child, parent, known)
 
 
@@ -247,23 +247,23 @@ def _is_sparse(node: Node, ranges: list[tuple[int, int]]) -> bool:
 def merge_down(session: Session, step: plan.MergeDown) -> None:
     """The parent holds the child's data and has the child's name."""
     child, parent = Path(step.child), Path(step.parent)
-    if _has_to_wait(session, child, parent):
+    if has_to_wait(session, child, parent):
         return
     if not _is_on(child, parent):
-        _settle(session, child)
+        settle(session, child)
         return
     below, known = images.read(parent, images.QCOW2).parent, _known(session, child, parent)
     try:
         _require_same_size(child, parent)
         with session.interrupts.let_through():
-            _commit(session, child, parent)
+            _commit(session, child, parent, rename=True)
     except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
-        _put_off(session, error, child, parent)
+        put_off(session, error, child, parent)
         return
     if below is not None:
         session.uses.moved(step.parent, parent=str(below), below=None)
     session.uses.moved(step.child, parent=step.parent, below=None if below is None else str(below))
-    _settle(session, child)
+    settle(session, child)
     _note_known(session, child, parent, known)
 
 
@@ -287,7 +287,13 @@ def _note_known(session: Session, child: Path, parent: Path, known: str | None) 
             contents.forget(session.layout.contents, child)
 
 
-def _commit(session: Session, child: Path, parent: Path) -> None:
+def commit_into(session: Session, child: Path, parent: Path) -> None:
+    """The parent shows what the child shows, and both keep their names; raises what keeps it from that."""
+    _require_same_size(child, parent)
+    _commit(session, child, parent, rename=False)
+
+
+def _commit(session: Session, child: Path, parent: Path, *, rename: bool) -> None:
     _make_writable(session, child, parent)
     daemon, nodes = session.daemon, list[Node]()
     try:
@@ -299,9 +305,10 @@ def _commit(session: Session, child: Path, parent: Path) -> None:
         durable.sync_file(parent)
         if session.is_active():
             raise errors.Conflict("the VM was started in the meantime")
-        frozen.forget(session.layout, parent)
-        # From here on the merge is done; both locks are still ours.
-        durable.rename(parent, child)
+        if rename:
+            frozen.forget(session.layout, parent)
+            # From here on the merge is done; both locks are still ours.
+            durable.rename(parent, child)
     finally:
         for node in reversed(nodes):
             daemon.close(node)
@@ -402,7 +409,7 @@ def _make_writable(session: Session, *paths: Path) -> None:
             qemu_img.check(path, images.QCOW2, repair_leaks=True)
 
 
-def _settle(session: Session, path: Path) -> None:
+def settle(session: Session, path: Path) -> None:
     """Mode and record are what the image's users need."""
     if not path.exists():
         return
@@ -426,26 +433,27 @@ def _record_or_forget(session: Session, path: Path) -> None:
         frozen.forget(session.layout, path)
 
 
-def _has_to_wait(session: Session, child: Path, parent: Path) -> bool:
-    """Because of an earlier step, because the user wants to stop, or because the VM has one of them open."""
+def has_to_wait(session: Session, child: Path, parent: Path, *, when_open: bool = True) -> bool:
+    """Because of an earlier step, because the user wants to stop, or (``when_open``) because the VM has one of them open."""
     pair = {str(child), str(parent)}
     stopping = session.put_off is not None or session.interrupts.wanted
-    wait = stopping or bool(pair & (session.waiting | session.busy_images()))
-    if wait:
-        _wait(session, child, parent)
-    return wait
+    waits = stopping or bool(pair & session.waiting) or (when_open and bool(pair & session.busy_images()))
+    if waits:
+        wait(session, child, parent)
+    return waits
 
 
-def _put_off(session: Session, error: errors.HvmgrError, child: Path, parent: Path) -> None:
+def put_off(session: Session, error: errors.HvmgrError, child: Path, parent: Path) -> None:
     """What cannot be merged now is left whole, and waits."""
     session.put_off = error
     for path in (child, parent):
         with contextlib.suppress(errors.HvmgrError):  # clusters that the broken job leaked cost space, nothing else
             qemu_img.check(path, images.QCOW2, repair_leaks=True)
-    _wait(session, child, parent)
+    wait(session, child, parent)
 
 
-def _wait(session: Session, child: Path, parent: Path) -> None:
+def wait(session: Session, child: Path, parent: Path) -> None:
+    """Neither is merged or removed by this command any more."""
     session.waiting.update((str(child), str(parent)))
-    _settle(session, child)
-    _settle(session, parent)
+    settle(session, child)
+    settle(session, parent)

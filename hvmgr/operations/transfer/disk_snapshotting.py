@@ -49,6 +49,7 @@ def destroy(session: Session, one: DiskSnapshot) -> None:
     )
     session.require_approval(made)
     execution.run(session, made)
+    merge.merge_live(session, made)
 
 
 def _plan(session: Session, slot: str, one: DiskSnapshot) -> Plan:

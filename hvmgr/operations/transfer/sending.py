@@ -38,7 +38,7 @@ def of_vm(vm: VM, find: Callable[[], Point], find_base: Callable[[], Point] | No
 
 
 def _of_running(vm: VM, session: Session, point: Point, base: Point | None, fmt: ImageFormat) -> Outgoing:
-    freezing.freeze(session, memory=False, quiesce=False)
+    freezing.freeze(session, with_memory=False, quiesce=False)
     try:
         durable.remove_folder(session.layout.export)
         return outgoing.opened(point, base, fmt, report=session.progress, at_end=lambda: _end(vm))

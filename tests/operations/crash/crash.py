@@ -87,6 +87,9 @@ _DOMAIN_ACTS = [
     "resume",
     "createWithFlags",
     "abortJob",
+    "blockRebase",
+    "blockCommit",
+    "blockJobAbort",
 ]
 
 

@@ -13,6 +13,7 @@ from lxml import etree
 import hvmgr
 from hvmgr import errors
 from hvmgr.host import background_snapshot
+from hvmgr.operations import merge
 from hvmgr.operations.exchange import converting
 from hvmgr.operations.steps import execution
 from tests.storage.test_partitions import Memory, put_gpt
@@ -127,8 +128,8 @@ def pending(host):
     """An unnamed image that waits: its snapshot was deleted while the VM ran."""
     line(host)
     vm(host).start()
-    snapshot(host, "two").delete()
-    snapshot(host, "three").delete()
+    delete_alone("two")(host)
+    delete_alone("three")(host)
     vm(host).stop(force=True)
 
 
@@ -289,6 +290,37 @@ def apply(name, **how):
 
 def delete(name, **how):
     return lambda host: snapshot(host, name).delete(**how)
+
+
+def delete_alone(name):
+    """A deletion that leaves what the running VM has open unmerged, as a kill right after it does."""
+
+    def act(host):
+        original, merge.merge_live = merge.merge_live, lambda *_: None
+        try:
+            snapshot(host, name).delete()
+        finally:
+            merge.merge_live = original
+
+    return act
+
+
+def live_merge(setup, name, live=None):
+    return Shape(setup, delete(name), live=live or running, middle=delete_alone(name))
+
+
+def branch(host):
+    """A line with a branch: on the third snapshot's image stand a fourth's and the present's."""
+    line(host)
+    take(host, "four", 0x50, "320k")
+    snapshot(host, "three").apply(keep_undo=False)
+    write_off(host, 0x66, "128k")
+
+
+def single(host):
+    """One snapshot, and an own present."""
+    off(host)
+    take(host, "one", 0x20)
 
 
 def new_without_memory(host, **how):
@@ -547,8 +579,17 @@ RUNNING = {
     "running-undo": Shape(with_memory, lambda host: vm(host).undo(), live=running_late),
     "running-convert": Shape(forked_on_vhd, convert, live=running, middle=pull),
     "running-convert-working": Shape(on_vhd, go_on, live=running),
-    "running-delete": Shape(line, delete("two"), live=running),
+    "running-delete": live_merge(line, "two"),
     "running-delete-other-branch": Shape(forked_tree, delete("two"), live=running),
+}
+
+
+LIVE_MERGES = {
+    "live-merge-above-now": live_merge(line, "three"),
+    "live-merge-inner": live_merge(branch, "two"),
+    "live-merge-root": live_merge(line, "one"),
+    "live-merge-only": live_merge(single, "one"),
+    "live-merge-paused": live_merge(lambda host: line(host, disks=2), "two", live=paused),
 }
 
 
@@ -654,4 +695,4 @@ BIG = {
     "big-delete-down": Shape(lambda host: big(host, below=12, above=6), delete("two")),
 }
 
-SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | LIVE | IMPORTS | BIG | TRANSFERS
+SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | LIVE | LIVE_MERGES | IMPORTS | BIG | TRANSFERS

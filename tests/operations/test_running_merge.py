@@ -1,0 +1,391 @@
+"""Images that a running VM has open are merged by the VM itself: the guest never stops, and no snapshot shows other bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import hvmgr
+from hvmgr import errors
+from hvmgr.host.domain import Domain
+from hvmgr.model import configuration, plan, tree
+from hvmgr.model.metadata import SnapshotType
+from hvmgr.storage import images, vm_home
+
+pytestmark = pytest.mark.guest
+
+DISKS = SnapshotType.DISK_ONLY
+TICK_S = 60
+
+
+def write(machine, pattern, offset, length="64k", *, disk=0):
+    """What a guest writes, besides its count: a pattern on one of its disks, flushed."""
+    device = machine.domain.monitor("query-block")[disk]["qdev"]
+    for command in (f"write -P {pattern} {offset} {length}", "flush"):
+        answer = machine.domain.monitor("human-monitor-command", command_line=f'qemu-io -d {device} "{command}"')
+        assert "rror" not in answer, answer
+
+
+def shown(path, scratch):
+    target = scratch / "shown.raw"
+    command = ["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", str(path), str(target)]
+    subprocess.run(command, check=True, timeout=60)
+    return hashlib.sha256(target.read_bytes()).hexdigest()
+
+
+def contents(machine, scratch):
+    """What the disks of each snapshot show."""
+    return {
+        (one.name, slot): shown(path, scratch) for one in machine.vm.snapshots() for slot, path in one.disks.items()
+    }
+
+
+def require_whole(machine, number_of_images):
+    """Nothing waits, nothing is left over, every image is sound, and libvirt's views name what is there."""
+    machine.check()
+    assert not tree.pending(machine.vm.tree())
+    forest = machine.vm.tree().images
+    assert len(forest) == number_of_images
+    private = machine.layout.private
+    files = {str(file) for file in machine.vm.path.rglob("*.qcow2") if not file.is_relative_to(private)}
+    assert files == set(forest)
+    assert {one.name for one in machine.layout.frozen.iterdir()} <= {Path(path).name for path in forest}
+    assert {one.name for one in private.iterdir() if one.is_file()} <= {"lock"}
+    for path in forest:
+        if path not in machine.vm.now().disks.values():  # that one changes while it is looked at
+            subprocess.run(["qemu-img", "check", "-q", "-U", "-f", "qcow2", path], check=True, timeout=60)
+    for path in forest.values():
+        assert path.parent is None or not Path(images.read(Path(path.path), images.QCOW2).backing).is_absolute()
+    for live in (True, False):
+        text = machine.domain.xml(live=live)
+        parsed = configuration.parse(text, source="libvirt")
+        named = {vm_home.canonical(one.get("file")) for one in parsed.root.findall(".//disk//source[@file]")}
+        assert named <= set(forest)
+
+
+@contextlib.contextmanager
+def watched(machine):
+    """The guest's ticks meanwhile: it says each count once, one after the other, and never boots."""
+    counts, over = [], threading.Event()
+
+    def watch():
+        with machine.screen() as screen:
+            while not over.is_set():
+                tick = screen.next_tick(TICK_S)
+                assert tick.ok, tick
+                counts.append(tick.memory)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield counts
+    finally:
+        over.set()
+        thread.join()
+    assert counts == list(range(counts[0], counts[0] + len(counts)))
+
+
+def without(before, *names):
+    return {key: value for key, value in before.items() if key[0] not in names}
+
+
+def test_parent_of_the_present(machine, tmp_path):
+    machine.vm.create_snapshot("one", type=DISKS)
+    write(machine, 1, "64k")
+    machine.vm.create_snapshot("two", type=DISKS)
+    write(machine, 2, "64k", "128k")
+    before = contents(machine, tmp_path)
+    with watched(machine):
+        machine.vm.snapshot("two").delete()
+    assert contents(machine, tmp_path) == without(before, "two")
+    require_whole(machine, 2)
+    machine.tick()
+
+
+def test_inner_snapshot_and_root(machine, tmp_path):
+    for number, name in enumerate(("one", "two", "three", "four"), 1):
+        write(machine, number, f"{number * 64}k", "128k")
+        machine.vm.create_snapshot(name, type=DISKS)
+    before = contents(machine, tmp_path)
+    with watched(machine):
+        machine.vm.snapshot("two").delete()
+        require_whole(machine, 4)
+        machine.vm.snapshot("one").delete()
+    require_whole(machine, 3)
+    assert contents(machine, tmp_path) == without(before, "one", "two")
+    late = machine.tick()
+    machine.vm.snapshot("three").apply(discard_state=True)
+    machine.vm.undo(discard_state=True)
+    assert machine.held() >= late.disk
+    machine.check()
+
+
+def test_only_snapshot(machine, tmp_path):
+    machine.vm.create_snapshot("one", type=DISKS)
+    write(machine, 1, "64k", "512k")
+    with watched(machine):
+        machine.vm.snapshot("one").delete()
+    require_whole(machine, 1)
+    assert machine.vm.now().parent is None
+    late = machine.tick()
+    machine.vm.create_snapshot("again", type=DISKS)
+    machine.run_for(2)
+    machine.vm.stop(force=True)
+    assert machine.held() >= late.disk
+    machine.check()
+    machine.domain.start(paused=True)
+    machine.check()
+
+
+def test_branches_undo_slot_and_a_paused_guest(make_machine, two_disks, tmp_path):
+    """base - one - two - three, two - left - (now); then ``two`` goes, which both stand on, and what that leaves."""
+    machine = make_machine(two_disks)
+    for number, name in enumerate(("one", "two", "three"), 1):
+        for disk in (0, 1):
+            write(machine, number + 8 * disk, f"{number * 64}k", "128k", disk=disk)
+        machine.vm.create_snapshot(name, type=DISKS if name != "two" else SnapshotType.STANDARD)
+    machine.vm.snapshot("two").apply(discard_state=True, keep_undo=False)
+    write(machine, 7, "512k")
+    machine.vm.create_snapshot("left", type=DISKS)
+    write(machine, 8, "576k")
+    machine.domain.suspend()
+    before = contents(machine, tmp_path)
+    machine.vm.snapshot("two").delete()
+    assert machine.state() == "paused"
+    assert len(tree.unnamed(machine.vm.tree())) == 2  # one of each disk, and two children of each
+    machine.vm.snapshot("one").delete()
+    assert contents(machine, tmp_path) == without(before, "one", "two")
+    require_whole(machine, 2 * 4)  # base (one, two), three, left, now
+    machine.vm.snapshot("three").delete()  # it is no more than the others' only child
+    assert machine.state() == "paused"
+    require_whole(machine, 2 * 2)
+    assert contents(machine, tmp_path) == without(before, "one", "two", "three")
+    machine.first_tick()
+    machine.vm.snapshot("left").apply(discard_state=True)
+    machine.check()
+
+
+# --- while it runs ----------------------------------------------------------------------------------------------------
+
+
+def waiting(machine, name="one"):
+    """A snapshot whose image holds so much that merging it takes a while at ``SLOW``, deleted without that merge."""
+    write(machine, 1, "0", "960k")
+    machine.vm.create_snapshot(name, type=DISKS)
+    write(machine, 2, "0", "128k")
+    machine.vm.create_snapshot("two", type=DISKS)
+    write(machine, 3, "64k", "896k")
+    machine.vm.create_snapshot("three", type=DISKS)
+
+
+SLOW = 64 << 10
+
+
+def has_job(machine):
+    return machine.domain.has_block_job()
+
+
+def when(condition, act):
+    """Does something as soon as the condition holds, from another thread; call the answer to wait for that."""
+
+    def watch():
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, "the moment did not come"
+            time.sleep(0.02)
+        act()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread.join
+
+
+def test_stop_leaves_images_waiting_and_a_later_merge_ends_it(machine, tmp_path):
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    told = []
+    machine.vm.host.reporter = dataclasses.replace(machine.vm.host.reporter, progress=told.append)
+    wait = when(lambda: has_job(machine), lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(errors.Cancelled, match="done, but images wait") as failure:
+        machine.vm.snapshot("three").delete(bandwidth=SLOW)
+    wait()
+    assert "snapshot merge" in failure.value.hint
+    assert told
+    assert told[0].what.startswith("merge ")
+    assert not has_job(machine)
+    assert [one.name for one in machine.vm.snapshots()] == ["one", "two"]
+    assert len(tree.pending(machine.vm.tree())) == 1
+    assert contents(machine, tmp_path) == without(before, "three")
+    machine.check()
+    assert machine.vm.merge()
+    require_whole(machine, 3)
+
+    wait = when(lambda: has_job(machine), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(errors.Cancelled):
+        machine.vm.snapshot("one").delete(bandwidth=SLOW)  # into the base
+    wait()
+    machine.check()
+    assert contents(machine, tmp_path) == without(before, "one", "three")
+    assert machine.vm.merge()
+    require_whole(machine, 2)
+    assert contents(machine, tmp_path) == without(before, "one", "three")
+    machine.tick()
+
+
+def test_other_commands_are_busy_and_readers_are_not(machine):
+    waiting(machine)
+    found = []
+
+    def look():
+        other = hvmgr.Host.open(machine.host.uri, root=machine.host.root, wait_s=0)
+        same = other.vm(machine.vm.name)
+        found.extend(one.name for one in same.snapshots())
+        for act in (same.create_snapshot, same.merge, same.stop, same.snapshot("two").apply):
+            with pytest.raises(errors.Busy, match="another command works on"):
+                act()
+        assert has_job(machine)
+        found.append("all busy")
+
+    wait = when(lambda: has_job(machine), look)
+    begun = time.monotonic()
+    machine.vm.snapshot("three").delete(bandwidth=SLOW)
+    assert time.monotonic() - begun > 2  # some 900 KiB at 64 KiB a second: the limit was kept
+    wait()
+    assert found == ["one", "two", "all busy"]
+    require_whole(machine, 3)
+
+
+class Died(BaseException):
+    """hvmgr is gone: nothing that it would still do is done."""
+
+
+def die_in_the_middle(machine, monkeypatch, act):
+    real = Domain.block_job
+
+    def look(domain, slot):
+        if real(domain, slot) is not None:
+            raise Died
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "block_job", look)
+        with pytest.raises(Died):
+            act()
+    assert has_job(machine)
+
+
+def test_job_that_outlives_its_command_is_found(machine, monkeypatch, tmp_path):
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot("two").delete(bandwidth=SLOW))
+    assert [one.name for one in machine.vm.snapshots()] == ["one", "three"]  # a reader does not wait for it
+    assert has_job(machine)
+    assert not machine.said
+    with watched(machine):
+        assert not machine.vm.merge(bandwidth=1 << 30)  # the interrupted one is all there is to do
+    assert any("still merges images for the interrupted deletion of snapshot 'two'" in one for one in machine.said)
+    assert any(one.startswith("completed the interrupted deletion") for one in machine.said)
+    require_whole(machine, 3)
+    assert contents(machine, tmp_path) == without(before, "two")
+
+    die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot("one").delete(bandwidth=SLOW))
+    machine.domain.destroy()
+    machine.vm.snapshots()  # what is open is completed, now that nothing runs
+    assert contents(machine, tmp_path) == without(before, "one", "two")
+    assert not machine.layout.journal.exists()
+    machine.vm.merge()
+    assert not tree.pending(machine.vm.tree())
+    assert len(machine.vm.tree().images) == 2
+    machine.check()
+
+
+def test_others_jobs_and_refusals_leave_images_waiting(machine, monkeypatch, tmp_path):
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    copy = machine.host.root / "copy.qcow2"
+    xml = f"<disk type='file'><source file='{copy}'/><driver type='qcow2'/></disk>"
+    handle = machine.domain._handle()
+    handle.blockCopy("vda", xml, {}, 4)  # VIR_DOMAIN_BLOCK_COPY_TRANSIENT_JOB
+    machine.vm.snapshot("three").delete()
+    assert any("images wait for a later" in one for one in machine.said)
+    handle.blockJobAbort("vda", 0)
+    assert len(tree.pending(machine.vm.tree())) == 1
+    machine.check()
+
+    def deny(*_, **__):
+        raise errors.HostFailed("cannot merge: Could not reopen file: Permission denied")
+
+    monkeypatch.setattr(Domain, "start_commit", deny)
+    machine.vm.snapshot("one").delete()  # into the base
+    assert any("Permission denied" in one and "waits until the VM is off" in one for one in machine.said)
+    assert len(tree.pending(machine.vm.tree())) == 1  # what streams up was merged all the same
+    machine.check()
+    monkeypatch.undo()
+    assert machine.vm.merge()
+    require_whole(machine, 2)
+    assert contents(machine, tmp_path) == without(before, "one", "three")
+
+
+def test_dry_run_tells_what_the_running_vm_would_do(machine):
+    waiting(machine)
+    seen = []
+
+    def keep(one):
+        seen.append(one)
+        return False
+
+    machine.vm.host.reporter = dataclasses.replace(machine.vm.host.reporter, approve=keep, dry_run=True)
+    with pytest.raises(errors.Declined):
+        machine.vm.snapshot("three").delete()
+    assert any(isinstance(step, plan.StreamLive) for step in seen[0].finish)
+    assert len(machine.vm.snapshots()) == 3
+
+
+@contextlib.contextmanager
+def load(machine):
+    """Something besides the count is written all the time: other bytes in each round."""
+    over, rounds = threading.Event(), []
+
+    def keep_writing():
+        while not over.is_set():
+            rounds.append(len(rounds))
+            write(machine, len(rounds) % 251, f"{64 * (len(rounds) % 15)}k")
+
+    thread = threading.Thread(target=keep_writing)
+    thread.start()
+    try:
+        yield rounds
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_many_snapshots_under_load_half_of_them_deleted_in_any_order(machine, tmp_path):
+    """With HVMGR_CRASH=all a hundred of them; each that stays shows what it showed when it was taken."""
+    count = 100 if os.environ.get("HVMGR_CRASH") == "all" else 8
+    chance, wanted = random.Random(7), {}
+    with watched(machine), load(machine) as rounds:
+        for number in range(count):
+            made = machine.vm.create_snapshot(str(number), type=DISKS)
+            wanted[made.name, "vda"] = shown(made.disks["vda"], tmp_path)
+            if number % 2:
+                gone = chance.choice([name for name, _ in wanted])
+                machine.vm.snapshot(gone).delete()
+                del wanted[gone, "vda"]
+            assert contents(machine, tmp_path) == wanted
+    assert len(rounds) > count
+    assert len(wanted) == count // 2
+    require_whole(machine, 1 + len(wanted))
+    late = machine.tick()
+    machine.vm.stop(force=True)
+    assert machine.held() >= late.disk
+    assert contents(machine, tmp_path) == wanted
