@@ -7,11 +7,28 @@ from pathlib import Path
 
 SYSTEM_ROOT = Path("/var/lib/hvmgr")
 SYSTEM_CACHE = Path("/var/cache/hvmgr")
+SYSTEM_CONFIG = Path("/etc/hvmgr")
 SYSTEM_URI = "qemu:///system"
 SESSION_URI = "qemu:///session"
 
 # How long a command waits for the lock of a home or of an embedded root, seconds.
 LOCK_WAIT_S = 10.0
+
+# How long a hook of the administrator's may take, seconds.
+HOOK_LIMIT_S = 30.0
+
+# Less than this part of a file system free is little.
+SPACE_LOW = 0.05
+
+
+def hook_time_limit_s() -> float:
+    """How long a hook of the administrator's may take, in seconds."""
+    return HOOK_LIMIT_S
+
+
+def space_low(total: int) -> int:
+    """How many bytes of a file system of ``total`` bytes are to be free, before hooks and watchers are told."""
+    return int(total * SPACE_LOW)
 
 
 def is_root() -> bool:
@@ -50,6 +67,14 @@ def cache_folder() -> Path:
 def runtime_folder() -> Path:
     """What lasts until this host is started again: sockets of attached images. Short, for a socket's path has 107 bytes."""
     return Path(os.environ.get("HVMGR_RUN", "/run/hvmgr"))
+
+
+def config_folders() -> tuple[Path, ...]:
+    """Where the configuration file and the hooks of the system are, then those of the user."""
+    if folder := os.environ.get("HVMGR_CONFIG"):
+        return (Path(folder),)
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (SYSTEM_CONFIG, (Path(base) if base else Path.home() / ".config") / "hvmgr")
 
 
 def templates_folder() -> Path:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.images.image_files import Images
+    from hvmgr.operations.occasions import Occasions
     from hvmgr.operations.session import Session
     from hvmgr.storage.attachments import Attachment
 
@@ -52,6 +53,7 @@ class Host:
         self.root = Path(os.path.realpath(root))
         self.wait_s = wait_s
         self.reporter = reporter or Reporter()
+        self._occasions: Occasions | None = None
         self._connection: Connection | None = None
         self._has_looked_into_archives = False
 
@@ -93,6 +95,15 @@ class Host:
             self._connection = None
 
     @property
+    def occasions(self) -> Occasions:
+        """Whom what becomes of operations is told: hooks and the log of events."""
+        from hvmgr.operations.occasions import Occasions
+
+        if self._occasions is None:
+            self._occasions = Occasions(self.root, self.reporter)
+        return self._occasions
+
+    @property
     def connection(self) -> Connection:
         """libvirt, connected when it is first needed, and again when its daemon was restarted."""
         from hvmgr.host import hypervisor
@@ -124,17 +135,17 @@ class Host:
 
     def create_vm(self, spec: Specification) -> VM:
         """A new VM, off, in its own home below the root (or where the specification says)."""
-        from hvmgr.operations import creation
+        from hvmgr.operations import creation, occasions
         from hvmgr.operations.session import Session
         from hvmgr.operations.steps import execution
 
         path = Path(os.path.realpath(spec.home or self.root / spec.name))
         home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
         self._require_free(path)
-        with self._shared_images(spec), self._new_home(home) as session:
+        with self.occasions.gathered(), self._shared_images(spec), self._new_home(home) as session:
             plan = creation.plan_create(session, spec)
-            session.require_approval(plan)
-            execution.run(session, plan)
+            with occasions.operation(session, plan, name=spec.name):
+                execution.run(session, plan)
         return VM(self, home)
 
     @property
@@ -206,6 +217,7 @@ class Host:
 
     def adopt(self, name: str, options: AdoptOptions | None = None) -> VM:
         """A VM of libvirt's, by name or id, gets a home; its disks stay, its external snapshots come along."""
+        from hvmgr.operations import occasions
         from hvmgr.operations.adopt import adoption
         from hvmgr.operations.steps import execution
 
@@ -220,8 +232,8 @@ class Host:
         self._require_free(path)
         with self._new_home(home) as session, self._shared(adoption.image_paths(session, domain, options)):
             plan = adoption.plan_adopt(session, domain, options)
-            session.require_approval(plan)
-            execution.run(session, plan)
+            with occasions.operation(session, plan, name=domain.name):
+                execution.run(session, plan)
         return VM(self, home)
 
     def attach_image(self, path: Path | str, *, read_only: bool = False, format: str | None = None) -> Shown:
@@ -395,11 +407,13 @@ class Host:
     @contextlib.contextmanager
     def session(self, home: VmHome) -> Iterator[Session]:
         """Exclusive work on one home, with libvirt."""
+        from hvmgr.operations import user_hooks
         from hvmgr.operations.session import Session
 
         self._require_role()
-        with home.locked(wait_s=self.wait_s):
-            session = Session(home, self.connection, self.reporter, wait_s=self.wait_s)
+        user_hooks.require_not_inside(home.vm_id, home.path.name)
+        with self.occasions.gathered(), home.locked(wait_s=self.wait_s):
+            session = Session(home, self.connection, self.reporter, wait_s=self.wait_s, occasions=self.occasions)
             try:
                 yield session
             finally:

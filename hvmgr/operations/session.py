@@ -24,6 +24,7 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Tree
+from hvmgr.operations.occasions import Occasions
 from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
@@ -67,7 +68,15 @@ class Uses:
 class Session:
     """What the steps of a plan work with."""
 
-    def __init__(self, home: VmHome, connection: Connection, reporter: Reporter, *, wait_s: float) -> None:
+    def __init__(
+        self,
+        home: VmHome,
+        connection: Connection,
+        reporter: Reporter,
+        *,
+        wait_s: float,
+        occasions: Occasions | None = None,
+    ) -> None:
         self.home = home
         self.connection = connection
         self.wait_s = wait_s
@@ -77,6 +86,7 @@ class Session:
         self.doubt: errors.HvmgrError | None = None  # what others did to the present that nobody can explain
         self.waiting: set[str] = set()  # images whose merge has to wait: nothing may remove them
         self.put_off: errors.HvmgrError | None = None  # why a merge was put off, said when all else is done
+        self.occasions = occasions or Occasions(home.path.parent, reporter)  # whom what becomes of operations is told
         self._reporter = reporter
         self._stack = contextlib.ExitStack()
         self._daemon: Daemon | None = None

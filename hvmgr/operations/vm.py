@@ -125,18 +125,20 @@ class VM:
         It is saved while the guest goes on; where that cannot be the guest stands still for it, or, without ``fallback``,
         Unsupported. With ``compress`` it is compressed with zstd.
         """
-        from hvmgr.operations import background, snapshots
+        from hvmgr.operations import background, occasions, snapshots
+        from hvmgr.operations.steps import execution
 
         how = background.How(fallback=fallback, compress=compress)
         wish = snapshots.Wish(name, notes, SnapshotType(type), how)
         with self._work() as session:
             plan = snapshots.plan_create(session, wish)
-            try:
-                self._run(session, plan)
-            except errors.Cancelled as error:
-                if error.facts.get("complete") and background.is_in_background(plan):
-                    background.take_back(session, snapshots.snapshot_of(plan))
-                raise
+            with occasions.operation(session, plan):
+                try:
+                    execution.run(session, plan)
+                except errors.Cancelled as error:
+                    if error.facts.get("complete") and background.is_in_background(plan):
+                        background.take_back(session, snapshots.snapshot_of(plan))
+                    raise
         return _snapshot(self, self.home.entry(snapshots.snapshot_of(plan)))
 
     def undo(self, *, discard_state: bool = False) -> None:
@@ -283,11 +285,13 @@ class VM:
             reconcile.bring_together(session, needs_present=needs_present)
             yield session
 
-    def _run(self, session: Session, plan: Plan) -> None:
+    def _run(self, session: Session, plan: Plan, snapshots: Sequence[str] = ()) -> None:
+        """Carry a plan out; ``snapshots`` are those that it is about, besides the one that it makes."""
+        from hvmgr.operations import occasions
         from hvmgr.operations.steps import execution
 
-        session.require_approval(plan)
-        execution.run(session, plan)
+        with occasions.operation(session, plan, snapshots=snapshots):
+            execution.run(session, plan)
 
     def _complete(self) -> None:
         """A reader never waits; but what a dead command left open is not a state to show."""
@@ -342,7 +346,7 @@ class Snapshot:
                 self.vm._run(session, plan)  # noqa: SLF001
                 first = snapshots.snapshot_of(plan)
                 session.forget_uses()
-            self.vm._run(session, replacement.plan_apply(session, self.id, how))  # noqa: SLF001
+            self.vm._run(session, replacement.plan_apply(session, self.id, how), [self.id])  # noqa: SLF001
         return None if first is None else self.vm.snapshot(first)
 
     def delete(self, *, subtree: bool = False, state_only: bool = False) -> list[str]:
@@ -351,10 +355,10 @@ class Snapshot:
 
         with self.vm._work() as session:  # noqa: SLF001
             if state_only:
-                self.vm._run(session, merge.plan_delete_state(session, self.id))  # noqa: SLF001
+                self.vm._run(session, merge.plan_delete_state(session, self.id), [self.id])  # noqa: SLF001
                 return []
             gone = self.vm.home.tree().subtree(self.id) if subtree else [self.id]
-            self.vm._run(session, merge.plan_delete(session, gone))  # noqa: SLF001
+            self.vm._run(session, merge.plan_delete(session, gone), gone)  # noqa: SLF001
         return gone
 
     def rename(self, name: str) -> None:

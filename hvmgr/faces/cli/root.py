@@ -30,6 +30,10 @@ COMMANDS = {
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),
+    "watch": (
+        f"{_HERE}.watch:command",
+        "Follow what happens to VMs, until Ctrl-C: snapshots, applies, exports, starts and ends, jobs.",
+    ),
     "config": (f"{_HERE}.config:command", "Show the settings and where they come from."),
     "completion": (f"{_HERE}.completion:command", "Print the completion script of a shell."),
     "demo": (f"{_HERE}.demo:command", "Show snapshot trees at work, with a real guest."),
