@@ -1,9 +1,18 @@
-"""Where things are: roots, connection, templates, limits. Read from the environment once per call, never written."""
+"""Where things are: roots, connection, templates, limits. Read once per call, never written.
+
+What the command line says comes before all of this; here the environment comes before the user's configuration file,
+that before the system's, and all before what hvmgr has built in. ``origin`` says which one it was.
+"""
 
 from __future__ import annotations
 
+import fnmatch
 import os
 from pathlib import Path
+from typing import Any
+
+from hvmgr import preferences
+from hvmgr.preferences import Preference
 
 SYSTEM_ROOT = Path("/var/lib/hvmgr")
 SYSTEM_CACHE = Path("/var/cache/hvmgr")
@@ -18,17 +27,63 @@ LOCK_WAIT_S = 10.0
 HOOK_LIMIT_S = 30.0
 
 # Less than this part of a file system free is little.
-SPACE_LOW = 0.05
+SPACE_LOW = "5%"
+
+BUILT_IN = "default"
+
+
+def find(key: str) -> Preference | None:
+    """What a configuration file says under this key: the user's before the system's; None where neither has it."""
+    for folder in reversed(config_folders()):
+        if (found := preferences.read(folder).get(key)) is not None:
+            return found
+    return None
+
+
+def origin(key: str, variable: str = "") -> str:
+    """Where a setting comes from: a variable of the environment, a line of a file, or hvmgr itself."""
+    if variable and os.environ.get(variable):
+        return variable
+    found = find(key)
+    return BUILT_IN if found is None else found.source
 
 
 def hook_time_limit_s() -> float:
     """How long a hook of the administrator's may take, in seconds."""
-    return HOOK_LIMIT_S
+    return float(_value("hook-time-limit", HOOK_LIMIT_S))
+
+
+def space_low_text() -> str:
+    """How much has to be free before hooks and watchers are told: a part of the file system (``5%``), or bytes."""
+    return str(_value("space-low", SPACE_LOW))
 
 
 def space_low(total: int) -> int:
-    """How many bytes of a file system of ``total`` bytes are to be free, before hooks and watchers are told."""
-    return int(total * SPACE_LOW)
+    """The same in bytes, for a file system of ``total`` bytes."""
+    text = space_low_text()
+    return int(total * float(text[:-1]) / 100) if text.endswith("%") else int(text)
+
+
+def compression() -> str:
+    """Whether saved memory is compressed when nobody says so: ``none`` or ``zstd``."""
+    return str(_value("compress", "none"))
+
+
+def import_maps(key: str) -> list[tuple[str, str, str]]:
+    """The ``networks`` or ``paths`` that imports on this host map when nobody says so: old, new, and where it stands.
+
+    Of several lines for one thing the first counts: the user's before the system's.
+    """
+    name = os.uname().nodename
+    names = {name, name.partition(".")[0]}
+    found: dict[str, tuple[str, str, str]] = {}
+    for folder in reversed(config_folders()):
+        here = preferences.read(folder).get("maps")
+        for one in () if here is None else here.value:
+            if not one.hosts or any(fnmatch.fnmatch(each, pattern) for each in names for pattern in one.hosts):
+                for line in getattr(one, key):
+                    found.setdefault(line[0], line)
+    return list(found.values())
 
 
 def is_root() -> bool:
@@ -40,6 +95,8 @@ def default_root() -> Path:
     """The folder that holds the homes when ``--root`` is not given."""
     if root := os.environ.get("HVMGR_ROOT"):
         return Path(root)
+    if (found := find("root")) is not None:
+        return Path(found.value)
     return SYSTEM_ROOT if is_root() else _user_data() / "hvmgr"
 
 
@@ -47,6 +104,8 @@ def default_uri() -> str:
     """The connection when ``-c`` is not given: the environment's, else the system's, else (no root) the session's."""
     if uri := os.environ.get("LIBVIRT_DEFAULT_URI"):
         return uri
+    if (found := find("connection")) is not None:
+        return str(found.value)
     return SYSTEM_URI if is_root() else SESSION_URI
 
 
@@ -82,6 +141,11 @@ def templates_folder() -> Path:
     package = Path(__file__).resolve().parent
     inside = package / "templates"
     return inside if inside.is_dir() else package.parent / "templates"
+
+
+def _value(key: str, otherwise: Any) -> Any:
+    found = find(key)
+    return otherwise if found is None else found.value
 
 
 def _user_data() -> Path:

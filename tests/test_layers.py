@@ -19,7 +19,16 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hvmgr"
 LAYERS = {
     module: height
     for height, modules in enumerate(
-        ["errors units settings version", "model", "host", "vhd", "storage", "operations", "faces", "__init__ __main__"]
+        [
+            "errors units yaml_text preferences settings version",
+            "model",
+            "host",
+            "vhd",
+            "storage",
+            "operations",
+            "faces",
+            "__init__ __main__",
+        ]
     )
     for module in modules.split()
 }

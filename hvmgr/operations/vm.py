@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvmgr import errors
+from hvmgr import errors, settings
 from hvmgr.model import names, tree
 from hvmgr.model.metadata import SavedState, SnapshotType
 from hvmgr.model.tree import Tree
@@ -118,17 +118,18 @@ class VM:
         notes: str = "",
         type: SnapshotType = SnapshotType.STANDARD,
         fallback: bool = True,
-        compress: bool = False,
+        compress: bool | None = None,
     ) -> Snapshot:
         """A new snapshot of the present; running VMs keep running and their memory is saved, unless disk-only.
 
         It is saved while the guest goes on; where that cannot be the guest stands still for it, or, without ``fallback``,
-        Unsupported. With ``compress`` it is compressed with zstd.
+        Unsupported. With ``compress`` it is compressed with zstd; None leaves that to the configuration file.
         """
         from hvmgr.operations import background, occasions, snapshots
         from hvmgr.operations.steps import execution
 
-        how = background.How(fallback=fallback, compress=compress)
+        wanted = settings.compression() == "zstd" if compress is None else compress
+        how = background.How(fallback=fallback, compress=wanted)
         wish = snapshots.Wish(name, notes, SnapshotType(type), how)
         with self._work() as session:
             plan = snapshots.plan_create(session, wish)

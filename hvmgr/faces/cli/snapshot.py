@@ -42,7 +42,7 @@ def command() -> None:
               help="standard saves the memory of a running VM too, disk-only does not.")  # fmt: skip
 @click.option("--no-fallback", is_flag=True,
               help="Fail where a running guest would have to stand still while its memory is saved.")  # fmt: skip
-@click.option("--compress", type=click.Choice(("zstd",)), help="Compress the saved memory.")
+@click.option("--compress", type=click.Choice(("zstd", "none")), help="Whether the saved memory is compressed.")
 @click.pass_obj
 def create(
     request: Request, vm: str, name: str | None, *, notes: str, kind: str, no_fallback: bool, compress: str | None
@@ -61,7 +61,11 @@ def create(
     with request.host() as host, request.changing():
         one = host.vm(vm)
         made = one.create_snapshot(
-            name, notes=notes, type=SnapshotType(kind), fallback=not no_fallback, compress=compress is not None
+            name,
+            notes=notes,
+            type=SnapshotType(kind),
+            fallback=not no_fallback,
+            compress=None if compress is None else compress == "zstd",
         )
         request.done(f"created snapshot '{made.name}' of {one.name}", {"snapshot": json_out.snapshot(made)})
 

@@ -40,7 +40,7 @@ def run(host: Host, source: Path, options: ImportOptions) -> VM:
 def carry_out(host: Host, comparison: Comparison) -> VM:
     """The import that was compared; the source is locked already."""
     for finding in comparison.findings:
-        if finding.severity == "warning":
+        if finding.severity == "warning" or finding.code == "default-map":
             host.reporter.notice(f"{finding.code}: {finding.sentence}")
     if (error := comparison.error()) is not None:
         raise error

@@ -281,7 +281,7 @@ def test_low_space_is_told(hvmgr, vm, told, monkeypatch):
     low = told("space-low")
     hvmgr.ok("snapshot", "create", vm)
     assert low() is None
-    monkeypatch.setattr(settings, "SPACE_LOW", 1.0)
+    monkeypatch.setattr(settings, "SPACE_LOW", "100%")
     hvmgr.ok("snapshot", "create", vm)
     assert low()["free"] > 0
 
