@@ -74,7 +74,10 @@ MAPS = """maps:
 
 def test_maps_are_those_of_this_host(folders):
     system, user = folders(MAPS.format(pattern=NAME[:1] + "*"), "maps:\n- networks: [{old: dmz, new: mine}]\n")
-    assert settings.import_maps("networks") == [("dmz", "mine", f"{user}, line 2"), ("lan", "here", f"{system}, line 3")]
+    assert settings.import_maps("networks") == [
+        ("dmz", "mine", f"{user}, line 2"),
+        ("lan", "here", f"{system}, line 3"),
+    ]
     assert settings.import_maps("paths") == [("/srv/gold", "/data/gold", f"{system}, line 7")]
     folders(MAPS.format(pattern="another"), "")
     assert settings.import_maps("networks")[0] == ("lan", "everywhere", f"{system}, line 5")
@@ -132,7 +135,7 @@ def test_file_that_others_may_write_is_refused(folders):
 def test_file_that_is_no_text_or_too_large(content, folders):
     system, _ = folders("")
     system.write_bytes(content)
-    with pytest.raises(errors.UsageError, match="not UTF-8|larger than"):
+    with pytest.raises(errors.UsageError, match=r"not UTF-8|larger than"):
         settings.find("root")
 
 

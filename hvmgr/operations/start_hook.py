@@ -1,4 +1,4 @@
-"""The script in libvirt's folder of hooks that asks ``faces/hook.py`` before each start; and one start without asking.
+"""The script in libvirt's folder of hooks that runs ``faces/hook.py``; and one start without asking it.
 
 It is a file of its own in ``qemu.d``, which libvirt runs beside all other hooks since 6.5. It lets everything pass when
 hvmgr or its Python is gone.
@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvmgr import errors
+from hvmgr import errors, settings
 from hvmgr.host import libvirt_door
 from hvmgr.model.finding import Finding
 from hvmgr.storage import durable, start_guard
@@ -28,9 +28,10 @@ _SCRIPT = """\
 #!/bin/sh
 {ours}, made by 'hvmgr hook install'; 'hvmgr hook uninstall' removes it.
 # libvirt runs it with: guest, operation, sub-operation, extra; and the domain's XML on stdin.
-[ "$2" = prepare ] || exit 0
+case "$2" in prepare|restore|migrate) ;; *) exit 0 ;; esac
 python={python}
 hook={hook}
+export HVMGR_CONFIG={config} HVMGR_INDEX={index}
 [ -x "$python" ] && [ -r "$hook" ] || exit 0
 exec "$python" -I -S "$hook" "$@"
 """
@@ -124,4 +125,10 @@ def _read(path: Path) -> str | None:
 
 def _text() -> str:
     hook = Path(__file__).resolve().parents[1] / "faces" / "hook.py"
-    return _SCRIPT.format(ours=_OURS, python=shlex.quote(sys.executable), hook=shlex.quote(str(hook)))
+    return _SCRIPT.format(
+        ours=_OURS,
+        python=shlex.quote(sys.executable),
+        hook=shlex.quote(str(hook)),
+        config=shlex.quote(str(settings.config_folders()[0])),  # that of the system, whoever starts libvirt
+        index=shlex.quote(str(settings.index_folder())),
+    )
