@@ -27,6 +27,8 @@ from hvmgr.storage import durable, index, journal, locks, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from hvmgr.host.hypervisor import Connection
     from hvmgr.model.finding import Finding
     from hvmgr.model.import_options import ImportOptions
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.occasions import Occasions
     from hvmgr.operations.session import Session
+    from hvmgr.operations.watching import Happening
     from hvmgr.storage.attachments import Attachment
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
@@ -200,6 +203,15 @@ class Host:
 
         wish = repair.Wish(accept_touched, accept_present, thorough, change_host or repair.never)
         return repair.repair(self, vm, wish)
+
+    def watch(self, *names: str, since: datetime | None = None) -> Iterator[Happening | None]:
+        """What happens from now on to these VMs, or to all; for ever. None comes now and then while nothing happens.
+
+        ``since``: hvmgr's own events since then come first. NotFound for a name that nobody knows.
+        """
+        from hvmgr.operations import watching
+
+        return watching.watch(self, [watching.find(self, name) for name in names], since)
 
     def adoptable(self) -> list[str]:
         """The names of libvirt's VMs that hvmgr does not manage, whether or not something is in the way of adopting."""

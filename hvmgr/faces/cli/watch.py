@@ -30,12 +30,9 @@ def command(request: Request, vms: tuple[str, ...], since: str | None) -> None:
     Without VM it follows all. What others do with virsh is there as libvirt tells it; a libvirt that is restarted is waited
     for. With --json each line is a document.
     """
-    from hvmgr.operations import watching
-
     start = None if since is None else _moment(since)
     with request.host() as host:
-        ids = [watching.find(host, name) for name in vms]
-        happenings = watching.watch(host, ids, start)
+        happenings = host.watch(*vms, since=start)
         try:
             for one in happenings:
                 if one is not None:

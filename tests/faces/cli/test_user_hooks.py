@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from pathlib import Path
 
 import pytest
 
-from hvmgr import settings
+from hvmgr import preferences, settings
+from hvmgr.host.events import Kind
+from hvmgr.model.event import Event
 from hvmgr.storage import event_log
 from tests.faces.cli.conftest import files_of
 
@@ -49,10 +52,49 @@ def logged():
     return [one["event"] for one in event_log.Reader(from_start=True).documents()]
 
 
-KEYS = {
-    "version", "event", "time", "operation", "id", "subject", "vm", "snapshots", "path", "images", "free", "error",
-    "recovered",
-}  # fmt: skip
+PAGE = (Path(__file__).resolve().parents[3] / "docs" / "hooks.md").read_text("utf-8")
+DOCUMENT = json.loads(re.search(r"<!-- document -->\n```json\n(.*?)```", PAGE, re.DOTALL)[1])
+KEYS = set(DOCUMENT)
+
+
+def example(name):
+    """A hook of the page, as it stands."""
+    return re.search(rf"<!-- hook: {name} -->\n```\w+\n(.*?)```", PAGE, re.DOTALL)[1]
+
+
+def test_page_lists_the_events():
+    named = re.findall(r"^\| `([a-z-]+)` \| .* \| (refuses it|is a warning) \|$", PAGE, re.MULTILINE)
+    assert named == [(one.value, "refuses it" if one.may_refuse else "is a warning") for one in Event]
+
+
+def test_page_lists_the_events_of_libvirt():
+    table = PAGE[PAGE.index("| event | `detail` |") :].partition("\n\n")[0]
+    first = "".join(line.split("|")[1] for line in table.splitlines()[2:])
+    assert set(re.findall(r"`([a-z-]+)`", first)) == set(Kind)
+
+
+def test_page_gives_the_keys_of_the_configuration(tmp_path):
+    text = re.search(r"<!-- configuration -->\n```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
+    (tmp_path / preferences.NAME).write_text(text)
+    assert set(preferences.read(tmp_path)) == set(preferences.KEYS)
+
+
+def test_examples_of_the_page(hvmgr, vm, hooks, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hook = hooks("before-apply", "50-production", example("before-apply/50-production"))
+    hooks("snapshot-created", "50-book", example("snapshot-created/50-book"))
+    hvmgr.ok("snapshot", "create", vm, "before the update")
+    hvmgr.ok("snapshot", "apply", vm, "before the update")
+    hvmgr.ok("vm", "rename", vm, f"prod-{vm}")
+    answer = hvmgr("snapshot", "apply", f"prod-{vm}", "before the update")
+    assert answer.code == 4
+    assert answer.err == (
+        f"hvmgr: the hook {hook} refuses the return of prod-{vm} to snapshot 'before the update': "
+        f"prod-{vm} is in production: ask the team that owns it\n"
+    )
+    (book,) = (tmp_path / "snapshots.jsonl").read_text().splitlines()
+    assert set(json.loads(book)) == KEYS
+    assert json.loads(book)["subject"] == DOCUMENT["subject"].replace("web", vm)
 
 
 def test_hooks_before_and_after_are_given_the_facts(hvmgr, vm, told, root):
@@ -269,6 +311,42 @@ def test_operation_that_fails_is_told(hvmgr, vm, told, monkeypatch):
     assert failed()["error"] == {"code": "HostFailed", "message": "no", "hint": "try again"}
     assert failed()["operation"] == "snapshot create"
     assert logged()[-1] == "operation-failed"
+
+
+def test_images_that_wait_are_told(hvmgr, branched, told, monkeypatch):
+    from hvmgr import errors
+    from hvmgr.operations.steps import image_steps
+
+    pending, deleted = told("merge-pending"), told("snapshot-deleted")
+
+    def no(*_):
+        raise errors.NoSpace("no space left")
+
+    monkeypatch.setattr(image_steps, "_stream", no)
+    monkeypatch.setattr(image_steps, "_commit", no)
+    image = hvmgr.ok("snapshot", "show", branched, "three", "--json").json["snapshots"][0]["disks"]["vda"]
+    assert hvmgr("snapshot", "delete", branched, "three").code == 7
+    assert deleted()["snapshots"][0]["name"] == "three"
+    assert pending()["images"] == [image]
+    assert "operation-failed" not in logged()
+
+
+def test_interrupted_operation_is_told_by_who_completes_it(hvmgr, vm, told, monkeypatch):
+    from hvmgr import errors, model
+    from hvmgr.operations.steps import execution
+
+    failed, after = told("operation-failed"), told("snapshot-created")
+
+    def no(_session, _step):
+        raise errors.HostFailed("no")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(execution, "DO", {**execution.DO, model.plan.WritePresent: no})
+        assert hvmgr("snapshot", "create", vm, "one").code == 8
+    assert failed()["recovered"] is False
+    assert after() is None
+    assert hvmgr("snapshot", "list", vm).code == 0
+    assert (after()["recovered"], after()["snapshots"][0]["name"]) == (True, "one")
 
 
 def test_two_operations_of_one_command_have_two_events(hvmgr, branched):
