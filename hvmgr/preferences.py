@@ -1,6 +1,6 @@
 """The configuration file ``hvmgr.yaml``: what it may say, and on which line it says it.
 
-It is looked for at every question and parsed once for each of its versions. Without a file, the cost is one failed look.
+It is looked at for every question and parsed once for each of its versions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from hvmgr import errors, units
 if TYPE_CHECKING:
     from hvmgr.yaml_text import Value
 
-NAME = "hvmgr.yaml"
 COMPRESSIONS = ("none", "zstd")
 
 _SIZE_MAX = 1 << 20  # of the file: nobody writes more by hand
@@ -41,13 +40,12 @@ class HostMap:
     paths: tuple[tuple[str, str, str], ...]
 
 
-def read(folder: Path) -> Mapping[str, Preference]:
-    """What the folder's file says; nothing when there is none. UsageError names the line of what is wrong."""
-    file = folder / NAME
+def read(file: Path) -> Mapping[str, Preference]:
+    """What the file says; UsageError names the line of what is wrong."""
     try:
         facts = file.stat()
-    except OSError:
-        return {}
+    except OSError as error:
+        raise errors.UsageError(f"{file} cannot be read: {error.strerror}", file=str(file)) from error
     if not stat.S_ISREG(facts.st_mode):
         raise errors.UsageError(f"{file} is no file", file=str(file))
     if facts.st_uid not in (0, os.geteuid()) or facts.st_mode & stat.S_IWOTH:

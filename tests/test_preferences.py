@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hvmgr import errors, preferences, settings
+from hvmgr import errors, settings
 
 NAME = os.uname().nodename
 
@@ -140,7 +140,7 @@ def test_file_that_is_no_text_or_too_large(content, folders):
 
 
 def test_folder_in_the_place_of_the_file(folders, tmp_path):
-    (tmp_path / "etc" / preferences.NAME).mkdir(parents=True)
+    (tmp_path / "etc" / settings.CONFIG_FILE).mkdir(parents=True)
     with pytest.raises(errors.UsageError, match="is no file"):
         settings.find("root")
 

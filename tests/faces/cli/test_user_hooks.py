@@ -75,8 +75,8 @@ def test_page_lists_the_events_of_libvirt():
 
 def test_page_gives_the_keys_of_the_configuration(tmp_path):
     text = re.search(r"<!-- configuration -->\n```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
-    (tmp_path / preferences.NAME).write_text(text)
-    assert set(preferences.read(tmp_path)) == set(preferences.KEYS)
+    (tmp_path / settings.CONFIG_FILE).write_text(text)
+    assert set(preferences.read(tmp_path / settings.CONFIG_FILE)) == set(preferences.KEYS)
 
 
 def test_examples_of_the_page(hvmgr, vm, hooks, tmp_path, monkeypatch):
