@@ -135,11 +135,19 @@ def runtime_folder() -> Path:
 
 
 def config_folders() -> tuple[Path, ...]:
-    """Where the configuration file and the hooks of the system are, then those of the user."""
+    """Where the configuration file and the hooks of the system are, then those of the user, when he has any.
+
+    A folder of another user is not the user's own: ``sudo`` may leave HOME as it was.
+    """
     if folder := os.environ.get("HVMGR_CONFIG"):
         return (Path(folder),)
     base = os.environ.get("XDG_CONFIG_HOME")
-    return (SYSTEM_CONFIG, (Path(base) if base else Path.home() / ".config") / "hvmgr")
+    own = os.path.join(base or os.path.expanduser("~/.config"), "hvmgr")  # noqa: PTH111, PTH118 - no error without a home
+    try:
+        is_own = os.stat(own).st_uid == os.geteuid()  # noqa: PTH116
+    except OSError:
+        is_own = False
+    return (SYSTEM_CONFIG, Path(own)) if is_own else (SYSTEM_CONFIG,)
 
 
 def templates_folder() -> Path:

@@ -45,6 +45,19 @@ def test_environment_comes_before_the_user_and_he_before_the_system(folders, mon
     assert settings.origin("hook-time-limit") == "default"
 
 
+def test_file_of_another_user_is_not_the_users_own(folders):
+    """As with a sudo that leaves HOME as it was."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    _, user = folders("root: /srv/all\n", "root: /srv/theirs\n")
+    os.chown(user.parent, 65534, 65534)
+    assert settings.default_root() == Path("/srv/all")
+    os.chown(user.parent, 0, 0)
+    os.chown(user, 65534, 65534)
+    with pytest.raises(errors.UsageError, match="written by others"):
+        settings.default_root()
+
+
 def test_file_is_read_again_when_it_has_changed(folders):
     folders("root: /srv/one\n")
     assert settings.default_root() == Path("/srv/one")

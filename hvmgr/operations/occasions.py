@@ -183,10 +183,11 @@ def _low_space(session: Session) -> int | None:
     """The bytes that are free where the home lies, when that is less than it should be."""
     try:
         facts = os.statvfs(session.home.path if session.home.path.exists() else session.home.path.parent)
-    except OSError:
-        return None
+        wanted = settings.space_low(facts.f_blocks * facts.f_frsize)
+    except (OSError, errors.UsageError):
+        return None  # what was done is done, whatever a configuration file says
     free = facts.f_bavail * facts.f_frsize
-    return free if free < settings.space_low(facts.f_blocks * facts.f_frsize) else None
+    return free if free < wanted else None
 
 
 def _error_facts(error: BaseException) -> ErrorFacts:

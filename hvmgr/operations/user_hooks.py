@@ -2,7 +2,7 @@
 
 They are run in alphabetical order with the event's document on stdin (``model/event``). One that comes before an
 operation refuses it by any exit code but 0; what goes wrong with another one is a warning. A hook has a time limit, and
-its whole process group is ended there. Without any hook all this costs one failed look at each folder.
+its whole process group is ended there. Without any hook all this costs a failed look at each folder.
 
 What is run with root's rights must be nobody else's to write: a file, or a folder on the way, that is not root's or the
 caller's own, or that others may write, is not run. A before-event is then refused, for nobody was asked.

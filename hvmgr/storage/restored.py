@@ -37,6 +37,7 @@ def rewrite(data: bytes, *, source: str) -> str | None:
     if moved:
         saved.set_metadata(dataclasses.replace(facts, home=Path(moved[0].new)))
     _rewrite_disks(saved, [*moved, *_default_paths()])
+    _rewrite_nvram(saved, moved)
     missing = _missing_networks(saved)
     wanted = Maps(
         paths=tuple(_for_missing([*moved, *_default_paths()], (path for _, path in maps.paths_of(saved)))),
@@ -64,6 +65,15 @@ def _rewrite_disks(saved: Configuration, entries: list[Entry]) -> None:
         new, entry = maps.map_path(disk.source, entries)
         if entry is not None and Path(new).exists():
             saved.set_disk_source(disk.slot, Path(new), disk.format)
+
+
+def _rewrite_nvram(saved: Configuration, moved: list[Entry]) -> None:
+    """NVRAM lies in the home, and goes with it."""
+    if saved.nvram is None or os.path.lexists(saved.nvram):
+        return
+    new, entry = maps.map_path(str(saved.nvram), moved)
+    if entry is not None and Path(new).exists():
+        saved.set_nvram(Path(new))
 
 
 def _for_missing(entries: list[Entry], paths: Iterable[str]) -> list[Entry]:

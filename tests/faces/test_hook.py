@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -188,9 +188,13 @@ def test_home_that_was_moved_is_followed(rewritten, tmp_path):
     vm_id = "11111111-2222-4333-8444-555555555555"
     (new / "Virtual Machines" / f"{vm_id}.xml").write_bytes(OURS)
     (new / "disk").touch()
+    (new / "nvram.fd").touch()
     index.record(index.Entry(vm_id, "web", new, "qemu:///system", ()))
-    out, said = rewritten(domain(tmp_path / "old", tmp_path / "old" / "disk"))
+    firmware = f"<os><type>hvm</type><nvram>{tmp_path}/old/nvram.fd</nvram></os><devices>".encode()
+    xml = domain(tmp_path / "old", tmp_path / "old" / "disk").replace(b"<devices>", firmware)
+    out, said = rewritten(xml)
     assert said == ""
+    assert f"<nvram>{new}/nvram.fd</nvram>".encode() in out
     assert f"home='{new}'".encode() in plain(out)
     assert f"file='{new}/disk'".encode() in plain(out)
 
@@ -312,13 +316,19 @@ def test_script_speaks_of_names_beyond_ascii(script):
     assert b"its home /no/Z" in refused.stderr
 
 
+def time_of_children():
+    """What a loaded machine does not stretch: the processors' own time."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_other_phases_and_other_vms_pass_in_well_under_a_tenth_of_a_second(script):
     for xml, operation in ((OURS, "started"), (FOREIGN, "prepare")):
         seconds = []
         for _ in range(9):
-            start = time.perf_counter()
+            start = time_of_children()
             run(script, xml, operation)
-            seconds.append(time.perf_counter() - start)
+            seconds.append(time_of_children() - start)
         assert min(seconds) < 0.05, seconds
 
 

@@ -364,6 +364,15 @@ def test_low_space_is_told(hvmgr, vm, told, monkeypatch):
     assert low()["free"] > 0
 
 
+def test_wrong_configuration_file_undoes_nothing(hvmgr, vm, hooks, tmp_path):
+    hook = hooks("snapshot-created", "a", "#!/bin/sh\n")
+    (tmp_path / "config" / "hvmgr.yaml").write_text("compress: none\nspace: 5%\n")
+    answer = hvmgr("snapshot", "create", vm, "--compress", "zstd")
+    assert answer.code == 0
+    assert answer.err.startswith(f"warning: the hook {hook} failed: ")
+    assert "hvmgr.yaml, line 2: unknown key 'space'" in answer.err
+
+
 def test_log_that_cannot_be_written_stops_nothing(hvmgr, vm, root):
     folder = settings.index_folder() / "events"
     for one in folder.iterdir():
