@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hvmgr import errors, units
-from hvmgr.faces.cli import json_out, render
+from hvmgr.faces.cli import arguments, json_out, render
 from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @click.command("watch", cls=Command, codes=READS,
                examples=["hvmgr watch", "hvmgr watch web db --since 1h", "hvmgr watch --json | jq -c .event"])  # fmt: skip
-@click.argument("vms", metavar="[VM]...", nargs=-1)
+@click.argument("vms", metavar="[VM]...", type=arguments.VmName(), nargs=-1)
 @click.option("--since", metavar="TIME", help="First what hvmgr did since then: 10m, 2h, 1d, or a time.")
 @click.pass_obj
 def command(request: Request, vms: tuple[str, ...], since: str | None) -> None:
