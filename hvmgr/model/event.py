@@ -50,6 +50,9 @@ _OWN_EVENTS: Mapping[str, tuple[Event, Event]] = {
     "import": (Event.BEFORE_IMPORT, Event.AFTER_IMPORT),
 }
 
+# Plans that are part of something: freezing a VM for its export, taking over what others did, a cure of doctor's.
+PARTS = frozenset({"export", "take over", "doctor"})
+
 # What leaves images that wait, when somebody has them open.
 MERGING = frozenset({"snapshot delete", "snapshot merge"})
 

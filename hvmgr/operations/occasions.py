@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from hvmgr.operations.session import Session
 
 
-class Occasions:
-    """What has happened and is told when nothing is locked any more."""
+class Occasions(threading.local):
+    """What has happened and is told when nothing is locked any more; each thread has its own."""
 
     def __init__(self, root: Path, reporter: Reporter) -> None:
         self.root = root
@@ -92,15 +93,32 @@ def operation(
     _add(session, about, after)
 
 
-def recovered(session: Session, one: Plan, *, is_done: bool, path: Path | None = None) -> None:
-    """What a dead command had begun was completed, or else undone."""
+@contextlib.contextmanager
+def completion(session: Session, one: Plan) -> Iterator[None]:
+    """What a dead command had begun is completed in here."""
+    try:
+        yield
+    except errors.HvmgrError as error:
+        if error.facts.get("done") and one.operation not in event.PARTS:
+            completed(session, one)
+        raise
+    if one.operation not in event.PARTS:
+        completed(session, one)
+
+
+def completed(session: Session, one: Plan, *, path: Path | None = None) -> None:
+    """What a dead command had begun was completed."""
     _, after = event.events_of(one.operation)
-    about = _describe(session, after, one, None, (), path)
-    if is_done:
-        _add(session, about, after, is_recovered=True)
-    else:
-        error = ErrorFacts("Interrupted", f"the {one.subject} was interrupted and is undone", None)
-        _add(session, about, Event.OPERATION_FAILED, error=error, is_recovered=True)
+    _add(session, _describe(session, after, one, None, (), path), after, is_recovered=True)
+
+
+def undone(session: Session, one: Plan) -> None:
+    """What a dead command had begun was undone."""
+    if one.operation in event.PARTS:
+        return
+    about = _describe(session, Event.OPERATION_FAILED, one, None, (), None)
+    error = ErrorFacts("Interrupted", f"the {one.subject} was interrupted and is undone", None)
+    _add(session, about, about.event, error=error, is_recovered=True)
 
 
 def _add(

@@ -34,7 +34,7 @@ def export(session: Session, dest: Path, options: ExportOptions) -> Path:
         session.say(f"completed the interrupted export {place.target}")
         subject = f"export of {session.home.name} to {place.target}"
         done = Plan(session.new_id(), session.home.vm_id, "export", subject)
-        occasions.recovered(session, done, is_done=True, path=place.target)
+        occasions.completed(session, done, path=place.target)
         return place.target
     place.require_free()
     planner = Planner(session, place, options)

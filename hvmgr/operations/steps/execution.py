@@ -183,14 +183,14 @@ def recover(session: Session) -> bool:
     with session.interrupts.held_back():
         _wait_for_jobs(session)
         if one.switch is None or (entry.switch_reached and _happened(session, one)) or _catch_up(session, one):
-            _finish(session, one)
-            session.say(f"completed the interrupted {one.subject}")
-            occasions.recovered(session, one, is_done=True)
+            with occasions.completion(session, one):
+                _finish(session, one)
+                session.say(f"completed the interrupted {one.subject}")
         else:
             _undo(session, one.prepare)
             _end_undone(session, one)
             session.say(f"undid the interrupted {one.subject}")
-            occasions.recovered(session, one, is_done=False)
+            occasions.undone(session, one)
     session.recovering = False
     return True
 

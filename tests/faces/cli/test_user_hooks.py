@@ -13,6 +13,7 @@ import pytest
 from hvmgr import preferences, settings
 from hvmgr.host.events import Kind
 from hvmgr.model.event import Event
+from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import event_log
 from tests.faces.cli.conftest import files_of
 
@@ -347,6 +348,33 @@ def test_interrupted_operation_is_told_by_who_completes_it(hvmgr, vm, told, monk
     assert after() is None
     assert hvmgr("snapshot", "list", vm).code == 0
     assert (after()["recovered"], after()["snapshots"][0]["name"]) == (True, "one")
+
+
+def test_part_of_something_is_no_event_of_its_own(hvmgr, vm, root):
+    """What froze a VM for an export is completed: the export is not."""
+    from hvmgr.model.plan import Plan
+    from hvmgr.storage import journal
+
+    (home,) = root.iterdir()
+    before = logged()
+    for operation in ("export", "take over"):
+        journal.begin(home / ".hvmgr" / "journal", Plan("x", "y", operation, "part"))
+        assert "completed the interrupted part" in hvmgr("snapshot", "list", vm).err
+    assert logged() == before
+
+
+def test_threads_do_not_tell_for_each_other(tmp_path):
+    import threading
+
+    from hvmgr.operations.occasions import Occasions
+
+    one = Occasions(tmp_path, Reporter())
+    with one.gathered():
+        depths = []
+        thread = threading.Thread(target=lambda: depths.append(one._depth))
+        thread.start()
+        thread.join(60)
+    assert depths == [0]
 
 
 def test_two_operations_of_one_command_have_two_events(hvmgr, branched):
