@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -80,16 +82,21 @@ def test_removed_log_begins_anew():
     assert numbers(reader) == [2]
 
 
-def test_events_of_several_processes_never_mix(monkeypatch):
-    monkeypatch.setattr(event_log, "LIMIT", 30_000)
+WRITER = """
+import sys
+from hvmgr.storage import event_log
+event_log.LIMIT = 30_000
+for number in range(int(sys.argv[1]), int(sys.argv[1]) + 50):
+    event_log.append({"number": number, "padding": "x" * 300})
+"""
+
+
+def test_events_of_several_processes_never_mix():
     reader = event_log.Reader(from_start=False)
-    fork = multiprocessing.get_context("fork")
-    writers = [fork.Process(target=append, args=range(start, start + 50), kwargs={"size": 300}) for start in (0, 50)]
-    for one in writers:
-        one.start()
+    root = Path(__file__).resolve().parents[2]
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(start)], cwd=root) for start in (0, 50)]
     told = []
-    while any(one.is_alive() for one in writers):
+    while any(one.poll() is None for one in writers):
         told += numbers(reader)
-    for one in writers:
-        one.join(60)
+    assert [one.returncode for one in writers] == [0, 0]
     assert sorted(told + numbers(reader)) == list(range(100))
