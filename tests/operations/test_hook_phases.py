@@ -20,6 +20,10 @@ from tests import private_libvirt
 pytestmark = pytest.mark.libvirtd
 
 
+# The two ends of a migration have the same name and number, and would have the same control group on one machine.
+NO_CGROUPS = "cgroup_controllers = []\n"
+
+
 @pytest.fixture(scope="module")
 def place():
     """The homes, index and configuration of this module: the hook is installed with them."""
@@ -45,7 +49,7 @@ def daemon(new_embed_root, place):
         environment.setenv("HVMGR_INDEX", str(place / "index"))
         environment.setenv("HVMGR_CONFIG", str(place / "config"))
         start_hook.install(root / "etc" / "hooks")
-    with private_libvirt.daemon(root, own_network=True) as daemon:
+    with private_libvirt.daemon(root, qemu_conf=NO_CGROUPS, own_network=True) as daemon:
         yield daemon
 
 
@@ -139,7 +143,29 @@ def test_saved_vm_gets_the_network_that_this_host_has(host, daemon, virsh, place
     saved.unlink()
 
 
-@pytest.mark.parametrize("program", ["import time; time.sleep(600)", "raise SystemExit(1)", "nonsense ("])
+def test_vm_that_migrates_in_gets_the_network_of_its_new_host(host, daemon, virsh, place, new_embed_root, monkeypatch):
+    bridge(daemon, "add", "wan")
+    make(host, "<interface type='bridge'><source bridge='wan'/></interface>").start()
+    monkeypatch.setenv("HVMGR_CONFIG", str(place / "other-config"))
+    monkeypatch.setenv("HVMGR_INDEX", str(place / "other-index"))
+    (place / "other-config").mkdir()
+    (place / "other-config" / "hvmgr.yaml").write_text("maps:\n- networks: [{old: wan, new: net7}]\n")
+    sockets = place / "sockets"
+    sockets.mkdir()
+    sockets.chmod(0o777)
+    root = new_embed_root()
+    start_hook.install(root / "etc" / "hooks")
+    with private_libvirt.daemon(root, qemu_conf=NO_CGROUPS, own_network=True, host_name="other") as other:
+        bridge(other, "add", "net7")
+        target = [other.uri, "--migrateuri", f"unix://{sockets}/migration"]
+        virsh("migrate", "--live", "--unsafe", "--p2p", "web", *target)
+        assert virsh("domstate", "web").stdout.strip() == "shut off"
+        there = ["virsh", "-c", other.uri, "dumpxml", "web"]
+        live = subprocess.run(there, check=True, capture_output=True, text=True, timeout=60).stdout
+        assert etree.fromstring(live).find("devices/interface/source").get("bridge") == "net7"
+
+
+@pytest.mark.parametrize("program", ["import time; time.sleep(600)", "raise SystemExit(1)"])
 def test_hook_that_hangs_or_fails_kills_no_guest_at_reconnect(program, host, daemon, virsh, tmp_path):
     make(host).start()
     pid = (daemon.root / "run" / "qemu" / "web.pid").read_text()
