@@ -1,7 +1,8 @@
-"""The hook: what a start costs with and without it, and what it costs everybody else."""
+"""The hooks: what a start costs with and without libvirt's, what it costs everybody else, and what one of a user's costs."""
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import time
@@ -26,7 +27,7 @@ def measure(say: Callable[[str], None], scale: Scale | None = None, *, length: i
         for _ in range(length - 1):
             vm.create_snapshot()
         results: list[Result] = []
-        for part in (_start, _script):
+        for part in (_start, _restore, _script, _user_hooks):
             say(f"hook: {part.__name__.strip('_')}")
             results += part(bench, vm, scale)
     return results
@@ -65,6 +66,57 @@ def _start(bench: Bench, vm: VM, scale: Scale) -> list[Result]:
     return [Result(f"virsh start, {len(vm.snapshots()) + 1} images", ours, theirs, "without the hook", aim=1.5)]
 
 
+def _restore(bench: Bench, vm: VM, scale: Scale) -> list[Result]:
+    """A saved VM goes on: the hook is run twice, for its configuration and for the start."""
+    hooks = bench.folder / "etc" / "hooks"
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    bench.virsh("start", vm.name)
+    for number in range(scale.warm_up + scale.rounds):
+        for hooked in (True, False):
+            bench.virsh("managedsave", vm.name)
+            (start_hook.install if hooked else start_hook.uninstall)(hooks)
+            start = time.perf_counter()
+            bench.virsh("start", vm.name)
+            if number >= scale.warm_up:
+                seconds[hooked].append(time.perf_counter() - start)
+    bench.virsh("destroy", vm.name)
+    start_hook.install(hooks)
+    ours, theirs = statistics.median(seconds[True]), statistics.median(seconds[False])
+    return [Result("virsh start of a saved VM", ours, theirs, "without the hook", aim=1.5)]
+
+
+def _user_hooks(bench: Bench, vm: VM, scale: Scale) -> list[Result]:
+    """A snapshot with a hook before it and one after it, each a shell that ends at once; and a shell alone."""
+    config = bench.folder / "config"
+    made = [config / "hooks.d" / event / "hook" for event in ("before-snapshot", "snapshot-created")]
+    for hook in made:
+        hook.parent.mkdir(parents=True)
+        hook.write_text("#!/bin/sh\nexit 0\n")
+
+    def create(mode: int) -> Callable[[], None]:
+        def once() -> None:
+            for hook in made:
+                hook.chmod(mode)
+            vm.create_snapshot().delete()
+
+        return once
+
+    before = os.environ.get("HVMGR_CONFIG")
+    os.environ["HVMGR_CONFIG"] = str(config)
+    try:
+        found = harness.in_turns(
+            {"with": create(0o755), "without": create(0o644)}, rounds=scale.rounds, warm_up=scale.warm_up
+        )
+    finally:
+        if before is None:
+            del os.environ["HVMGR_CONFIG"]
+        else:
+            os.environ["HVMGR_CONFIG"] = before
+    return [
+        Result("snapshot create and delete, two hooks", found["with"], found["without"], "without hooks", aim=1.5),
+    ]
+
+
 def _script(bench: Bench, vm: VM, scale: Scale) -> list[Result]:
     """The script alone, as libvirt runs it."""
     path = start_hook.path_in(bench.folder / "etc" / "hooks")
@@ -87,6 +139,7 @@ def _script(bench: Bench, vm: VM, scale: Scale) -> list[Result]:
             "other phase": run("started", text),
             "foreign": run("prepare", foreign),
             "ours": run("prepare", text),
+            "restore": run("restore", text),
         },
         rounds=3 * scale.rounds,
         warm_up=scale.warm_up,
@@ -95,4 +148,5 @@ def _script(bench: Bench, vm: VM, scale: Scale) -> list[Result]:
         Result("hook, any other phase", found["other phase"], limit=0.05),
         Result("hook, a VM that is not hvmgr's", found["foreign"], limit=0.05),
         Result("hook, a VM of hvmgr's", found["ours"]),
+        Result("hook, a saved VM of hvmgr's", found["restore"]),
     ]

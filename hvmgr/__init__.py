@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
+    from hvmgr.operations.watching import Happening
 
 __all__ = [
     "VM",
@@ -45,6 +46,7 @@ __all__ = [
     "DiskSpecification",
     "ExportOptions",
     "Finding",
+    "Happening",
     "Host",
     "ImageCheck",
     "ImageFault",
@@ -82,6 +84,7 @@ _HOMES = {
     "DiskSpecification": "hvmgr.model.specification",
     "ExportOptions": "hvmgr.model.export_options",
     "Finding": "hvmgr.model.finding",
+    "Happening": "hvmgr.operations.watching",
     "Host": "hvmgr.operations.host",
     "ImageCheck": "hvmgr.model.image_info",
     "ImageFault": "hvmgr.model.image_info",

@@ -4,7 +4,8 @@
     ├── UsageError        2    correct the request
     ├── NotFound          3    no such VM, snapshot, disk, file
     ├── Conflict          4    exists already, wrong state, other users of an image
-    │   └── Busy          4    another command holds the lock: wait and run again
+    │   ├── Busy          4    another command holds the lock: wait and run again
+    │   └── Vetoed        4    a hook of the administrator's refused it; nothing was changed
     ├── Unsupported       5    this format, host or version cannot do it
     ├── Corrupt           6    an image, a home or an export is damaged; nothing was written
     ├── NoSpace           7    free space and run again
@@ -60,6 +61,10 @@ class Conflict(HvmgrError):
 
 class Busy(Conflict):
     """Another command works on the same VM; waiting helps."""
+
+
+class Vetoed(Conflict):
+    """A hook of the administrator's refused the operation, or could not be asked; nothing was changed."""
 
 
 class Unsupported(HvmgrError):

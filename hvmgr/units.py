@@ -15,6 +15,9 @@ TIB = 1024 * GIB
 _FACTORS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", re.IGNORECASE)
 
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+_DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,6})?)\s*([smhd]?)")
+
 
 def parse_size(text: str) -> int:
     """Bytes for ``512M``, ``1.5G``, ``10GiB`` or a plain number below 8 EiB; units are powers of 1024."""
@@ -35,6 +38,16 @@ def format_size(size: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" or value >= 10 else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def parse_duration(text: str) -> float:
+    """Seconds for ``90``, ``30s``, ``10m``, ``2h`` or ``1.5d``."""
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise errors.UsageError(
+            f"'{text}' is not a length of time", hint="write a number with a unit, such as 30s or 2h"
+        )
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def to_rfc3339(moment: datetime) -> str:

@@ -86,6 +86,7 @@ def _own_settings(_own_place: Path) -> Iterator[None]:
         environment.setenv("HVMGR_ROOT", str(_own_place / f"root{number}"))
         environment.setenv("HVMGR_INDEX", str(_own_place / f"index{number}"))
         environment.setenv("HVMGR_RUN", str(_own_place / f"run{number}"))
+        environment.setenv("HVMGR_CONFIG", str(_own_place / f"config{number}"))
         yield
 
 

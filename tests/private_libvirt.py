@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +88,7 @@ class Libvirtd:
     root: Path
     process: subprocess.Popen
     own_network: bool = False
+    host_name: str | None = None
 
     @property
     def uri(self):
@@ -104,15 +106,18 @@ class Libvirtd:
 
     def start(self):
         """Starts the daemon again after ``stop``."""
-        self.process = start_libvirtd(self.root, own_network=self.own_network)
+        self.process = start_libvirtd(self.root, own_network=self.own_network, host_name=self.host_name)
 
 
 @contextlib.contextmanager
-def daemon(root, *, qemu_conf="", libvirtd_conf="", own_network=False):
+def daemon(root, *, qemu_conf="", libvirtd_conf="", own_network=False, host_name=None):
     """A running Libvirtd on a fresh root; its guests are gone afterwards. The texts are added to its settings.
 
-    With ``own_network`` it is another host as far as networks go: a network namespace with nothing in it.
+    With ``own_network`` it is another host as far as networks go: a network namespace with nothing in it. With a
+    ``host_name`` VMs can migrate to it.
     """
+    if host_name is not None:
+        libvirtd_conf += f'host_uuid = "{uuid.uuid4()}"\n'
     for name in ("run", "lib", "log"):
         (root / name).mkdir(mode=0o711)
     (root / "etc" / "libvirtd.conf").write_text(
@@ -120,7 +125,8 @@ def daemon(root, *, qemu_conf="", libvirtd_conf="", own_network=False):
     )
     with (root / "etc" / "qemu.conf").open("a") as file:
         file.write(qemu_conf)
-    running = Libvirtd(root, start_libvirtd(root, own_network=own_network), own_network)
+    process = start_libvirtd(root, own_network=own_network, host_name=host_name)
+    running = Libvirtd(root, process, own_network, host_name)
     try:
         yield running
     finally:
@@ -129,7 +135,7 @@ def daemon(root, *, qemu_conf="", libvirtd_conf="", own_network=False):
         end_guests(root)
 
 
-def start_libvirtd(root, *, own_network=False):
+def start_libvirtd(root, *, own_network=False, host_name=None):
     """A running libvirtd whose folders are those of ``root``."""
     places = {"run": "/run", "etc": "/etc", "lib": "/var/lib", "cache": "/var/cache", "log": "/var/log"}
     for place in places.values():
@@ -140,10 +146,22 @@ def start_libvirtd(root, *, own_network=False):
         binds += f"mount --rbind /sys/fs/cgroup {root}/cgroup; mount -t sysfs sysfs /sys; "
         binds += f"mount --rbind {root}/cgroup /sys/fs/cgroup; "
     daemon = f"exec libvirtd --config /etc/libvirt/libvirtd.conf --pid-file {root}/libvirtd.pid"
+    if host_name is not None:
+        binds += f"hostname {host_name}; "
     socket = root / "run" / "libvirt-sock"
     socket.unlink(missing_ok=True)
     process = subprocess.Popen(
-        ["unshare", *["--net"] * own_network, "--mount", "--propagation", "private", "sh", "-ec", binds + daemon],
+        [
+            "unshare",
+            *["--net"] * own_network,
+            *["--uts"] * bool(host_name),
+            "--mount",
+            "--propagation",
+            "private",
+            "sh",
+            "-ec",
+            binds + daemon,
+        ],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

@@ -20,7 +20,7 @@ LAYERS = {
     module: height
     for height, modules in enumerate(
         [
-            "errors os_errors units settings version write_behind",
+            "errors os_errors units yaml_text preferences settings version write_behind",
             "model",
             "host",
             "vhd",
@@ -46,7 +46,10 @@ KEEPERS = {
         ("qemu", ["host/qmp.py"]),
         ("qemu.qmp.legacy", []),  # GPL-2
         ("subprocess multiprocessing pty asyncio.create_subprocess_exec", ["host/process.py"]),
-        ("os.system os.popen os.fork os.posix_spawn os.execv os.execve os.execvp", ["host/process.py"]),
+        (
+            "os.system os.popen os.fork os.posix_spawn os.execv os.execve os.execvp",
+            ["host/process.py", "host/patience.py"],
+        ),
         ("os.fsync os.fdatasync os.sync os.rename os.renames os.replace shutil.move", DURABLE),
         ("pathlib.Path.rename pathlib.Path.replace", DURABLE),
         ("os.unlink os.remove os.rmdir os.removedirs shutil.rmtree", REMOVERS),

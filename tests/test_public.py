@@ -22,6 +22,7 @@ PUBLIC = [
     "DiskSpecification",
     "ExportOptions",
     "Finding",
+    "Happening",
     "Host",
     "ImageCheck",
     "ImageFault",

@@ -29,6 +29,7 @@ from hvmgr.errors import Busy, Conflict, HostFailed, Unsupported, UsageError
 from hvmgr.host import capabilities, libvirt_door
 from hvmgr.host.capabilities import Capabilities, MachineFacts
 from hvmgr.host.domain import Domain, State
+from hvmgr.host.events import Follower
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -149,6 +150,10 @@ class Connection:
         with contextlib.suppress(libvirt_door.library().libvirtError):
             return self._opened is not None and bool(self._opened.isAlive())
         return False
+
+    def follow(self) -> Follower:
+        """Hears of everything that happens to domains from now on."""
+        return Follower(self._handle)
 
     # What the host is
 

@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING
 from hvmgr import errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 # How long a spawned program may take to end after SIGTERM before it is killed.
 TERMINATE_S = 5.0
@@ -108,16 +108,19 @@ def run(
     *,
     input: bytes = b"",
     timeout_s: float,
-    ok_codes: Sequence[int] = (0,),
+    ok_codes: Collection[int] = (0,),
+    environment: Mapping[str, str] | None = None,
 ) -> Completed:
-    """The output of a program that ended with one of ``ok_codes``.
+    """The output of a program that ended with one of ``ok_codes``; ``environment`` is added to its clean one.
 
     Raises Unsupported when the program is not installed; HostFailed for another exit code, a signal, or when it
     ran longer than ``timeout_s`` (it and its children are then killed).
     """
     command = shlex.join(os.fspath(word) for word in argv)
     stdin = subprocess.PIPE if input else subprocess.DEVNULL
-    with _started(argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with _started(
+        argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, environment=environment
+    ) as process:
         try:
             stdout, stderr = process.communicate(input or None, timeout_s)
         except subprocess.TimeoutExpired as error:
@@ -348,13 +351,14 @@ def _started(
     stderr: int | IO[bytes],
     pass_fds: Sequence[int] = (),
     buffered: bool = True,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     require(os.fspath(argv[0]))
     try:
         # A group of its own: Ctrl-C of the terminal reaches us alone, and we decide.
         process = subprocess.Popen(
-            argv, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=_environment(), process_group=0,
-            bufsize=-1 if buffered else 0, pipesize=-1 if buffered else _PIPE,
+            argv, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, process_group=0,
+            env=_environment() | dict(environment or {}), bufsize=-1 if buffered else 0, pipesize=-1 if buffered else _PIPE,
         )  # fmt: skip
     except OSError as error:
         raise errors.HostFailed(f"cannot start '{argv[0]}': {error.strerror}") from error

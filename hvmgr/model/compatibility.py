@@ -79,6 +79,7 @@ KINDS: Mapping[str, Kind] = {
     "address-in-state": _info("a guest that goes on from a saved state keeps its old addresses until it restarts"),
     "vhd-kept": _info("a VHD stays one: the memory of a VM that runs on it cannot be saved"),
     "vhd-converted": _info("a VHD that QEMU does not read as it is becomes a qcow2 image"),
+    "default-map": _info("a map of the configuration file is followed"),
     "undo-left-behind": _info("the undo slot of the source does not come along"),
 }
 

@@ -28,10 +28,9 @@ from enum import StrEnum
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from hvmgr import errors, units
-from hvmgr.model import yaml_text
+from hvmgr import errors, units, yaml_text
 from hvmgr.model.metadata import SavedState
-from hvmgr.model.yaml_text import Value
+from hvmgr.yaml_text import Value
 
 FORMAT = 1
 FILE = "export.yaml"

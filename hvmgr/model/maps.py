@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lxml import etree
@@ -44,11 +44,16 @@ _PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of a map as it was asked for: ``option`` names the map, for messages."""
+    """One line of a map as it was asked for: ``option`` names the map, for messages.
+
+    ``default`` is where a line of the configuration file stands: it counts after all that was asked for, and need not
+    match anything.
+    """
 
     option: str
     old: str
     new: str
+    default: str | None = None
 
     def __str__(self) -> str:
         return f"--{self.option} {self.old}={self.new}"
@@ -94,7 +99,11 @@ class Used:
 
     def unused(self, maps: Maps) -> list[Entry]:
         """What was asked for and would be ignored."""
-        return [one for one in maps.entries() if one not in self.entries]
+        return [one for one in maps.entries() if one not in self.entries and one.default is None]
+
+    def defaults(self) -> list[Entry]:
+        """The lines of the configuration file that were followed."""
+        return sorted((one for one in self.entries if one.default is not None), key=str)
 
 
 def parse(
@@ -134,6 +143,17 @@ def build(
     return tuple(found.values())
 
 
+def with_defaults(
+    maps: Maps, *, networks: Iterable[tuple[str, str, str]], paths: Iterable[tuple[str, str, str]]
+) -> Maps:
+    """The same maps, and after them the lines of the configuration file: old, new, and where it stands."""
+    return replace(
+        maps,
+        networks=(*maps.networks, *(Entry("network", *line) for line in networks)),
+        paths=(*maps.paths, *(Entry("path", *line) for line in paths)),
+    )
+
+
 def check_nics(maps: Maps) -> None:
     """UsageError for a tag that is no VLAN, and for cards that are to be disconnected and put into a network's part."""
     for entry in maps.vlans:
@@ -147,16 +167,23 @@ def check_nics(maps: Maps) -> None:
 
 
 def map_path(path: str, entries: Iterable[Entry]) -> tuple[str, Entry | None]:
-    """The path after the longest prefix that fits it, and the line that says so; whole names, never parts of one."""
+    """The path after the longest prefix that fits it, and the line that says so; whole names, never parts of one.
+
+    A line that was asked for goes before any of the configuration file.
+    """
     best: Entry | None = None
     for entry in entries:
         fits = path == entry.old or path.startswith(entry.old.rstrip("/") + "/")
-        if fits and (best is None or len(entry.old) > len(best.old)):
+        if fits and (best is None or _weight(entry) > _weight(best)):
             best = entry
     if best is None:
         return path, None
     rest = path[len(best.old.rstrip("/")) :]
     return (best.new.rstrip("/") + rest) or "/", best
+
+
+def _weight(entry: Entry) -> tuple[bool, int]:
+    return entry.default is None, len(entry.old)
 
 
 def rewrite(target: Configuration, maps: Maps, used: Used) -> None:

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from hvmgr import errors, units
-from hvmgr.model import yaml_text
+from hvmgr import errors, units, yaml_text
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.yaml_text import Value
+from hvmgr.yaml_text import Value
 
 DEFAULT_TEMPLATE = "generation2"
 

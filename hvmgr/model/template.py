@@ -13,8 +13,8 @@ from pathlib import Path
 
 from lxml import etree
 
-from hvmgr import errors
-from hvmgr.model import configuration, yaml_text
+from hvmgr import errors, yaml_text
+from hvmgr.model import configuration
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.specification import (
     Acceleration,
@@ -23,7 +23,7 @@ from hvmgr.model.specification import (
     NetworkSpecification,
     Specification,
 )
-from hvmgr.model.yaml_text import Value
+from hvmgr.yaml_text import Value
 
 DEFAULT_NETWORK = "default"
 

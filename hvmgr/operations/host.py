@@ -27,6 +27,8 @@ from hvmgr.storage import durable, index, journal, locks, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from hvmgr.host.hypervisor import Connection
     from hvmgr.model.finding import Finding
     from hvmgr.model.import_options import ImportOptions
@@ -36,8 +38,10 @@ if TYPE_CHECKING:
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.images.image_files import Images
+    from hvmgr.operations.occasions import Occasions
     from hvmgr.operations.session import Session
     from hvmgr.operations.transfer.vdis import Disks
+    from hvmgr.operations.watching import Happening
     from hvmgr.storage.attachments import Attachment
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
@@ -53,6 +57,7 @@ class Host:
         self.root = Path(os.path.realpath(root))
         self.wait_s = wait_s
         self.reporter = reporter or Reporter()
+        self._occasions: Occasions | None = None
         self._connection: Connection | None = None
         self._has_looked_into_archives = False
 
@@ -94,6 +99,15 @@ class Host:
             self._connection = None
 
     @property
+    def occasions(self) -> Occasions:
+        """Whom what becomes of operations is told: hooks and the log of events."""
+        from hvmgr.operations.occasions import Occasions
+
+        if self._occasions is None:
+            self._occasions = Occasions(self.root, self.reporter)
+        return self._occasions
+
+    @property
     def connection(self) -> Connection:
         """libvirt, connected when it is first needed, and again when its daemon was restarted."""
         from hvmgr.host import hypervisor
@@ -125,17 +139,17 @@ class Host:
 
     def create_vm(self, spec: Specification) -> VM:
         """A new VM, off, in its own home below the root (or where the specification says)."""
-        from hvmgr.operations import creation
+        from hvmgr.operations import creation, occasions
         from hvmgr.operations.session import Session
         from hvmgr.operations.steps import execution
 
         path = Path(os.path.realpath(spec.home or self.root / spec.name))
         home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
         self._require_free(path)
-        with self._shared_images(spec), self._new_home(home) as session:
+        with self.occasions.gathered(), self._shared_images(spec), self._new_home(home) as session:
             plan = creation.plan_create(session, spec)
-            session.require_approval(plan)
-            execution.run(session, plan)
+            with occasions.operation(session, plan, name=spec.name):
+                execution.run(session, plan)
         return VM(self, home)
 
     @property
@@ -198,6 +212,15 @@ class Host:
         wish = repair.Wish(accept_touched, accept_present, thorough, change_host or repair.never)
         return repair.repair(self, vm, wish)
 
+    def watch(self, *names: str, since: datetime | None = None) -> Iterator[Happening | None]:
+        """What happens from now on to these VMs, or to all; for ever. None comes now and then while nothing happens.
+
+        ``since``: hvmgr's own events since then come first. NotFound for a name that nobody knows.
+        """
+        from hvmgr.operations import watching
+
+        return watching.watch(self, [watching.find(self, name) for name in names], since)
+
     def adoptable(self) -> list[str]:
         """The names of libvirt's VMs that hvmgr does not manage, whether or not something is in the way of adopting."""
         from hvmgr.operations.adopt import adoption_checks
@@ -214,6 +237,7 @@ class Host:
 
     def adopt(self, name: str, options: AdoptOptions | None = None) -> VM:
         """A VM of libvirt's, by name or id, gets a home; its disks stay, its external snapshots come along."""
+        from hvmgr.operations import occasions
         from hvmgr.operations.adopt import adoption
         from hvmgr.operations.steps import execution
 
@@ -228,8 +252,8 @@ class Host:
         self._require_free(path)
         with self._new_home(home) as session, self._shared(adoption.image_paths(session, domain, options)):
             plan = adoption.plan_adopt(session, domain, options)
-            session.require_approval(plan)
-            execution.run(session, plan)
+            with occasions.operation(session, plan, name=domain.name):
+                execution.run(session, plan)
         return VM(self, home)
 
     def attach_image(self, path: Path | str, *, read_only: bool = False, format: str | None = None) -> Shown:
@@ -403,11 +427,15 @@ class Host:
     @contextlib.contextmanager
     def session(self, home: VmHome, *, stop: Callable[[], bool] | None = None) -> Iterator[Session]:
         """Exclusive work on one home, with libvirt; it stops as if by Ctrl-C when ``stop`` says so."""
+        from hvmgr.operations import user_hooks
         from hvmgr.operations.session import Session
 
         self._require_role()
-        with home.locked(wait_s=self.wait_s):
-            session = Session(home, self.connection, self.reporter, wait_s=self.wait_s, stop=stop)
+        user_hooks.require_not_inside(home.vm_id, home.path.name)
+        with self.occasions.gathered(), home.locked(wait_s=self.wait_s):
+            session = Session(
+                home, self.connection, self.reporter, wait_s=self.wait_s, stop=stop, occasions=self.occasions
+            )
             try:
                 yield session
             finally:

@@ -25,6 +25,7 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Tree
+from hvmgr.operations.occasions import Occasions
 from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
@@ -90,6 +91,7 @@ class Session:
         *,
         wait_s: float,
         stop: Callable[[], bool] | None = None,
+        occasions: Occasions | None = None,
     ) -> None:
         self.home = home
         self.connection = connection
@@ -104,6 +106,7 @@ class Session:
         self.unwoken: errors.HvmgrError | None = None  # the guest's file systems may still be at rest
         self.bandwidth = 0  # what merges of a running VM may take, in bytes a second; 0 is no limit
         self.patient = True  # whether it waits for what a dead command left QEMU to do
+        self.occasions = occasions or Occasions(home.path.parent, reporter)  # whom what becomes of operations is told
         self._reporter = reporter
         self._stack = contextlib.ExitStack()
         self._daemon: Daemon | None = None

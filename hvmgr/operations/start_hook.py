@@ -1,4 +1,4 @@
-"""The script in libvirt's folder of hooks that asks ``faces/hook.py`` before each start; and one start without asking.
+"""The script in libvirt's folder of hooks that runs ``faces/hook.py``; and one start without asking it.
 
 It is a file of its own in ``qemu.d``, which libvirt runs beside all other hooks since 6.5. It lets everything pass when
 hvmgr or its Python is gone.
@@ -28,10 +28,10 @@ _SCRIPT = """\
 #!/bin/sh
 {ours}, made by 'hvmgr hook install'; 'hvmgr hook uninstall' removes it.
 # libvirt runs it with: guest, operation, sub-operation, extra; and the domain's XML on stdin.
-case "$2" in prepare|started|release) ;; *) exit 0 ;; esac
+case "$2" in prepare|started|release|restore|migrate) ;; *) exit 0 ;; esac
 python={python}
 hook={hook}
-export HVMGR_RUN={run}
+export HVMGR_RUN={run} HVMGR_CONFIG={config} HVMGR_INDEX={index}
 [ -x "$python" ] && [ -r "$hook" ] || exit 0
 exec "$python" -I -S "$hook" "$@"
 """
@@ -130,4 +130,6 @@ def _text() -> str:
         python=shlex.quote(sys.executable),
         hook=shlex.quote(str(hook)),
         run=shlex.quote(str(settings.runtime_folder())),
+        config=shlex.quote(str(settings.config_folders()[0])),  # that of the system, whoever starts libvirt
+        index=shlex.quote(str(settings.index_folder())),
     )

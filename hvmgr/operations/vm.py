@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvmgr import errors
+from hvmgr import errors, settings
 from hvmgr.model import names, tree
 from hvmgr.model.metadata import SavedState, SnapshotType
 from hvmgr.model.policy import Origin, Policy
@@ -123,18 +123,20 @@ class VM:
         notes: str = "",
         type: SnapshotType | None = None,
         fallback: bool = True,
-        compress: bool = False,
+        compress: bool | None = None,
     ) -> Snapshot:
         """A new snapshot of the present; running VMs keep running and the memory of a standard one is saved.
 
         Without a ``type`` it is what the VM's policy says; Conflict when that is that there are none.
         It is saved while the guest goes on; where that cannot be the guest stands still for it, or, without ``fallback``,
-        Unsupported. With ``compress`` it is compressed with zstd. For a production one the guest's agent puts its file
-        systems to rest instead; where it does not, a standard one is taken, or, production-only, Conflict.
+        Unsupported. With ``compress`` it is compressed with zstd; None leaves that to the configuration file. For a
+        production one the guest's agent puts its file systems to rest instead; where it does not, a standard one is taken,
+        or, production-only, Conflict.
         """
         from hvmgr.operations import background, policies, snapshots
 
-        how = background.How(fallback=fallback, compress=compress)
+        wanted = settings.compression() == "zstd" if compress is None else compress
+        how = background.How(fallback=fallback, compress=wanted)
         with self._work() as session:
             kind = SnapshotType(type) if type is not None else policies.default_type(self.policy, self.name)
             return self._create(session, snapshots.Wish(name, notes, kind, how))
@@ -410,11 +412,13 @@ class VM:
             reconcile.bring_together(session, needs_present=needs_present)
             yield session
 
-    def _run(self, session: Session, plan: Plan) -> None:
+    def _run(self, session: Session, plan: Plan, snapshots: Sequence[str] = ()) -> None:
+        """Carry a plan out; ``snapshots`` are those that it is about, besides the one that it makes."""
+        from hvmgr.operations import occasions
         from hvmgr.operations.steps import execution
 
-        session.require_approval(plan)
-        execution.run(session, plan)
+        with occasions.operation(session, plan, snapshots=snapshots):
+            execution.run(session, plan)
 
     def _complete(self) -> None:
         """A reader never waits; but what a dead command left open is not a state to show."""
@@ -480,7 +484,7 @@ class Snapshot:
                 self.vm._run(session, plan)  # noqa: SLF001
                 first = snapshots.snapshot_of(plan)
                 session.forget_uses()
-            self.vm._run(session, replacement.plan_apply(session, self.id, how))  # noqa: SLF001
+            self.vm._run(session, replacement.plan_apply(session, self.id, how), [self.id])  # noqa: SLF001
         return None if first is None else self.vm.snapshot(first)
 
     def delete(self, *, subtree: bool = False, state_only: bool = False, bandwidth: int | None = None) -> list[str]:
@@ -492,11 +496,11 @@ class Snapshot:
 
         with self.vm._work(bandwidth=bandwidth) as session:  # noqa: SLF001
             if state_only:
-                self.vm._run(session, merge.plan_delete_state(session, self.id))  # noqa: SLF001
+                self.vm._run(session, merge.plan_delete_state(session, self.id), [self.id])  # noqa: SLF001
                 return []
             gone = self.vm.home.tree().subtree(self.id) if subtree else [self.id]
             plan = merge.plan_delete(session, gone)
-            self.vm._run(session, plan)  # noqa: SLF001
+            self.vm._run(session, plan, gone)  # noqa: SLF001
             policies.say_lost_target(session, gone)
             merge.merge_live(session, plan)
         return gone

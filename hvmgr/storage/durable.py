@@ -253,6 +253,12 @@ def rename(source: Path, target: Path) -> None:
             sync_folder(source.parent)
 
 
+def replace_unsynced(source: Path, target: Path) -> None:
+    """``source`` has the name ``target``, for what may be lost: after a loss of power it may have the old name."""
+    with explained(target):
+        os.replace(source, target)
+
+
 @contextlib.contextmanager
 def appearing(path: Path, *, mode: int = 0o600) -> Iterator[Path]:
     """A path in the same folder at which a program makes a file; it takes the name ``path`` when the block ends well.

@@ -66,9 +66,13 @@ def written_by(present: Configuration) -> frozenset[str]:
 def command_line(name: str, facts: Metadata, *words: str) -> str:
     """A command of hvmgr's with what finds the VM whatever the settings are: ``hvmgr doctor --repair web``."""
     found = ["hvmgr"]
-    if facts.uri != settings.default_uri():
+    try:
+        uri, root = settings.default_uri(), settings.default_root()
+    except errors.UsageError:  # a configuration file that nobody understands keeps no VM from starting
+        uri, root = "", Path()
+    if facts.uri != uri:
         found += ["-c", facts.uri]
-    if facts.home.parent != settings.default_root():
+    if facts.home.parent != root:
         found += ["--root", str(facts.home.parent)]
     return shlex.join([*found, *words, name])
 

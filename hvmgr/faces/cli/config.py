@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import click
 
 from hvmgr import settings
@@ -20,22 +18,25 @@ def command() -> None:
 @command.command("show", codes=(0, 1, 2), examples=["hvmgr config show", "hvmgr --root /srv/vms config show --json"])
 @click.pass_obj
 def show(request: Request) -> None:
-    """Show each setting, its value, and where it comes from: an option, a variable of the environment, or hvmgr itself."""
+    """Show each setting, its value, and where it comes from: an option, the environment, a file's line, or hvmgr itself."""
+    uri, root = request.uri or settings.default_uri(), request.root or settings.default_root()
+    has_waited = request.wait_s != settings.LOCK_WAIT_S
     rows = [
-        ("uri", request.uri or settings.default_uri(), _source("LIBVIRT_DEFAULT_URI", "-c", given=request.uri)),
-        ("root", str(request.root or settings.default_root()), _source("HVMGR_ROOT", "--root", given=request.root)),
-        ("index", str(settings.index_folder()), _source("HVMGR_INDEX")),
-        ("cache", str(settings.cache_folder()), _source("XDG_CACHE_HOME")),
-        ("templates", str(settings.templates_folder()), "default"),
-        ("wait", f"{request.wait_s:g}", "--wait" if request.wait_s != settings.LOCK_WAIT_S else "default"),
+        ("uri", uri, "-c" if request.uri else settings.origin("connection", "LIBVIRT_DEFAULT_URI")),
+        ("root", str(root), "--root" if request.root else settings.origin("root", "HVMGR_ROOT")),
+        ("index", str(settings.index_folder()), settings.origin("", "HVMGR_INDEX")),
+        ("cache", str(settings.cache_folder()), settings.origin("", "XDG_CACHE_HOME")),
+        ("templates", str(settings.templates_folder()), settings.BUILT_IN),
+        ("wait", f"{request.wait_s:g}", "--wait" if has_waited else settings.BUILT_IN),
+        ("compress", settings.compression(), settings.origin("compress")),
+        ("hook-time-limit", f"{settings.hook_time_limit_s():g}", settings.origin("hook-time-limit")),
+        ("space-low", settings.space_low_text(), settings.origin("space-low")),
     ]
+    maps = [(key, old, new, where) for key in ("networks", "paths") for old, new, where in settings.import_maps(key)]
     if request.json:
-        json_out.show({"config": {name: {"value": value, "source": source} for name, value, source in rows}})
+        shown = {name: {"value": value, "source": source} for name, value, source in rows}
+        document = [{"map": key, "old": old, "new": new, "source": where} for key, old, new, where in maps]
+        json_out.show({"config": shown, "maps": document})
     else:
+        rows += [(f"maps: {key}", f"{old} = {new}", where) for key, old, new, where in maps]
         render.table(("Setting", "Value", "From"), rows)
-
-
-def _source(variable: str, option: str = "", *, given: object = None) -> str:
-    if given is not None:
-        return option
-    return variable if os.environ.get(variable) else "default"

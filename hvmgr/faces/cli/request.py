@@ -90,15 +90,21 @@ class Request:
 
         ``first`` is what comes before it in a command that does two things.
         """
+        from hvmgr.operations import user_hooks
+
+        hooks = [found for one in (first, plan) if one is not None for found in user_hooks.foreseen(one)]
         if self.json:
             documents = {"first": first, "plan": plan} if first is not None else {"plan": plan}
-            json_out.show({key: None if one is None else one.to_json() for key, one in documents.items()})
+            shown = {key: None if one is None else one.to_json() for key, one in documents.items()}
+            json_out.show({**shown, "hooks": [{"event": which.value, "path": str(path)} for which, path in hooks]})
             return
         for one in (first, plan):
             if one is not None:
                 render.say(f"{one.subject}:" if one.steps() else one.subject)
                 for number, step in enumerate(one.steps(), 1):
                     render.say(f"{number:>3}. {step.describe()}")
+        for which, path in hooks:
+            render.say(f"hook for {which}: {path}")
         if plan is None:
             render.say("nothing to do")
 

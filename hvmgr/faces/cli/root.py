@@ -46,6 +46,10 @@ COMMANDS = {
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),
     "automatic": (f"{_HERE}.automatic:command", "Do what hvmgr does with VMs by itself."),
+    "watch": (
+        f"{_HERE}.watch:command",
+        "Follow what happens to VMs, until Ctrl-C: snapshots, applies, exports, starts and ends, jobs.",
+    ),
     "config": (f"{_HERE}.config:command", "Show the settings and where they come from."),
     "completion": (f"{_HERE}.completion:command", "Print the completion script of a shell."),
     "demo": (f"{_HERE}.demo:command", "Show snapshot trees at work, with a real guest."),

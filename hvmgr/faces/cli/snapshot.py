@@ -44,7 +44,7 @@ def command() -> None:
                    " 'vm set' says.")  # fmt: skip
 @click.option("--no-fallback", is_flag=True,
               help="Fail where a running guest would have to stand still while its memory is saved.")  # fmt: skip
-@click.option("--compress", type=click.Choice(("zstd",)), help="Compress the saved memory.")
+@click.option("--compress", type=click.Choice(("zstd", "none")), help="Whether the saved memory is compressed.")
 @click.pass_obj
 def create(
     request: Request,
@@ -70,7 +70,7 @@ def create(
                 notes=notes,
                 type=None if kind is None else SnapshotType(kind),
                 fallback=not no_fallback,
-                compress=compress is not None,
+                compress=None if compress is None else compress == "zstd",
             )
         request.done(f"created snapshot '{made.name}' of {one.name}", {"snapshot": json_out.snapshot(made)})
 

@@ -19,6 +19,7 @@ from hvmgr.host import process
 from hvmgr.model import export_plan
 from hvmgr.model.export_options import ExportOptions
 from hvmgr.model.plan import Plan, Step
+from hvmgr.operations import occasions
 from hvmgr.operations.exchange import export_
 from hvmgr.operations.exchange.export_place import PUBLISHED_MODE, Place
 from hvmgr.operations.exchange.export_planning import Planner
@@ -48,11 +49,17 @@ def export(session: Session, target: Target, options: ExportOptions) -> None:
     if not options.checksums:
         raise errors.UsageError("--no-checksums and --archive exclude each other", hint="give one of them")
     place = _place(session, target)
-    one = Planner(session, place, options).plan()
+    planner = Planner(session, place, options)
+    one = planner.plan()
     session.require_approval(one)
     export_.require_space(place, one, copied=False)
+    about = planner.about()
     try:
-        with place.opened(wait_s=session.wait_s), _compressed(target) as sink:
+        with (
+            occasions.operation(session, one, snapshots=about, path=target.file, is_approved=True),
+            place.opened(wait_s=session.wait_s),
+            _compressed(target) as sink,
+        ):
             export_.run(session, one, options, lambda held: _Archiver(session, place, one, sink, held).run())
     finally:
         if place.folder.is_dir():

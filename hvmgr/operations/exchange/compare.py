@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hvmgr import errors
+from hvmgr import errors, settings
 from hvmgr.host.hypervisor import Connection
 from hvmgr.model import compatibility, import_options, maps
 from hvmgr.model.compatibility import found
@@ -47,6 +47,7 @@ def read(source: Path, options: ImportOptions) -> tuple[SourceHome, Maps, Used]:
     """The source with the maps followed; UsageError where the options contradict each other."""
     import_options.check(options)
     wanted, used = options.to_maps(), Used()
+    wanted = maps.with_defaults(wanted, networks=settings.import_maps("networks"), paths=settings.import_maps("paths"))
     opened = source_home.open_source(
         source,
         vm=options.vm,
@@ -97,6 +98,10 @@ def examine(
         *_source_findings(comparison, thorough=thorough),
         *compare_host.findings(connection, comparison),
         *compare_place.findings(connection, comparison),
+    ]
+    findings += [
+        found("default-map", f"{one.option} {one.old} is {one.new} here: {one.default}", one.old)
+        for one in used.defaults()
     ]
     if opened.archive is not None:
         findings = [opened.archive.named(one) for one in findings]

@@ -15,6 +15,7 @@ from hvmgr.host.domain import State
 from hvmgr.model import export_plan
 from hvmgr.model.export_options import ExportOptions
 from hvmgr.model.plan import Plan
+from hvmgr.operations import occasions
 from hvmgr.operations.exchange import freezing
 from hvmgr.operations.exchange.export_place import Place
 from hvmgr.operations.exchange.export_planning import Planner
@@ -31,13 +32,21 @@ def export(session: Session, dest: Path, options: ExportOptions) -> Path:
     place = _place(session, dest)
     if not session.dry_run and place.complete():
         session.say(f"completed the interrupted export {place.target}")
+        subject = f"export of {session.home.name} to {place.target}"
+        done = Plan(session.new_id(), session.home.vm_id, "export", subject)
+        occasions.completed(session, done, path=place.target)
         return place.target
     place.require_free()
-    one = Planner(session, place, options).plan()
+    planner = Planner(session, place, options)
+    one = planner.plan()
     session.require_approval(one)
     require_space(place, one)
+    about = planner.about()
     try:
-        with place.opened(wait_s=session.wait_s):
+        with (
+            occasions.operation(session, one, snapshots=about, path=place.target, is_approved=True),
+            place.opened(wait_s=session.wait_s),
+        ):
             run(
                 session,
                 one,

@@ -72,6 +72,10 @@ class Planner:
 
     # -- what is asked for -----------------------------------------------------------------------------------------
 
+    def about(self) -> list[str]:
+        """The snapshot that alone is exported, if it is one."""
+        return [] if self.one is None else [self.one.id]
+
     def _find(self, reference: str) -> SnapshotRecord:
         found = [one for one in self.records.values() if one.name == reference]
         found = found or [one for one in self.records.values() if one.id == reference]

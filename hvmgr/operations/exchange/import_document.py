@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from hvmgr import errors
-from hvmgr.model import yaml_text
+from hvmgr import errors, yaml_text
 from hvmgr.model.finding import Finding
 from hvmgr.model.import_options import ImportOptions, Mode
-from hvmgr.model.yaml_text import Value
 from hvmgr.operations.exchange import import_plan
 from hvmgr.operations.exchange.import_plan import ImportPlan
+from hvmgr.yaml_text import Value
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host

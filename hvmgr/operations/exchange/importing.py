@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.model import configuration
 from hvmgr.model.import_options import ImportOptions, Mode
-from hvmgr.operations import reconcile
+from hvmgr.operations import occasions, reconcile
 from hvmgr.operations.exchange import compare, import_, intake
 from hvmgr.operations.exchange.compare import Comparison
 from hvmgr.operations.steps import execution
@@ -24,7 +24,6 @@ from hvmgr.storage.source_home import SourceHome
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
-    from hvmgr.model.plan import Plan
     from hvmgr.operations.host import Host
     from hvmgr.operations.session import Session
 
@@ -33,7 +32,7 @@ def run(host: Host, source: Path, options: ImportOptions) -> VM:
     """The VM; nothing was changed when it raises."""
     folder, _ = source_home.find_configuration(source, options.vm)
     _complete_target(host, source, options)
-    with _source_locked(host, folder, options):
+    with host.occasions.gathered(), _source_locked(host, folder, options):
         comparison = compare.examine(host.connection, host.root, source, options)
         return carry_out(host, comparison)
 
@@ -41,7 +40,7 @@ def run(host: Host, source: Path, options: ImportOptions) -> VM:
 def carry_out(host: Host, comparison: Comparison) -> VM:
     """The import that was compared; the source is locked already."""
     for finding in comparison.findings:
-        if finding.severity == "warning":
+        if finding.severity == "warning" or finding.code == "default-map":
             host.reporter.notice(f"{finding.code}: {finding.sentence}")
     if (error := comparison.error()) is not None:
         raise error
@@ -68,14 +67,11 @@ def _make(host: Host, comparison: Comparison) -> VM:
             session, comparison.source, comparison.options, comparison.identity, comparison.maps, comparison.used
         )
         plan = import_.plan_new(session, taken)
-        session.require_approval(plan)
-        _note_home(session, comparison)
-        _run(session, plan)
+        who = comparison.identity.name
+        with occasions.operation(session, plan, name=who, path=comparison.source.origin):
+            _note_home(session, comparison)
+            execution.run(session, plan)
     return VM(host, home)
-
-
-def _run(session: Session, plan: Plan) -> None:
-    execution.run(session, plan)
 
 
 def _note_home(session: Session, comparison: Comparison) -> None:
@@ -160,7 +156,7 @@ def clone(vm: VM, name: str, how: CloneOptions) -> VM:
         reconcile.bring_together(session)  # what others changed is cloned too
         if session.doubt is not None and snapshot_id is None:
             raise session.doubt
-    with vm.home.locked(wait_s=host.wait_s):
+    with host.occasions.gathered(), vm.home.locked(wait_s=host.wait_s):
         source = source_home.open_source(vm.path, own=True)
         if snapshot_id is not None:
             one = next(each for each in source.snapshots if each.record.id == snapshot_id)

@@ -17,6 +17,7 @@ from hvmgr.host import saved_state
 from hvmgr.model import manifest, plan
 from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan, Step
+from hvmgr.operations import occasions
 from hvmgr.operations.exchange import import_
 from hvmgr.operations.exchange.intake import Intake
 from hvmgr.operations.session import Session
@@ -48,9 +49,11 @@ def run(host: Host, comparison: Comparison) -> VM:
     durable.make_folder(layout.private)
     with locks.held(layout.lock, wait_s=host.wait_s, what=f"the VM in {home.path}"):
         _require_as_planned(comparison.source, layout)
-        session = Session(home, host.connection, host.reporter, wait_s=host.wait_s)
+        session = Session(home, host.connection, host.reporter, wait_s=host.wait_s, occasions=host.occasions)
         try:
-            execution.run(session, one)
+            who = comparison.identity.name
+            with occasions.operation(session, one, name=who, path=comparison.source.origin, is_approved=True):
+                execution.run(session, one)
         finally:
             session.close()
     return VM(host, home)

@@ -17,7 +17,7 @@ from hvmgr.model import plan, tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Image, Keeper, Leaf, Node, Tree
-from hvmgr.operations import chains, reconcile, replacement, snapshots, undo_slot
+from hvmgr.operations import chains, occasions, reconcile, replacement, snapshots, undo_slot
 from hvmgr.operations.exchange import import_, intake
 from hvmgr.operations.exchange.intake import Intake
 from hvmgr.operations.session import Session
@@ -41,8 +41,8 @@ def run(host: Host, comparison: Comparison) -> VM:
     with host.session(vm.home) as session:
         reconcile.bring_together(session)
         one = plan_replace(session, comparison)
-        session.require_approval(one)
-        execution.run(session, one)
+        with occasions.operation(session, one, path=comparison.source.origin):
+            execution.run(session, one)
     return vm
 
 

@@ -21,7 +21,7 @@ from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import memory_plan, plan
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import resting_guest
+from hvmgr.operations import occasions, resting_guest
 from hvmgr.operations.exchange import import_steps, move_steps, vhd_steps
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import (
@@ -205,12 +205,14 @@ def recover(session: Session) -> bool:
     with session.interrupts.held_back():
         _wait_for_jobs(session, one)
         if one.switch is None or (entry.switch_reached and _happened(session, one)) or _catch_up(session, one):
-            _finish(session, one)
-            session.say(f"completed the interrupted {one.subject}")
+            with occasions.completion(session, one):
+                _finish(session, one)
+                session.say(f"completed the interrupted {one.subject}")
         else:
             _undo(session, one.prepare)
             _end_undone(session, one)
             session.say(f"undid the interrupted {one.subject}")
+            occasions.undone(session, one)
     resting_guest.tell(session)
     session.recovering = False
     return True
@@ -308,14 +310,14 @@ def _say_what_waits(session: Session, one: Plan) -> None:
     if session.interrupts.wanted and not session.recovering:
         session.interrupts.clear()
         if not session.waiting:
-            raise errors.Cancelled(f"stopped, but the {one.subject} was complete already", complete=True)
+            raise errors.Cancelled(f"stopped, but the {one.subject} was complete already", complete=True, done=True)
         error = errors.Cancelled("stopped")
     if error is None:
         return
     raise type(error)(
         f"{one.subject}: done, but images wait to be merged ({error})",
         hint="nothing is lost; run 'hvmgr snapshot merge' on this VM later",
-        **error.facts,
+        **{**error.facts, "done": True},
     ) from error
 
 

@@ -11,7 +11,7 @@ from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model import plan, tree
 from hvmgr.model.plan import Plan, Step
-from hvmgr.operations import merge, snapshots, strangers
+from hvmgr.operations import merge, occasions, snapshots, strangers
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
 from hvmgr.operations.transfer import points
@@ -34,8 +34,8 @@ def create(session: Session, slot: str, label: str) -> str:
         label=label,
     )
     made = _plan(session, slot, one)
-    session.require_approval(made)
-    execution.run(session, made)
+    with occasions.operation(session, made):
+        execution.run(session, made)
     return one.uuid
 
 
@@ -47,8 +47,8 @@ def destroy(session: Session, one: DiskSnapshot) -> None:
     made = merge.plan_forget(
         session, disk_snapshots.file_of(session.layout, one.uuid), path, disk_snapshots.name_of(one), subject
     )
-    session.require_approval(made)
-    execution.run(session, made)
+    with occasions.operation(session, made):
+        execution.run(session, made)
     merge.merge_live(session, made)
 
 

@@ -19,7 +19,7 @@ from hvmgr.host.domain import State
 from hvmgr.model import plan, tree
 from hvmgr.model.plan import Plan
 from hvmgr.model.tree import Leaf, Tree
-from hvmgr.operations import merge, snapshots
+from hvmgr.operations import merge, occasions, snapshots
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
 from hvmgr.operations.transfer import points
@@ -58,10 +58,10 @@ def receive(session: Session, slot: str, stream: Incoming, *, force: bool) -> No
     )
     stream.require_held(held(session.home, slot), what, force=force)
     one = _plan(session, slot, stream)
-    session.require_approval(one)
     session.arriving = stream
     try:
-        execution.run(session, one)
+        with occasions.operation(session, one):
+            execution.run(session, one)
     finally:
         session.arriving = None
 

@@ -4,8 +4,7 @@ from enum import StrEnum
 
 import pytest
 
-from hvmgr import errors
-from hvmgr.model import yaml_text
+from hvmgr import errors, yaml_text
 
 
 class Colour(StrEnum):
