@@ -1,0 +1,77 @@
+"""Time limits: a connection that does not keep its own is shut, which wakes whoever waits for it in the kernel."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+
+_TICK_S = 0.5
+
+
+def shut(sock: socket.socket, how: int) -> None:
+    """The socket below TLS is shut: TLS's own ``shutdown`` would let what is written later through in the clear."""
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, how)
+
+
+class Limit:
+    """The time limit of one connection; only the latest one that was set counts."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._until: float | None = None
+        self.expired = False
+
+    def set(self, seconds: float | None) -> None:
+        """So many seconds from now; None: as long as it takes."""
+        self._until = None if seconds is None else time.monotonic() + seconds
+
+    def expire_if_late(self, now: float) -> None:
+        """Past its limit the other end is not listened to any more; after another tick nothing is sent either."""
+        until = self._until
+        if until is None or now < until:
+            return
+        how = socket.SHUT_RDWR if self.expired else socket.SHUT_RD
+        self.expired = True
+        shut(self._sock, how)
+
+    def shut(self) -> None:
+        """At once, whatever the limit says."""
+        shut(self._sock, socket.SHUT_RDWR)
+
+
+class Watchdog:
+    """Looks after the limits of all connections, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._limits: set[Limit] = set()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def watch(self, sock: socket.socket) -> Limit:
+        """A limit that is looked after from now on."""
+        limit = Limit(sock)
+        with self._lock:
+            self._limits.add(limit)
+        return limit
+
+    def forget(self, limit: Limit) -> None:
+        """The connection is about to be closed."""
+        with self._lock:
+            self._limits.discard(limit)
+
+    def close(self) -> None:
+        """Nothing is looked after any more."""
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_TICK_S):
+            now = time.monotonic()
+            with self._lock:  # a descriptor is closed only after ``forget``: this never shuts another one's
+                for limit in self._limits:
+                    limit.expire_if_late(now)
