@@ -132,6 +132,16 @@ class Layout:
         return self.private / "export"
 
     @property
+    def disk_snapshots(self) -> Path:
+        """One record per snapshot of one disk alone."""
+        return self.private / "disk-snapshots"
+
+    @property
+    def contents(self) -> Path:
+        """One record per working image of which an import said what it holds."""
+        return self.private / "contents"
+
+    @property
     def put_away(self) -> Path:
         """Memory of a running present while an apply replaces it."""
         return self.private / "present.save"

@@ -9,11 +9,12 @@ import contextlib
 import signal
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Protocol
 
 from hvmgr import errors
 from hvmgr.host import storage_daemon
@@ -28,6 +29,19 @@ from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import durable, vm_home
 from hvmgr.storage.vm_home import VmHome
 
+if TYPE_CHECKING:
+    from hvmgr.host.nbd_client import Client
+
+
+class Arriving(Protocol):
+    """A disk that arrives as a stream."""
+
+    def write(
+        self, client: Client, size: int, below: Sequence[tuple[int, int]], report: Callable[[Progress], None]
+    ) -> None:
+        """All of it into an empty child of the disk that it replaces; ``below`` is where that holds data."""
+        ...
+
 
 @dataclass(slots=True)
 class Uses:
@@ -40,7 +54,7 @@ class Uses:
     @classmethod
     def of(cls, tree: Tree) -> Uses:
         """The uses that a home's files tell."""
-        named = set(tree.named())
+        named = set(tree.named()) | {path for path, users in tree.strangers.items() if users}
         held = {path for node in tree.nodes.values() for path in node.disks.values()}
         return cls({path: set(below) for path, below in tree.children().items()}, named, held)
 
@@ -76,6 +90,7 @@ class Session:
         self.known_xml: str | None = None  # libvirt's configuration as the plans of this session know it
         self.doubt: errors.HvmgrError | None = None  # what others did to the present that nobody can explain
         self.waiting: set[str] = set()  # images whose merge has to wait: nothing may remove them
+        self.arriving: Arriving | None = None  # the stream of a disk that is imported
         self.put_off: errors.HvmgrError | None = None  # why a merge was put off, said when all else is done
         self._reporter = reporter
         self._stack = contextlib.ExitStack()

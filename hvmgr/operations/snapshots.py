@@ -274,6 +274,8 @@ def whole_tree(session: Session, *, with_libvirts: bool = True, outside: bool = 
     alone = session.home.tree()
     counted = [image.path for image in alone.images.values() if outside or image.keeper is not tree.Keeper.OUTSIDE]
     users = strangers.of(session, counted)
+    for path, names in alone.strangers.items():
+        users[path] = (*users.get(path, ()), *names)
     if with_libvirts:
         for path, names in strangers.libvirts_own(session, alone).items():
             users[path] = (*users.get(path, ()), *names)

@@ -15,16 +15,20 @@ from hvmgr.model import configuration, libvirt_snapshot
 from hvmgr.model.layout import BASES, SNAPSHOTS
 from hvmgr.model.tree import Tree
 from hvmgr.operations.session import Session
-from hvmgr.storage import attachments, images, index, vm_home
+from hvmgr.storage import attachments, images, index, transfers, vm_home
 from hvmgr.storage.index import Entry
 
 Identity = tuple[int, int]  # device and inode
 
 
 def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each of these images the names of other VMs that need it, by hvmgr's index and by libvirt, and of attachments."""
+    """For each of these images the names of other VMs that need it, by hvmgr's index and by libvirt, and of whoever reads
+    it: attachments and transfers.
+    """
     paths = list(paths)
     attached = {path: tuple(map(attachments.name_of, users)) for path, users in attachments.users(paths).items()}
+    for path, names in transfers.users(paths).items():
+        attached[path] = (*attached.get(path, ()), *names)
     others = [domain for domain in session.connection.domains() if domain.uuid != session.home.vm_id]
     if not others and all(entry.vm_id == session.home.vm_id for entry in index.entries()):
         return attached  # a large tree is not looked at for nobody

@@ -24,12 +24,15 @@ from hvmgr.storage.vm_home import SnapshotEntry, VmHome
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
+    from hvmgr.model.image_format import ImageFormat
     from hvmgr.model.plan import Plan
     from hvmgr.operations.adopt.release import Release
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.session import Session
+    from hvmgr.operations.transfer.outgoing import Outgoing
     from hvmgr.operations.usage import Usage
+    from hvmgr.vhd.inlet import Readable
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
 
@@ -244,6 +247,53 @@ class VM:
             if plan is not None:
                 self._run(session, plan)
         return plan is not None
+
+    def export_disk(
+        self, slot: str, *, snapshot: str | None = None, base: str | None = None, format: ImageFormat | None = None
+    ) -> Outgoing:
+        """The disk as a stream (VHD unless stated otherwise), to be sent and then closed; the VM may run.
+
+        As it is at present, or as ``snapshot`` has it; with ``base``, another snapshot, only what differs from that one.
+        Whatever can be refused is refused here.
+        """
+        from hvmgr.model.image_format import ImageFormat
+        from hvmgr.operations.transfer import points, sending
+
+        older = None if base is None else points.named(self, slot, base)
+        return sending.of_vm(self, points.named(self, slot, snapshot), older, format or ImageFormat.VHD)
+
+    def import_disk(
+        self,
+        slot: str,
+        source: Readable,
+        *,
+        format: ImageFormat,
+        length: int | None = None,
+        force: bool = False,
+        to_end: bool = True,
+        name: str = "the stream",
+    ) -> None:
+        """The disk of the VM, which is off, holds what arrives from ``source``; on any failure it holds what it held.
+
+        A full image replaces everything; a delta has to start from what the disk holds, unless ``force`` is given.
+        ``length`` is that of the stream where it is known; ``to_end=False`` is for one that stays open behind its disk.
+        """
+        from hvmgr.operations.transfer import landing
+        from hvmgr.operations.transfer.incoming import Incoming
+
+        with self._work() as session:
+            landing.require_ready(session, slot)
+        spool = self.home.layout.private
+        made = Incoming(source, format, spool=spool, length=length, to_end=to_end, name=name)
+        with made as stream, self._work() as session:
+            landing.receive(session, slot, stream, force=force)
+
+    def require_importable(self, slot: str) -> None:
+        """Raises what ``import_disk`` would say of the disk and the VM before anything arrives."""
+        from hvmgr.operations.transfer import landing
+
+        with self._work() as session:
+            landing.require_ready(session, slot)
 
     def localize(self, slot: str) -> bool:
         """The disk, in every state, needs no image outside the home any more; whether that is a change."""

@@ -23,7 +23,7 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.layout import BASES, CONFIGURATIONS, PRIVATE, SNAPSHOTS, Layout
 from hvmgr.model.metadata import Metadata, SnapshotRecord
 from hvmgr.model.tree import Image, Keeper, Leaf, Node, Tree
-from hvmgr.storage import durable, images, locks
+from hvmgr.storage import disk_snapshots, durable, images, locks
 
 T = TypeVar("T")
 
@@ -152,7 +152,8 @@ class VmHome:
         found |= self.load_images({path: images.probe(Path(path)) for path in unstated})
         nodes = {one.record.id: to_node(one) for one in snapshots}
         leaf = None if undo is None else to_leaf(undo)
-        forest = Tree(images=found, nodes=nodes, present=to_leaf(present), undo=leaf, strangers=strangers or {})
+        users = {**disk_snapshots.users(self.layout), **(strangers or {})}
+        forest = Tree(images=found, nodes=nodes, present=to_leaf(present), undo=leaf, strangers=users)
         return with_own_names(forest, others) if others else forest
 
     def present_tree(self) -> Tree:

@@ -8,25 +8,18 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
-from itertools import islice
 from typing import cast
 
 from hvmgr import errors
-from hvmgr.vhd import bits, format, layout
+from hvmgr.vhd import bits, carrier, format, layout
+from hvmgr.vhd.carrier import Carrier, OnProgress, zeros
 from hvmgr.vhd.chain import Chain
 from hvmgr.vhd.format import SECTOR, Kind
 from hvmgr.vhd.image import ZEROS
 from hvmgr.vhd.layout import Parentage
-from hvmgr.vhd.outlet import Outlet
 from hvmgr.vhd.source import Place, Placed, Source
-
-_PIECE = 2 << 20  # the most bytes of the disk in one chunk
-_GRAIN = 64 << 10  # in smaller pieces than that, what is in many places goes through memory
-_ZEROS = memoryview(bytes(1 << 20))
-
-OnProgress = Callable[[int, int], None]
 
 
 class StreamWriter:
@@ -95,17 +88,8 @@ class StreamWriter:
 
         ``on_progress`` gets bytes done and bytes in all. What the descriptor answers is the caller's (OSError).
         """
-        outlet, done = Outlet(descriptor), 0
-        for piece in self._pieces(self._source if isinstance(self._source, Placed) else None):
-            if isinstance(piece, Place):
-                assert piece.file is not None
-                outlet.send(piece.file.descriptor, piece.position, piece.length)
-                done += piece.length
-            else:
-                outlet.write(piece)
-                done += len(piece)
-            if on_progress is not None:
-                on_progress(done, self.length)
+        placed = self._source if isinstance(self._source, Placed) else None
+        carrier.deliver(self._pieces(placed), descriptor, self.length, on_progress)
 
     def _place_blocks(self, ranges: Iterable[tuple[int, int]], alignment: int) -> None:
         """Where each block stands, one after the other.
@@ -132,12 +116,12 @@ class StreamWriter:
 
     def _pieces(self, placed: Placed | None) -> Iterator[bytes | memoryview | Place]:
         if self.kind is Kind.FIXED:
-            yield from self._fixed(_Carrier(self._source, placed, 0))
+            yield from self._fixed(Carrier(self._source, placed, 0))
         else:
-            yield from self._sparse(_Carrier(self._source, placed, self._room))
+            yield from self._sparse(Carrier(self._source, placed, self._room))
         yield self.footer.pack()
 
-    def _sparse(self, carrier: _Carrier) -> Iterator[bytes | memoryview | Place]:
+    def _sparse(self, carried: Carrier) -> Iterator[bytes | memoryview | Place]:
         yield b"".join(data for _, data in self._plan.front())
         table = self._table[:]
         if sys.byteorder == "little":
@@ -151,52 +135,18 @@ class StreamWriter:
             held = min(self.block_size, self.size - start)
             lead = bytes(sector * SECTOR - at) + self._bitmap(held)
             at = sector * SECTOR + self._bitmap_size + self.block_size
-            yield from carrier.carry(start, held, lead)
-            yield from _zeros(self.block_size - held)
+            yield from carried.carry(start, held, lead)
+            yield from zeros(self.block_size - held)
 
-    def _fixed(self, carrier: _Carrier) -> Iterator[bytes | memoryview | Place]:
+    def _fixed(self, carried: Carrier) -> Iterator[bytes | memoryview | Place]:
         for offset, length, data in self._source.stretches():
-            yield from carrier.carry(offset, length) if data else _zeros(length)
+            yield from carried.carry(offset, length) if data else zeros(length)
 
     def _bitmap(self, held: int) -> bytes:
         """All sectors are here; those behind the end of the disk are nowhere."""
         bitmap = bytearray(self._bitmap_size)
         bits.put(bitmap, 0, held // SECTOR, value=True)
         return bytes(bitmap)
-
-
-class _Carrier:
-    """Ranges of the disk as pieces of the stream, through one buffer where the kernel cannot move them."""
-
-    def __init__(self, source: Source, placed: Placed | None, room: int) -> None:
-        self._source = source
-        self._placed = placed
-        self._room = room
-        self._buffer: memoryview | None = None
-
-    def carry(self, start: int, length: int, lead: bytes = b"") -> Iterator[bytes | memoryview | Place]:
-        """A range of the disk, with ``lead`` before it."""
-        places = list(islice(self._placed.places(start, length), length // _GRAIN + 2)) if self._placed else []
-        if places and places[-1].offset + places[-1].length == start + length:
-            if lead:
-                yield lead
-            for place in places:
-                yield from _zeros(place.length) if place.file is None else (place,)
-            return
-        if self._buffer is None:
-            self._buffer = memoryview(bytearray(self._room + _PIECE))
-        for at in range(0, length, _PIECE):
-            count = min(_PIECE, length - at)
-            piece = self._buffer[: len(lead) + count]
-            piece[: len(lead)] = lead
-            self._source.read_into(start + at, piece[len(lead) :])
-            yield piece
-            lead = b""
-
-
-def _zeros(length: int) -> Iterator[memoryview]:
-    for at in range(0, length, len(_ZEROS)):
-        yield _ZEROS[: length - at]
 
 
 def _data_ranges(source: Source) -> Iterator[tuple[int, int]]:

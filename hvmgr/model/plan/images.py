@@ -177,3 +177,26 @@ class RecordFrozen(Step):
 
     def describe(self) -> str:
         return "note the state of " + ", ".join(name(path) for path in self.paths)
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiveDisk(Step):
+    """A disk that arrives goes into ``child``, an empty image on what the disk held before."""
+
+    child: str
+    parent: str
+    parent_format: str
+
+    def describe(self) -> str:
+        return f"write what arrives into image {name(self.child)}"
+
+
+@dataclass(frozen=True, slots=True)
+class NoteContents(Step):
+    """The point of a disk that a working image holds is remembered until somebody writes the image."""
+
+    image: str
+    uuid: str
+
+    def describe(self) -> str:
+        return f"note that image {name(self.image)} holds {self.uuid}"

@@ -8,40 +8,63 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
 from hvmgr.host import qemu_img
 from hvmgr.host.qemu_img import Extent
 from hvmgr.storage import durable, images
-from hvmgr.vhd.source import Stretch
+from hvmgr.vhd.file import File
+from hvmgr.vhd.source import Place, Stretch
+
+Reader = Callable[[int, memoryview], None]
 
 
 class MappedDisk:
     """``own``: how many images, counted from the top, make up what it holds; None means the whole disk.
 
     Of the whole disk zeros are no data. Of a part everything counts that these images say, be it zeros: the rest is their
-    parent's. Bytes are those of the whole disk in either case.
+    parent's. Bytes are those of the whole disk in either case. What is not in a file as it is comes from ``plain``, a copy of
+    the whole disk, or by ``reader``.
     """
 
     def __init__(
-        self, chain: Sequence[Path], extents: Sequence[Extent], *, size: int, own: int | None, plain: Path | None
+        self,
+        chain: Sequence[Path],
+        extents: Sequence[Extent],
+        *,
+        size: int,
+        own: int | None = None,
+        plain: Path | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.size = size
         self._extents = list(extents)
         self._starts = [one.start for one in self._extents]
         self._own = own
-        self._files = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in (chain if plain is None else [plain])]
+        self._reader = reader
+        self._files: list[File] = []
+        for path in chain if plain is None else [plain]:
+            self._files.append(File(path))
+        self._lengths = [file.length() for file in self._files]
         self._is_plain = plain is not None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The files are closed."""
         for file in self._files:
-            os.close(file)
+            file.close()
+
+    @property
+    def extents(self) -> list[Extent]:
+        """Where everything lies."""
+        return self._extents
 
     def stretches(self, offset: int = 0, length: int | None = None) -> Iterator[Stretch]:
         """What the range holds, neighbours of one kind joined."""
@@ -65,10 +88,27 @@ class MappedDisk:
             part = buffer[start - offset : stop - offset]
             if not one.data or one.zero:
                 part[:] = bytes(len(part))
-            elif self._is_plain or one.offset is None:
+            elif self._is_plain:
                 _read(self._files[0], start, part)
-            else:
+            elif one.offset is not None:
                 _read(self._files[one.depth], one.offset + start - one.start, part)
+            else:
+                assert self._reader is not None
+                self._reader(start, part)
+
+    def places(self, offset: int = 0, length: int | None = None) -> Iterator[Place]:
+        """Where the bytes of the range are; it ends before the first that is in no file as it is."""
+        end = self.size if length is None else offset + length
+        for one in self._within(offset, end):
+            start, stop = max(one.start, offset), min(one.start + one.length, end)
+            if not one.data or one.zero:
+                yield Place(start, stop - start, None, 0)
+                continue
+            number = 0 if self._is_plain else one.depth
+            position = start if self._is_plain else None if one.offset is None else one.offset + start - one.start
+            if position is None or position + stop - start > self._lengths[number]:
+                return
+            yield Place(start, stop - start, self._files[number], position)
 
     def _holds(self, one: Extent) -> bool:
         if self._own is None:
@@ -108,11 +148,8 @@ def opened(
             durable.remove(plain)
 
 
-def _read(file: int, offset: int, part: memoryview) -> None:
+def _read(file: File, offset: int, part: memoryview) -> None:
     """The whole part; behind the end of a raw file, whose last sector need not be whole, are zeros."""
-    while part:
-        count = os.preadv(file, [part], offset)
-        if count == 0:
-            part[:] = bytes(len(part))
-            return
-        part, offset = part[count:], offset + count
+    inside = max(0, min(len(part), file.length() - offset))
+    file.read_into(offset, part[:inside])
+    part[inside:] = bytes(len(part) - inside)

@@ -23,7 +23,15 @@ from hvmgr.model import memory_plan, plan
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations.exchange import import_steps, move_steps, vhd_steps
 from hvmgr.operations.session import Session
-from hvmgr.operations.steps import domain_steps, file_steps, guest_steps, image_steps, memory_steps, resize_steps
+from hvmgr.operations.steps import (
+    domain_steps,
+    file_steps,
+    guest_steps,
+    image_steps,
+    memory_steps,
+    resize_steps,
+    transfer_steps,
+)
 from hvmgr.storage import durable, journal
 
 _Act = Callable[[Session, Any], None]
@@ -43,6 +51,8 @@ DO: Mapping[type[Step], _Act] = {
     plan.CopyImage: image_steps.copy,
     plan.MoveImage: image_steps.move,
     plan.RecordFrozen: image_steps.record,
+    plan.ReceiveDisk: transfer_steps.receive,
+    plan.NoteContents: transfer_steps.note_contents,
     plan.MakeHome: file_steps.make_home,
     plan.NoteUses: file_steps.note_uses,
     plan.TakeFile: file_steps.take_file,
@@ -107,6 +117,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.CompleteImage: image_steps.uncopy,
     plan.ConvertInternal: image_steps.uncopy,
     plan.CopyImage: image_steps.uncopy,
+    plan.ReceiveDisk: transfer_steps.unreceive,
     plan.MakeHome: file_steps.unmake_home,
     plan.NoteUses: file_steps.unnote_uses,
     plan.TakeFile: file_steps.untake_file,

@@ -1,0 +1,63 @@
+"""How a disk of a VM is opened for sending: under the home's lock everything is looked up and held, and then let go.
+
+A VM that runs goes on in new images first; what was frozen for that is merged when the stream is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hvmgr.host.domain import State
+from hvmgr.model.image_format import ImageFormat
+from hvmgr.operations.exchange import freezing
+from hvmgr.operations.session import Session
+from hvmgr.operations.transfer import outgoing
+from hvmgr.operations.transfer.outgoing import Outgoing
+from hvmgr.operations.transfer.points import Point
+from hvmgr.storage import durable, frozen
+
+if TYPE_CHECKING:
+    from hvmgr.operations.vm import VM
+
+_ACTIVE = (State.RUNNING, State.PAUSED)
+
+
+def of_vm(vm: VM, find: Callable[[], Point], find_base: Callable[[], Point] | None, fmt: ImageFormat) -> Outgoing:
+    """The stream of a point of a VM's disk; raises whatever speaks against it before a byte of it is made."""
+    with vm._work() as session:  # noqa: SLF001 - sending is a part of what a VM does
+        point, base = find(), None if find_base is None else find_base()
+        outgoing.check(point, base, fmt)
+        for one in (point, base):
+            _require_whole(session, one)
+        session.require_consent("disk export", _subject(point, base, fmt))
+        if point.is_frozen or session.state() not in _ACTIVE:
+            return outgoing.opened(point, base, fmt, report=session.progress)
+        return _of_running(vm, session, point, base, fmt)
+
+
+def _of_running(vm: VM, session: Session, point: Point, base: Point | None, fmt: ImageFormat) -> Outgoing:
+    freezing.freeze(session, memory=False, quiesce=False)
+    try:
+        durable.remove_folder(session.layout.export)
+        return outgoing.opened(point, base, fmt, report=session.progress, at_end=lambda: _end(vm))
+    except BaseException:
+        freezing.end(session)
+        raise
+
+
+def _end(vm: VM) -> None:
+    with vm._work() as session:  # noqa: SLF001
+        freezing.end(session)
+
+
+def _require_whole(session: Session, point: Point | None) -> None:
+    """Nobody wrote to what was frozen: the present's own image is the only one that may have changed."""
+    if point is not None:
+        for path, _ in point.chain[0 if point.is_frozen else 1 :]:
+            frozen.require_unchanged(session.layout, path)
+
+
+def _subject(point: Point, base: Point | None, fmt: ImageFormat) -> str:
+    since = "" if base is None else f", as far as it differs from {base.name}"
+    return f"export of {point.name} as {fmt.value}{since}"
