@@ -7,6 +7,7 @@ from pathlib import Path
 
 SYSTEM_ROOT = Path("/var/lib/hvmgr")
 SYSTEM_CACHE = Path("/var/cache/hvmgr")
+SYSTEM_SETTINGS = Path("/etc/hvmgr")
 SYSTEM_URI = "qemu:///system"
 SESSION_URI = "qemu:///session"
 
@@ -50,6 +51,16 @@ def cache_folder() -> Path:
 def runtime_folder() -> Path:
     """What lasts until this host is started again: sockets of attached images. Short, for a socket's path has 107 bytes."""
     return Path(os.environ.get("HVMGR_RUN", "/run/hvmgr"))
+
+
+def users_file() -> Path:
+    """Who may use the HTTP server, when ``--users`` is not given."""
+    if path := os.environ.get("HVMGR_USERS"):
+        return Path(path)
+    if is_root():
+        return SYSTEM_SETTINGS / "users.json"
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "hvmgr" / "users.json"
 
 
 def templates_folder() -> Path:

@@ -66,8 +66,8 @@ def _lock(path: Path) -> Path:
 
 
 def _require_folder(path: Path) -> None:
-    if not path.parent.is_dir():
-        durable.make_folder(path.parent, mode=0o700)
+    with durable.explained(path.parent):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _write(path: Path, known: Mapping[str, User]) -> None:

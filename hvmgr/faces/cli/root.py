@@ -30,6 +30,8 @@ COMMANDS = {
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),
+    "serve": (f"{_HERE}.serve:command", "Serve disks over HTTP, with the Xen API that goes with them."),
+    "user": (f"{_HERE}.user:command", "Say who may use the HTTP server, and what they may do."),
     "config": (f"{_HERE}.config:command", "Show the settings and where they come from."),
     "completion": (f"{_HERE}.completion:command", "Print the completion script of a shell."),
     "demo": (f"{_HERE}.demo:command", "Show snapshot trees at work, with a real guest."),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hvmgr import errors
 from hvmgr.faces.http import failure, xml_rpc
@@ -42,14 +42,14 @@ class Asked:
         return self.session
 
 
-Function = Callable[..., Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One call of the table."""
 
-    function: Function
+    function: Callable[..., Any]
     role: Role | None  # None: without a session
     least: int
     most: int
@@ -101,7 +101,7 @@ def carry_out(service: Service, peer: str, local: str, method: str, parameters: 
     return value
 
 
-def run(function: Function, asked: Asked, parameters: Sequence[Any]) -> Any:
+def run(function: Callable[..., Any], asked: Asked, parameters: Sequence[Any]) -> Any:
     """The value of a call's function; every failure is a XenFailure, a defect too."""
     try:
         return function(asked, *parameters)

@@ -67,6 +67,7 @@ class Connection:
         self.limit = watcher.watch(sock)
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_size)
         self._is_first = True
+        self._has_trailing_data_read = False
 
     def __enter__(self) -> Self:
         return self
@@ -80,6 +81,14 @@ class Connection:
     def is_encrypted(self) -> bool:
         """Whether bytes have to go through TLS, and not into the descriptor."""
         return hasattr(self._sock, "do_handshake")
+
+    @property
+    def local(self) -> str:
+        """The address at which the client reached us."""
+        try:
+            return str(self._sock.getsockname()[0])
+        except OSError:
+            return ""
 
     @property
     def has_begun(self) -> bool:
@@ -106,7 +115,10 @@ class Connection:
         if not isinstance(event, h11.Request):
             return None
         self.limit.set(None)
-        return parse_head(event.method, event.target, list(event.headers), event.http_version)
+        head = parse_head(event.method, event.target, list(event.headers), event.http_version)
+        if not head.length and not head.is_chunked:
+            self._next_event()  # the end of the request, which has come with its head
+        return head
 
     @property
     def waits_for_word(self) -> bool:
@@ -127,6 +139,15 @@ class Connection:
         except h11.RemoteProtocolError as error:
             raise Gone(str(error)) from error
         return event.data if isinstance(event, h11.Data) else b""
+
+    def read_to_end(self) -> bytes:
+        """What follows a request that does not say how long its body is: bytes until the other end has sent all."""
+        if not self._has_trailing_data_read:
+            self._has_trailing_data_read = True
+            data, _ = self._http.trailing_data
+            if data:
+                return data
+        return self._receive()
 
     def read_call(self) -> bytes:
         """The whole body of a call; Refused when it is too large or does not come."""
@@ -163,6 +184,8 @@ class Connection:
     def begin(self, status: HTTPStatus, headers: Headers) -> None:
         """The head of an answer whose body follows; without Content-Length its end is that of the chunks or the connection."""
         fields = [("Server", f"hvmgr/{__version__}"), *headers]
+        if self._http.their_state is not h11.DONE and ("Connection", "close") not in headers:
+            fields.append(("Connection", "close"))  # nobody is going to read the rest of the request
         self._send(
             h11.Response(
                 status_code=status.value,
@@ -198,7 +221,7 @@ class Connection:
 
     def linger(self) -> None:
         """What a client still sends is read for a while: closing at once would take its answer away from it."""
-        if self._http.their_state is h11.DONE:
+        if self._http.their_state is h11.DONE and not self._has_trailing_data_read:
             return
         watchdog.shut(self._sock, socket.SHUT_WR)
         self.limit.set(self.limits.linger_s)

@@ -60,6 +60,10 @@ class Sessions:
         self._lock = threading.Lock()
         self._known: dict[str, Session] = {}
 
+    def now(self) -> float:
+        """This moment, as sessions have it."""
+        return self._clock()
+
     def open(self, user: User, originator: str = "") -> Session:
         """A new session."""
         now = self._clock()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 import threading
 import time
 
 _TICK_S = 0.5
+# struct tcp_info of linux/tcp.h since Linux 4.1: bytes that the other end has acknowledged, bytes that it has sent.
+_MOVED_AT, _MOVED = 120, struct.Struct("=QQ")
 
 
 def shut(sock: socket.socket, how: int) -> None:
@@ -16,22 +19,42 @@ def shut(sock: socket.socket, how: int) -> None:
         socket.socket.shutdown(sock, how)
 
 
+def _bytes_moved(sock: socket.socket) -> int:
+    """What the kernel has counted in both directions."""
+    try:
+        return sum(_MOVED.unpack_from(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), _MOVED_AT))
+    except (OSError, struct.error):
+        return 0
+
+
 class Limit:
     """The time limit of one connection; only the latest one that was set counts."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
         self._until: float | None = None
+        self._stall_s = 0.0
+        self._moved = 0
         self.expired = False
+        self.is_shut = False
 
     def set(self, seconds: float | None) -> None:
         """So many seconds from now; None: as long as it takes."""
+        self._stall_s = 0.0
         self._until = None if seconds is None else time.monotonic() + seconds
+
+    def set_stall(self, seconds: float) -> None:
+        """As long as it takes, but never so many seconds without one byte that moves in either direction."""
+        self._stall_s = seconds
+        self._until = time.monotonic() + seconds
 
     def expire_if_late(self, now: float) -> None:
         """Past its limit the other end is not listened to any more; after another tick nothing is sent either."""
         until = self._until
         if until is None or now < until:
+            return
+        if self._stall_s and (moved := _bytes_moved(self._sock)) != self._moved:
+            self._moved, self._until = moved, now + self._stall_s
             return
         how = socket.SHUT_RDWR if self.expired else socket.SHUT_RD
         self.expired = True
@@ -39,6 +62,7 @@ class Limit:
 
     def shut(self) -> None:
         """At once, whatever the limit says."""
+        self.is_shut = True
         shut(self._sock, socket.SHUT_RDWR)
 
 

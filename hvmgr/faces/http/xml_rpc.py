@@ -28,11 +28,11 @@ class Unreadable(Exception):
 def parse_call(body: bytes) -> tuple[str, list[Any]]:
     """The method and its parameters."""
     reader = xmlrpc.client.Unmarshaller(use_builtin_types=True)
-    reader.xml(None, None)  # type: ignore[attr-defined]  # the parser hands over text, not bytes
+    reader.xml(None, None)  # type: ignore[arg-type]  # the parser hands over text, not bytes
     parser = expat.ParserCreate(None, None)
-    parser.StartElementHandler = reader.start  # type: ignore[attr-defined]
-    parser.EndElementHandler = reader.end  # type: ignore[attr-defined]
-    parser.CharacterDataHandler = reader.data  # type: ignore[attr-defined]
+    parser.StartElementHandler = reader.start
+    parser.EndElementHandler = reader.end
+    parser.CharacterDataHandler = reader.data
     parser.StartDoctypeDeclHandler = _refuse_doctype
     try:
         parser.Parse(body, True)
