@@ -16,13 +16,14 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.model.tree import Change, Tree
 from hvmgr.operations import chains, snapshots, undo_slot
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, images, vm_home
+from hvmgr.storage import frozen, images, transfers, vm_home
 
 
 def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     """The snapshots go; their images go or are merged as far as nothing else needs them."""
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
+    _require_not_sent(before, snapshot_ids)
     change = _merging_whole_images(session, lambda busy: tree.plan_delete(before, snapshot_ids, busy=busy))
     _require_space(before, change)
     change_id = session.new_id()
@@ -51,6 +52,13 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         subject=f"deletion of snapshot {names}{more} of {present.name}",
         finish=tuple(finish),
     )
+
+
+def _require_not_sent(before: Tree, snapshot_ids: Sequence[str]) -> None:
+    """An image that nothing else stands on would be left over when the transfer that reads it ends."""
+    children = before.children()
+    named = [path for one in snapshot_ids if one in before.nodes for path in before.nodes[one].disks.values()]
+    transfers.require_none(path for path in named if not children.get(path))
 
 
 def plan_delete_state(session: Session, snapshot_id: str) -> Plan:

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, Self, TypeVar, cast
 
 from hvmgr import errors
-from hvmgr.host import qemu_img
+from hvmgr.host import nbd_client, qemu_img, storage_daemon
 from hvmgr.host.nbd_client import Client
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.image_info import ImageType
 from hvmgr.model.progress import Progress
 from hvmgr.operations.images import disks
-from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import durable, images
 from hvmgr.vhd.inlet import Inlet, Readable
 
@@ -231,11 +229,14 @@ class _Qcow2:
             if length is not None and inlet.at < length:
                 raise inlet.fault("F51", at=inlet.at, total=length)
             self._path = Path(f"/proc/{os.getpid()}/fd/{spooled.fileno()}")
-            self.size: int | None = self._checked()
+            self.size: int | None = self._checked(inlet.at if length is None else None)
             self._stack = stack.pop_all()
 
-    def _checked(self) -> int:
-        """The size of its disk; refused is what is no image on its own, and what is damaged."""
+    def _checked(self, arrived: int | None) -> int:
+        """The size of its disk; refused is what is no image on its own, and what is damaged.
+
+        Of ``arrived`` bytes nobody knows whether they are all: then the last cluster has to be whole.
+        """
         found = _explained(self._name, lambda: qemu_img.info(self._path, images.QCOW2))
         if found.backing_name is not None or found.data_file is not None or found.is_encrypted:
             what = "stands on another image" if found.backing_name else "keeps its data elsewhere or encrypted"
@@ -243,13 +244,20 @@ class _Qcow2:
         result = _explained(self._name, lambda: qemu_img.check(self._path, images.QCOW2))
         if not result.is_sound or found.is_corrupt:
             raise errors.Corrupt(f"{self._name} is a damaged qcow2 image", hint="send it again")
+        if arrived is not None and result.end_offset is not None and arrived < result.end_offset:
+            raise errors.Corrupt(
+                f"{self._name} ends at byte {arrived}, within its last cluster",
+                hint="send all of it, or as a file, whose length is known",
+                offset=arrived,
+            )
         return found.size
 
     def pieces(self, _size: int) -> Iterator[tuple[int, memoryview]]:
-        assert self.size is not None
-        found = Recognised(self._path, ImageFormat.QCOW2, ImageType.DYNAMIC, self.size)
-        with disks.opened(found) as disk:
-            yield from disks.pieces(disk, self._name, lambda _: None)
+        extents = [(one.start, one.length, one.data and not one.zero) for one in qemu_img.map(self._path, images.QCOW2)]
+        with storage_daemon.started() as daemon:
+            node = daemon.open(self._path, images.QCOW2, writable=False)
+            with daemon.exported(node) as uri, nbd_client.connected(uri) as client:
+                yield from disks.pieces(disks.QemuSource(client, extents), self._name, lambda _: None)
 
     def close(self) -> None:
         self._stack.close()
