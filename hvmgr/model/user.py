@@ -64,20 +64,20 @@ class User:
     secret: Secret
 
 
-def make_secret(password: str, salt: bytes) -> Secret:
+def make_secret(password: str, salt: bytes, *, log_n: int = LOG_N) -> Secret:
     """What to keep of a new password; ``salt`` is random. UsageError for a password that is too short or too long."""
     if len(password) < SHORTEST:
         raise errors.UsageError(
             f"the password has {len(password)} characters", hint=f"choose one with {SHORTEST} or more"
         )
-    if len(password.encode("utf-8", "surrogateescape")) > LONGEST:
+    if len(password.encode("utf-8", "surrogatepass")) > LONGEST:
         raise errors.UsageError("the password is too long", hint=f"at most {LONGEST} bytes")
-    return Secret(salt, _derive(password, Secret(salt, b"")))
+    return Secret(salt, _derive(password, Secret(salt, b"", log_n)), log_n)
 
 
 def has_password(secret: Secret, password: str) -> bool:
     """Whether this is the password; it takes the same time whatever the answer is."""
-    return hmac.compare_digest(_derive(password[:LONGEST], secret), secret.key)
+    return hmac.compare_digest(_derive(password, secret), secret.key)
 
 
 def require_name(name: str) -> None:

@@ -11,7 +11,7 @@ class XenFailure(Exception):
     """A call or transfer that failed: ``code`` and its parameters, the last of which says it in words."""
 
     def __init__(self, code: str, *parameters: str, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
-        super().__init__(": ".join((code, *parameters)))
+        super().__init__(f"{code}: {', '.join(parameters)}" if parameters else code)
         self.code = code
         self.parameters = parameters
         self.status = status

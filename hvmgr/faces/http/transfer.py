@@ -79,7 +79,7 @@ class Work:
     def fail(self, problem: XenFailure) -> None:
         """The transfer failed, and the disk is as it was."""
         self.service.tasks.fail(self.task, problem)
-        self._tell(problem.code, problem.parameters[-1] if problem.parameters else "")
+        self._tell(problem.code, ", ".join(problem.parameters))
 
     def _tell(self, outcome: str, words: str = "") -> None:
         self.is_settled = True
@@ -130,8 +130,7 @@ def _end(work: Work, problem: XenFailure) -> None:
         work.fail(problem)
     if work.connection.has_begun:
         raise Gone(str(problem)) from problem
-    text = f"{problem.code}: {problem.parameters[-1]}" if problem.parameters else problem.code
-    raise Refused(problem.status, text, headers=[("task-id", work.task)]) from problem
+    raise Refused(problem.status, str(problem), headers=[("task-id", work.task)]) from problem
 
 
 def parse_format(head: Head) -> ImageFormat:
