@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.session import Session
+    from hvmgr.operations.transfer.vdis import Disks
     from hvmgr.storage.attachments import Attachment
 
 # What changes a VM is imported by the methods that do it: those who only read homes start in half the time.
@@ -136,6 +137,13 @@ class Host:
             session.require_approval(plan)
             execution.run(session, plan)
         return VM(self, home)
+
+    @property
+    def disks(self) -> Disks:
+        """Every disk that can be sent and received: of VMs, of snapshots, and free ones."""
+        from hvmgr.operations.transfer.vdis import Disks
+
+        return Disks(self)
 
     @property
     def images(self) -> Images:

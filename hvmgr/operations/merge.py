@@ -100,6 +100,31 @@ def plan_merge(session: Session, names: Sequence[Path] = ()) -> Plan:
     )
 
 
+def plan_forget(session: Session, record: Path, path: str, user: str, subject: str) -> Plan:
+    """The ``record`` of a user goes that needed the image ``path``; what nothing needs without it is removed or merged."""
+    before = snapshots.whole_tree(session)
+    left = tuple(one for one in before.strangers.get(path, ()) if one != user)
+    before = dataclasses.replace(before, strangers={**before.strangers, path: left})
+
+    def planned(busy: set[str]) -> Change:
+        removed = tree.remove_userless(before, [path], busy=busy)
+        merged = tree.plan_merge(removed.after, busy=busy)
+        return Change(after=merged.after, finish=(*removed.finish, *merged.finish))
+
+    change = _merging_whole_images(session, planned)
+    _require_space(before, change)
+    steps: tuple[Step, ...] = change.finish
+    if steps:
+        steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
+    return Plan(
+        plan_id=session.new_id(),
+        vm_id=session.home.vm_id,
+        operation="vdi-destroy",
+        subject=subject,
+        finish=(plan.RemoveFile(path=str(record)), *steps),
+    )
+
+
 def _named(session: Session, before: Tree, names: Sequence[Path]) -> set[str]:
     """The images that the user names, as the tree calls them; raises the reason against the first that cannot go."""
     if not names:

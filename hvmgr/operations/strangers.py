@@ -22,9 +22,7 @@ Identity = tuple[int, int]  # device and inode
 
 
 def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each of these images the names of other VMs that need it, by hvmgr's index and by libvirt, and of whoever reads
-    it: attachments and transfers.
-    """
+    """For each of these images who else needs it: other VMs, by the index and by libvirt, attachments and transfers."""
     paths = list(paths)
     attached = {path: tuple(map(attachments.name_of, users)) for path, users in attachments.users(paths).items()}
     for path, names in transfers.users(paths).items():

@@ -68,8 +68,13 @@ def users(layout: Layout) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for one in read_all(layout):
         path = str(one.path(layout))
-        found[path] = (*found.get(path, ()), f"the disk snapshot {one.uuid}")
+        found[path] = (*found.get(path, ()), name_of(one))
     return found
+
+
+def name_of(one: DiskSnapshot) -> str:
+    """How one is called as the user of an image."""
+    return f"the disk snapshot {one.uuid}"
 
 
 def _read(file: Path) -> DiskSnapshot:
