@@ -31,9 +31,9 @@ def get_record(asked: Asked, ref: str) -> dict[str, Any]:
 @call("VDI.get_by_uuid", least=1)
 def get_by_uuid(asked: Asked, uuid: str) -> str:
     """The reference of a disk."""
-    if (found := asked.service.disks.find_by_uuid(text("uuid", uuid))) is None:
+    if text("uuid", uuid).startswith(REF):
         raise XenFailure("UUID_INVALID", "VDI", uuid[:64])
-    return REF + found.uuid
+    return REF + asked.service.disks.get(uuid).uuid
 
 
 @call("VDI.get_by_name_label", least=1)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Self
@@ -230,7 +229,10 @@ class Connection:
             left -= len(data)
 
     def _send(self, event: h11.Event) -> None:
-        pieces: Iterable[bytes] = self._http.send_with_data_passthrough(event) or ()
+        if isinstance(event, h11.Data):
+            pieces = self._http.send_with_data_passthrough(event) or []
+        else:
+            pieces = [self._http.send(event) or b""]  # the whole head in one packet
         try:
             for piece in pieces:
                 self._sock.sendall(piece)

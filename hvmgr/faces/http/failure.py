@@ -42,6 +42,8 @@ def translate(error: errors.HvmgrError) -> XenFailure:
     """What the client is told of an error of hvmgr's: its sentence and its hint, no facts (they name files)."""
     code, status = next(_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
     words = error.message if error.hint is None else f"{error.message} ({error.hint})"
+    if "most" in error.facts:
+        return XenFailure("VDI_TOO_LARGE", str(error.facts.get("size", "")), str(error.facts["most"]), words)
     return XenFailure(code, words, status=status)
 
 

@@ -63,9 +63,11 @@ class Frames:
             self._ended = True
             return
         if offset < self._at:
-            raise errors.Unsupported(f"the frame for byte {offset} comes after byte {self._at}: they have to ascend")
+            raise errors.UsageError(
+                f"the frame for byte {offset} comes after byte {self._at}; they have to ascend", frame=True
+            )
         if offset + length > self._size:
-            raise errors.Corrupt(f"a frame ends at byte {offset + length}, and the disk has {self._size}")
+            raise errors.UsageError(f"a frame ends at byte {offset + length}, and the disk has {self._size}", frame=True)
         self._next, self._data = offset, length
 
     def _broken(self, where: str) -> errors.Corrupt:

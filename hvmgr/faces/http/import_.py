@@ -25,8 +25,8 @@ from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.user import Role
 
 if TYPE_CHECKING:
-    from hvmgr.faces.http.disks import Vdi
     from hvmgr.faces.http.service import Service
+    from hvmgr.operations.transfer.vdis import Vdi
 
 REALM = "VDI.import"
 _NEW_LABEL = "Imported VDI"
@@ -69,7 +69,7 @@ def _target(work: Work, fmt: ImageFormat, body: Body) -> Vdi | None:
         _require_place(work, fmt, body)
         return None
     work.about = vdi[:64]
-    found = disks.require_writable(vdi, work.reporter())
+    found = disks.writable(vdi, work.reporter())
     if fmt is ImageFormat.RAW and body.length is not None and "chunked" not in head.query and body.length > found.size:
         raise XenFailure(
             "VDI_TOO_SMALL", REF + found.uuid, str(body.length), f"{body.length} bytes do not fit into {found.size}"
@@ -104,7 +104,7 @@ def _receive(work: Work, target: Vdi | None, fmt: ImageFormat, body: Body) -> st
     made = disks.create(_NEW_LABEL, body.length)
     work.about = made
     try:
-        _import(work, disks.require_writable(made, work.reporter()), fmt, body)
+        _import(work, disks.writable(made, work.reporter()), fmt, body)
     except BaseException:
         disks.destroy(made)
         raise
@@ -132,6 +132,6 @@ def _explained(target: Vdi, body: Body, error: errors.HvmgrError) -> XenFailure:
         return XenFailure("VDI_CONTENT_ID_MISSING", REF + target.uuid, error.message)
     if "needed" in facts:
         return XenFailure("VDI_TOO_SMALL", REF + target.uuid, str(facts["needed"]), error.message)
-    if isinstance(error, errors.Corrupt):
+    if isinstance(error, errors.Corrupt) or "frame" in facts:
         return XenFailure("IMPORT_ERROR", error.message)
     return failure.translate(error)
