@@ -54,8 +54,9 @@ class Uses:
     @classmethod
     def of(cls, tree: Tree) -> Uses:
         """The uses that a home's files tell."""
-        named = set(tree.named()) | {path for path, users in tree.strangers.items() if users}
-        held = {path for node in tree.nodes.values() for path in node.disks.values()}
+        lent = {path for path, users in tree.strangers.items() if users}
+        named = set(tree.named()) | lent
+        held = {path for node in tree.nodes.values() for path in node.disks.values()} | lent
         return cls({path: set(below) for path, below in tree.children().items()}, named, held)
 
     def is_used(self, path: str) -> bool:

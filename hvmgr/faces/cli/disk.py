@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from hvmgr import units
-from hvmgr.faces.cli import arguments, json_out, render
+from hvmgr.faces.cli import arguments, json_out, render, streams
 from hvmgr.faces.cli.groups import READS, Group
 from hvmgr.faces.cli.request import Request
 from hvmgr.model import names
@@ -91,3 +91,77 @@ def localize(request: Request, vm: str, slot: str) -> None:
         what = "stands in its home" if changed else "needs nothing outside its home"
         facts = {"vm": json_out.vm(one, request.state(one)), "slot": slot, "disks": dict(one.now().disks)}
         request.done(f"disk {slot} of {one.name} {what}", facts, changed=changed)
+
+
+@command.command("export", examples=["hvmgr disk export web vda web-vda.vhd --progress",
+                                     "hvmgr disk export web vda delta.vhd --snapshot tuesday --base monday",
+                                     "hvmgr disk export web vda - --format raw | ssh other 'cat > /dev/vg/web'"])  # fmt: skip
+@arguments.vm
+@click.argument("slot", metavar="SLOT")
+@click.argument("file", metavar="FILE|-", type=click.Path(dir_okay=False, allow_dash=True))
+@click.option("--snapshot", metavar="SNAP", type=arguments.SnapshotName(), help="As this snapshot has it.")
+@click.option("--base", metavar="SNAP", type=arguments.SnapshotName(),
+              help="Only what differs from this snapshot, as a differencing VHD on it.")  # fmt: skip
+@click.option("--format", "fmt", type=click.Choice(streams.FORMATS),
+              help="Of the stream; without it what the name of FILE says, else vhd.")  # fmt: skip
+@click.option("--progress", is_flag=True, help="Say how far it is, and how long it took, on stderr.")
+@click.pass_obj
+def export(
+    request: Request,
+    vm: str,
+    slot: str,
+    file: str,
+    snapshot: str | None,
+    base: str | None,
+    fmt: str | None,
+    *,
+    progress: bool,
+) -> None:
+    """Write one disk into a new file or to stdout: as a whole, or what changed since a snapshot.
+
+    The VM may run: its disk is that of one moment. A delta fits any point of the same disk as its base, in whichever
+    branch of the tree. Everything that can be refused is refused before the first byte.
+    """
+    streams.require_target(request, file)
+    report = streams.Report(request, wanted=progress)
+    with request.host() as host, request.changing():
+        one = host.vm(vm)
+        with one.export_disk(slot, snapshot=snapshot, base=base, format=streams.format_of(fmt, file)) as stream:
+            streams.write(request, stream, file, report)
+        report.end()
+        if file != streams.STANDARD:
+            facts = {"vm": {"id": one.id, "name": one.name}, "slot": slot, **json_out.stream(stream, file)}
+            request.done(f"exported {stream.name} to {file} ({streams.size(stream)})", facts)
+
+
+@command.command("import", examples=["hvmgr disk import web vda web-vda.vhd", "hvmgr disk import web vda delta.vhd",
+                                     "ssh other 'cat /dev/vg/web' | hvmgr disk import web vda - --format raw"])  # fmt: skip
+@arguments.vm
+@click.argument("slot", metavar="SLOT")
+@click.argument("file", metavar="FILE|-", type=click.Path(allow_dash=True))
+@click.option("--format", "fmt", type=click.Choice(streams.FORMATS),
+              help="Of the stream; without it what the name of FILE says, else vhd.")  # fmt: skip
+@click.option("--force", is_flag=True, help="Apply a delta although the disk does not hold what it starts from.")
+@click.option("--progress", is_flag=True, help="Say how far it is, and how long it took, on stderr.")
+@click.pass_obj
+def import_(request: Request, vm: str, slot: str, file: str, fmt: str | None, *, force: bool, progress: bool) -> None:
+    """Replace what a disk holds by a file or by stdin: a whole disk, or a delta on what it holds.
+
+    The VM has to be off; its snapshots keep what they have. The disk changes when all has arrived, and not at all when
+    anything is wrong. Which of both it is says a VHD itself; everything else is a whole disk, which leaves no old data.
+    """
+    report = streams.Report(request, wanted=progress)
+    with request.host() as host, request.changing(), streams.source(file) as (stream, length):
+        one = host.vm(vm)
+        request.require_consent(f"what disk {slot} of {one.name} holds now goes for good")
+        name = "stdin" if file == streams.STANDARD else file
+        made = streams.format_of(fmt, file)
+        one.import_disk(slot, stream, format=made, length=length, force=force, name=name)
+        report.end()
+        facts = {
+            "vm": {"id": one.id, "name": one.name},
+            "slot": slot,
+            "format": made.value,
+            "disks": dict(one.now().disks),
+        }
+        request.done(f"imported {name} into disk {slot} of {one.name}", facts)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hvmgr.model.finding import Finding
     from hvmgr.model.tree import Image, Tree
     from hvmgr.operations.doctor.repair import Repaired
+    from hvmgr.operations.transfer.outgoing import Outgoing
+    from hvmgr.operations.transfer.vdis import Vdi
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
 
@@ -71,6 +73,35 @@ def snapshots(of: VM, state: str | None, shown: list[Snapshot]) -> Document:
         "vm": vm(of, state),
         "now": {"parent": now.parent, "disks": dict(now.disks)},
         "snapshots": [snapshot(one) for one in shown],
+    }
+
+
+def stream(one: Outgoing, file: str) -> Document:
+    """A disk that was written into a file; ``base`` is the uuid that a delta starts from, null for a whole disk."""
+    return {
+        "file": file,
+        "format": one.format.value,
+        "uuid": one.uuid,
+        "base": one.base,
+        "size": one.size,
+        "length": one.length,
+    }
+
+
+def vdi(one: Vdi) -> Document:
+    """A disk by its uuid; ``size`` is what a guest sees, ``used`` what its top image takes, both in bytes."""
+    return {
+        "uuid": one.uuid,
+        "kind": one.kind.value,
+        "name": one.name,
+        "size": one.size,
+        "used": one.used,
+        "vm": one.vm,
+        "vm_id": one.vm_id,
+        "slot": one.slot,
+        "snapshot": one.snapshot,
+        "snapshot_of": one.snapshot_of,
+        "created": one.created,
     }
 
 

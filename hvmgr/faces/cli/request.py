@@ -34,6 +34,7 @@ class Request:
     wait_s: float = settings.LOCK_WAIT_S
     verbose: bool = False
     declined: Plan | None = field(default=None, repr=False)
+    listener: Callable[[Any], None] | None = field(default=None, repr=False)  # of how far long work is, bars aside
     _bars: Bars | None = field(default=None, repr=False)
 
     @contextlib.contextmanager
@@ -45,7 +46,7 @@ class Request:
         root = self.root or settings.default_root()
         if root.exists() and not root.is_dir():
             raise errors.UsageError(f"{root} is no folder", hint="name the folder that holds the VM homes with --root")
-        reporter = Reporter(notice=render.notice, progress=self._progress, approve=self._approve, dry_run=self.dry_run)
+        reporter = Reporter(notice=render.notice, progress=self.report, approve=self._approve, dry_run=self.dry_run)
         with Host.open(self.uri, root=root, wait_s=self.wait_s, reporter=reporter) as host, self._drawing():
             yield host
 
@@ -130,7 +131,10 @@ class Request:
 
     # -- what an operation tells ---------------------------------------------------------------------------------
 
-    def _progress(self, progress: Any) -> None:
+    def report(self, progress: Any) -> None:
+        """How far a piece of work is, drawn where somebody looks."""
+        if self.listener is not None:
+            self.listener(progress)
         if self._bars is None and sys.stderr.isatty():
             from hvmgr.faces.cli.progress import Bars
 

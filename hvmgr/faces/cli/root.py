@@ -26,6 +26,21 @@ COMMANDS = {
     "import": (f"{_HERE}.import_:import_command", "Make a VM out of an export, a VM home, or a domain's XML."),
     "compare": (f"{_HERE}.import_:compare", "Report what an import would find in its way, and change nothing."),
     "disk": (f"{_HERE}.disk:command", "Work on the disks of a VM, each named by its slot."),
+    "vdi-list": (
+        f"{_HERE}.vdi:vdi_list",
+        "List disks: of VMs, of their snapshots, snapshots of one disk alone, and free ones.",
+    ),
+    "vdi-create": (f"{_HERE}.vdi:vdi_create", "Make a blank disk of no VM, and print its uuid."),
+    "vdi-snapshot": (f"{_HERE}.vdi:vdi_snapshot", "Take a snapshot of one disk alone, and print its uuid."),
+    "vdi-export": (
+        f"{_HERE}.vdi:vdi_export",
+        "Write a disk into a new file: as a whole, or what changed since another point of it.",
+    ),
+    "vdi-import": (
+        f"{_HERE}.vdi:vdi_import",
+        "Replace what a disk holds by a file: a whole disk, or a delta on what it holds.",
+    ),
+    "vdi-destroy": (f"{_HERE}.vdi:vdi_destroy", "Remove a free disk, or a snapshot of one disk alone."),
     "image": (f"{_HERE}.image:command", "Work on image files, each named by its path: VHD, VHDX, qcow2, raw."),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),

@@ -176,7 +176,8 @@ class Bench:
         """Everything that is true of a home between two commands."""
         forest, layout = vm.home.tree(), vm.home.layout
         names, below = forest.named(), forest.children()
-        frozen = {path for node in forest.nodes.values() for path in node.disks.values()} | set(below)
+        frozen = {path for node in forest.nodes.values() for path in node.disks.values()}
+        frozen |= {*below, *forest.strangers}
         for path, image in forest.images.items():
             forest.chain(path)
             if image.format == "qcow2" and image.keeper is not Keeper.OUTSIDE:

@@ -1,0 +1,88 @@
+"""Disks of a VM that runs: sent as they are at one moment, snapshotted alone, and never replaced."""
+
+from __future__ import annotations
+
+import pytest
+
+from hvmgr import errors
+from hvmgr.host.domain import State
+from tests.operations.rules.conftest import MIB
+from tests.operations.transfer.conftest import RAW, VHD, by_codec, by_libvhdi, chain_of, raw_of
+
+KINDS = ["qcow2", "raw", "vpc"]
+
+
+@pytest.fixture(params=KINDS)
+def running(bench, request):
+    """A VM that runs, whose disk has a base of each format; its guest is us."""
+    options = "force_size=on" if request.param == "vpc" else None
+    image = bench.image(f"base.{request.param}", size=6, fmt=request.param, fill=(1, 2, 3), options=options)
+    vm = bench.make(bench.in_place(image, format=VHD if request.param == "vpc" else None))
+    vm.create_snapshot("one")
+    bench.start(vm)
+    yield vm
+    bench.domain(vm).destroy()
+
+
+def guest_writes(bench, vm, pattern, offset):
+    """What the guest of a running VM writes."""
+    domain = bench.domain(vm)
+    (device,) = [one["qdev"] for one in domain.monitor("query-block") if one.get("inserted")]
+    line = f'qemu-io -d {device} "write -P {pattern} {offset} 64k"'
+    told = domain.monitor("human-monitor-command", command_line=line)
+    assert "rror" not in told, told
+
+
+def wanted(data, *writes):
+    changed = bytearray(data)
+    for pattern, offset in writes:
+        changed[offset : offset + (64 << 10)] = bytes([pattern]) * (64 << 10)
+    return bytes(changed)
+
+
+def test_running_disk_is_sent_as_it_is_at_one_moment(bench, running) -> None:
+    vm, one = running, bench.disk_of(running, snapshot="one")
+    full = bench.send(vm, "full.vhd", snapshot="one")
+    assert raw_of(full, "vpc") == one
+    guest_writes(bench, vm, 0x22, MIB)
+    now = wanted(one, (0x22, MIB))
+    with vm.export_disk("hda", base="one") as stream:
+        guest_writes(bench, vm, 0x33, 2 * MIB)  # after the moment
+        assert vm.state() is State.RUNNING
+        delta = bench.place / "delta.vhd"
+        delta.write_bytes(b"".join(map(bytes, stream.chunks())))
+    assert by_codec(chain_of(bench.place / "stored", full, delta)) == now == by_libvhdi(full, delta)
+    assert bench.send(vm, "now.raw", format=RAW).read_bytes() == wanted(now, (0x33, 2 * MIB))
+    with pytest.raises(errors.Conflict, match="is running"):
+        bench.take(vm, delta)
+    assert [one.name for one in vm.snapshots()] == ["one"]
+    vm.stop(force=True)
+    vm.merge()
+    assert len(vm.tree().chain(vm.now().disks["hda"])) == 2
+    assert bench.disk_of(vm) == wanted(now, (0x33, 2 * MIB))
+    bench.check(vm)
+
+
+def test_running_disk_is_snapshotted_alone(bench, running) -> None:
+    vm, disks = running, bench.host.disks
+    one, disk = bench.disk_of(vm, snapshot="one"), vm.home.facts().disks[0].id
+    guest_writes(bench, vm, 0x22, MIB)
+    alone = disks.snapshot(disk)
+    guest_writes(bench, vm, 0x33, MIB)
+    with disks.export(alone) as stream:
+        assert b"".join(map(bytes, stream.chunks())) == wanted(one, (0x22, MIB))
+    disks.destroy(alone)
+    assert vm.state() is State.RUNNING
+    vm.stop(force=True)
+    vm.merge()
+    assert bench.disk_of(vm) == wanted(one, (0x33, MIB))
+    assert len(vm.tree().chain(vm.now().disks["hda"])) == 2
+    bench.check(vm)
+
+
+def test_refused_export_leaves_a_running_vm_as_it_is(bench, running) -> None:
+    before = dict(running.now().disks)
+    for wishes in ({"base": "nine"}, {"base": "one", "format": RAW}):
+        with pytest.raises(errors.HvmgrError):
+            running.export_disk("hda", **wishes)
+    assert dict(running.now().disks) == before
