@@ -129,7 +129,7 @@ def _explained(target: Vdi, body: Body, error: errors.HvmgrError) -> XenFailure:
     if facts.get("premature") or facts.get("fault") == "F51" or (isinstance(error, errors.Corrupt) and "needed" in facts):
         return XenFailure("IMPORT_ERROR_PREMATURE_EOF", str(body.at), error.message)
     if "parent" in facts:
-        return XenFailure("VDI_CONTENT_ID_MISSING", REF + target.uuid, error.message)
+        return XenFailure("VDI_CONTENT_ID_MISSING", REF + target.uuid, error.message, status=HTTPStatus.CONFLICT)
     if "needed" in facts:
         return XenFailure("VDI_TOO_SMALL", REF + target.uuid, str(facts["needed"]), error.message)
     if isinstance(error, errors.Corrupt) or "frame" in facts:
