@@ -25,6 +25,7 @@ from hvmgr.units import KIB, MIB
 from hvmgr.version import __version__
 
 _PIECE = 512 * KIB
+_HEAD_PIECE = 4 * KIB  # h11 measures what is incomplete: a long head must not come in one piece
 _LINGER = 8 * MIB  # what is still read of a request that was answered, so that the answer is not lost with it
 
 
@@ -105,7 +106,7 @@ class Connection:
         self.limit.set(self.limits.head_s if self._is_first else self.limits.idle_s)
         self._is_first = False
         try:
-            event = self._next_event()
+            event = self._next_event(_HEAD_PIECE)
         except h11.RemoteProtocolError as error:
             status = HTTPStatus(error.error_status_hint)
             if self.limit.expired:
@@ -167,14 +168,14 @@ class Connection:
         self.limit.set(None)
         return bytes(body)
 
-    def _next_event(self) -> object:
+    def _next_event(self, size: int = _PIECE) -> object:
         while (event := self._http.next_event()) is h11.NEED_DATA:
-            self._http.receive_data(self._receive())
+            self._http.receive_data(self._receive(size))
         return event
 
-    def _receive(self) -> bytes:
+    def _receive(self, size: int = _PIECE) -> bytes:
         try:
-            return self._sock.recv(_PIECE)
+            return self._sock.recv(size)
         except OSError:
             return b""
 

@@ -53,6 +53,8 @@ def parse_head(method: bytes, target: bytes, headers: Sequence[tuple[bytes, byte
         text = value.decode("latin-1")
         found[key] = f"{found[key]}; {text}" if key == "cookie" and key in found else text
     length = found.get("content-length")
+    if length is not None and "transfer-encoding" in found:  # a proxy before us might have read it the other way
+        raise Refused(HTTPStatus.BAD_REQUEST, "the request says its length twice")
     return Head(
         method=method.decode("ascii", "replace"),
         path=path,
@@ -60,7 +62,7 @@ def parse_head(method: bytes, target: bytes, headers: Sequence[tuple[bytes, byte
         headers=found,
         cookies=_cookies(found.get("cookie", "")),
         version=version.decode("ascii"),
-        length=int(length) if length is not None and length.isdigit() and "transfer-encoding" not in found else None,
+        length=int(length) if length is not None and length.isdigit() else None,
         is_chunked="transfer-encoding" in found,
     )
 

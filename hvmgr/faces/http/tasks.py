@@ -58,6 +58,7 @@ class Task:
     finished: datetime = _NEVER
     other_config: dict[str, str] = field(default_factory=dict)
     working: bool = False  # somebody works for it now
+    stop: Callable[[], None] | None = None  # wakes whoever works
     told: float = 0.0  # the progress of the last event
 
     @property
@@ -92,7 +93,7 @@ class Tasks:
         with self._lock:
             task = self._own(ref, owner)
             if task.working:
-                task.status = Status.CANCELLING
+                self._stop(task)
             self._forget(task)
 
     def cancel(self, ref: str, owner: str) -> None:
@@ -100,7 +101,7 @@ class Tasks:
         with self._lock:
             task = self._own(ref, owner)
             if task.status is Status.PENDING and task.working:
-                task.status = Status.CANCELLING
+                self._stop(task)
                 self._tell(task)
             elif task.status is Status.PENDING:
                 self._settle(task, Status.CANCELLED, error=("TASK_CANCELLED", ref))
@@ -139,14 +140,17 @@ class Tasks:
 
     # -- whoever works for a task --------------------------------------------------------------------------------
 
-    def take(self, ref: str, owner: str) -> None:
-        """Somebody works for this task from now on; only for a pending one of the same user, and one at a time."""
+    def take(self, ref: str, owner: str, stop: Callable[[], None] | None = None) -> None:
+        """Somebody works for this task from now on; only for a pending one of the same user, and one at a time.
+
+        ``stop`` is called when the task is to be cancelled: it wakes whoever works, and does nothing else.
+        """
         with self._lock:
             task = self._own(ref, owner)
             if task.working or task.status is not Status.PENDING:
                 what = "has its transfer already" if task.working else f"is not pending but {task.status}"
                 raise XenFailure("OPERATION_NOT_ALLOWED", f"the task {ref} {what}")
-            task.working = True
+            task.working, task.stop = True, stop
             task.touched = self._clock()
 
     def report(self, ref: str, done: int, total: int) -> None:
@@ -238,7 +242,13 @@ class Tasks:
         task.status, task.result, task.error = status, result, error
         task.progress = task.progress if progress is None else progress
         task.finished, task.touched, task.working = datetime.now(UTC), self._clock(), False
+        task.stop = None
         self._tell(task)
+
+    def _stop(self, task: Task) -> None:
+        task.status = Status.CANCELLING
+        if task.stop is not None:
+            task.stop()
 
     def _tell(self, task: Task, operation: str = "mod") -> None:
         task.told = task.progress

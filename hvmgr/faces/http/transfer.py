@@ -42,10 +42,10 @@ class Work:
 
     def check(self) -> None:
         """Cancelled when nobody wants the transfer any more."""
-        if self.connection.limit.is_shut:
-            raise errors.Cancelled("the server is stopped")
         if self.service.tasks.is_cancelled(self.task):
             raise errors.Cancelled("the task was cancelled")
+        if self.connection.limit.is_shut:
+            raise errors.Cancelled("the server is stopped")
 
     def report(self, done: int, total: int) -> None:
         """How far it is; Cancelled as ``check``."""
@@ -110,6 +110,9 @@ def begun(service: Service, connection: Connection, head: Head, role: Role, real
     except XenFailure as problem:
         _end(work, problem)
     except Gone as error:
+        if service.tasks.is_cancelled(work.task):
+            work.fail(XenFailure("TASK_CANCELLED", work.task))
+            raise
         words = "no byte moved for too long" if connection.limit.expired else "the client ended the connection"
         words = "the server is stopped" if connection.limit.is_shut else words
         work.fail(XenFailure("CLIENT_ERROR", f"{words} at byte {work.done}"))
@@ -177,7 +180,8 @@ def _bind(service: Service, connection: Connection, head: Head, session: Session
     ref = head.parameter("task_id", cookie_first=True) or head.parameter("subtask_of", cookie_first=True)
     try:
         task = ref or service.tasks.create(session.name, f"{head.method} {head.path.strip('/')}")
-        service.tasks.take(task, session.name)
+        limit = connection.limit
+        service.tasks.take(task, session.name, limit.shut if head.method == "GET" else limit.deafen)
     except XenFailure as problem:
         status = {"HANDLE_INVALID": HTTPStatus.NOT_FOUND, "RBAC_PERMISSION_DENIED": HTTPStatus.FORBIDDEN}
         raise Refused(status.get(problem.code, HTTPStatus.CONFLICT), str(problem)) from problem

@@ -60,6 +60,10 @@ class Limit:
         self.expired = True
         shut(self._sock, how)
 
+    def deafen(self) -> None:
+        """Nothing more is heard of the other end; what waits for it is woken and can still answer."""
+        shut(self._sock, socket.SHUT_RD)
+
     def shut(self) -> None:
         """At once, whatever the limit says."""
         self.is_shut = True

@@ -49,7 +49,7 @@ class Answer:
 class Running:
     """A server that runs, and its clients."""
 
-    def __init__(self, uri, root, place, *, limits=None, connections=100, failures=None, tls=(None, None)):
+    def __init__(self, uri, root, place, *, limits=None, connections=100, failures=None, tls=(None, None), grace=0.0):
         self.log = io.BytesIO()
         self.sessions = []
         self.users = place / "users.json"
@@ -64,7 +64,7 @@ class Running:
         self.scheme = "http" if tls[0] is None else "https"
         self.address = self.server.ports[0]
         self.url = f"{self.scheme}://127.0.0.1:{self.address[1]}"
-        self.thread = threading.Thread(target=self.server.run, kwargs={"grace_s": 0.0})
+        self.thread = threading.Thread(target=self.server.run, kwargs={"grace_s": grace})
         self.thread.start()
 
     def stop(self):
