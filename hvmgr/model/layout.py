@@ -157,6 +157,8 @@ class Layout:
             self.home,
             self.private,
             self.frozen,
+            self.disk_snapshots,
+            self.contents,
             self.trash,
             self.configuration.parent,
             self.vm_folder,

@@ -125,6 +125,13 @@ def plan_forget(session: Session, record: Path, path: str, user: str, subject: s
     )
 
 
+def steps_after(session: Session, after: Tree) -> tuple[Step, ...]:
+    """What merges the unnamed images of a tree that another plan makes true, for the end of that plan."""
+    change = _merging_whole_images(session, lambda busy: tree.plan_merge(after, busy=busy))
+    _require_space(after, change)
+    return change.finish
+
+
 def _named(session: Session, before: Tree, names: Sequence[Path]) -> set[str]:
     """The images that the user names, as the tree calls them; raises the reason against the first that cannot go."""
     if not names:

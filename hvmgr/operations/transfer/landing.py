@@ -10,17 +10,15 @@ A full image hides all that the disk held; a delta has to start from what the di
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.host import qemu_img
 from hvmgr.host.domain import State
-from hvmgr.model import plan
+from hvmgr.model import plan, tree
 from hvmgr.model.plan import Plan, Step
-from hvmgr.model.tree import MAX_DEPTH, Tree
+from hvmgr.model.tree import Leaf, Tree
 from hvmgr.operations import merge, snapshots
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
@@ -65,8 +63,6 @@ def receive(session: Session, slot: str, stream: Incoming, *, force: bool) -> No
         execution.run(session, one)
     finally:
         session.arriving = None
-    session.forget_uses()
-    _merge(session, Path(next(step.child for step in one.prepare if isinstance(step, plan.ReceiveDisk))))
 
 
 def held(home: VmHome, slot: str) -> list[str]:
@@ -111,20 +107,20 @@ def _empty(extents: list[Extent], depth: int) -> int:
 
 
 def _plan(session: Session, slot: str, stream: Incoming) -> Plan:
-    before = snapshots.present_tree(session)
-    path = before.present.disks[slot]
-    image = before.chain(path)[0]
-    if len(before.chain(path)) >= MAX_DEPTH:
-        raise errors.Conflict(f"the disk {slot} already stands on {MAX_DEPTH} images", hint="delete snapshots")
+    whole = snapshots.whole_tree(session)
+    path = whole.present.disks[slot]
     child, change = str(session.layout.image(slot, session.new_id())), session.new_id()
+    after = _after(whole, slot, child, stream)
+    merges = merge.steps_after(session, after)
     present = session.home.present()
-    after = present.copy()
-    snapshots.point_disks(after, {slot: child})
-    after.set_metadata(dataclasses.replace(vm_home.require_facts(present), change=change))
-    finish: list[Step] = [plan.WritePresent(), plan.RecordFrozen(paths=(path,))]
+    new = present.copy()
+    snapshots.point_disks(new, {slot: child})
+    new.set_metadata(dataclasses.replace(vm_home.require_facts(present), change=change))
+    finish: list[Step] = [plan.WritePresent(), plan.RecordFrozen(paths=(path,)), *merges]
     if stream.uuid is not None:
         finish.append(plan.NoteContents(image=child, uuid=stream.uuid))
     kind = "full image" if stream.parent is None else "delta"
+    image = whole.images[path]
     return Plan(
         plan_id=change,
         vm_id=session.home.vm_id,
@@ -135,21 +131,17 @@ def _plan(session: Session, slot: str, stream: Incoming) -> Plan:
             plan.ReceiveDisk(child=child, parent=path, parent_format=image.format),
             plan.FreezeImage(path=path),
         ),
-        switch=plan.Define(xml=after.to_xml()),
+        switch=plan.Define(xml=new.to_xml()),
         finish=tuple(finish),
         hold=((path, image.format),),
     )
 
 
-def _merge(session: Session, image: Path) -> None:
-    """What the disk held before is merged away where nothing needs it; what it is known to hold stays known."""
-    known = contents.held(session.layout.contents, image)
-    one = merge.plan_merge(session)
-    if not one.finish:
-        return
-    try:
-        execution.run(session, one)
-    finally:
-        if known is not None and image.exists():
-            with contextlib.suppress(errors.HvmgrError):  # on a full disk: the next delta then needs --force
-                contents.note(session.layout.contents, image, known)
+def _after(whole: Tree, slot: str, child: str, stream: Incoming) -> Tree:
+    """The tree with the new image, which counts as large when it holds everything: nothing is left to pull into it then."""
+    one = dataclasses.replace(whole, present=Leaf(whole.present.parent, {slot: whole.present.disks[slot]}))
+    after = tree.plan_go_on(one, {slot: child}).after
+    data = after.images[whole.present.disks[slot]].data + 1 if stream.parent is None else 0
+    images = {**after.images, child: dataclasses.replace(after.images[child], data=data)}
+    present = Leaf(whole.present.parent, {**whole.present.disks, slot: child})
+    return dataclasses.replace(after, images=images, present=present)

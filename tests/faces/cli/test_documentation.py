@@ -17,7 +17,8 @@ from hvmgr.faces.cli.request import Request
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "commands.md").read_text("utf-8")
 SHAPES = {
-    name: json.loads(text) for name, text in re.findall(r"<!-- shape: ([\w ]+) -->\n```json\n(.*?)```", PAGE, re.DOTALL)
+    name: json.loads(text)
+    for name, text in re.findall(r"<!-- shape: ([\w -]+) -->\n```json\n(.*?)```", PAGE, re.DOTALL)
 }
 BY_SLOT = "disks"  # a mapping whose keys are data, when it is no list
 
@@ -109,6 +110,14 @@ SHAPED = {
     "compare": ["compare", "HOME"],
     "disk localize": ["disk", "localize", "VM", "vda"],
     "disk info": ["disk", "info", "VM", "vda"],
+    "disk export": ["disk", "export", "VM", "vda", "FILES/disk.vhd"],
+    "disk import": ["disk", "import", "VM", "vda", "FILES/disk.vhd"],
+    "vdi-create": ["vdi-create", "virtual-size=1MiB"],
+    "vdi-snapshot": ["vdi-snapshot", "uuid=SNAPPED"],
+    "vdi-list": ["vdi-list", "kind=snapshot"],
+    "vdi-export": ["vdi-export", "uuid=SNAPPED", "filename=FILES/disk.raw"],
+    "vdi-import": ["vdi-import", "uuid=FREE", "filename=FILES/disk.raw"],
+    "vdi-destroy": ["vdi-destroy", "uuid=FREE"],
     "disk resize": ["disk", "resize", "VM", "vda", "9M"],
     "snapshots": ["snapshot", "list", "VM"],
     "snapshot create": ["snapshot", "create", "VM", "more"],
@@ -169,10 +178,12 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
         host.connection.define(
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
         )
+        free, snapped = host.disks.create(8 << 20), host.vm(branched).home.facts().disks[0].id
     assert set(SHAPED) == set(SHAPES)
     meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out", "HOME": root / branched}
+    words_in = {"FILES": str(files), "FREE": free, "SNAPPED": snapped}
     for name, words in SHAPED.items():
-        said = [meant.get(word, str(word).replace("FILES", str(files))) for word in words]
+        said = [meant.get(word, re.sub("|".join(words_in), lambda found: words_in[found[0]], word)) for word in words]
         answer = hvmgr(*said, "--json")
         assert keys(answer.json) == keys(SHAPES[name]), name
 

@@ -366,6 +366,55 @@ def look(host):
         pass
 
 
+def stream(host, name, **wishes):
+    """A stream of the disk, beside the homes."""
+    path = host.root.parent / "outside" / name
+    with vm(host).export_disk(SLOT, **wishes) as sent:
+        path.write_bytes(b"".join(map(bytes, sent.chunks())))
+
+
+def with_streams(host):
+    """Three snapshots; a full stream of the first, a delta from the second to the third, and a present on the second."""
+    line(host)
+    stream(host, "full.vhd", snapshot="one")
+    stream(host, "delta.vhd", snapshot="three", base="two")
+    snapshot(host, "two").apply()
+    vm(host).create_snapshot("here")
+
+
+def take_in(name):
+    def act(host):
+        with (host.root.parent / "outside" / name).open("rb") as file:
+            vm(host).import_disk(SLOT, file, format=hvmgr.ImageFormat.VHD)
+
+    return act
+
+
+def with_disk_snapshot(host):
+    """A snapshot of the disk alone, below the present and a snapshot."""
+    line(host)
+    snapshot_disk(host)
+    write_off(host, 0x50, "320k")
+    vm(host).create_snapshot("four")
+
+
+def snapshot_disk(host):
+    host.disks.snapshot(vm(host).home.facts().disks[0].id)
+
+
+def destroy_disk_snapshot(host):
+    (alone,) = [one.uuid for one in host.disks.list() if one.kind == "disk-snapshot"]
+    host.disks.destroy(alone)
+
+
+TRANSFERS = {
+    "import-disk": Shape(with_streams, take_in("full.vhd")),
+    "import-delta": Shape(with_streams, take_in("delta.vhd")),
+    "snapshot-disk": Shape(line, snapshot_disk),
+    "snapshot-disk-running": Shape(line, snapshot_disk, live=running),
+    "destroy-disk-snapshot": Shape(with_disk_snapshot, destroy_disk_snapshot),
+}
+
 FOREIGN = {
     "foreign-overlay": Shape(with_overlay, new, middle=look, foreign=True),
     "foreign-commit": Shape(gone_on_in_frozen, new, middle=look, foreign=True),
@@ -563,4 +612,4 @@ BIG = {
     "big-delete-down": Shape(lambda host: big(host, below=12, above=6), delete("two")),
 }
 
-SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | LIVE | IMPORTS | BIG
+SHAPES = FOREIGN | CHANGES | WHOLES | MERGES | RUNNING | LIVE | IMPORTS | BIG | TRANSFERS
