@@ -105,7 +105,7 @@ class Report:
         self._wanted = wanted
         if wanted and not sys.stderr.isatty():
             request.listener = self._line
-        self._tenth = 0
+        self._what, self._tenth = "", 0
         self._began = time.monotonic()
 
     def sending(self, stream: Outgoing) -> SendProgress:
@@ -120,6 +120,8 @@ class Report:
         if not progress.total:
             return
         tenth = 10 * progress.done // progress.total
+        if progress.what != self._what:
+            self._what, self._tenth = progress.what, 0
         if tenth > self._tenth:
             self._tenth = tenth
             spent = time.monotonic() - self._began

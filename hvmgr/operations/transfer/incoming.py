@@ -148,6 +148,7 @@ class Incoming:
                     client.write_zeroes(offset + first, last - first)
             report(Progress(min(offset + len(piece), end), end, f"import {self.name}"))
         client.flush()
+        report(Progress(end, end, f"import {self.name}"))
 
 
 def recognise(head: bytes) -> ImageFormat | None:
