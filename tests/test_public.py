@@ -92,11 +92,12 @@ def test_nothing_else_is_exposed() -> None:
     assert exposed - set(hvmgr.__all__) == set()
 
 
-def test_wheel_holds_the_package_its_templates_and_the_selinux_module_only(wheel: Path) -> None:
+def test_wheel_holds_the_package_its_templates_the_selinux_module_and_the_unit_only(wheel: Path) -> None:
     sources = [path for path in (ROOT / "hvmgr").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     expected = {str(path.relative_to(ROOT)) for path in sources}
     expected |= {f"hvmgr/templates/{name}" for name in template_names(ROOT / "templates")}
-    expected.add(f"hvmgr-{hvmgr.__version__}.data/data/share/hvmgr/selinux/hvmgr.cil")
+    shared = f"hvmgr-{hvmgr.__version__}.data/data/share/hvmgr"
+    expected |= {f"{shared}/selinux/hvmgr.cil", f"{shared}/systemd/hvmgr.service"}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert "hvmgr/py.typed" in held

@@ -34,8 +34,12 @@ _WAIT_S = 120.0  # many transfers of one VM begin at once, and each one needs it
 )
 @click.option("--listen", metavar="ADDRESS", default="127.0.0.1", show_default=True, help="Where to listen.")
 @click.option("--port", type=click.IntRange(0, 65535), default=_PORT, show_default=True, help="0: any free one.")
-@click.option("--tls-cert", type=click.Path(path_type=Path), metavar="FILE", help="Serve HTTPS with this certificate (PEM).")
-@click.option("--tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its key, when it is not in the same file.")
+@click.option(
+    "--tls-cert", type=click.Path(path_type=Path), metavar="FILE", help="Serve HTTPS with this certificate (PEM)."
+)
+@click.option(
+    "--tls-key", type=click.Path(path_type=Path), metavar="FILE", help="Its key, when it is not in the same file."
+)
 @click.option("--insecure", is_flag=True, help="Listen on other addresses than this host's own without TLS.")
 @click.option("--users", type=click.Path(path_type=Path), metavar="FILE", help="The file of users.")
 @click.option("--audit", type=click.Path(path_type=Path), metavar="FILE", help="The audit log; else stderr.")
@@ -49,6 +53,7 @@ _WAIT_S = 120.0  # many transfers of one VM begin at once, and each one needs it
 @click.pass_obj
 def command(
     request: Request,
+    *,
     listen: str,
     port: int,
     tls_cert: Path | None,
@@ -114,7 +119,8 @@ def _require_library() -> None:
         import h11  # noqa: F401
     except ImportError as error:
         raise errors.Unsupported(
-            "the HTTP server needs the library h11", hint="install it: pip install 'hvmgr[http]', or apt install python3-h11"
+            "the HTTP server needs the library h11",
+            hint="install it: pip install 'hvmgr[http]', or apt install python3-h11",
         ) from error
 
 

@@ -34,7 +34,7 @@ def command() -> None:
 @click.option("--replace", is_flag=True, help="Give a user that is there this role and password.")
 @_users
 @click.pass_obj
-def add(request: Request, name: str, role: str, replace: bool, users: Path | None) -> None:
+def add(request: Request, name: str, role: str, users: Path | None, *, replace: bool) -> None:
     """Add a user, with a password that is asked for, or is the first line of standard input.
 
     Sessions of a user that is replaced are over.

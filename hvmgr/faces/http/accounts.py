@@ -12,20 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvmgr import errors
+from hvmgr.faces.http.failure import TooMany
 from hvmgr.model import user as users_model
 from hvmgr.model.user import Role, Secret, User
 from hvmgr.storage import users
 
 _AT_ONCE = 2  # guesses that cost memory and time at the same moment
 _MOST_PLACES = 10_000
-
-
-class TooMany(Exception):
-    """Too many failures; ``wait_s`` until the next try counts."""
-
-    def __init__(self, wait_s: float) -> None:
-        super().__init__(f"too many failed logins; try again in {wait_s:.0f} s")
-        self.wait_s = wait_s
 
 
 class Accounts:
@@ -75,9 +68,7 @@ class Accounts:
 class Failures:
     """Failed logins by place, an address alone or with a name: after so many within a time none is looked at any more."""
 
-    def __init__(
-        self, *, most: int = 10, within_s: float = 60.0, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, *, most: int = 10, within_s: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
         self._most = most
         self._within_s = within_s
         self._clock = clock

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hvmgr import errors
 from hvmgr.faces.http import failure, xml_rpc
-from hvmgr.faces.http.accounts import TooMany
-from hvmgr.faces.http.failure import XenFailure
+from hvmgr.faces.http.failure import TooMany, XenFailure
 from hvmgr.faces.http.sessions import Session
 from hvmgr.model.user import Role
 
@@ -152,9 +151,7 @@ def _require_count(method: str, entry: Entry, given: int) -> None:
 
 def _require_role(method: str, entry: Entry, session: Session | None) -> None:
     if entry.role is Role.ADMIN and session is not None and not session.is_admin:
-        raise XenFailure(
-            "RBAC_PERMISSION_DENIED", method, f"the user {session.name} may only look and export"
-        )
+        raise XenFailure("RBAC_PERMISSION_DENIED", method, f"the user {session.name} may only look and export")
 
 
 def _tell(asked: Asked, method: str, parameters: Sequence[Any], outcome: str) -> None:

@@ -6,10 +6,9 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from hvmgr.faces.http import api, calls_host, calls_task, calls_vdi, export, import_, json_rpc, xml_rpc
-from hvmgr.faces.http.connection import Connection, Gone
-from hvmgr.faces.http.failure import XenFailure
-from hvmgr.faces.http.message import Head, Refused
-from hvmgr.faces.http.xml_rpc import Unreadable
+from hvmgr.faces.http.connection import Connection
+from hvmgr.faces.http.failure import Gone, Refused, Unreadable, XenFailure
+from hvmgr.faces.http.message import Head
 
 if TYPE_CHECKING:
     from hvmgr.faces.http.server import Server

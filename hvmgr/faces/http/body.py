@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
-from hvmgr.faces.http.connection import Gone
+from hvmgr.faces.http.failure import Gone
 
 if TYPE_CHECKING:
     from hvmgr.faces.http.transfer import Work

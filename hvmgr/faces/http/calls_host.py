@@ -7,9 +7,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from hvmgr.faces.http.accounts import TooMany
 from hvmgr.faces.http.api import CALLS, Asked, call, text
-from hvmgr.faces.http.failure import XenFailure
+from hvmgr.faces.http.failure import TooMany, XenFailure
 from hvmgr.faces.http.sessions import REF
 from hvmgr.version import __version__
 
@@ -229,5 +228,3 @@ def vbd_records(asked: Asked) -> dict[str, Any]:
     """None: which VM a disk belongs to, its name says."""
     del asked
     return {}
-
-

@@ -50,9 +50,7 @@ def set_progress(asked: Asked, ref: str, value: Any) -> str:
 @call("task.add_to_other_config", least=3)
 def add_to_other_config(asked: Asked, ref: str, key: str, value: str) -> str:
     """A note on the task."""
-    asked.service.tasks.set_other_config(
-        text("task", ref), asked.known.name, text("key", key), text("value", value)
-    )
+    asked.service.tasks.set_other_config(text("task", ref), asked.known.name, text("key", key), text("value", value))
     return ""
 
 
@@ -119,7 +117,10 @@ def wait(asked: Asked, classes: Any, token: str, timeout: Any) -> dict[str, Any]
     """What has changed since the token, as soon as anything has; an empty token is the beginning of time."""
     if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
         raise XenFailure("INVALID_VALUE", "classes", str(classes)[:64])
-    wanted = {one.lower() if "/" not in one else one.partition("/")[0].lower() + "/" + one.partition("/")[2] for one in classes}
+    wanted = {
+        one.lower() if "/" not in one else one.partition("/")[0].lower() + "/" + one.partition("/")[2]
+        for one in classes
+    }
     left = min(max(number("timeout", timeout), 0.0), _LONGEST_S)
     events, service = asked.service.events, asked.service
 
@@ -185,5 +186,3 @@ def _records(asked: Asked, kind: str) -> dict[str, Any]:
     if kind in _CLASSES:
         return {}
     raise XenFailure("EVENT_SUBSCRIPTION_PARSE_FAILURE", kind[:64])
-
-

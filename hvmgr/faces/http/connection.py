@@ -20,7 +20,8 @@ import h11
 
 from hvmgr import errors
 from hvmgr.faces.http import watchdog
-from hvmgr.faces.http.message import Head, Headers, Refused, parse_head
+from hvmgr.faces.http.failure import Gone, Headers, Refused
+from hvmgr.faces.http.message import Head, parse_head
 from hvmgr.units import KIB, MIB
 from hvmgr.version import __version__
 
@@ -40,10 +41,6 @@ class Limits:
     linger_s: float = 2.0
     head_size: int = 32 * KIB
     call_size: int = MIB  # the body of a call
-
-
-class Gone(Exception):
-    """The other end is not there any more, or its time is over."""
 
 
 class _Weight:

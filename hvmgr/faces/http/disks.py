@@ -111,9 +111,10 @@ class Disks:
         found = self._list()
         uuid = _pick(vdi, found).uuid
         older = None if base is None else _pick(base, found).uuid
-        with self._noted([uuid] if older is None else [uuid, older]), self._host(reporter) as host:
-            with host.disks.export(uuid, base=older, format=fmt) as stream:
-                yield stream
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._noted([uuid] if older is None else [uuid, older]))
+            host = stack.enter_context(self._host(reporter))
+            yield stack.enter_context(host.disks.export(uuid, base=older, format=fmt))
 
     def writable(self, vdi: str, reporter: Reporter) -> Vdi:
         """The disk, which can take something in now; raises what speaks against that."""
@@ -216,4 +217,3 @@ def _described(one: Vdi) -> str:
     if one.snapshot is not None:
         return f"{place} in the snapshot '{one.name}'"
     return place if one.kind is Kind.SLOT else f"a snapshot of {place}"
-

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.faces.http import transfer
-from hvmgr.faces.http.connection import Connection, Gone
-from hvmgr.faces.http.failure import XenFailure
-from hvmgr.faces.http.message import Head, Headers
+from hvmgr.faces.http.connection import Connection
+from hvmgr.faces.http.failure import Gone, Headers, XenFailure
+from hvmgr.faces.http.message import Head
 from hvmgr.faces.http.transfer import Work
 from hvmgr.model.user import Role
 

@@ -1,10 +1,22 @@
-"""Failures as the Xen API tells them: a code with parameters, and the status that HTTP has for it."""
+"""What ends a request early, as values of HTTP and of the Xen API; none of these leaves the face.
+
+| raised | means |
+|---|---|
+| XenFailure | the call or transfer failed with a code of the Xen API |
+| Refused | the request gets this answer and nothing else |
+| Unreadable | the body is no call |
+| TooMany | too many wrong passwords |
+| Gone | there is nobody left to answer |
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from http import HTTPStatus
 
 from hvmgr import errors
+
+Headers = Sequence[tuple[str, str]]
 
 
 class XenFailure(Exception):
@@ -20,6 +32,32 @@ class XenFailure(Exception):
     def description(self) -> list[str]:
         """The code and its parameters."""
         return [self.code, *self.parameters]
+
+
+class Refused(Exception):
+    """The request gets this answer and nothing else; nothing was changed."""
+
+    def __init__(self, status: HTTPStatus, text: str, *, headers: Headers = ()) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+        self.headers = headers
+
+
+class Unreadable(Exception):
+    """The body is no call."""
+
+
+class TooMany(Exception):
+    """Too many failed logins; ``wait_s`` until the next try counts."""
+
+    def __init__(self, wait_s: float) -> None:
+        super().__init__(f"too many failed logins; try again in {wait_s:.0f} s")
+        self.wait_s = wait_s
+
+
+class Gone(Exception):
+    """The other end is not there any more, or its time is over."""
 
 
 # By the error's class, nearest first. What names a cause of its own says so by its fact ``xen``.
@@ -49,4 +87,6 @@ def translate(error: errors.HvmgrError) -> XenFailure:
 
 def defect() -> XenFailure:
     """What the client is told of a defect: the log says the rest."""
-    return XenFailure("INTERNAL_ERROR", "a defect in hvmgr; the server's log says more", status=HTTPStatus.INTERNAL_SERVER_ERROR)
+    return XenFailure(
+        "INTERNAL_ERROR", "a defect in hvmgr; the server's log says more", status=HTTPStatus.INTERNAL_SERVER_ERROR
+    )

@@ -67,7 +67,9 @@ class Frames:
                 f"the frame for byte {offset} comes after byte {self._at}; they have to ascend", frame=True
             )
         if offset + length > self._size:
-            raise errors.UsageError(f"a frame ends at byte {offset + length}, and the disk has {self._size}", frame=True)
+            raise errors.UsageError(
+                f"a frame ends at byte {offset + length}, and the disk has {self._size}", frame=True
+            )
         self._next, self._data = offset, length
 
     def _broken(self, where: str) -> errors.Corrupt:

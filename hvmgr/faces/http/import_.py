@@ -126,7 +126,11 @@ def _import(work: Work, target: Vdi, fmt: ImageFormat, body: Body) -> None:
 def _explained(target: Vdi, body: Body, error: errors.HvmgrError) -> XenFailure:
     """The code of what is wrong with a stream; that of a disk is everybody's."""
     facts = error.facts
-    if facts.get("premature") or facts.get("fault") == "F51" or (isinstance(error, errors.Corrupt) and "needed" in facts):
+    if (
+        facts.get("premature")
+        or facts.get("fault") == "F51"
+        or (isinstance(error, errors.Corrupt) and "needed" in facts)
+    ):
         return XenFailure("IMPORT_ERROR_PREMATURE_EOF", str(body.at), error.message)
     if "parent" in facts:
         return XenFailure("VDI_CONTENT_ID_MISSING", REF + target.uuid, error.message, status=HTTPStatus.CONFLICT)

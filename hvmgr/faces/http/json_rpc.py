@@ -6,7 +6,8 @@ import json
 from datetime import datetime
 from typing import Any
 
-from hvmgr.faces.http.xml_rpc import Unreadable, to_date
+from hvmgr.faces.http.failure import Unreadable
+from hvmgr.faces.http.xml_rpc import to_date
 
 CONTENT_TYPE = "application/json"  # exactly: with a charset Xen Orchestra takes it for something else
 

@@ -8,19 +8,9 @@ from http import HTTPStatus
 from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qs
 
-Headers = Sequence[tuple[str, str]]
+from hvmgr.faces.http.failure import Refused
 
 _MOST_PARAMETERS = 32
-
-
-class Refused(Exception):
-    """The request gets this answer and nothing else; nothing was changed."""
-
-    def __init__(self, status: HTTPStatus, text: str, *, headers: Headers = ()) -> None:
-        super().__init__(text)
-        self.status = status
-        self.text = text
-        self.headers = headers
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.faces.http.connection import Connection, Gone, Limits
+from hvmgr.faces.http.connection import Connection, Limits
+from hvmgr.faces.http.failure import Gone
 from hvmgr.faces.http.watchdog import Watchdog
 
 _BACKLOG = 128
@@ -221,4 +222,3 @@ def _load(context: ssl.SSLContext, certificate: Path, key: Path | None) -> None:
 
 def _no_password() -> str:
     raise ValueError("the key has a password")
-

@@ -237,7 +237,13 @@ class Tasks:
         return task
 
     def _settle(
-        self, task: Task, status: Status, *, result: str = "", error: tuple[str, ...] = (), progress: float | None = None
+        self,
+        task: Task,
+        status: Status,
+        *,
+        result: str = "",
+        error: tuple[str, ...] = (),
+        progress: float | None = None,
     ) -> None:
         task.status, task.result, task.error = status, result, error
         task.progress = task.progress if progress is None else progress

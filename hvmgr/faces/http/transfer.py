@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.faces.http import accounts, failure
-from hvmgr.faces.http.accounts import TooMany
-from hvmgr.faces.http.connection import Connection, Gone
-from hvmgr.faces.http.failure import XenFailure
-from hvmgr.faces.http.message import Head, Refused
+from hvmgr.faces.http.connection import Connection
+from hvmgr.faces.http.failure import Gone, Refused, TooMany, XenFailure
+from hvmgr.faces.http.message import Head
 from hvmgr.faces.http.sessions import Session
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.progress import Progress
@@ -140,9 +139,7 @@ def parse_format(head: Head) -> ImageFormat:
     """The format that is asked for; raw unless stated otherwise."""
     word = (head.parameter("format") or "raw").lower()
     if word not in _FORMATS:
-        raise XenFailure(
-            "INTERNAL_ERROR", f"there is no format '{word[:20]}' here; {', '.join(_FORMATS)} are possible"
-        )
+        raise XenFailure("INTERNAL_ERROR", f"there is no format '{word[:20]}' here; {', '.join(_FORMATS)} are possible")
     return _FORMATS[word]
 
 

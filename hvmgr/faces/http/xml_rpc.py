@@ -14,15 +14,13 @@ from typing import Any
 from xml.parsers import expat
 from xml.sax.saxutils import escape
 
+from hvmgr.faces.http.failure import Unreadable
+
 CONTENT_TYPE = "text/xml"
 
 _HEAD = '<?xml version="1.0"?>'
 # What XML 1.0 cannot say in any way.
 _UNSPEAKABLE = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-class Unreadable(Exception):
-    """The body is no call."""
 
 
 def parse_call(body: bytes) -> tuple[str, list[Any]]:

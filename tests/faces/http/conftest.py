@@ -49,10 +49,10 @@ class Answer:
 class Running:
     """A server that runs, and its clients."""
 
-    def __init__(self, uri, root, place, *, limits=None, connections=100, failures=None, tls=(None, None), grace=0.0):
+    def __init__(self, uri, root, folder, *, limits=None, connections=100, failures=None, tls=(None, None), grace=0.0):
         self.log = io.BytesIO()
         self.sessions = []
-        self.users = place / "users.json"
+        self.users = folder / "users.json"
         self.service = Service(Settings(uri, root, self.users, wait_s=PATIENCE_S), Audit(self.log.write))
         if failures is not None:
             self.service.accounts._failures = failures
@@ -182,7 +182,9 @@ def read_all(one):
 
 def pattern(size, seed=1):
     """Bytes of which every sector says where it is."""
-    return b"".join(os.urandom(16).ljust(504, bytes([seed])) + number.to_bytes(8, "big") for number in range(size // 512))
+    return b"".join(
+        os.urandom(16).ljust(504, bytes([seed])) + number.to_bytes(8, "big") for number in range(size // 512)
+    )
 
 
 def raw_of(vm, slot="hda", snapshot=None):

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from hvmgr.faces.http import json_rpc, xml_rpc
 from hvmgr.faces.http.accounts import Failures
 from hvmgr.faces.http.connection import Limits
+from hvmgr.faces.http.failure import Unreadable
+from hvmgr.model.image_format import ImageFormat
 from tests.faces.http.conftest import MIB, PATIENCE_S, parse_answer, pattern, post, raw_of, read_all, settled
 from tests.faces.http.test_transfers import PIB, put_head, vdi_of
 
@@ -57,10 +59,11 @@ class TestSlow:
         session = server.login()
         ref, before = vdi_of(session, vm, "hda"), bench.photo(vm)
         tasks = [session.xenapi.task.create("t", "") for _ in range(2)]
-        with server.connected() as reader, server.connected() as writer:
+        with server.connected() as reader:
             path = server.export_link(session_id=session.handle, vdi=ref, task_id=tasks[0]).removeprefix(server.url)
             reader.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
             assert settled(session, tasks[0])["error_info"][0] == "CLIENT_ERROR"
+        with server.connected() as writer:
             writer.sendall(put_head(server, session, PIB, vdi=ref, task_id=tasks[1]) + bytes(1000))
             assert settled(session, tasks[1])["error_info"][0] == "IMPORT_ERROR_PREMATURE_EOF"
         assert bench.photo(vm) == before
@@ -97,7 +100,10 @@ class TestNonsense:
     def test_xml_bomb(self, server, bomb):
         assert parse_answer(server.talk(post("/", bomb), end=True)).status == 400
 
-    @pytest.mark.parametrize("bomb", [b"[" * 500000, b'{"method":"a","params":' + b"[" * 400000, b"9" * 900000, b'{"method":"a","params":[NaN]}'])
+    @pytest.mark.parametrize(
+        "bomb",
+        [b"[" * 500000, b'{"method":"a","params":' + b"[" * 400000, b"9" * 900000, b'{"method":"a","params":[NaN]}'],
+    )
     def test_json_bomb(self, server, bomb):
         got = parse_answer(server.talk(post("/jsonrpc", bomb), end=True))
         assert json.loads(got.body)["error"]["code"] == -32700
@@ -133,7 +139,10 @@ class TestAnything:
         assert server.told("defect") == []
 
     @CALM
-    @given(data=st.binary(max_size=200), start=st.sampled_from([b"", b"GET ", b"PUT /import_raw_vdi", b"POST /RPC2 HTTP/1.1\r\n"]))
+    @given(
+        data=st.binary(max_size=200),
+        start=st.sampled_from([b"", b"GET ", b"PUT /import_raw_vdi", b"POST /RPC2 HTTP/1.1\r\n"]),
+    )
     def test_bytes(self, server, data, start):
         got = server.talk(start + data, end=True)
         assert got == b"" or got.startswith(b"HTTP/1.1 ")
@@ -150,7 +159,9 @@ class TestAnything:
     def test_query(self, server, words, method):
         path = (server.export_link if method == "GET" else server.import_link)(**words).removeprefix(server.url)
         basic = "Authorization: Basic YW5uYTpjb3JyZWN0IGhvcnNl"
-        got = server.talk(f"{method} {path} HTTP/1.1\r\nHost: h\r\n{basic}\r\nContent-Length: 0\r\n\r\n".encode(), end=True)
+        got = server.talk(
+            f"{method} {path} HTTP/1.1\r\nHost: h\r\n{basic}\r\nContent-Length: 0\r\n\r\n".encode(), end=True
+        )
         assert parse_answer(got).status in {400, 401, 404}
         assert server.told("defect") == []
 
@@ -162,9 +173,12 @@ class TestAnything:
         assert json.loads(json_rpc.success("x", 1))["result"] == "x"
 
     @CALM
-    @given(st.binary(max_size=300) | st.text(max_size=100).map(lambda text: f"<methodCall>{text}".encode("utf-8", "replace")))
+    @given(
+        st.binary(max_size=300)
+        | st.text(max_size=100).map(lambda text: f"<methodCall>{text}".encode("utf-8", "replace"))
+    )
     def test_xml_is_a_call_or_not(self, body):
-        with contextlib.suppress(xml_rpc.Unreadable):
+        with contextlib.suppress(Unreadable):
             xml_rpc.parse_call(body)
 
 
@@ -186,12 +200,11 @@ class TestCrowds:
         for slot in vm.now().disks:
             bench.write(vm, 3, MIB, slot=slot)
         session = server.login()
-        read, written = (vdi_of(session, vm, slot) for slot in sorted(vm.now().disks))
-        del written
+        read = vdi_of(session, vm, min(vm.now().disks))
         free = session.xenapi.VDI.create({"name_label": "free", "virtual_size": 4 * MIB})
         new = pattern(4 * MIB)
         (place / "new").write_bytes(new)
-        expected = raw_of(vm, sorted(vm.now().disks)[0])
+        expected = raw_of(vm, min(vm.now().disks))
 
         def down(_):
             with server.connected() as one:
@@ -211,13 +224,16 @@ class TestCrowds:
         with big.open("wb") as file:
             for _ in range(16):
                 file.write(pattern(MIB) * 16)
-        vm = bench.make(bench.in_place(big, format="raw"))
+        vm = bench.make(bench.in_place(big, format=ImageFormat.RAW))
         session = server.login()
         ref = vdi_of(session, vm, "hda")
         server.curl("-o", "/dev/null", server.export_link(session_id=session.handle, vdi=ref))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         for fmt in ("raw", "vhd"):
-            assert server.curl("-o", "/dev/null", server.export_link(session_id=session.handle, vdi=ref, format=fmt)).code == 0
+            assert (
+                server.curl("-o", "/dev/null", server.export_link(session_id=session.handle, vdi=ref, format=fmt)).code
+                == 0
+            )
         assert server.put(big, session_id=session.handle, vdi=ref).code == 0
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB: a quarter of the disk
 

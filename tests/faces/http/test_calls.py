@@ -30,7 +30,13 @@ def test_unmodified_client_works_with_a_disk_from_its_creation_to_its_end(server
     (pool,) = api.pool.get_all()
     sr = api.pool.get_default_SR(pool)
     assert session.API_version == "2.21"
-    record = {"name_label": "new & <old>", "name_description": "", "SR": sr, "virtual_size": str(4 * MIB), "type": "user"}
+    record = {
+        "name_label": "new & <old>",
+        "name_description": "",
+        "SR": sr,
+        "virtual_size": str(4 * MIB),
+        "type": "user",
+    }
     vdi = api.VDI.create({**record, "sharable": False, "read_only": False, "other_config": {}})
     uuid = api.VDI.get_uuid(vdi)
     assert api.VDI.get_by_uuid(uuid) == vdi
@@ -87,14 +93,18 @@ class TestXenOrchestra:
         for name in classes:
             records = server.json(f"{name}.get_all_records", handle)["result"]
             assert len({tuple(sorted(record)) for record in records.values()}) <= 1  # all have the same fields
-        token = server.json("event.inject", handle, "pool", next(iter(server.json("pool.get_all_records", handle)["result"])))
+        token = server.json(
+            "event.inject", handle, "pool", next(iter(server.json("pool.get_all_records", handle)["result"]))
+        )
         everything = server.json("event.from", handle, ["*"], "", 60.1)["result"]
         assert {(one["class"], one["operation"]) for one in everything["events"]} == {
             (kind, "add") for kind in ("pool", "host", "sr", "vdi")
         }
         assert everything["valid_ref_counts"] == {"pool": 1, "host": 1, "sr": 1, "vdi": 1, "vm": 0, "vbd": 0, "task": 0}
         assert token["result"] == everything["token"]
-        assert isinstance(next(iter(server.json("VDI.get_all_records", handle)["result"].values()))["virtual_size"], int)
+        assert isinstance(
+            next(iter(server.json("VDI.get_all_records", handle)["result"].values()))["virtual_size"], int
+        )
         assert vm.name in str(everything["events"])
 
     def test_sees_its_task_settle_by_events(self, server, bench):
@@ -221,7 +231,9 @@ class TestForm:
         assert got.headers["content-type"] == "text/xml"
         handle = re.search(r"<name>Value</name><value>(OpaqueRef:[-0-9a-f]+)</value>", got.text)[1]
         body = xmlrpc.client.dumps((handle, "a", ""), "task.create").encode()
-        task = re.search(r"<value>(OpaqueRef:[-0-9a-f]+)</value>", server.talk(post(path, body, "Connection: close")).decode())[1]
+        task = re.search(
+            r"<value>(OpaqueRef:[-0-9a-f]+)</value>", server.talk(post(path, body, "Connection: close")).decode()
+        )[1]
         body = xmlrpc.client.dumps((handle, task), "task.get_record").encode()
         text = parse_answer(server.talk(post(path, body, "Connection: close"))).text
         assert "<name>result</name><value/>" in text
@@ -266,7 +278,10 @@ class TestForm:
         if 1e400 in [one.get("virtual_size") for one in found if isinstance(one, dict)]:
             body = json.dumps({"method": method, "params": found, "id": 1}).encode()
             assert b"Infinity" in body
-            assert json.loads(parse_answer(server.talk(post("/jsonrpc", body, "Connection: close"))).body)["error"]["code"] == -32700
+            assert (
+                json.loads(parse_answer(server.talk(post("/jsonrpc", body, "Connection: close"))).body)["error"]["code"]
+                == -32700
+            )
             return
         assert server.json(method, *found)["error"]["message"] == code
         assert server.told("defect") == []

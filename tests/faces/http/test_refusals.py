@@ -91,7 +91,16 @@ def test_import_before_the_answer(world, bench, asked, status, code):
         (None, bytes(7), {"chunked": "yes"}, "IMPORT_ERROR_PREMATURE_EOF"),
         (None, (5 * MIB).to_bytes(8, "little") + b"\1\0\0\0x", {"chunked": "yes"}, "IMPORT_ERROR"),
     ],
-    ids=["cut-off", "cut-off-pebibyte", "cut-off-unknown", "nothing", "no-vhd", "no-qcow2", "half-frame", "frame-beyond"],
+    ids=[
+        "cut-off",
+        "cut-off-pebibyte",
+        "cut-off-unknown",
+        "nothing",
+        "no-vhd",
+        "no-qcow2",
+        "half-frame",
+        "frame-beyond",
+    ],
 )
 def test_import_after_the_answer(world, bench, length, data, words, code):
     server, session, vm = world
@@ -110,7 +119,14 @@ def test_import_after_the_answer(world, bench, length, data, words, code):
 def test_client_that_asks_first_gets_the_true_status(world, place):
     server, session, vm = world
     (place / "junk").write_bytes(pattern(2 * MIB))
-    got = server.put(place / "junk", "-H", "Expect: 100-continue", session_id=session.handle, vdi=vdi_of(session, vm, "hda"), format="vhd")
+    got = server.put(
+        place / "junk",
+        "-H",
+        "Expect: 100-continue",
+        session_id=session.handle,
+        vdi=vdi_of(session, vm, "hda"),
+        format="vhd",
+    )
     assert (got.status, got.code) == (400, 0)
     assert got.text.startswith("IMPORT_ERROR")
 
@@ -136,10 +152,18 @@ class TestWho:
         server, session, vm = world
         ref = vdi_of(session, vm, "hda")
         task = session.xenapi.task.create("export", "")
-        for words in ([], ["-u", "anna:wrong"], ["-u", "nobody:correct horse"], ["-H", "Authorization: Bearer x"], ["-b", "session_id=x"]):
+        for words in (
+            [],
+            ["-u", "anna:wrong"],
+            ["-u", "nobody:correct horse"],
+            ["-H", "Authorization: Bearer x"],
+            ["-b", "session_id=x"],
+        ):
             got = server.curl(*words, server.export_link(vdi=ref, task_id=task))
             assert (got.status, got.headers["www-authenticate"]) == (401, 'Basic realm="VDI.export_raw"')
-        got = server.talk(put_head(server, session, 0, vdi=ref).replace(session.handle.encode()[-9:], b"000000000"), end=True)
+        got = server.talk(
+            put_head(server, session, 0, vdi=ref).replace(session.handle.encode()[-9:], b"000000000"), end=True
+        )
         assert b"401 Unauthorized" in got
         assert b'Basic realm="VDI.import"' in got
         assert session.xenapi.task.get_status(task) == "pending"

@@ -20,9 +20,7 @@ def vm(bench):
 def vdi_of(session, vm, slot):
     """The reference of a present disk."""
     (found,) = [
-        ref
-        for ref, one in session.xenapi.VDI.get_all_records().items()
-        if one["name_label"] == f"{vm.name} {slot}"
+        ref for ref, one in session.xenapi.VDI.get_all_records().items() if one["name_label"] == f"{vm.name} {slot}"
     ]
     return found
 
@@ -140,7 +138,12 @@ def test_range_of_a_raw_disk(server, vm):
     link = server.export_link(session_id=session.handle, vdi=vdi_of(session, vm, "hda"))
     whole = server.curl(link)
     assert whole.headers["accept-ranges"] == "bytes"
-    for word, start, end in (("0-0", 0, 1), ("4000-70000", 4000, 70001), (f"{SIZE - 5}-", SIZE - 5, SIZE), ("-7", SIZE - 7, SIZE)):
+    for word, start, end in (
+        ("0-0", 0, 1),
+        ("4000-70000", 4000, 70001),
+        (f"{SIZE - 5}-", SIZE - 5, SIZE),
+        ("-7", SIZE - 7, SIZE),
+    ):
         part = server.curl("-r", word, link)
         assert (part.status, part.body) == (206, whole.body[start:end])
         assert part.headers["content-range"] == f"bytes {start}-{end - 1}/{SIZE}"
