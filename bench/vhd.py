@@ -74,11 +74,11 @@ def _stream(folder: Path, scale: Scale) -> list[Result]:
 
     def by_qemu(to: Path) -> None:
         _qemu_img("convert", "-f", "raw", "-O", "vpc", "-o", "force_size=on", raw, to)
-        with _drain() as pipe:
+        with drain() as pipe:
             subprocess.run(["cat", str(to)], stdout=pipe, check=True)
 
     def by_cat(_: Path) -> None:
-        with _drain() as pipe:
+        with drain() as pipe:
             subprocess.run(["cat", str(image)], stdout=pipe, check=True)
 
     def received(_: Path) -> None:
@@ -164,15 +164,19 @@ def _open(folder: Path, scale: Scale) -> list[Result]:
 
 
 def _in_turns(folder: Path, scale: Scale, acts: dict[str, Callable[[Path], object]]) -> dict[str, float]:
+    return in_turns(folder, scale.rounds, scale.warm_up, acts)
+
+
+def in_turns(folder: Path, rounds: int, warm_up: int, acts: dict[str, Callable[[Path], object]]) -> dict[str, float]:
     """Each act into a file of its own, which goes before the next one; what others left to be written is not measured."""
     times: dict[str, list[float]] = {name: [] for name in acts}
     to = folder / "to"
-    for number in range(scale.warm_up + scale.rounds):
+    for number in range(warm_up + rounds):
         for name, act in acts.items():
             os.sync()
             start = time.perf_counter()
             act(to)
-            if number >= scale.warm_up:
+            if number >= warm_up:
                 times[name].append(time.perf_counter() - start)
             to.unlink(missing_ok=True)
     return {name: statistics.median(values) for name, values in times.items()}
@@ -195,12 +199,12 @@ def _convert(source: Path, fmt: str, target_fmt: str, to: Path) -> None:
 
 
 def _send(opened: Callable[[], contextlib.AbstractContextManager[vhd.Source]]) -> None:
-    with opened() as source, _drain() as pipe:
+    with opened() as source, drain() as pipe:
         vhd.StreamWriter(source).send(pipe)
 
 
 @contextlib.contextmanager
-def _drain() -> Iterator[int]:
+def drain() -> Iterator[int]:
     """A pipe whose other end reads as fast as it can."""
     program = "import os\nbuffer = bytearray(1 << 20)\nwhile os.readv(0, [buffer]): pass"
     with subprocess.Popen([sys.executable, "-S", "-c", program], stdin=subprocess.PIPE) as reader:

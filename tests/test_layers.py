@@ -19,13 +19,22 @@ PACKAGE = Path(__file__).resolve().parent.parent / "hvmgr"
 LAYERS = {
     module: height
     for height, modules in enumerate(
-        ["errors units settings version", "model", "host", "vhd", "storage", "operations", "faces", "__init__ __main__"]
+        [
+            "errors os_errors units settings version write_behind",
+            "model",
+            "host",
+            "vhd",
+            "storage",
+            "operations",
+            "faces",
+            "__init__ __main__",
+        ]
     )
     for module in modules.split()
 }
 
 # What a layer may import besides itself, where the layers below it are too many: the codec knows nothing of VMs.
-ALONE = {"vhd": {"errors", "units"}}
+ALONE = {"vhd": {"errors", "os_errors", "units", "write_behind"}}
 
 # What only some files may name: modules and functions by their dotted name, with everything below it.
 DURABLE = ["storage/durable.py", "vhd/file.py"]  # the codec works without storage, which is above it

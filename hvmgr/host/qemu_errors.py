@@ -33,6 +33,10 @@ _IMPOSSIBLE = (
 )
 
 
+class CommandRefused(Exception):
+    """QEMU answered a QMP command with an error; ``str()`` is its text."""
+
+
 def translated(words: str, path: Path) -> errors.HvmgrError:
     """The error that QEMU's words about the image at ``path`` mean."""
     facts = {"path": str(path)}

@@ -17,6 +17,7 @@ import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hvmgr import errors
+from hvmgr.host.qemu_errors import CommandRefused
 
 if TYPE_CHECKING:
     import socket
@@ -28,10 +29,6 @@ _T = TypeVar("_T")
 
 # qemu.qmp reports a lost connection on its logger as well as by an exception; the exception is enough.
 logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
-
-
-class CommandRefused(Exception):
-    """QEMU answered a command with an error; ``str()`` is its text."""
 
 
 class Session:

@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvmgr import errors
-from hvmgr.host import process, qemu_errors, qmp
+from hvmgr.host import process, qemu_errors
 from hvmgr.model.progress import Progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from hvmgr.host import qmp
 
 PROGRAM = "qemu-storage-daemon"
 _FOLDER_PREFIX = "hvmgr-"
@@ -64,6 +66,8 @@ def started(*, on_progress: Callable[[Progress], None] | None = None) -> Iterato
 
     ``on_progress`` is called in the caller's thread. When it raises, and at Ctrl-C, the job is cancelled first.
     """
+    from hvmgr.host import qmp  # it needs asyncio: commands that start no daemon do without
+
     ours, theirs = socket.socketpair()
     with contextlib.ExitStack() as stack:
         stack.enter_context(ours)
@@ -159,7 +163,7 @@ class Daemon:
         """Write out and let go of an image, and of its lock. Children first: a parent in use is a Conflict."""
         try:
             self._session.execute("blockdev-del", {"node-name": node.name}, timeout_s=COMMAND_S)
-        except qmp.CommandRefused as error:
+        except qemu_errors.CommandRefused as error:
             raise errors.Conflict(f"'{node.path}' is still in use: {error}", path=str(node.path)) from error
         del self._nodes[node.name]
 
@@ -307,7 +311,7 @@ class Daemon:
 
     def _remove_export(self, export: str) -> None:
         # "hard": a client that has just said good-bye may still be in the books.
-        with contextlib.suppress(qmp.CommandRefused):
+        with contextlib.suppress(qemu_errors.CommandRefused):
             self._session.execute("block-export-del", {"id": export, "mode": "hard"}, timeout_s=COMMAND_S)
         while any(entry["id"] == export for entry in self._query("query-block-exports")):
             self._session.wait_event(POLL_S)
@@ -346,7 +350,7 @@ class Daemon:
                 self._session.wait_event(POLL_S)
         except BaseException:
             # Never hides what went wrong first; a daemon that is gone has no job any more.
-            with contextlib.suppress(errors.HvmgrError, qmp.CommandRefused):
+            with contextlib.suppress(errors.HvmgrError, qemu_errors.CommandRefused):
                 self._cancel(job_id)
             raise
         self._session.execute("job-dismiss", {"id": job_id}, timeout_s=COMMAND_S)
@@ -356,7 +360,7 @@ class Daemon:
 
     def _advance(self, command: str, job_id: str) -> None:
         # Refused when the job has left that state by itself, on an error: its own text tells more.
-        with contextlib.suppress(qmp.CommandRefused):
+        with contextlib.suppress(qemu_errors.CommandRefused):
             self._session.execute(command, {"id": job_id}, timeout_s=COMMAND_S)
 
     def _cancel(self, job_id: str) -> None:
@@ -386,7 +390,7 @@ class Daemon:
     def _execute(self, command: str, arguments: dict[str, object], path: Path) -> None:
         try:
             self._session.execute(command, arguments, timeout_s=COMMAND_S)
-        except qmp.CommandRefused as error:
+        except qemu_errors.CommandRefused as error:
             raise qemu_errors.translated(str(error), path) from error
 
     def _name(self, kind: str) -> str:

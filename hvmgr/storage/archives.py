@@ -29,6 +29,7 @@ from hvmgr.model import manifest
 from hvmgr.model.finding import Finding
 from hvmgr.model.layout import BASES, SNAPSHOTS
 from hvmgr.storage import copy, durable, locks, untar
+from hvmgr.write_behind import WriteBehind
 
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
@@ -370,9 +371,11 @@ def _unpack(reader: untar.Reader, size: int, target: Path, owner: tuple[int, int
     part = durable.part_of(target)
     with durable.explained(target), durable.replacing(target, 0o600, owner, part=part) as writer:
         os.ftruncate(writer, size)
+        behind = WriteBehind(writer)
         for offset, piece in reader.pieces():
             digest.update(offset, piece)
             copy.write_data(writer, offset, piece)
+            behind.wrote(offset, len(piece))
     return digest.finish(size)
 
 

@@ -29,6 +29,7 @@ from typing import Any, Self
 from hvmgr import errors
 from hvmgr.storage import durable
 from hvmgr.storage.finished import Made, Notes
+from hvmgr.write_behind import WriteBehind
 
 # linux/fs.h: _IOW(0x94, 9, int)
 _FICLONE = 0x40049409
@@ -37,7 +38,7 @@ _BLOCK = 64 << 10  # what is looked at for zeros; a qcow2 cluster
 _BUFFERS = 16
 _SMALL = 8 << 20  # below that a thread of its own for the hash costs more than it gives
 _REPORT_S = 0.1
-_KERNEL_PIECE = 128 << 20
+_KERNEL_PIECE = 8 << 20
 _ZEROS = bytes(_PIECE)
 
 WORKERS = 4
@@ -179,16 +180,20 @@ def _copy(job: Job, notes: Notes | None, meter: _Meter) -> Made:
 
 
 def _copy_bytes(reader: int, writer: int, size: int, job: Job, meter: _Meter, *, shared: bool) -> str | None:
+    behind = WriteBehind(writer)
     if not job.hashed:
         for start, end in () if shared else durable.data_ranges(reader, size):
             for offset in range(start, end, _KERNEL_PIECE):
-                durable.copy_range(reader, writer, offset, min(offset + _KERNEL_PIECE, end))
-                meter.add(min(_KERNEL_PIECE, end - offset))
+                count = min(_KERNEL_PIECE, end - offset)
+                durable.copy_range(reader, writer, offset, offset + count)
+                behind.wrote(offset, count)
+                meter.add(count)
         return None
 
     def write(start: int, piece: memoryview) -> None:
         if not shared:
             write_data(writer, start, piece)
+            behind.wrote(start, len(piece))
         meter.add(len(piece))
 
     if size < _SMALL:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hvmgr import errors
+from hvmgr.os_errors import explained as explained  # noqa: PLC0414 - part of what this module gives
 
 TEMPORARY = ".hvmgr-part-"
 _COPY_PIECE = 128 << 20  # in the kernel: the fewer calls, the less each byte costs
@@ -21,31 +22,6 @@ _READ_PIECE = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 _PUNCH_HOLE = 1 | 2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 _FALLOC_KEEP_SIZE = 1  # fallocate(2)
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns what the file system answers into hvmgr's errors, naming ``path``."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise errors.NotFound(f"there is no {error.filename or path}") from error
-    except FileExistsError as error:
-        raise errors.Conflict(f"{error.filename or path} exists already") from error
-    except PermissionError as error:
-        raise errors.HostFailed(
-            f"no permission for {error.filename or path}", hint="run as root, or give your user access to it"
-        ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise errors.NoSpace(
-                f"no space left for {path}", hint="free space there and run the command again"
-            ) from error
-        if error.errno == errno.EFBIG:
-            raise errors.Unsupported(f"{path}: no file of this file system can be that large") from error
-        if error.errno == errno.EROFS:
-            raise errors.HostFailed(f"{path} is on a read-only file system", hint="mount it writable") from error
-        raise errors.HostFailed(f"{path}: {error.strerror}") from error
 
 
 def sync_folder(folder: Path) -> None:

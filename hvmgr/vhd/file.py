@@ -11,32 +11,12 @@ from pathlib import Path
 from typing import Self
 
 from hvmgr import errors
+from hvmgr.os_errors import explained as explained  # noqa: PLC0414 - part of what this module gives
+from hvmgr.write_behind import WriteBehind
 
-_KERNEL_PIECE = 128 << 20  # moved inside the kernel: the fewer calls, the less each byte costs
+_KERNEL_PIECE = 16 << 20  # moved inside the kernel: the fewer calls, the less each byte costs
 _PIECE = 1 << 20
-_BEHIND = 32 << 20  # of a new file so much is written before the kernel is told to bring it to the disk
 _TEMPORARY = ".hvmgr-part-"  # the name by which unfinished files are known and swept
-
-
-@contextlib.contextmanager
-def explained(path: Path) -> Iterator[None]:
-    """Turns what the file system answers into hvmgr's errors, naming ``path``."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise errors.NotFound(f"there is no {path}") from error
-    except FileExistsError as error:
-        raise errors.Conflict(f"{path} exists already") from error
-    except PermissionError as error:
-        raise errors.HostFailed(
-            f"no permission for {path}", hint="run as root, or give your user access to it"
-        ) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise errors.NoSpace(f"no space left for {path}", hint="free space there and run it again") from error
-        if error.errno in (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG):
-            raise errors.UsageError(f"{path} is no file: {error.strerror}") from error
-        raise errors.HostFailed(f"{path}: {error.strerror}") from error
 
 
 class File:
@@ -44,7 +24,7 @@ class File:
 
     def __init__(self, path: Path, *, writable: bool = False) -> None:
         self.path = Path(path)
-        self._behind: _Behind | None = None
+        self._behind: WriteBehind | None = None
         with explained(self.path):
             access = os.O_RDWR if writable else os.O_RDONLY
             self.descriptor = os.open(self.path, access | os.O_CLOEXEC | os.O_NONBLOCK)  # no pipe makes it wait
@@ -60,7 +40,7 @@ class File:
         A new one goes to the disk while it is written, so that little is left to wait for at the end.
         """
         self = cls.__new__(cls)
-        self.path, self.descriptor, self._behind = path, descriptor, _Behind() if new else None
+        self.path, self.descriptor, self._behind = path, descriptor, WriteBehind(descriptor) if new else None
         return self
 
     def close(self) -> None:
@@ -110,9 +90,8 @@ class File:
                 view, offset = view[count:], offset + count
 
     def _push(self, offset: int, length: int) -> None:
-        if self._behind is not None and (ready := self._behind.add(offset, length)):
-            # Dirty pages are not forgotten by this: the kernel only begins to write them.
-            os.posix_fadvise(self.descriptor, *ready, os.POSIX_FADV_DONTNEED)
+        if self._behind is not None:
+            self._behind.wrote(offset, length)
 
     def sync(self) -> None:
         """What was written is on the disk."""
@@ -154,23 +133,6 @@ class File:
                 source, target, length = source + count, target + count, length - count
 
 
-class _Behind:
-    """What was written of a file since the kernel was last told to bring it to the disk."""
-
-    def __init__(self) -> None:
-        self._length, self._start, self._end = 0, 0, 0
-
-    def add(self, offset: int, length: int) -> tuple[int, int] | None:
-        """A range of which it is time to tell: offset and length."""
-        self._start = min(self._start, offset) if self._length else offset
-        self._end = max(self._end, offset + length) if self._length else offset + length
-        self._length += length
-        if self._length < _BEHIND:
-            return None
-        self._length = 0
-        return self._start, self._end - self._start
-
-
 def _copy_piece(reader: int, writer: int, source: int, target: int, length: int) -> int:
     try:
         return os.copy_file_range(reader, writer, length, source, target)
@@ -188,7 +150,7 @@ def created(path: Path, *, mode: int = 0o600) -> Iterator[File]:
     """
     with explained(path):
         if os.path.lexists(path):
-            raise FileExistsError
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         part, descriptor = _open_nameless(path, mode)
     file = File.adopt(path, descriptor, new=True)
     try:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots, vhd
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots, transfer, vhd
 from bench.harness import Result
 from hvmgr import units
 
@@ -118,3 +118,11 @@ def test_every_part_of_vhd_measures():
     results = vhd.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
     assert len(harness.table(results).splitlines()) == 2 + len(results)
+
+
+def test_every_part_of_transfer_measures():
+    if shutil.which("qemu-img") is None:
+        pytest.skip("needs qemu-img")
+    scale = transfer.Scale(rounds=1, warm_up=0, disk=256 * units.MIB, data=32 * units.MIB, changed=16 * units.MIB)
+    results = transfer.measure(lambda _: None, scale)
+    assert [result.what for result in results if not result.ours > 0] == []

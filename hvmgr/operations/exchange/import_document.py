@@ -41,7 +41,7 @@ def from_yaml(host: Host, text: str, *, source: str) -> ImportPlan:
     """The plan in a text; ``source`` names the file in errors. UsageError with the line for what is not understood."""
     top = yaml_text.parse(text, source=source)
     required = ("format", "source", "mode", "identity")
-    found = top.fields(required=required, optional=("name", "owner", *_FLAGS, *_PATHS, *_LISTS))
+    found = top.fields(required=required, optional=("vm", "name", "owner", *_FLAGS, *_PATHS, *_LISTS))
     if found["format"].integer(minimum=1) != FORMAT:
         raise found["format"].error(f"this hvmgr reads plans of format {FORMAT}")
     identity = found["identity"].text()
@@ -65,6 +65,8 @@ def _lines(plan: ImportPlan, findings: Sequence[Finding]) -> Iterator[str]:
     yield from _comments(findings, "")
     yield f"format: {FORMAT}"
     yield f"source: {_text(str(plan.source))}"
+    if plan.vm is not None:
+        yield f"vm: {_text(plan.vm)}  # which one of the archive's"
     yield f"name: {_text(plan.name)}"
     yield f"mode: {plan.mode.value}  # copy, register or link"
     yield f"identity: {'new' if plan.new_id else 'keep'}  # new or keep"
@@ -150,6 +152,7 @@ def _options(found: Mapping[str, Value], *, new_id: bool) -> ImportOptions:
     flags = {key: found[key].boolean() for key in _FLAGS if key in found}
     places = {key: _path(found[key]) for key in _PATHS if key in found}
     return ImportOptions(
+        vm=found["vm"].text() if "vm" in found else None,
         name=found["name"].text() if "name" in found else None,
         mode=found["mode"].choice(Mode),
         new_id=new_id,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -72,6 +74,18 @@ class Folder:
         return {name: (self.path / name).read_bytes() for name in self.names()}
 
 
+@contextlib.contextmanager
+def filled(place: Path, free: int) -> Iterator[None]:
+    """A file system with so many bytes left, as long as the block takes."""
+    facts = os.statvfs(place)
+    filler = place / "filler"
+    filler.write_bytes(bytes(facts.f_bavail * facts.f_frsize - free))
+    try:
+        yield
+    finally:
+        filler.unlink()
+
+
 def scattered(data: bytes, *, seed: int, spots: int) -> bytes:
     """The same disk with random bytes in some places, all in whole pages."""
     chosen, changed = random.Random(seed), bytearray(data)
@@ -80,6 +94,20 @@ def scattered(data: bytes, *, seed: int, spots: int) -> bytes:
         at = chosen.randrange(0, len(data) - length + 1, 4096)
         changed[at : at + length] = chosen.randbytes(length)
     return bytes(changed)
+
+
+@pytest.fixture
+def small(folder, require):
+    """A file system of its own with 64 MiB below the folder."""
+    place = folder / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", place]
+    require(
+        subprocess.run(command, check=False, capture_output=True, timeout=60).returncode == 0, "cannot mount a tmpfs"
+    )
+    yield Folder(place, folder.host, folder.notices)
+    subprocess.run(["umount", "-l", place], check=True, timeout=60)
+    place.rmdir()
 
 
 @pytest.fixture

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
-from contextlib import contextmanager
 
 import pytest
 
 import hvmgr
 from hvmgr import ImageFormat, ImageOptions, errors, vhd
 from hvmgr.host import storage_daemon
+from tests.operations.images.conftest import filled
 
 MIB = 1 << 20
 ALL = ["vhd", "vhdx", "qcow2", "raw"]
@@ -21,17 +20,6 @@ def told(path, fmt):
     """What qemu-img says of an image."""
     command = ["qemu-img", "info", "--output=json", "-f", fmt, path]
     return json.loads(subprocess.run(command, check=True, capture_output=True, timeout=60).stdout)
-
-
-@contextmanager
-def small_files(limit):
-    """No file may become larger: the disk is full in the middle."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class TestCreate:
@@ -163,12 +151,12 @@ class TestConvert:
         assert (folder / "two.raw").read_bytes() == raw
 
     @pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
-    def test_full_disk_leaves_nothing(self, folder, fixed):
-        folder.raw("disk.raw", spots=40)
-        before = folder.bytes_of_files()
-        with small_files(MIB), pytest.raises(errors.NoSpace):
-            folder.images.convert(folder / "disk.raw", folder / "to.vhd", ImageOptions(fixed=fixed))
-        assert folder.bytes_of_files() == before
+    def test_full_disk_leaves_nothing(self, small, fixed):
+        small.raw("disk.raw", spots=40)
+        before = small.bytes_of_files()
+        with filled(small.path, MIB), pytest.raises(errors.NoSpace):
+            small.images.convert(small / "disk.raw", small / "to.vhd", ImageOptions(fixed=fixed))
+        assert small.bytes_of_files() == before
 
     def test_missing_parent_is_named_and_nothing_is_made(self, folder):
         folder.chain("base.vhd", "child.avhd")

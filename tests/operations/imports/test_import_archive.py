@@ -242,8 +242,11 @@ class TestRefused:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
         plan = bench.host.plan_import(file, hvmgr.ImportOptions(vm="b"))
-        plan.check()
-        assert plan.name == "b"
+        text = import_document.to_yaml(plan, plan.check())
+        again = import_document.from_yaml(bench.host, text, source="plan.yaml")
+        assert (plan.name, again.name) == ("b", "b")
+        with pytest.raises(errors.UsageError, match="holds 2 VMs: a, b"):
+            import_document.from_yaml(bench.host, text.replace('vm: "b"', "vm: ~"), source="plan.yaml")
 
     def test_image_that_no_file_system_takes(self, bench):
         file, size, name = bench.place / "x.tar", 1 << 61, "web/Virtual Hard Disks/x.img"

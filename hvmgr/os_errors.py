@@ -1,0 +1,45 @@
+"""What the file system answers, as hvmgr's errors: one sentence for each kind, whichever layer asked."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from hvmgr import errors
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """Turns an OSError into the hvmgr error that says what to do; it names the file that the kernel named, else ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise _as_ours(error, error.filename or path) from error
+
+
+def _as_ours(error: OSError, path: object) -> errors.HvmgrError:
+    for kind, make in _KINDS.items():
+        if error.errno in kind:
+            return make(path, error.strerror)
+    return errors.HostFailed(f"{path}: {error.strerror}")
+
+
+_KINDS: dict[tuple[int, ...], Callable[[object, str | None], errors.HvmgrError]] = {
+    (errno.ENOENT,): lambda path, _: errors.NotFound(f"there is no {path}"),
+    (errno.EEXIST,): lambda path, _: errors.Conflict(f"{path} exists already"),
+    (errno.EACCES, errno.EPERM): lambda path, _: errors.HostFailed(
+        f"no permission for {path}", hint="run as root, or give your user access to it"
+    ),
+    (errno.ENOSPC, errno.EDQUOT): lambda path, _: errors.NoSpace(
+        f"no space left for {path}", hint="free space there and run the command again"
+    ),
+    (errno.EFBIG,): lambda path, _: errors.Unsupported(f"{path}: no file of this file system can be that large"),
+    (errno.EROFS,): lambda path, _: errors.HostFailed(
+        f"{path} is on a read-only file system", hint="mount it writable"
+    ),
+    (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG): lambda path, what: errors.UsageError(
+        f"{path} is no file: {what}"
+    ),
+}
