@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, live, snapshots, transfer, vhd
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, http, live, snapshots, transfer, vhd
 from tests import private_libvirt
 
 SUITES = {
@@ -17,6 +17,7 @@ SUITES = {
     "exchange": exchange.measure,
     "vhd": vhd.measure,
     "transfer": transfer.measure,
+    "http": http.measure,
 }
 
 
