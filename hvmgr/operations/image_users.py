@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.model.image_info import Use, User
-from hvmgr.storage import attachments, durable, images, index, journal, vm_home
+from hvmgr.storage import attachments, durable, free_disks, images, index, journal, vm_home
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import Domain
@@ -33,10 +33,19 @@ def of(host: Host, path: Path) -> list[User]:
     for domain in domains.values():
         if domain.uuid not in known:
             found += _in_domain(domain, path)
+    found += _on_shelf(path)
     found += beside(path, known={user.name for user in found})
     for one in attachments.users([str(path)]).get(str(path), ()):
         found.append(User(Use.ATTACHED, one.device or one.id))
     return list(dict.fromkeys(found))
+
+
+def _on_shelf(path: Path) -> Iterator[User]:
+    """The snapshots of a free disk; such a disk itself is a file that may change like any other."""
+    if path.parent.name == free_disks.FOLDER:
+        for one in free_disks.Shelf(path.parent).all():
+            if one.snapshot_of is not None and one.image == path.name:
+                yield User(Use.SNAPSHOT, f"the snapshot {one.uuid} of a free disk")
 
 
 def stated_format(host: Host, path: Path) -> str | None:
@@ -111,6 +120,8 @@ def _in_home(entry: Entry, home: VmHome, wanted: tuple[int, int], present: Use) 
                 yield User(Use.SNAPSHOT, f"the snapshot '{snapshots.get(name, name)}' of '{entry.name}'", entry.name)
         for child in below.get(image, ()):
             yield User(Use.PARENT, child, entry.name)
+        for user in forest.strangers.get(image, ()):
+            yield User(Use.SNAPSHOT, f"{user} of '{entry.name}'", entry.name)
 
 
 def _concerns(entry: Entry, path: Path, wanted: tuple[int, int]) -> bool:

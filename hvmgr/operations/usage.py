@@ -66,7 +66,7 @@ def measure(home: VmHome) -> Usage:
     )
     now = take(list(forest.present.disks.values()))
     undo = take([] if forest.undo is None else list(forest.undo.disks.values()))
-    hidden = tree.unnamed(forest)
+    hidden = [*tree.unnamed(forest), *(path for path in forest.strangers if path in forest.images)]
     waiting = take([parent for parent, _ in tree.pending(forest)])
     unnamed = waiting + take(hidden)
     return Usage(

@@ -16,7 +16,7 @@ from hvmgr.model.configuration import Configuration
 from hvmgr.model.layout import CONFIGURATIONS, Layout
 from hvmgr.model.metadata import Metadata
 from hvmgr.model.tree import Image, Leaf, Node, Tree
-from hvmgr.storage import durable, images, vm_home
+from hvmgr.storage import disk_snapshots, durable, images, vm_home
 from hvmgr.storage.images import Header
 from hvmgr.storage.vm_home import VmHome
 
@@ -102,7 +102,11 @@ class Survey:
             nodes[one.facts.snapshot.id] = Node(one.facts.snapshot.id, one.facts.snapshot.parent, one.disks)
         present = Leaf(None, {}) if self.present is None else Leaf(self.present.facts.parent, self.present.disks)
         undo = None if self.undo is None else Leaf(self.undo.facts.parent, self.undo.disks)
-        return vm_home.with_own_names(Tree(images=forest, nodes=nodes, present=present, undo=undo), others)
+        users: dict[str, tuple[str, ...]] = {}
+        with contextlib.suppress(errors.HvmgrError):  # whoever needs it says so
+            users = disk_snapshots.users(self.home.layout)
+        found = Tree(images=forest, nodes=nodes, present=present, undo=undo, strangers=users)
+        return vm_home.with_own_names(found, others)
 
 
 def configurations(folder: Path) -> list[Path]:

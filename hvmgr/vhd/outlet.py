@@ -16,12 +16,12 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from hvmgr import errors
+from hvmgr.write_behind import WriteBehind
 
 P = ParamSpec("P")
 
 _PIECE = 16 << 20  # for each call into the kernel: few calls, and Ctrl-C is heard soon
 _BUFFER = 1 << 20
-_BEHIND = 32 << 20  # of a file so much is written before the kernel is told to bring it to the disk
 _PIPE = 1 << 20  # the most that everybody may ask for; with the usual 64 KiB a pipe is half as fast
 # What copy_file_range(2) and sendfile(2) answer when they cannot do it between these two; nothing was moved then.
 _CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)
@@ -33,10 +33,9 @@ class Outlet:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         mode = os.fstat(descriptor).st_mode
-        self._is_file = stat.S_ISREG(mode)
-        self._behind = 0  # bytes that the kernel was not told yet to bring to the disk
+        self._behind = WriteBehind(descriptor) if stat.S_ISREG(mode) else None
         self._movers: list[Callable[[int, int, int], int]] = [self._sendfile]
-        if self._is_file:
+        if stat.S_ISREG(mode):
             self._movers.insert(0, self._copy_file_range)  # may share blocks
         if stat.S_ISFIFO(mode):
             with contextlib.suppress(OSError):  # beyond what a user's pipes may have in all: it works without
@@ -68,12 +67,8 @@ class Outlet:
             self._carry(source, offset, end)
 
     def _push(self, count: int) -> None:
-        """Dirty pages of a file are not forgotten by this: the kernel only begins to write them."""
-        self._behind += count
-        if self._is_file and self._behind >= _BEHIND:
-            end = os.lseek(self._descriptor, 0, os.SEEK_CUR)
-            os.posix_fadvise(self._descriptor, end - self._behind, self._behind, os.POSIX_FADV_DONTNEED)
-            self._behind = 0
+        if self._behind is not None:
+            self._behind.wrote(os.lseek(self._descriptor, 0, os.SEEK_CUR) - count, count)
 
     def _carry(self, source: int, offset: int, end: int) -> None:
         buffer = memoryview(bytearray(min(_BUFFER, end - offset)))

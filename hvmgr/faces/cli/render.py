@@ -218,6 +218,8 @@ def _remarks(vm: str, tree: Tree) -> list[str]:
         if path in to_name:
             words = " ".join(f"--image {shlex.quote(name)}" for name in to_name[path])
             what = f"merged only by name: hvmgr snapshot merge {shlex.quote(vm)} {words}"
+        elif tree.strangers.get(path):
+            what = f"needed by {', '.join(tree.strangers[path])}"
         elif path in waiting:
             what = f"waits to be merged into {PurePath(waiting[path]).name}"
         else:

@@ -52,10 +52,11 @@ def write(request: Request, stream: Outgoing, target: str, report: Report) -> No
             sys.stdout.flush()
             stream.send(sys.stdout.fileno(), report.sending(stream))
             return
+        from hvmgr.os_errors import explained
         from hvmgr.vhd import file
 
         path = absolute(target)
-        with file.created(path, mode=0o600) as made, file.explained(path):
+        with file.created(path, mode=0o600) as made, explained(path):
             stream.send(made.descriptor, report.sending(stream), sparse=True)
     except BrokenPipeError as error:
         raise errors.Cancelled("whoever was to read the disk has gone") from error

@@ -181,22 +181,15 @@ class RecordFrozen(Step):
 
 @dataclass(frozen=True, slots=True)
 class ReceiveDisk(Step):
-    """A disk that arrives goes into ``child``, an empty image on what the disk held before."""
+    """A disk that arrives goes into ``child``, an empty image on what the disk held before.
+
+    ``uuid`` is the point that it then holds, which is remembered until somebody writes the image; None when nobody knows.
+    """
 
     child: str
     parent: str
     parent_format: str
+    uuid: str | None
 
     def describe(self) -> str:
         return f"write what arrives into image {name(self.child)}"
-
-
-@dataclass(frozen=True, slots=True)
-class NoteContents(Step):
-    """The point of a disk that a working image holds is remembered until somebody writes the image."""
-
-    image: str
-    uuid: str
-
-    def describe(self) -> str:
-        return f"note that image {name(self.image)} holds {self.uuid}"

@@ -182,6 +182,8 @@ def _waiting(seen: Survey, forest: Tree) -> Iterator[Finding]:
         yield finding(Code.IMAGE_UNNAMED, sentence, path, repair=f"hvmgr snapshot merge '{seen.name}' {words}")
     children = forest.children()
     for path in tree.unnamed(forest):
+        if forest.strangers.get(path):
+            continue  # a snapshot of that disk alone
         if path not in waiting and path not in by_name and forest.images[path].keeper is Keeper.IMAGES:
             sentence = f"{path} has no name; it is kept for the {len(children[path])} images that stand on it"
             yield finding(Code.IMAGE_UNNAMED, sentence, path)

@@ -52,7 +52,6 @@ DO: Mapping[type[Step], _Act] = {
     plan.MoveImage: image_steps.move,
     plan.RecordFrozen: image_steps.record,
     plan.ReceiveDisk: transfer_steps.receive,
-    plan.NoteContents: transfer_steps.note_contents,
     plan.MakeHome: file_steps.make_home,
     plan.NoteUses: file_steps.note_uses,
     plan.TakeFile: file_steps.take_file,

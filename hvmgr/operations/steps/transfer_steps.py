@@ -29,14 +29,10 @@ def receive(session: Session, step: plan.ReceiveDisk) -> None:
     finally:
         daemon.close(node)
     durable.sync_file(child)
+    if step.uuid is not None:  # before anybody can write it
+        contents.note(session.layout.contents, child, step.uuid)
 
 
-def unreceive(_session: Session, _step: plan.ReceiveDisk) -> None:
-    """The image that it went into is removed by the step that made it."""
-
-
-def note_contents(session: Session, step: plan.NoteContents) -> None:
-    """What the image holds is known."""
-    image = Path(step.image)
-    if image.exists():
-        contents.note(session.layout.contents, image, step.uuid)
+def unreceive(session: Session, step: plan.ReceiveDisk) -> None:
+    """Nothing is known of the image, which the step that made it removes."""
+    contents.forget(session.layout.contents, Path(step.child))

@@ -15,7 +15,7 @@ from hvmgr.operations import merge, snapshots, strangers
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
 from hvmgr.operations.transfer import points
-from hvmgr.storage import contents, disk_snapshots, transfers, vm_home
+from hvmgr.storage import disk_snapshots, transfers, vm_home
 from hvmgr.storage.disk_snapshots import DiskSnapshot
 
 _ACTIVE = (State.RUNNING, State.PAUSED)
@@ -33,12 +33,9 @@ def create(session: Session, slot: str, label: str) -> str:
         created=session.now(),
         label=label,
     )
-    known = contents.held(layout.contents, point.top[0])
     made = _plan(session, slot, one)
     session.require_approval(made)
     execution.run(session, made)
-    if known is not None:
-        contents.note(layout.contents, point.top[0], known)
     return one.uuid
 
 

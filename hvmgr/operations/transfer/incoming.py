@@ -7,7 +7,9 @@ damaged or too short raises while it is read, at its very end at the latest: who
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import select
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 FORMATS = (ImageFormat.VHD, ImageFormat.RAW, ImageFormat.QCOW2)
 _PIECE = 4 << 20
+_SECTOR = 512
+_IDLE_MS = 300
 _MAGIC = {b"conectix": ImageFormat.VHD, b"QFI\xfb": ImageFormat.QCOW2}
 
 Report = Callable[[Progress], None]
@@ -85,6 +89,8 @@ class Incoming:
             raise errors.UsageError(f"a disk is not taken in as {fmt.value}", hint="vhd, raw and qcow2 are possible")
         self.format = fmt
         self.name = name
+        self._idle = _Idle()
+        file = _Patient(file, self._idle) if isinstance(file, io.FileIO) else file
         self._arriving: Arriving
         if fmt is ImageFormat.VHD:
             self._arriving = _Vhd(file, length=length, spool=spool, to_end=to_end, name=name)
@@ -121,6 +127,15 @@ class Incoming:
                 f"{self.name} is a disk of {self.size} bytes, {what} has {size}", hint=hint, needed=self.size, size=size
             )
 
+    def require_meant(self, *, force: bool) -> None:
+        """UsageError when raw bytes begin like an image of another format."""
+        if isinstance(self._arriving, _Raw) and self._arriving.looks_like is not None and not force:
+            found = self._arriving.looks_like.value
+            raise errors.UsageError(
+                f"{self.name} begins like a {found} image, and would be taken for the bytes of the disk",
+                hint=f"state the format: {found}; --force takes it as it is",
+            )
+
     def require_held(self, held: Sequence[str], what: str, *, force: bool) -> None:
         """Conflict when a delta starts from something that the disk does not hold now."""
         if self.parent is None or force or self.parent in held:
@@ -136,6 +151,7 @@ class Incoming:
     def write(self, client: Client, size: int, below: Sequence[tuple[int, int]], report: Report) -> None:
         """The disk into an empty child of what it is to replace; ``below`` is where that holds data (offset, length)."""
         end = min(self.size or size, size)
+        self._idle.act = lambda: report(Progress(0, end, f"import {self.name}"))
         for start, length in below:  # old data that the stream does not speak of
             first = start if self.parent is None else max(start, end)
             if first < start + length:
@@ -154,6 +170,35 @@ class Incoming:
 def recognise(head: bytes) -> ImageFormat | None:
     """The format that a stream begins like; None for anything else, which may be a raw disk."""
     return next((fmt for magic, fmt in _MAGIC.items() if head.startswith(magic)), None)
+
+
+class _Idle:
+    """What is done now and then while nothing arrives."""
+
+    act: Callable[[], None] = staticmethod(lambda: None)
+
+
+class _Patient:
+    """A pipe, or what else the kernel reads by itself: whoever wants to stop need not wait for the next byte."""
+
+    def __init__(self, file: io.FileIO, idle: _Idle) -> None:
+        self._file = file
+        self._idle = idle
+        self._poll = select.poll()
+        self._poll.register(file.fileno(), select.POLLIN)
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def readinto(self, view: memoryview) -> int | None:
+        while not self._poll.poll(_IDLE_MS):
+            self._idle.act()
+        return self._file.readinto(view)
+
+    def read(self, size: int) -> bytes | None:
+        while not self._poll.poll(_IDLE_MS):
+            self._idle.act()
+        return self._file.read(size)
 
 
 class _Vhd:
@@ -185,26 +230,36 @@ class _Raw:
         self._inlet = Inlet(file, name)
         self._name = name
         self._to_end = to_end
+        self._head = self._begin(_SECTOR if length is None else min(length, _SECTOR))
+        self.looks_like = recognise(self._head)
+
+    def _begin(self, wanted: int) -> bytes:
+        head = bytearray(wanted)
+        self._fill(memoryview(head), None)
+        return bytes(head)
 
     def pieces(self, size: int) -> Iterator[tuple[int, memoryview]]:
         wanted = min(size, self.size if self.size is not None else size)
-        buffer = memoryview(bytearray(min(_PIECE, max(wanted, 1))))
-        while self._inlet.at < wanted:
-            at = self._inlet.at
+        buffer = memoryview(bytearray(min(_PIECE, max(wanted, _SECTOR))))
+        buffer[: len(self._head)] = self._head
+        at, have = 0, len(self._head)
+        while at < wanted:
             piece = buffer[: wanted - at]
-            self._fill(piece, wanted)
+            self._fill(piece[have:], wanted)
             yield at, piece
+            at, have = at + len(piece), 0
         if self._to_end and not self._inlet.is_at_end():
             raise errors.Corrupt(
                 f"{self._name} goes on behind byte {wanted}, where the disk ends", hint="state the right format"
             )
 
-    def _fill(self, piece: memoryview, wanted: int) -> None:
+    def _fill(self, piece: memoryview, wanted: int | None) -> None:
         try:
             self._inlet.fill(piece)
         except errors.Corrupt as error:
+            more = "" if wanted is None else f", and the disk has {wanted}"
             raise errors.Corrupt(
-                f"{self._name} ends at byte {self._inlet.at}, and the disk has {wanted}",
+                f"{self._name} ends at byte {self._inlet.at}{more}",
                 hint="send all of it; a disk that is smaller on purpose comes as a file, or as vhd or qcow2",
                 offset=self._inlet.at,
                 needed=wanted,

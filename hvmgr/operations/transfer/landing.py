@@ -17,7 +17,7 @@ from hvmgr import errors
 from hvmgr.host import qemu_img
 from hvmgr.host.domain import State
 from hvmgr.model import plan, tree
-from hvmgr.model.plan import Plan, Step
+from hvmgr.model.plan import Plan
 from hvmgr.model.tree import Leaf, Tree
 from hvmgr.operations import merge, snapshots
 from hvmgr.operations.session import Session
@@ -52,6 +52,7 @@ def receive(session: Session, slot: str, stream: Incoming, *, force: bool) -> No
     """The disk holds what arrives; on any failure it holds what it held."""
     point = require_ready(session, slot)
     what = f"disk {slot} of {session.home.name}"
+    stream.require_meant(force=force)
     stream.require_fitting(
         point.size, what, f"make it larger first: hvmgr disk resize {session.home.name} {slot} {stream.size}"
     )
@@ -116,9 +117,6 @@ def _plan(session: Session, slot: str, stream: Incoming) -> Plan:
     new = present.copy()
     snapshots.point_disks(new, {slot: child})
     new.set_metadata(dataclasses.replace(vm_home.require_facts(present), change=change))
-    finish: list[Step] = [plan.WritePresent(), plan.RecordFrozen(paths=(path,)), *merges]
-    if stream.uuid is not None:
-        finish.append(plan.NoteContents(image=child, uuid=stream.uuid))
     kind = "full image" if stream.parent is None else "delta"
     image = whole.images[path]
     return Plan(
@@ -128,11 +126,11 @@ def _plan(session: Session, slot: str, stream: Incoming) -> Plan:
         subject=f"import of a {kind} into disk {slot} of {session.home.name}",
         prepare=(
             plan.CreateImage(path=child, size=image.size, parent=path, parent_format=image.format),
-            plan.ReceiveDisk(child=child, parent=path, parent_format=image.format),
+            plan.ReceiveDisk(child=child, parent=path, parent_format=image.format, uuid=stream.uuid),
             plan.FreezeImage(path=path),
         ),
         switch=plan.Define(xml=new.to_xml()),
-        finish=tuple(finish),
+        finish=(plan.WritePresent(), plan.RecordFrozen(paths=(path,)), *merges),
         hold=((path, image.format),),
     )
 

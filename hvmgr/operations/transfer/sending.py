@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.operations.exchange import freezing
@@ -47,8 +48,13 @@ def _of_running(vm: VM, session: Session, point: Point, base: Point | None, fmt:
 
 
 def _end(vm: VM) -> None:
-    with vm._work() as session:  # noqa: SLF001
-        freezing.end(session)
+    try:
+        with vm._work() as session:  # noqa: SLF001
+            freezing.end(session)
+    except errors.HvmgrError as error:  # the stream is complete all the same
+        vm.host.reporter.notice(
+            f"what was frozen for the export is not merged yet ({error}); later: hvmgr snapshot merge {vm.name}"
+        )
 
 
 def _require_whole(session: Session, point: Point | None) -> None:

@@ -32,17 +32,19 @@ if TYPE_CHECKING:
 
 Report = Callable[[Progress], None]
 
+_MERGE_WAIT_S = 600.0  # what has arrived is not thrown away because another disk is being merged
 _MAX_SIZE = 63 << 40  # of QEMU's qcow2 with clusters of 64 KiB
 
 
 def point_of(shelf: Shelf, one: FreeDisk) -> Point:
     """The disk, or its snapshot, as it can be read."""
+    chain = shelf.chain(one)
     return Point(
         uuid=one.uuid,
         disk=one.disk,
         name=name_of(one),
-        chain=tuple((path, images.QCOW2) for path in shelf.chain(one)),
-        size=one.size,
+        chain=tuple((path, images.QCOW2) for path in chain),
+        size=images.read(chain[0], images.QCOW2).size,
         is_frozen=one.snapshot_of is not None,
         created=units.from_rfc3339(one.created) if one.snapshot_of else None,
     )
@@ -109,6 +111,7 @@ def receive(host: Host, shelf: Shelf, wanted: str, stream: Incoming, *, force: b
         with shelf.locked(wait_s=host.wait_s):
             _settle(shelf)
             one = _disk(host, shelf, wanted)
+            stream.require_meant(force=force)
             stream.require_fitting(one.size, name_of(one), "make a larger one: hvmgr vdi-create virtual-size=BYTES")
             stream.require_held(_held(shelf, one), name_of(one), force=force)
             path = shelf.folder / shelf.new_image()
@@ -116,16 +119,18 @@ def receive(host: Host, shelf: Shelf, wanted: str, stream: Incoming, *, force: b
             _make(path, one.size, below=None if stream.parent is None else one.image)
         try:
             _fill(shelf, one, path, stream, host.reporter.progress)
-            with shelf.locked(wait_s=host.wait_s):
+            if stream.uuid is not None:
+                contents.note(shelf.contents, path, stream.uuid)
+            with shelf.locked(wait_s=max(host.wait_s, _MERGE_WAIT_S)):
                 shelf.write(one.pointing(path.name))
         except BaseException:
-            durable.remove(path)
+            if _found(shelf, wanted).image != path.name:
+                contents.forget(shelf.contents, path)
+                durable.remove(path)
             raise
         finally:
             transfers.end(record)
-        with shelf.locked(wait_s=host.wait_s):
-            if stream.uuid is not None:
-                contents.note(shelf.contents, path, stream.uuid)
+        with contextlib.suppress(errors.Busy), shelf.locked(wait_s=host.wait_s):  # else the next command does it
             _settle(shelf)
 
 

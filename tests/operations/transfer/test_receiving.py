@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import threading
 
@@ -114,6 +115,21 @@ def test_disk_that_was_put_back_to_a_snapshot_holds_that(bench, source, streams)
     bench.check(source)
 
 
+def test_what_a_disk_holds_is_known_through_snapshots_and_merges(bench, streams) -> None:
+    vm = target(bench)
+    vm.create_snapshot("ground")
+    bench.take(vm, streams[0][0])
+    vm.create_snapshot("short")
+    vm.snapshot("short").delete()
+    alone = bench.host.disks.snapshot(vm.home.facts().disks[0].id)
+    bench.host.disks.destroy(alone)
+    bench.take(vm, streams[1][0])
+    assert bench.disk_of(vm) == streams[1][1]
+    bench.start(vm)
+    vm.stop(force=True)
+    bench.check(vm)
+
+
 def test_fixed_vhd_and_disks_of_other_sizes(bench, source) -> None:
     fixed = bench.place / "fixed.vhd"
     run("qemu-img", "convert", "-f", "qcow2", "-O", "vpc", "-o", "subformat=fixed,force_size=on",
@@ -200,6 +216,33 @@ def test_qcow2_that_is_no_whole_disk_is_refused(bench, source) -> None:
     with outside.open("rb") as file, pytest.raises((errors.Unsupported, errors.Corrupt)):
         vm.import_disk("hda", file, format=QCOW2)
     assert state_of(bench, vm) == before
+
+
+@pytest.mark.parametrize("fmt", [VHD, QCOW2])
+def test_image_is_not_taken_for_raw_bytes_by_mistake(bench, source, fmt) -> None:
+    """Xen's words mean raw where nothing is stated."""
+    path = bench.send(source, f"full.{fmt}", format=fmt)
+    vm = target(bench)
+    before = state_of(bench, vm)
+    with pytest.raises(errors.UsageError, match=f"begins like a {fmt}"):
+        bench.take(vm, path, fmt=RAW, length=path.stat().st_size)
+    assert state_of(bench, vm) == before
+    vm.import_disk("hda", io.BytesIO(path.read_bytes()), format=RAW, length=path.stat().st_size, force=True)
+    assert bench.disk_of(vm) == path.read_bytes().ljust(6 * MIB, b"\0")
+
+
+def test_wish_to_stop_is_heard_while_nothing_arrives(bench, streams) -> None:
+    vm = target(bench)
+    before = state_of(bench, vm)
+    reader, writer = os.pipe()
+    os.write(writer, streams[0][0].read_bytes()[:4096])
+    stopping = threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT))
+    stopping.start()
+    with os.fdopen(reader, "rb", buffering=0) as pipe, pytest.raises((errors.Cancelled, KeyboardInterrupt)):
+        vm.import_disk("hda", pipe, format=VHD)
+    os.close(writer)
+    assert state_of(bench, vm) == before
+    bench.check(vm)
 
 
 def test_vm_that_runs_or_is_saved_keeps_its_disk(bench, streams) -> None:

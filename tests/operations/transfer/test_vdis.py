@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from hvmgr import errors, vhd
+from hvmgr.faces.cli import render
 from hvmgr.host import image_locks
 from hvmgr.storage import free_disks
 from tests.operations.rules.conftest import MIB, write
@@ -123,6 +124,28 @@ def test_snapshot_of_one_disk_keeps_its_image_through_everything(bench, disks) -
         disks.get(alone)
     assert {Path(path).name for path in vm.tree().images} == bench.files(vm)
     bench.check(vm)
+
+
+def test_others_count_snapshots_of_one_disk(bench, disks) -> None:
+    """Commands on files, ``doctor`` and ``space`` know what such a snapshot needs."""
+    vm = bench.make(4)
+    vm.create_snapshot("one")
+    alone = disks.snapshot(vm.home.facts().disks[0].id)
+    free = disks.create(4 * MIB)
+    kept = disks.snapshot(free)
+    shelf = free_disks.shelf(bench.host.root)
+    image = Path(vm.tree().chain(vm.now().disks["hda"])[1].path)
+    for path in (image, shelf.path(shelf.find(kept))):
+        for act in (bench.host.images.compact, lambda one: bench.host.images.resize(one, 8 * MIB)):
+            with pytest.raises(errors.Conflict, match="needed"):
+                act(path)
+    assert {str(one.code) for one in bench.host.doctor("web")} & {
+        "image-unnamed",
+        "disk-detached",
+        "merge-pending",
+    } == set()
+    assert vm.usage().pending == 0
+    assert alone in render.draw_tree(vm)
 
 
 def test_restored_disk_takes_the_next_delta_on_its_own_snapshot(bench, disks) -> None:
