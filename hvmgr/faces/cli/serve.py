@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from hvmgr import errors, settings
-from hvmgr.faces.cli import render
+from hvmgr.faces.cli import json_out, render
 from hvmgr.faces.cli.groups import Command, Seconds
 from hvmgr.faces.cli.request import Request
 
@@ -103,13 +103,16 @@ def command(
         most_connections=connections,
     )
     app.server = server
-    _obey_signals(server, service.stop, log)
+    _obey_signals(server, log)
     scheme = "http" if tls_cert is None else "https"
     places = [f"{scheme}://{_shown(host)}:{number}" for host, number in server.ports]
     log.tell("start", listen=places, root=str(service.place.root))
-    render.say("\n".join(places))
+    if request.json:
+        json_out.show({"listen": places})
+    else:
+        render.say("\n".join(places))
     _tell_manager("READY=1")
-    server.run(grace_s=grace)
+    server.run(grace_s=grace, on_stop=service.stop)
     service.close()
     log.tell("stop")
 
@@ -153,7 +156,7 @@ def _tell_of_users(file: Path) -> None:
         render.notice(f"{file} has no user yet, so that nobody can log in: hvmgr user add NAME")
 
 
-def _obey_signals(server: Server, stop: object, log: Audit) -> None:
+def _obey_signals(server: Server, log: Audit) -> None:
     """SIGTERM and Ctrl-C stop the server, a second one at once; SIGHUP reads the certificate again."""
 
     def end(*_: object) -> None:
@@ -166,7 +169,6 @@ def _obey_signals(server: Server, stop: object, log: Audit) -> None:
         except errors.HvmgrError as error:
             log.tell("reload", outcome=error.message)
 
-    del stop
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
     signal.signal(signal.SIGHUP, reload)

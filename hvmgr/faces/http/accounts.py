@@ -24,8 +24,9 @@ _MOST_PLACES = 10_000
 class Accounts:
     """The file of users, read again when it was changed; a damaged one lets nobody in."""
 
-    def __init__(self, path: Path, failures: Failures) -> None:
+    def __init__(self, path: Path, failures: Failures, report: Callable[[str], None]) -> None:
         self._path = path
+        self._report = report
         self._failures = failures
         self._lock = threading.Lock()
         self._at_once = threading.Semaphore(_AT_ONCE)
@@ -61,7 +62,8 @@ class Accounts:
     def _read(self) -> dict[str, User]:
         try:
             return users.read(self._path)
-        except errors.HvmgrError:
+        except errors.HvmgrError as error:
+            self._report(error.message)
             return {}
 
 

@@ -108,6 +108,8 @@ def run(function: Callable[..., Any], asked: Asked, parameters: Sequence[Any]) -
         raise
     except errors.HvmgrError as error:
         raise failure.translate(error) from error
+    except OSError as error:
+        raise failure.of_system(error) from error
     except TooMany as error:
         raise XenFailure("SESSION_AUTHENTICATION_FAILED", "", str(error)) from error
     except Exception as error:

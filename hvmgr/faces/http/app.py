@@ -39,6 +39,7 @@ class App:
             except Refused as refusal:
                 _refuse(connection, refusal)
             except Gone:
+                connection.cut_off()
                 return
             except Exception as error:  # noqa: BLE001 - the outermost edge: one request's defect is not the others'
                 self._service.report_defect(error)

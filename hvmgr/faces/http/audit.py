@@ -46,7 +46,14 @@ def to_stderr() -> Audit:
 def to_file(path: Path) -> Audit:
     """Lines at the end of a file that only its owner reads; a log that was moved away is begun anew."""
     _append(path, b"")  # what cannot be written is said before anything is served
-    return Audit(lambda line: _append(path, line))
+
+    def write(line: bytes) -> None:
+        try:
+            _append(path, line)
+        except errors.HvmgrError as error:  # a full disk stops no transfer; whoever looks after the server hears of it
+            sys.stderr.write(f"{error.message}\n{line.decode('ascii')}")
+
+    return Audit(write)
 
 
 def _append(path: Path, line: bytes) -> None:

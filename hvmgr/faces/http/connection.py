@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Self
 
 import h11
 
-from hvmgr import errors
 from hvmgr.faces.http import watchdog
 from hvmgr.faces.http.failure import Gone, Headers, Refused
 from hvmgr.faces.http.message import Head, parse_head
@@ -27,6 +27,7 @@ from hvmgr.version import __version__
 
 _PIECE = 512 * KIB
 _HEAD_PIECE = 4 * KIB  # h11 measures what is incomplete: a long head must not come in one piece
+_AT_ONCE = struct.pack("ii", 1, 0)  # SO_LINGER: the connection is reset when it is closed
 _LINGER = 8 * MIB  # what is still read of a request that was answered, so that the answer is not lost with it
 
 
@@ -65,6 +66,7 @@ class Connection:
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_size)
         self._is_first = True
         self._has_trailing_data_read = False
+        self._ends_by_closing = False  # nothing else tells that the answer is complete
 
     def __enter__(self) -> Self:
         return self
@@ -180,6 +182,8 @@ class Connection:
 
     def begin(self, status: HTTPStatus, headers: Headers) -> None:
         """The head of an answer whose body follows; without Content-Length its end is that of the chunks or the connection."""
+        is_old = self._http.their_http_version == b"1.0"
+        self._ends_by_closing = is_old and not any(name.lower() == "content-length" for name, _ in headers)
         fields = [("Server", f"hvmgr/{__version__}"), *headers]
         if self._http.their_state is not h11.DONE and ("Connection", "close") not in headers:
             fields.append(("Connection", "close"))  # nobody is going to read the rest of the request
@@ -216,6 +220,12 @@ class Connection:
         """The answer is complete."""
         self._send(h11.EndOfMessage())
 
+    def cut_off(self) -> None:
+        """The answer is not complete, and the other end notices."""
+        if self._ends_by_closing:
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE)
+
     def linger(self) -> None:
         """What a client still sends is read for a while: closing at once would take its answer away from it."""
         if self._http.their_state is h11.DONE and not self._has_trailing_data_read:
@@ -236,10 +246,3 @@ class Connection:
                 self._sock.sendall(piece)
         except OSError as error:
             raise Gone(str(error)) from error
-
-
-def require_there(error: OSError) -> errors.HvmgrError | Gone:
-    """What an error of the descriptor means to a transfer."""
-    if isinstance(error, ConnectionError):
-        return Gone(str(error))
-    return errors.HostFailed(f"the disk cannot be read: {error.strerror}")

@@ -6,7 +6,6 @@ import re
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
-from hvmgr import errors
 from hvmgr.faces.http import transfer
 from hvmgr.faces.http.connection import Connection
 from hvmgr.faces.http.failure import Gone, Headers, XenFailure
@@ -66,7 +65,7 @@ def _send(work: Work, stream: Outgoing) -> None:
     except OSError as error:
         if isinstance(error, ConnectionError):
             raise Gone(str(error)) from error
-        raise errors.HostFailed(f"the disk cannot be read: {error.strerror}") from error
+        raise
     work.done = length
     connection.limit.set(None)
 

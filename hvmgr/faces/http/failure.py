@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from http import HTTPStatus
+from pathlib import Path
 
-from hvmgr import errors
+from hvmgr import errors, os_errors
 
 Headers = Sequence[tuple[str, str]]
 
@@ -83,6 +84,15 @@ def translate(error: errors.HvmgrError) -> XenFailure:
     if "most" in error.facts:
         return XenFailure("VDI_TOO_LARGE", str(error.facts.get("size", "")), str(error.facts["most"]), words)
     return XenFailure(code, words, status=status)
+
+
+def of_system(error: OSError) -> XenFailure:
+    """What the client is told when the system says no where nobody foresaw it."""
+    try:
+        with os_errors.explained(Path("the disk")):
+            raise error
+    except errors.HvmgrError as found:
+        return translate(found)
 
 
 def defect() -> XenFailure:

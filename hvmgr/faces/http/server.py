@@ -66,8 +66,8 @@ class Server:
         """Where it listens: addresses and ports."""
         return [one.getsockname()[:2] for one in self._sockets]
 
-    def run(self, *, grace_s: float) -> None:
-        """Serves until ``stop``; returns when every connection has ended."""
+    def run(self, *, grace_s: float, on_stop: Callable[[], None]) -> None:
+        """Serves until ``stop``, then calls ``on_stop``; returns when every connection has ended."""
         with selectors.DefaultSelector() as selector:
             for one in (*self._sockets, self._wake):
                 selector.register(one, selectors.EVENT_READ)
@@ -77,6 +77,7 @@ class Server:
                         self._accept(key.fileobj)  # type: ignore[arg-type]
         for one in self._sockets:
             one.close()
+        on_stop()
         self._end(grace_s)
 
     def stop(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvmgr import errors
 from hvmgr.faces.http.accounts import Accounts, Failures
 from hvmgr.faces.http.audit import Audit
 from hvmgr.faces.http.calls_host import Place
@@ -41,12 +43,13 @@ class Service:
         self.life = secrets.token_hex(4)  # tokens of another life are none
         self.events = Events()
         self.tasks = Tasks(self.events, self.place.host)
-        self.accounts = Accounts(settings.users, Failures())
+        self.accounts = Accounts(settings.users, Failures(), lambda words: audit.tell("users", outcome=words))
         self.sessions = Sessions(self.accounts.find, idle_s=settings.session_s)
         self.disks = Disks(settings.uri, settings.root, wait_s=settings.wait_s, sr=self.place.sr)
         self.stopping = threading.Event()
         self._aside: set[threading.Thread] = set()
         self._lock = threading.Lock()
+        self._looking = threading.Lock()
         self._looked = 0.0
         self._seen: dict[str, object] = {}
 
@@ -93,13 +96,13 @@ class Service:
         return int(number) if life == self.life and number.isdecimal() and len(number) < 19 else None
 
     def look_at_disks(self, *, older_than_s: float = 0.0) -> None:
-        """What has become of the disks since the last look is told as events."""
-        with self._lock:
+        """What has become of the disks since the last look is told as events; a look that fails waits for the next one."""
+        with self._looking, contextlib.suppress(errors.HvmgrError):
             now = time.monotonic()
             if self._looked and now - self._looked < older_than_s:
                 return
-            is_first, self._looked = not self._looked, now
             found = self.disks.records()
+            is_first, self._looked = not self._looked, now
             before, self._seen = self._seen, dict(found)
             for ref, record in found.items():
                 if not is_first and before.get(ref) != record:

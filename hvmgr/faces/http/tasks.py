@@ -26,7 +26,7 @@ from hvmgr.faces.http.sessions import NULL, REF, new_ref
 
 FINISHED_S = 65 * 60.0
 PENDING_S = 24 * 3600.0
-_MOST = 5_000
+_MOST = 2_000  # of one user
 _STEP = 0.01  # progress in smaller steps is no event
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -81,8 +81,7 @@ class Tasks:
         """A new pending task of this user."""
         with self._lock:
             self._sweep()
-            if len(self._known) >= _MOST:
-                raise XenFailure("OUT_OF_SPACE", "there are too many tasks; destroy some")
+            self._make_room(owner)
             task = Task(new_ref(), owner, label, description, datetime.now(UTC), self._clock())
             self._known[task.ref] = task
             self._tell(task, "add")
@@ -259,6 +258,16 @@ class Tasks:
     def _tell(self, task: Task, operation: str = "mod") -> None:
         task.told = task.progress
         self._events.note("task", operation, task.ref, self._record(task))
+
+    def _make_room(self, owner: str) -> None:
+        """The oldest finished task of a user goes when there are too many."""
+        own = [task for task in self._known.values() if task.owner == owner]
+        if len(own) < _MOST:
+            return
+        finished = [task for task in own if not task.is_open]
+        if not finished:
+            raise XenFailure("OUT_OF_SPACE", f"{owner} has {len(own)} tasks that are not finished; destroy some")
+        self._forget(min(finished, key=lambda task: task.touched))
 
     def _forget(self, task: Task) -> None:
         del self._known[task.ref]

@@ -118,6 +118,8 @@ def begun(service: Service, connection: Connection, head: Head, role: Role, real
         raise Gone(words) from error
     except errors.HvmgrError as error:
         _end(work, failure.translate(error))
+    except OSError as error:
+        _end(work, failure.of_system(error))
     except Refused as refusal:
         work.fail(XenFailure("INVALID_VALUE", refusal.text))
         raise

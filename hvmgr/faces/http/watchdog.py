@@ -32,6 +32,7 @@ class Limit:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._lock = threading.Lock()
         self._until: float | None = None
         self._stall_s = 0.0
         self._moved = 0
@@ -40,25 +41,27 @@ class Limit:
 
     def set(self, seconds: float | None) -> None:
         """So many seconds from now; None: as long as it takes."""
-        self._stall_s = 0.0
-        self._until = None if seconds is None else time.monotonic() + seconds
+        with self._lock:
+            self._stall_s = 0.0
+            self._until = None if seconds is None else time.monotonic() + seconds
 
     def set_stall(self, seconds: float) -> None:
         """As long as it takes, but never so many seconds without one byte that moves in either direction."""
-        self._stall_s = seconds
-        self._until = time.monotonic() + seconds
+        with self._lock:
+            self._stall_s = seconds
+            self._until = time.monotonic() + seconds
 
     def expire_if_late(self, now: float) -> None:
         """Past its limit the other end is not listened to any more; after another tick nothing is sent either."""
-        until = self._until
-        if until is None or now < until:
-            return
-        if self._stall_s and (moved := _bytes_moved(self._sock)) != self._moved:
-            self._moved, self._until = moved, now + self._stall_s
-            return
-        how = socket.SHUT_RDWR if self.expired else socket.SHUT_RD
-        self.expired = True
-        shut(self._sock, how)
+        with self._lock:
+            if self._until is None or now < self._until:
+                return
+            if self._stall_s and (moved := _bytes_moved(self._sock)) != self._moved:
+                self._moved, self._until = moved, now + self._stall_s
+                return
+            how = socket.SHUT_RDWR if self.expired else socket.SHUT_RD
+            self.expired = True
+            shut(self._sock, how)
 
     def deafen(self) -> None:
         """Nothing more is heard of the other end; what waits for it is woken and can still answer."""

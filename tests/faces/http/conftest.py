@@ -64,14 +64,13 @@ class Running:
         self.scheme = "http" if tls[0] is None else "https"
         self.address = self.server.ports[0]
         self.url = f"{self.scheme}://127.0.0.1:{self.address[1]}"
-        self.thread = threading.Thread(target=self.server.run, kwargs={"grace_s": grace})
+        self.thread = threading.Thread(target=self.server.run, kwargs={"grace_s": grace, "on_stop": self.service.stop})
         self.thread.start()
 
     def stop(self):
         for session in self.sessions:
             session("close")()
         self.server.stop()
-        self.service.stop()
         self.thread.join(PATIENCE_S)
         self.service.close()
         assert not self.thread.is_alive()

@@ -315,7 +315,6 @@ class TestEnds:
     def test_server_is_stopped(self, half, bench):
         server, _, tasks, reader, _, vm, free = half
         server.server.stop()
-        server.service.stop()
         server.thread.join(PATIENCE_S)
         assert not server.thread.is_alive()
         records = server.service.tasks.records()

@@ -116,6 +116,13 @@ def test_import_after_the_answer(world, bench, length, data, words, code):
     bench.check(vm)
 
 
+def test_client_of_http_1_0_sees_that_the_answer_is_cut_off(world, place):
+    server, session, vm = world
+    (place / "junk").write_bytes(pattern(2 * MIB))
+    got = server.put(place / "junk", "-0", session_id=session.handle, vdi=vdi_of(session, vm, "hda"), format="vhd")
+    assert got.code != 0
+
+
 def test_client_that_asks_first_gets_the_true_status(world, place):
     server, session, vm = world
     (place / "junk").write_bytes(pattern(2 * MIB))
