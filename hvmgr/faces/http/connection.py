@@ -209,10 +209,12 @@ class Connection:
 
     def lend(self) -> int:
         """The descriptor for who writes the body by the kernel; ``count`` then says how much that was."""
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # small pieces go with the large ones beside them
         return self._sock.fileno()
 
     def count(self, length: int) -> None:
         """So many bytes of the body went through the descriptor."""
+        self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
         if length:
             self._http.send_with_data_passthrough(h11.Data(data=_Weight(length)))  # type: ignore[arg-type]
 
