@@ -351,6 +351,7 @@ def _catch_up(session: Session, one: Plan) -> bool:
     What the guest has written since is in the new images: undoing would lose it.
     """
     made = {step.path for step in one.prepare if isinstance(step, plan.CreateImage) and step.parent is not None}
+    made -= {step.child for step in one.prepare if isinstance(step, plan.ReceiveDisk)}  # whose data no guest wrote
     if not isinstance(one.switch, plan.Define):
         return False
     put = [step for step in one.prepare if isinstance(step, plan.PutManagedSave)]

@@ -444,6 +444,8 @@ def _plain(place: Place, text: str) -> str:
 def _listing(folder: Path, labels: dict[str, str]) -> list[str]:
     found = []
     for entry in [folder, *folder.rglob("*")]:
+        if entry.parent.name == "contents" and entry.suffix == ".json":
+            continue  # what a disk is known to hold; a kill in a merge may leave nobody knowing
         facts = entry.lstat()
         mode = oct(stat.S_IMODE(facts.st_mode))
         found.append(f"{_renamed(str(entry.relative_to(folder)), labels)} {mode}")

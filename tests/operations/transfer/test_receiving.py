@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from hvmgr import errors, vhd
+from hvmgr.operations.steps import execution
 from hvmgr.operations.transfer.incoming import Incoming
 from tests.operations.rules.conftest import MIB, PIECE, run
 from tests.operations.transfer.conftest import QCOW2, RAW, VHD, Pipe
@@ -113,6 +114,29 @@ def test_disk_that_was_put_back_to_a_snapshot_holds_that(bench, source, streams)
     bench.take(source, streams[3][0])
     assert bench.disk_of(source) == wanted
     bench.check(source)
+
+
+def test_half_of_a_disk_is_never_taken_for_what_a_guest_wrote(bench, streams, monkeypatch) -> None:
+    """Killed when a part of it has reached the image: what is left is undone by whoever looks next."""
+    vm = target(bench)
+    before = state_of(bench, vm)
+
+    def half(_stream, client, *_):
+        client.write(0, b"half" * (PIECE // 4))
+        client.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Incoming, "write", half)
+        patched.setattr(execution, "_go_back", lambda *_: None)  # as after a kill
+        with pytest.raises(KeyboardInterrupt):
+            bench.take(vm, streams[0][0])
+    assert vm.home.layout.journal.exists()
+    assert len(bench.files(vm)) == 1, "the image that was begun"
+    vm.snapshots()
+    assert state_of(bench, vm) == before
+    assert any("undid the interrupted import" in one for one in bench.said)
+    bench.check(vm)
 
 
 def test_what_a_disk_holds_is_known_through_snapshots_and_merges(bench, streams) -> None:
