@@ -76,7 +76,9 @@ class Work:
         self._tell("ok")
 
     def fail(self, problem: XenFailure) -> None:
-        """The transfer failed, and the disk is as it was."""
+        """The transfer failed, and the disk is as it was; nothing more happens to one that came through."""
+        if self.is_settled:
+            return
         self.service.tasks.fail(self.task, problem)
         self._tell(problem.code, ", ".join(problem.parameters))
 
@@ -130,8 +132,7 @@ def begun(service: Service, connection: Connection, head: Head, role: Role, real
 
 def _end(work: Work, problem: XenFailure) -> None:
     """The task has failed; the client is told so, or cut off when the answer has begun."""
-    if not work.is_settled:
-        work.fail(problem)
+    work.fail(problem)
     if work.connection.has_begun:
         raise Gone(str(problem)) from problem
     raise Refused(problem.status, str(problem), headers=[("task-id", work.task)]) from problem

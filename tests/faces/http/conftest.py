@@ -28,7 +28,7 @@ from hvmgr.storage import users
 from tests.operations.rules.conftest import MIB, Bench, place, run  # noqa: F401 - a fixture
 
 PASSWORD = "correct horse"
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 FINISHED = {"success", "failure", "cancelled"}
 
 
@@ -108,8 +108,8 @@ class Running:
     def curl(self, *words, data=None):
         """What curl gets; its own exit code says whether the answer was whole."""
         done = subprocess.run(
-            ["curl", "-q", "-sS", "-k", "-i", "--max-time", "60", *map(str, words)],
-            input=data, capture_output=True, check=False, timeout=90,
+            ["curl", "-q", "-sS", "-k", "-i", "--max-time", "200", *map(str, words)],
+            input=data, capture_output=True, check=False, timeout=220,
         )  # fmt: skip
         return parse_answer(done.stdout, done.returncode)
 
