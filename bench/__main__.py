@@ -5,7 +5,19 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, live, live_merge, snapshots, transfer, vhd
+from bench import (
+    beside_libvirt,
+    exchange,
+    exchange_import,
+    harness,
+    hook,
+    http,
+    live,
+    live_merge,
+    snapshots,
+    transfer,
+    vhd,
+)
 from tests import private_libvirt
 
 SUITES = {
@@ -18,6 +30,7 @@ SUITES = {
     "exchange": exchange.measure,
     "vhd": vhd.measure,
     "transfer": transfer.measure,
+    "http": http.measure,
 }
 
 

@@ -150,6 +150,16 @@ def config_folders() -> tuple[Path, ...]:
     return (SYSTEM_CONFIG, Path(own)) if is_own else (SYSTEM_CONFIG,)
 
 
+def users_file() -> Path:
+    """Who may use the HTTP server, when ``--users`` is not given."""
+    if path := os.environ.get("HVMGR_USERS"):
+        return Path(path)
+    if is_root():
+        return SYSTEM_CONFIG / "users.json"
+    base = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(base) if base else Path.home() / ".config") / "hvmgr" / "users.json"
+
+
 def templates_folder() -> Path:
     """The shipped templates: inside the installed package, or beside it in an editable install."""
     package = Path(__file__).resolve().parent

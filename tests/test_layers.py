@@ -55,7 +55,7 @@ KEEPERS = {
         ("os.unlink os.remove os.rmdir os.removedirs shutil.rmtree", REMOVERS),
         ("pathlib.Path.unlink pathlib.Path.rmdir", REMOVERS),
         ("print sys.stdout sys.stderr click rich", ["faces/", "__main__.py"]),
-        ("starlette uvicorn", ["faces/http/"]),
+        ("h11", ["faces/http/", "faces/cli/serve.py"]),
     ]
     for door in doors.split()
 }

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots, transfer, vhd
+from bench import beside_libvirt, exchange, exchange_import, harness, hook, http, snapshots, transfer, vhd
 from bench.harness import Result
 from hvmgr import units
 
@@ -126,3 +126,12 @@ def test_every_part_of_transfer_measures():
     scale = transfer.Scale(rounds=1, warm_up=0, disk=256 * units.MIB, data=32 * units.MIB, changed=16 * units.MIB)
     results = transfer.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
+
+
+def test_every_part_of_http_measures(require_program):
+    for name in ("qemu-img", "curl", "apt-get"):
+        require_program(name)
+    scale = http.Scale(rounds=1, warm_up=0, data=4 * units.MIB, at_once=(1, 2))
+    results = http.measure(lambda _: None, scale)
+    assert [result.what for result in results if not result.ours > 0] == []
+    assert len(results) == 4

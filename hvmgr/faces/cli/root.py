@@ -50,6 +50,8 @@ COMMANDS = {
         f"{_HERE}.watch:command",
         "Follow what happens to VMs, until Ctrl-C: snapshots, applies, exports, starts and ends, jobs.",
     ),
+    "serve": (f"{_HERE}.serve:command", "Serve disks over HTTP, with the Xen API that goes with them."),
+    "user": (f"{_HERE}.user:command", "Say who may use the HTTP server, and what they may do."),
     "config": (f"{_HERE}.config:command", "Show the settings and where they come from."),
     "completion": (f"{_HERE}.completion:command", "Print the completion script of a shell."),
     "demo": (f"{_HERE}.demo:command", "Show snapshot trees at work, with a real guest."),

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import TYPE_CHECKING
 from hvmgr import errors, units
 from hvmgr.host import image_locks, nbd_client, qemu_img, storage_daemon
 from hvmgr.model.image_format import ImageFormat
+from hvmgr.model.image_info import Use
 from hvmgr.model.progress import Progress
+from hvmgr.operations import image_users
 from hvmgr.operations.images import changes
 from hvmgr.operations.transfer import outgoing
 from hvmgr.operations.transfer.incoming import Incoming
@@ -60,7 +63,7 @@ def create(host: Host, shelf: Shelf, size: int, name: str, uuid: str) -> None:
     if size <= 0 or size % 512 or size > _MAX_SIZE:
         raise errors.UsageError(f"a disk cannot have {size} bytes", hint="give a multiple of 512 bytes, such as 20GiB")
     with shelf.locked(wait_s=host.wait_s):
-        _settle(shelf)
+        _settle(host, shelf)
         image = shelf.new_image()
         _make(shelf.folder / image, size)
         shelf.write(FreeDisk(uuid, name, size, image, units.to_rfc3339(datetime.now(UTC))))
@@ -72,9 +75,9 @@ def snapshot(host: Host, shelf: Shelf, wanted: str, name: str, uuid: str) -> Non
         one = _disk(host, shelf, wanted)
         image = shelf.new_image()
         _make(shelf.folder / image, one.size, below=one.image)
-        shelf.write(FreeDisk(uuid, name, one.size, one.image, units.to_rfc3339(datetime.now(UTC)), one.uuid))
         durable.set_mode(shelf.path(one), 0o400)
-        shelf.write(one.pointing(image))
+        shelf.write(one.pointing(image))  # first: at no moment does a disk that changes show what a snapshot names
+        shelf.write(FreeDisk(uuid, name, one.size, one.image, units.to_rfc3339(datetime.now(UTC)), one.uuid))
 
 
 def destroy(host: Host, shelf: Shelf, wanted: str) -> None:
@@ -82,12 +85,14 @@ def destroy(host: Host, shelf: Shelf, wanted: str) -> None:
     with _alone(host, shelf, wanted), shelf.locked(wait_s=host.wait_s):
         one = _found(shelf, wanted)
         transfers.require_none([str(shelf.path(one))])
+        for user in _users(host, shelf, shelf.path(one)):
+            raise errors.Conflict(f"{name_of(one)} is needed by {user}", hint="let that end first, or give it a copy")
         if one.snapshot_of is None:
             _require_unused(host, shelf.path(one))
         shelf.remove(one)
         contents.forget(shelf.contents, shelf.path(one))
         durable.remove(shelf.lock(one.uuid))
-        _settle(shelf)
+        _settle(host, shelf)
 
 
 def opened(host: Host, shelf: Shelf, wanted: str, base: Point | None, fmt: ImageFormat) -> Outgoing:
@@ -109,7 +114,7 @@ def receive(host: Host, shelf: Shelf, wanted: str, stream: Incoming, *, force: b
     """The disk holds what arrives; on any failure it holds what it held."""
     with _alone(host, shelf, wanted):
         with shelf.locked(wait_s=host.wait_s):
-            _settle(shelf)
+            _settle(host, shelf)
             one = _disk(host, shelf, wanted)
             stream.require_meant(force=force)
             stream.require_fitting(one.size, name_of(one), "make a larger one: hvmgr vdi-create virtual-size=BYTES")
@@ -131,7 +136,7 @@ def receive(host: Host, shelf: Shelf, wanted: str, stream: Incoming, *, force: b
         finally:
             transfers.end(record)
         with contextlib.suppress(errors.Busy), shelf.locked(wait_s=host.wait_s):  # else the next command does it
-            _settle(shelf)
+            _settle(host, shelf)
 
 
 def _fill(shelf: Shelf, one: FreeDisk, path: Path, stream: Incoming, report: Report) -> None:
@@ -166,6 +171,8 @@ def _held(shelf: Shelf, one: FreeDisk) -> list[str]:
     empty = min((part.depth for part in extents if part.present), default=len(chain))
     found: list[str] = []
     for path in chain[: empty + 1]:
+        if images.read(path, images.QCOW2).size != one.size:
+            break
         known = contents.held(shelf.contents, path)
         found += names.get(path.name, []) + ([known] if known else [])
     return list(dict.fromkeys(found))
@@ -175,7 +182,7 @@ def _found(shelf: Shelf, wanted: str) -> FreeDisk:
     one = shelf.find(wanted)
     if one is None:
         raise errors.NotFound(f"there is no free disk {wanted}", hint="see: hvmgr vdi-list", uuid=wanted)
-    return one
+    return dataclasses.replace(one, size=images.read(shelf.path(one), images.QCOW2).size)
 
 
 def _disk(host: Host, shelf: Shelf, wanted: str) -> FreeDisk:
@@ -192,6 +199,15 @@ def _require_unused(host: Host, path: Path) -> None:
     changes.require_closed([path])
 
 
+def _users(host: Host, shelf: Shelf, path: Path) -> list[str]:
+    """Who needs an image besides the records and images here: VMs, attachments, images elsewhere."""
+    return [
+        user.name
+        for user in image_users.of(host, path)
+        if user.use is not Use.SNAPSHOT and not (user.use is Use.PARENT and Path(user.name).parent == shelf.folder)
+    ]
+
+
 def _make(path: Path, size: int, below: str | None = None) -> None:
     qemu_img.create(path, images.QCOW2, size=size, backing=None if below is None else (below, images.QCOW2))
     durable.set_mode(path, 0o600)
@@ -199,25 +215,25 @@ def _make(path: Path, size: int, below: str | None = None) -> None:
     durable.sync_folder(path.parent)
 
 
-def _settle(shelf: Shelf) -> None:
+def _settle(host: Host, shelf: Shelf) -> None:
     """Images that nothing needs are gone, and those that only one other stands on are merged with it.
 
     What somebody reads or has open waits for the next command.
     """
-    while _remove_one(shelf):
+    while _remove_one(host, shelf):
         pass
-    while (pair := _mergeable(shelf)) is not None:
+    while (pair := _mergeable(host, shelf)) is not None:
         try:
             _merge(shelf, *pair)
         except (errors.Conflict, errors.NoSpace, errors.HostFailed):
             return
 
 
-def _remove_one(shelf: Shelf) -> bool:
+def _remove_one(host: Host, shelf: Shelf) -> bool:
     parents, named = shelf.parents(), {one.image for one in shelf.all()}
     needed = {parent for parent in parents.values() if parent is not None}
     for path in parents:
-        if path.name in named or path in needed or transfers.users([str(path)]):
+        if path.name in named or path in needed or transfers.users([str(path)]) or _users(host, shelf, path):
             continue
         contents.forget(shelf.contents, path)
         durable.remove(path)
@@ -225,7 +241,7 @@ def _remove_one(shelf: Shelf) -> bool:
     return False
 
 
-def _mergeable(shelf: Shelf) -> tuple[Path, Path] | None:
+def _mergeable(host: Host, shelf: Shelf) -> tuple[Path, Path] | None:
     """An image that nothing names, and the only one that stands on it."""
     parents, named = shelf.parents(), {one.image for one in shelf.all()}
     sizes = {path: images.read(path, images.QCOW2).size for path in parents}
@@ -233,7 +249,7 @@ def _mergeable(shelf: Shelf) -> tuple[Path, Path] | None:
         children = [child for child, parent in parents.items() if parent == path]
         if path.name in named or len(children) != 1 or sizes[path] != sizes[children[0]]:
             continue
-        if not transfers.users(map(str, (path, *children))):
+        if not transfers.users(map(str, (path, *children))) and not _users(host, shelf, path):
             return path, children[0]
     return None
 

@@ -23,7 +23,7 @@ from hvmgr.model.plan import Plan
 from hvmgr.model.tree import Tree
 from hvmgr.operations.transfer import points, sending, shelving
 from hvmgr.operations.transfer.points import Point
-from hvmgr.storage import disk_snapshots, free_disks, vm_home
+from hvmgr.storage import disk_snapshots, free_disks, images, vm_home
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
@@ -310,5 +310,7 @@ def _frozen(vm: VM, point: Point, forest: Tree, kind: Kind, name: str, snapshot:
 
 def _free(shelf: free_disks.Shelf, one: free_disks.FreeDisk) -> Vdi:
     kind = Kind.FREE if one.snapshot_of is None else Kind.DISK_SNAPSHOT
-    used = shelf.path(one).stat().st_blocks * 512 if shelf.path(one).exists() else 0
-    return Vdi(one.uuid, kind, one.name, one.size, used, snapshot_of=one.snapshot_of, created=one.created)
+    path, size, used = shelf.path(one), one.size, 0
+    with contextlib.suppress(errors.HvmgrError, OSError):  # what is wrong with it is said when it is used
+        size, used = images.read(path, images.QCOW2).size, path.stat().st_blocks * 512
+    return Vdi(one.uuid, kind, one.name, size, used, snapshot_of=one.snapshot_of, created=one.created)

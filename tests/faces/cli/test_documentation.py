@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import subprocess
@@ -143,6 +144,9 @@ SHAPED = {
     "hook uninstall": ["hook", "uninstall", "--dir", "DIR"],
     "hook allow": ["hook", "allow", "VM", "--once"],
     "doctor": ["doctor", "VM", "--repair"],
+    "user add": ["user", "add", "backup", "--users", "USERS"],
+    "user list": ["user", "list", "--users", "USERS"],
+    "user remove": ["user", "remove", "backup", "--users", "USERS"],
     "config show": ["config", "show"],
     "completion": ["completion", "bash"],
     "version": ["version"],
@@ -186,7 +190,8 @@ def files(hvmgr, tmp_path):
 
 
 @pytest.mark.usefixtures("ailing", "due")
-def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path, files):
+def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_path, files, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("a long password\n"))
     with package.Host.open(root=root) as host:
         host.connection.define(
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
@@ -194,6 +199,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
         free, snapped = host.disks.create(8 << 20), host.vm(branched).home.facts().disks[0].id
     assert set(SHAPED) == set(SHAPES)
     meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out", "HOME": root / branched}
+    meant["USERS"] = tmp_path / "users.json"
     words_in = {"FILES": str(files), "FREE": free, "SNAPPED": snapped}
     for name, words in SHAPED.items():
         said = [meant.get(word, re.sub("|".join(words_in), lambda found: words_in[found[0]], word)) for word in words]

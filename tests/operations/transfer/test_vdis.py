@@ -13,7 +13,7 @@ from hvmgr import errors, vhd
 from hvmgr.faces.cli import render
 from hvmgr.host import image_locks
 from hvmgr.storage import free_disks
-from tests.operations.rules.conftest import MIB, write
+from tests.operations.rules.conftest import MIB, run, write
 from tests.operations.transfer.conftest import RAW, VHD, by_codec, chain_of, qemu_check, raw_of
 
 
@@ -243,6 +243,24 @@ def test_free_disk_that_a_vm_uses_is_left_alone(bench, disks) -> None:
     for act in (lambda: disks.destroy(free), lambda: disks.snapshot(free)):
         with pytest.raises(errors.Conflict, match=vm.name):
             act()
+
+
+def test_overlay_of_others_keeps_a_free_disk(bench, disks) -> None:
+    """A VM of libvirt's own stands on a snapshot by an overlay elsewhere."""
+    free = disks.create(4 * MIB)
+    kept = disks.snapshot(free)
+    shelf = free_disks.shelf(bench.host.root)
+    overlay = bench.place / "overlay.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", shelf.path(shelf.find(kept)), "-F", "qcow2", overlay)
+    bench.host.connection.define(
+        "<domain type='qemu'><name>theirs</name><memory>65536</memory><os><type>hvm</type></os><devices>"
+        f"<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{overlay}'/>"
+        "<target dev='vda' bus='virtio'/></disk></devices></domain>"
+    )
+    with pytest.raises(errors.Conflict, match="theirs"):
+        disks.destroy(kept)
+    disks.destroy(free)
+    assert raw_of(overlay, "qcow2") == bytes(4 * MIB)
 
 
 def test_what_a_dead_import_left_goes_with_the_next_command(bench, disks) -> None:

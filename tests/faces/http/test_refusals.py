@@ -1,0 +1,226 @@
+"""What is refused: by which status and code, with the client's task ended and the disk as it was."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.faces.http.conftest import MIB, pattern, raw_of, settled
+from tests.faces.http.test_transfers import PIB, put_head, snapshot_ref, vdi_of
+
+NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
+
+
+@pytest.fixture
+def world(server, bench):
+    """A server, a session, a VM with a full disk and a snapshot."""
+    vm = bench.make(bench.image("disk.img"))
+    vm.create_snapshot("monday")
+    return server, server.login(), vm
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "code"),
+    [
+        ({"format": "tar"}, 400, "INTERNAL_ERROR"),
+        ({"format": "../../etc"}, 400, "INTERNAL_ERROR"),
+        ({"vdi": None}, 400, "VDI_MISSING"),
+        ({"vdi": NOBODY}, 404, "UUID_INVALID"),
+        ({"vdi": f"OpaqueRef:{NOBODY}"}, 404, "HANDLE_INVALID"),
+        ({"vdi": "../../etc/passwd"}, 404, "UUID_INVALID"),
+        ({"base": NOBODY, "format": "vhd"}, 404, "UUID_INVALID"),
+        ({"base": "MONDAY", "format": "raw"}, 400, "INVALID_VALUE"),
+        ({"base": "MONDAY", "format": "qcow2"}, 400, "INVALID_VALUE"),
+        ({"base": "OTHER", "format": "vhd"}, 400, "INVALID_VALUE"),
+        ({"chunked": "true"}, 400, "INTERNAL_ERROR"),
+    ],
+)  # fmt: skip
+def test_export(world, bench, asked, status, code):
+    server, session, vm = world
+    task = session.xenapi.task.create("export", "")
+    words = {"vdi": vdi_of(session, vm, "hda"), **asked}
+    if words.get("base") == "MONDAY":
+        words["base"] = snapshot_ref(session, "monday")
+    elif words.get("base") == "OTHER":
+        words["base"] = vdi_of(session, bench.make(4, name="other"), "hda")
+    words = {name: value for name, value in words.items() if value is not None}
+    got = server.curl(server.export_link(session_id=session.handle, task_id=task, **words))
+    assert (got.status, got.headers["content-type"]) == (status, "text/plain; charset=utf-8")
+    assert got.text.startswith(code)
+    record = settled(session, task)
+    assert (record["status"], record["error_info"][0]) == ("failure", code)
+
+
+@pytest.mark.parametrize(
+    ("asked", "status", "code"),
+    [
+        ({"format": "zip"}, 400, "INTERNAL_ERROR"),
+        ({"chunked": "true", "format": "vhd"}, 400, "INTERNAL_ERROR"),
+        ({"vdi": None}, 400, "VDI_MISSING"),
+        ({"vdi": NOBODY}, 404, "UUID_INVALID"),
+        ({"vdi": None, "sr_uuid": NOBODY}, 404, "HANDLE_INVALID"),
+        ({"vdi": None, "sr_id": "SR", "format": "vhd"}, 400, "INTERNAL_ERROR"),
+        ({"vdi": "MONDAY"}, 409, "OPERATION_NOT_ALLOWED"),
+        ({}, 400, "VDI_TOO_SMALL"),
+    ],
+)  # fmt: skip
+def test_import_before_the_answer(world, bench, asked, status, code):
+    server, session, vm = world
+    before = bench.photo(vm)
+    task = session.xenapi.task.create("import", "")
+    words = {"vdi": vdi_of(session, vm, "hda"), **asked}
+    for name, value in words.items():
+        words[name] = {"MONDAY": snapshot_ref(session, "monday"), "SR": server.service.place.sr}.get(value, value)
+    words = {name: value for name, value in words.items() if value is not None}
+    got = server.talk(put_head(server, session, 5 * MIB, task_id=task, **words))
+    assert got.startswith(b"HTTP/1.1 %d " % status)
+    record = settled(session, task)
+    assert (record["status"], record["error_info"][0]) == ("failure", code)
+    assert bench.photo(vm) == before
+    bench.check(vm)
+
+
+@pytest.mark.parametrize(
+    ("length", "data", "words", "code"),
+    [
+        (4 * MIB, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
+        (PIB, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
+        (None, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
+        (PIB, b"", {}, "IMPORT_ERROR_PREMATURE_EOF"),
+        (4 * MIB, pattern(4 * MIB), {"format": "vhd"}, "IMPORT_ERROR"),
+        (MIB, pattern(MIB), {"format": "qcow2"}, "IMPORT_ERROR"),
+        (None, bytes(7), {"chunked": "yes"}, "IMPORT_ERROR_PREMATURE_EOF"),
+        (None, (5 * MIB).to_bytes(8, "little") + b"\1\0\0\0x", {"chunked": "yes"}, "IMPORT_ERROR"),
+    ],
+    ids=[
+        "cut-off",
+        "cut-off-pebibyte",
+        "cut-off-unknown",
+        "nothing",
+        "no-vhd",
+        "no-qcow2",
+        "half-frame",
+        "frame-beyond",
+    ],
+)
+def test_import_after_the_answer(world, bench, length, data, words, code):
+    server, session, vm = world
+    before = bench.photo(vm)
+    task = session.xenapi.task.create("import", "")
+    head = put_head(server, session, length, task_id=task, vdi=vdi_of(session, vm, "hda"), **words)
+    got = server.talk(head, data, end=True)
+    assert got.startswith(b"HTTP/1.1 200 ")
+    assert not got.endswith(b"0\r\n\r\n")  # the answer is cut off
+    record = settled(session, task)
+    assert (record["status"], record["error_info"][0]) == ("failure", code), record
+    assert bench.photo(vm) == before
+    bench.check(vm)
+
+
+def test_client_of_http_1_0_sees_that_the_answer_is_cut_off(world, place):
+    server, session, vm = world
+    (place / "junk").write_bytes(pattern(2 * MIB))
+    got = server.put(place / "junk", "-0", session_id=session.handle, vdi=vdi_of(session, vm, "hda"), format="vhd")
+    assert got.code != 0
+
+
+def test_client_that_asks_first_gets_the_true_status(world, place):
+    server, session, vm = world
+    (place / "junk").write_bytes(pattern(2 * MIB))
+    got = server.put(
+        place / "junk",
+        "-H",
+        "Expect: 100-continue",
+        session_id=session.handle,
+        vdi=vdi_of(session, vm, "hda"),
+        format="vhd",
+    )
+    assert (got.status, got.code) == (400, 0)
+    assert got.text.startswith("IMPORT_ERROR")
+
+
+def test_running_vm_takes_nothing_in_but_goes_out(world, bench):
+    server, session, vm = world
+    bench.start(vm)
+    ref = vdi_of(session, vm, "hda")
+    task = session.xenapi.task.create("import", "")
+    got = server.talk(put_head(server, session, PIB, task_id=task, vdi=ref))
+    assert got.startswith(b"HTTP/1.1 409 ")
+    assert settled(session, task)["error_info"][0] == "OPERATION_NOT_ALLOWED"
+    monday = snapshot_ref(session, "monday")
+    got = server.curl(server.export_link(session_id=session.handle, vdi=ref, base=monday, format="vhd"))
+    assert (got.status, got.code, len(got.body)) == (200, 0, int(got.headers["content-length"]))
+    vm.stop(force=True)
+    assert server.curl(server.export_link(session_id=session.handle, vdi=ref)).body == raw_of(vm)
+    bench.check(vm)
+
+
+class TestWho:
+    def test_nobody(self, world):
+        server, session, vm = world
+        ref = vdi_of(session, vm, "hda")
+        task = session.xenapi.task.create("export", "")
+        for words in (
+            [],
+            ["-u", "anna:wrong"],
+            ["-u", "nobody:correct horse"],
+            ["-H", "Authorization: Bearer x"],
+            ["-b", "session_id=x"],
+        ):
+            got = server.curl(*words, server.export_link(vdi=ref, task_id=task))
+            assert (got.status, got.headers["www-authenticate"]) == (401, 'Basic realm="VDI.export_raw"')
+        got = server.talk(
+            put_head(server, session, 0, vdi=ref).replace(session.handle.encode()[-9:], b"000000000"), end=True
+        )
+        assert b"401 Unauthorized" in got
+        assert b'Basic realm="VDI.import"' in got
+        assert session.xenapi.task.get_status(task) == "pending"
+
+    def test_session_in_a_cookie_or_basic(self, world):
+        server, session, vm = world
+        ref = vdi_of(session, vm, "hda")
+        assert server.curl("-b", f"session_id={session.handle}", server.export_link(vdi=ref)).status == 200
+        assert server.curl("-u", "rita:correct horse", server.export_link(vdi=ref)).status == 200
+
+    def test_reader_may_not_import(self, world):
+        server, _, vm = world
+        session = server.login("rita")
+        task = session.xenapi.task.create("import", "")
+        got = server.talk(put_head(server, session, PIB, task_id=task, vdi=vdi_of(session, vm, "hda")))
+        assert got.startswith(b"HTTP/1.1 403 ")
+        assert settled(session, task)["error_info"][0] == "RBAC_PERMISSION_DENIED"
+
+    def test_task_of_another(self, world):
+        server, session, vm = world
+        other = server.login("rita")
+        task = other.xenapi.task.create("mine", "")
+        words = {"session_id": session.handle, "vdi": vdi_of(session, vm, "hda")}
+        assert server.curl(server.export_link(task_id=task, **words)).status == 403
+        assert server.curl(server.export_link(task_id=f"OpaqueRef:{NOBODY}", **words)).status == 404
+        assert other.xenapi.task.get_status(task) == "pending"
+        own = session.xenapi.task.create("done", "")
+        session.xenapi.task.cancel(own)
+        assert server.curl(server.export_link(task_id=own, **words)).status == 409
+        assert session.xenapi.task.get_status(own) == "cancelled"
+
+
+def test_disk_beyond_a_vhd_is_refused_before_the_answer(server, bench, place):
+    big = place / "big.qcow2"
+    bench.run("qemu-img", "create", "-f", "qcow2", big, "2041G")
+    vm = bench.make(big)
+    session = server.login()
+    ref = vdi_of(session, vm, "hda")
+    task = session.xenapi.task.create("export", "")
+    got = server.curl(server.export_link(session_id=session.handle, task_id=task, vdi=ref, format="vhd"))
+    assert got.status == 400
+    assert "qcow2" in got.text
+    assert "raw" in got.text
+    assert settled(session, task)["error_info"][0] == "VDI_TOO_LARGE"
+
+
+def test_paths_and_methods(server):
+    assert server.curl(f"{server.url}/etc/passwd").status == 404
+    assert server.curl("--path-as-is", f"{server.url}/export_raw_vdi/../../etc/passwd").status == 404
+    refused = server.curl("-X", "DELETE", f"{server.url}/export_raw_vdi")
+    assert (refused.status, refused.headers["allow"]) == (405, "GET")
+    assert server.curl(f"{server.url}/").status == 405
+    assert server.curl(f"{server.url}/export_raw_vdi?vdi=a&vdi=b").status == 400
