@@ -5,6 +5,7 @@
               change="UUID"                                                         the plan that last changed the disks
               owner="anna">                                                         absent when nobody was named
       <hvmgr:tag name="shop"/>                                                      as many as there are
+      <hvmgr:origin vm="UUID" mode="copy|register|link" digest="SHA-256"/>          of an imported VM; digest: of an export
       <hvmgr:disk slot="vda" id="UUID" image="UUID" apart="yes"/>                   image: absent when unnamed
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
                       state="none|running|paused" automatic="no" parent="SNAPSHOT-ID"
@@ -39,6 +40,7 @@ _DISK = f"{{{NAMESPACE}}}disk"
 _SNAPSHOT = f"{{{NAMESPACE}}}snapshot"
 _NOTES = f"{{{NAMESPACE}}}notes"
 _TAG = f"{{{NAMESPACE}}}tag"
+_ORIGIN = f"{{{NAMESPACE}}}origin"
 
 T = TypeVar("T")
 
@@ -91,6 +93,18 @@ class SnapshotRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """What an import made a VM of: the VM's id there, the mode, and the SHA-256 of the export's own description.
+
+    ``digest`` is None when the source was no export: it may have changed since.
+    """
+
+    vm: str
+    mode: str
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Metadata:
     """The facts of one VM; ``snapshot`` is there only in the configuration of a snapshot.
 
@@ -107,6 +121,7 @@ class Metadata:
     change: str | None = None
     owner: str | None = None
     tags: tuple[str, ...] = ()
+    origin: Origin | None = None
 
 
 def find_element(metadata: etree._Element | None) -> etree._Element | None:
@@ -141,12 +156,13 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
         change=vm.get("change"),
         owner=vm.get("owner"),
         tags=tuple(_text(tag, "name", source) for tag in vm.findall(_TAG)),
+        origin=None if (origin := vm.find(_ORIGIN)) is None else _read_origin(origin, source),
     )
 
 
 def write(vm: etree._Element, facts: Metadata) -> None:
     """Make the element say exactly these facts; what hvmgr does not know in it stays."""
-    for child in [*vm.findall(_TAG), *vm.findall(_DISK), *vm.findall(_SNAPSHOT)]:
+    for child in [child for tag in (_TAG, _ORIGIN, _DISK, _SNAPSHOT) for child in vm.findall(tag)]:
         vm.remove(child)
     try:
         _set(vm, format=str(FORMAT), home=str(facts.home), uri=facts.uri)
@@ -154,6 +170,9 @@ def write(vm: etree._Element, facts: Metadata) -> None:
         _set(vm, owner=facts.owner)
         for tag in facts.tags:
             _set(etree.SubElement(vm, _TAG), name=tag)
+        if facts.origin is not None:
+            origin = facts.origin
+            _set(etree.SubElement(vm, _ORIGIN), vm=origin.vm, mode=origin.mode, digest=origin.digest)
         for disk in facts.disks:
             apart = "yes" if disk.apart else None
             _set(etree.SubElement(vm, _DISK), slot=disk.slot, id=disk.id, image=disk.image, apart=apart)
@@ -164,6 +183,12 @@ def write(vm: etree._Element, facts: Metadata) -> None:
             "a name or note holds a control character, which XML cannot keep",
             hint="remove it and run the command again",
         ) from error
+
+
+def _read_origin(element: etree._Element, source: str) -> Origin:
+    return Origin(
+        vm=_text(element, "vm", source), mode=_text(element, "mode", source), digest=element.get("digest") or None
+    )
 
 
 def _read_snapshot(element: etree._Element, source: str) -> SnapshotRecord:

@@ -61,6 +61,7 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
             change=change_id,
             owner=facts.owner,  # who owns the VM does not change with time
             tags=facts.tags,
+            origin=facts.origin,
         )
     )
     prepare += put_present_away(session, present, facts, how)
@@ -102,7 +103,9 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
     change_id = session.new_id()
     after = undo.copy()
     _become_present(session, after, present)
-    after.set_metadata(dataclasses.replace(undo_facts, change=change_id, owner=facts.owner, tags=facts.tags))
+    after.set_metadata(
+        dataclasses.replace(undo_facts, change=change_id, owner=facts.owner, tags=facts.tags, origin=facts.origin)
+    )
     finish: list[Step] = []
     if undo.has_tpm and undo_facts.change is not None:
         tpm = session.layout.tpm_copy(undo_facts.change)
