@@ -6,6 +6,7 @@ import sys
 import time
 
 from bench import (
+    ansible,
     beside_libvirt,
     exchange,
     exchange_import,
@@ -31,6 +32,7 @@ SUITES = {
     "vhd": vhd.measure,
     "transfer": transfer.measure,
     "http": http.measure,
+    "ansible": ansible.measure,
 }
 
 

@@ -6,6 +6,7 @@
               owner="anna">                                                         absent when nobody was named
       <hvmgr:tag name="shop"/>                                                      as many as there are
       <hvmgr:policy …/>                                                             absent where nothing was set; see ``policy``
+      <hvmgr:origin vm="UUID" mode="copy|register|link" digest="SHA-256"/>          of an imported VM; digest: of an export
       <hvmgr:disk slot="vda" id="UUID" image="UUID" apart="yes"/>                   image: absent when unnamed
       <hvmgr:snapshot id="UUID" name="before the update" created="…" type="standard|production|disk-only"
                       state="none|running|paused" automatic="no|start|schedule|crash" parent="SNAPSHOT-ID"
@@ -43,6 +44,7 @@ _SNAPSHOT = f"{{{NAMESPACE}}}snapshot"
 _NOTES = f"{{{NAMESPACE}}}notes"
 _TAG = f"{{{NAMESPACE}}}tag"
 _POLICY = f"{{{NAMESPACE}}}policy"
+_ORIGIN = f"{{{NAMESPACE}}}origin"
 
 T = TypeVar("T")
 
@@ -100,6 +102,18 @@ class SnapshotRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportOrigin:
+    """What an import made a VM of: the VM's id there, the mode, and the SHA-256 of the export's own description.
+
+    ``digest`` is None when the source was no export: it may have changed since.
+    """
+
+    vm: str
+    mode: str
+    digest: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Metadata:
     """The facts of one VM; ``snapshot`` is there only in the configuration of a snapshot.
 
@@ -117,6 +131,7 @@ class Metadata:
     owner: str | None = None
     tags: tuple[str, ...] = ()
     policy: Policy = policy.DEFAULT
+    origin: ImportOrigin | None = None
 
 
 def find_element(metadata: etree._Element | None) -> etree._Element | None:
@@ -152,12 +167,13 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
         owner=vm.get("owner"),
         tags=tuple(_text(tag, "name", source) for tag in vm.findall(_TAG)),
         policy=_read_policy(vm.find(_POLICY)),
+        origin=None if (origin := vm.find(_ORIGIN)) is None else _read_origin(origin, source),
     )
 
 
 def write(vm: etree._Element, facts: Metadata) -> None:
     """Make the element say exactly these facts; what hvmgr does not know in it stays."""
-    for child in [*vm.findall(_TAG), *vm.findall(_DISK), *vm.findall(_SNAPSHOT)]:
+    for child in [child for tag in (_TAG, _ORIGIN, _DISK, _SNAPSHOT) for child in vm.findall(tag)]:
         vm.remove(child)
     _write_policy(vm, facts.policy)
     try:
@@ -166,6 +182,9 @@ def write(vm: etree._Element, facts: Metadata) -> None:
         _set(vm, owner=facts.owner)
         for tag in facts.tags:
             _set(etree.SubElement(vm, _TAG), name=tag)
+        if facts.origin is not None:
+            origin = facts.origin
+            _set(etree.SubElement(vm, _ORIGIN), vm=origin.vm, mode=origin.mode, digest=origin.digest)
         for disk in facts.disks:
             apart = "yes" if disk.apart else None
             _set(etree.SubElement(vm, _DISK), slot=disk.slot, id=disk.id, image=disk.image, apart=apart)
@@ -176,6 +195,12 @@ def write(vm: etree._Element, facts: Metadata) -> None:
             "a name or note holds a control character, which XML cannot keep",
             hint="remove it and run the command again",
         ) from error
+
+
+def _read_origin(element: etree._Element, source: str) -> ImportOrigin:
+    return ImportOrigin(
+        vm=_text(element, "vm", source), mode=_text(element, "mode", source), digest=element.get("digest") or None
+    )
 
 
 def _read_snapshot(element: etree._Element, source: str) -> SnapshotRecord:

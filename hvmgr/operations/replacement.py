@@ -61,6 +61,7 @@ def plan_apply(session: Session, snapshot_id: str, how: Replacement) -> Plan:
             owner=facts.owner,  # who owns the VM, and what he wants of it, does not change with time
             tags=facts.tags,
             policy=facts.policy,
+            origin=facts.origin,
         )
     )
     prepare += put_present_away(session, present, facts, how)
@@ -103,7 +104,14 @@ def plan_undo(session: Session, how: Replacement) -> Plan:
     after = undo.copy()
     _become_present(session, after, present)
     after.set_metadata(
-        dataclasses.replace(undo_facts, change=change_id, owner=facts.owner, tags=facts.tags, policy=facts.policy)
+        dataclasses.replace(
+            undo_facts,
+            change=change_id,
+            owner=facts.owner,
+            tags=facts.tags,
+            policy=facts.policy,
+            origin=facts.origin,
+        )
     )
     finish: list[Step] = []
     if undo.has_tpm and undo_facts.change is not None:

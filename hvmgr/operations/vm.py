@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hvmgr.model.image_format import ImageFormat
     from hvmgr.model.plan import Plan
     from hvmgr.operations.adopt.release import Release
+    from hvmgr.operations.exchange.finding_exports import Found
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.session import Session
@@ -241,6 +242,14 @@ class VM:
 
         with self._work() as session:
             self._run(session, vms.plan_rename(session, name))
+
+    def find_export(self, dest: Path | str, options: ExportOptions | None = None) -> Found | None:
+        """What ``export`` would meet below ``dest``: a complete export of this kind, or None."""
+        from hvmgr.model.export_options import ExportOptions
+        from hvmgr.operations.exchange import finding_exports
+
+        with self._work() as session:
+            return finding_exports.find(session, Path(dest), options or ExportOptions())
 
     def export(self, dest: Path | str, options: ExportOptions | None = None) -> Path:
         """The VM, or one snapshot of it, as a folder below ``dest`` that is complete in itself; that folder.
@@ -486,6 +495,13 @@ class Snapshot:
                 session.forget_uses()
             self.vm._run(session, replacement.plan_apply(session, self.id, how), [self.id])  # noqa: SLF001
         return None if first is None else self.vm.snapshot(first)
+
+    def is_still_present(self, *, without_state: bool = False) -> bool:
+        """Whether applying it would change nothing: the VM is off, and provably what it was here."""
+        from hvmgr.operations import untouched
+
+        with self.vm._work(needs_present=False) as session:  # noqa: SLF001
+            return untouched.is_still(session, self.id, without_state=without_state)
 
     def delete(self, *, subtree: bool = False, state_only: bool = False, bandwidth: int | None = None) -> list[str]:
         """The snapshot is gone (with ``subtree`` all below it too); the ids of what was deleted.

@@ -11,6 +11,7 @@ into a guest's disk.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from hvmgr.model.layout import CONFIGURATIONS, Layout
 from hvmgr.model.manifest import Image as Listed
 from hvmgr.model.manifest import Manifest
 from hvmgr.model.maps import Entry, Used
-from hvmgr.model.metadata import Metadata, SavedState, SnapshotRecord
+from hvmgr.model.metadata import ImportOrigin, Metadata, SavedState, SnapshotRecord
 from hvmgr.storage import archives, durable, index, vm_home
 from hvmgr.storage.archives import Archive
 from hvmgr.storage.source_images import Finder, Missing, SourceImage
@@ -101,6 +102,12 @@ class SourceHome:
     def vm_id(self) -> str:
         """The id that it was written with."""
         return self.present.uuid
+
+    def as_origin(self, mode: str) -> ImportOrigin:
+        """What a VM that is made of it remembers; only an export never changes, and is known by what it says of itself."""
+        described = self.folder / manifest.FILE
+        digest = hashlib.sha256(described.read_bytes()).hexdigest() if self.is_export else None
+        return ImportOrigin(vm=self.vm_id, mode=mode, digest=digest)
 
     @property
     def layout(self) -> Layout:

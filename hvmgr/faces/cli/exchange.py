@@ -44,8 +44,10 @@ _HEADERS = ("", "Code", "Found", "What puts it right")
 @click.option("--format", "image_format", type=click.Choice(["qcow2", "raw", "vhd"]),
               help="The format of flattened disks (--snapshot, --snapshots none); vhd also of a whole tree.")  # fmt: skip
 @click.option("--no-checksums", is_flag=True, help="Hash nothing; where blocks are shared that makes it instant.")
+@click.option("--if-exists", type=click.Choice(["fail", "same", "keep"]), default="fail", show_default=True,
+              help="Where an export of this VM is there: same leaves it if nothing of the VM changed since, keep in any case.")  # fmt: skip
 @click.pass_obj
-def export(request: Request, /, vm: str, dest: Path | None, archive: str | None, **wishes: Any) -> None:
+def export(request: Request, /, vm: str, dest: Path | None, archive: str | None, if_exists: str, **wishes: Any) -> None:
     """Write a VM with its snapshots to a folder below DEST that is complete in itself.
 
     The folder is called after the VM and never replaces anything; it can be imported as often as wanted. The VM is only
@@ -56,23 +58,41 @@ def export(request: Request, /, vm: str, dest: Path | None, archive: str | None,
         what = "DEST or --archive FILE is missing" if dest is None else "DEST and --archive exclude each other"
         raise errors.UsageError(what, hint="see: hvmgr export --help")
     options = _options(wishes)
+    if archive is not None and if_exists == "same":
+        raise errors.UsageError(
+            "an archive cannot be compared with the VM", hint="give --if-exists keep, or export to a folder"
+        )
     if archive == "-":
         _require_pipe(request)
     with request.host() as host, request.changing():
         one = host.vm(vm)
         facts = {"id": one.id, "name": one.name}
         if archive is not None:
-            _to_archive(request, one, archive, options)
+            _to_archive(request, one, archive, options, keep=if_exists == "keep")
+            return
+        if if_exists != "fail" and (found := one.find_export(_absolute(str(dest)), options)) is not None:
+            if not (found.is_current or if_exists == "keep"):
+                raise errors.Conflict(
+                    f"{found.folder} is an export of {one.name}, which may have changed since",
+                    hint="export to another folder, remove that one, or keep it with --if-exists keep",
+                    path=str(found.folder),
+                )
+            facts_now = {"vm": facts, "export": str(found.folder)}
+            request.done(f"{found.folder} is there already", facts_now, changed=False)
             return
         made = one.export(_absolute(str(dest)), options)
         request.done(f"exported {one.name} to {made}", {"vm": facts, "export": str(made)})
 
 
-def _to_archive(request: Request, one: VM, archive: str, options: ExportOptions) -> None:
+def _to_archive(request: Request, one: VM, archive: str, options: ExportOptions, *, keep: bool) -> None:
     if archive == "-":
         one.export_archive(sys.stdout.fileno(), options)
         return
     file = _absolute(archive)
+    if keep and file.is_file():
+        facts = {"vm": {"id": one.id, "name": one.name}, "export": str(file)}
+        request.done(f"{file} is there already", facts, changed=False)
+        return
     one.export_archive(file, options)
     request.done(f"exported {one.name} to {file}", {"vm": {"id": one.id, "name": one.name}, "export": str(file)})
 

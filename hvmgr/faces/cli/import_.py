@@ -82,9 +82,13 @@ def _import_options(function: Callable[..., Any]) -> Callable[..., Any]:
                                                 "hvmgr import --plan web.yaml"])  # fmt: skip
 @click.argument("src", metavar="SRC", required=False, type=_FOLDER)
 @click.option("--plan", "file", type=_FOLDER, metavar="FILE", help="Everything from a plan that compare wrote.")
+@click.option("--if-exists", type=click.Choice(["fail", "same", "keep"]), default="fail", show_default=True,
+              help="Where the VM is there: same leaves it if SRC is what it was made of, keep in any case.")  # fmt: skip
 @_import_options
 @click.pass_context
-def import_command(context: click.Context, /, src: Path | None, file: Path | None, **options: Any) -> None:
+def import_command(
+    context: click.Context, /, src: Path | None, file: Path | None, if_exists: str, **options: Any
+) -> None:
     """Make a VM out of an export, a VM home, or a domain's XML.
 
     SRC is the folder, the folder above it, the configuration's file, or an archive of an export. All snapshots and saved states come along, and
@@ -93,6 +97,20 @@ def import_command(context: click.Context, /, src: Path | None, file: Path | Non
     request: Request = context.obj
     with request.host() as host, request.changing():
         plan = _plan(context, host, src, file, options)
+        if if_exists != "fail" and (there := plan.find_made()) is not None:
+            if not (if_exists == "keep" or plan.is_made(there)):
+                raise errors.Conflict(
+                    f"the VM {there.name} is there already, and was not made of {plan.source} in this way",
+                    hint="give the new one another name: --name NEW; or keep that one: --if-exists keep",
+                    vm=there.id,
+                )
+            facts = {
+                "vm": json_out.vm(there, request.state(there)),
+                "source": str(plan.source),
+                "mode": plan.mode.value,
+            }
+            request.done(f"{there.name} is there already", facts, changed=False)
+            return
         made = plan.run()
         facts = {"vm": json_out.vm(made, request.state(made)), "source": str(plan.source), "mode": plan.mode.value}
         request.done(f"imported {made.name} into {made.path}", facts)

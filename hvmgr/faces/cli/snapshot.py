@@ -220,6 +220,11 @@ def _replacement(function: Callable[..., Any]) -> Callable[..., Any]:
     """The options of apply and revert."""
     for option in (
         click.option(
+            "--if-needed",
+            is_flag=True,
+            help="Do nothing where the VM is off and still exactly what the snapshot holds.",
+        ),
+        click.option(
             "--discard-state", is_flag=True, help="Lose what the VM has in memory now; it is stopped at once."
         ),
         click.option("--no-undo", is_flag=True, help="Empty the undo slot; the present is lost."),
@@ -270,7 +275,13 @@ def revert(context: click.Context, /, vm: str, **how: bool) -> None:
         _apply(request, one, one.snapshot(parent), **how)
 
 
-def _apply(request: Request, one: VM, snapshot: Snapshot, *, snapshot_first: bool, no_undo: bool, **how: bool) -> None:
+def _apply(
+    request: Request, one: VM, snapshot: Snapshot, *, if_needed: bool, snapshot_first: bool, no_undo: bool, **how: bool
+) -> None:
+    if if_needed and snapshot.is_still_present(without_state=how["without_state"]):
+        facts = {"snapshot": json_out.snapshot(snapshot), "first": None}
+        request.done(f"{one.name} is what it was at snapshot '{snapshot.name}' already", facts, changed=False)
+        return
     if no_undo and not snapshot_first:
         request.require_consent(f"the present of {one.name} will be lost")
     if how["discard_state"]:

@@ -161,15 +161,21 @@ def _disks(texts: Sequence[str], *, in_place: bool) -> tuple[DiskSpecification, 
 @command.command("list", codes=READS, examples=["hvmgr vm list", "hvmgr vm list --owner anna --json"])
 @click.option("--owner", metavar="NAME", help="Only those that belong to NAME.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="Only those with this tag. Repeatable.")
+@click.option("--details", is_flag=True, help="With --json: of each VM all that 'vm show' says.")
 @click.pass_obj
-def show_list(request: Request, owner: str | None, tags: tuple[str, ...]) -> None:
+def show_list(request: Request, owner: str | None, tags: tuple[str, ...], *, details: bool) -> None:
     """List the VMs that have a home, by name.
 
     In a pipe each line holds name, state, id and home between tabs. The state is '-' (null in JSON) where libvirt cannot
     be asked.
     """
+    if details and not request.json:
+        raise errors.UsageError("--details is for --json", hint="hvmgr vm show VM says all of one VM")
     with request.host() as host:
         known = [one for one in host.vms() if _is_wanted(one, owner, tags)]
+        if details:
+            json_out.show({"details": [document for one in known if (document := _try_facts(request, one))]})
+            return
         found = [(one, request.state(one)) for one in known]
         if request.json:
             json_out.show({"vms": [json_out.vm(one, state) for one, state in found]})
@@ -229,8 +235,18 @@ def show(request: Request, vm: str) -> None:
     render.table(headers, rows, right=("Size", "On disk"))
 
 
+def _try_facts(request: Request, one: VM) -> dict[str, Any] | None:
+    """The facts of one of several; one whose home is damaged is told, and keeps nobody from the others."""
+    try:
+        return _facts(request, one)
+    except errors.HvmgrError as error:
+        render.notice(f"left out: {error}")
+        return None
+
+
 def _facts(request: Request, one: VM) -> dict[str, Any]:
     now, snapshots, tree = one.now(), one.snapshots(), one.tree()
+    above = next((snapshot for snapshot in snapshots if snapshot.id == now.parent), None)
     present = one.home.present()
     disks = []
     for disk in present.disks():
@@ -253,9 +269,13 @@ def _facts(request: Request, one: VM) -> dict[str, Any]:
         "created": units.to_rfc3339(facts.created),
         "owner": facts.owner,
         "tags": list(facts.tags),
+        "origin": None
+        if facts.origin is None
+        else {"vm": facts.origin.vm, "mode": facts.origin.mode, "digest": facts.origin.digest},
         "memory": present.memory,
         "vcpus": present.vcpus,
         "now": {"parent": now.parent, "disks": dict(now.disks)},
+        "snapshot": None if above is None else {"id": above.id, "name": above.name},
         "undo": one.can_undo(),
         "snapshots": len(snapshots),
         "policy": json_out.policy(facts.policy),

@@ -84,6 +84,7 @@ def take_in(
     return Intake(
         source=source,
         options=options,
+        origin=source.as_origin(options.mode),
         maps=maps,
         used=used,
         identity=who,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvmgr.model import maps
+from hvmgr import errors
+from hvmgr.model import manifest, maps
 from hvmgr.model.import_options import ImportOptions, Mode
 from hvmgr.model.maps import Maps
 from hvmgr.operations.exchange import compare
@@ -94,6 +95,27 @@ class ImportPlan:
     def run(self) -> VM:
         """The VM; raises the error of the first thing that stands in its way, and has then done nothing."""
         return self.host.import_vm(self.source, self.options())
+
+    def find_made(self) -> VM | None:
+        """The VM that has the name, or the folder, that this import would give; UsageError with ``replace``."""
+        if self.replace:
+            raise errors.UsageError(
+                "an import in the place of a VM always needs that VM: --if-exists would be ignored",
+                hint="leave out --if-exists",
+            )
+        if self.mode is not Mode.REGISTER:
+            return next((one for one in self.host.vms() if one.name == self.name), None)
+        there = next((one for one in self.host.vms() if one.path == self.source), None)
+        if there is None or there.home.facts().home != there.path or (there.path / manifest.FILE).exists():
+            return None  # a folder that was moved, or an export: nobody has registered it
+        return there if self.host.connection.find_domain(there.id) is not None else None
+
+    def is_made(self, vm: VM) -> bool:
+        """Whether a VM was made of this source in this mode; a registered folder is the VM."""
+        if self.mode is Mode.REGISTER:
+            return True
+        opened, _, _ = compare.read(self.source, self.options())
+        return vm.home.facts().origin == opened.as_origin(self.mode)
 
     def options(self) -> ImportOptions:
         """The plan as options."""

@@ -15,7 +15,7 @@ from hvmgr.model.identity import Identity
 from hvmgr.model.import_options import ImportOptions
 from hvmgr.model.layout import Layout
 from hvmgr.model.maps import Maps, Used
-from hvmgr.model.metadata import DiskRecord, Metadata, SavedState
+from hvmgr.model.metadata import DiskRecord, ImportOrigin, Metadata, SavedState
 from hvmgr.model.plan import Step
 from hvmgr.storage import frozen, images, vm_home
 from hvmgr.storage.source_home import SourceHome, SourceSnapshot
@@ -48,6 +48,7 @@ class Intake:
     )  # images of those that stand for the source's: their formats
     emulators: Mapping[str, Path] = field(default_factory=dict)  # this host's, by architecture
     converted: frozenset[str] = frozenset()  # VHDs that become qcow2
+    origin: ImportOrigin | None = None  # None: what the source itself was made of stays
     present_memory: Path | None = None  # where libvirt looks for the saved memory of the present, when it comes along
 
     # -- configurations ------------------------------------------------------------------------------------------------
@@ -138,6 +139,7 @@ class Intake:
             facts = Metadata(home=self.layout.home, uri=self.uri, created=self.now, disks=records)
         else:
             facts = self.identity.facts(self._without_dropped(old), home=self.layout.home, uri=self.uri)
+        facts = dataclasses.replace(facts, origin=self.origin or facts.origin)
         return dataclasses.replace(
             facts, owner=self.options.owner or facts.owner, tags=tuple(dict.fromkeys((*facts.tags, *self.options.tags)))
         )

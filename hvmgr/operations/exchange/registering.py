@@ -109,6 +109,7 @@ def _take_in(session: Session, comparison: Comparison) -> Intake:
     return Intake(
         source=source,
         options=comparison.options,
+        origin=source.as_origin(comparison.options.mode),
         maps=comparison.maps,
         used=comparison.used,
         identity=comparison.identity,

@@ -104,6 +104,7 @@ def test_bare_command_lists_the_groups(hvmgr):
 
 SHAPED = {
     "vm list": ["vm", "list"],
+    "vm list details": ["vm", "list", "--details"],
     "vm show": ["vm", "show", "VM"],
     "vm create": ["vm", "create", "shaped", "--network", "none"],
     "vm set": ["vm", "set", "shaped", "--automatic-snapshots", "on", "--schedule", "hourly"],

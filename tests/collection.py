@@ -1,0 +1,102 @@
+"""The Ansible collection as users get it: built, installed, and checked by ansible-test. For the tests and for ``bench``.
+
+``ansible-test`` makes virtual environments of its own from the Python package index, and fetches pip for them from a place
+of Ansible's. Here pip comes from the index too: a file in ansible-test's cache, where it looks first, installs that wheel.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent / "ansible"
+NAME = "hvmgr/hvmgr"
+PIP = "24.2"  # what ansible-test of ansible-core 2.17 to 2.19 asks for
+
+_GET_PIP = """\
+import subprocess, sys
+wheel = {wheel!r}
+sys.exit(subprocess.call([sys.executable, wheel + "/pip", "install", "--quiet", "--no-index", wheel]))
+"""
+
+
+def program(name):
+    """A program of Ansible's in the environment that runs the tests."""
+    return str(Path(sys.executable).parent / name)
+
+
+def environment(home, **more):
+    """Nothing of this machine's Ansible is seen or touched."""
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("ANSIBLE_", "PYTHON"))}
+    return {
+        **keep,
+        "HOME": str(home),
+        "ANSIBLE_HOME": str(home / "ansible"),
+        "ANSIBLE_NOCOLOR": "1",
+        "ANSIBLE_LOCALHOST_WARNING": "0",
+        "ANSIBLE_INVENTORY_UNPARSED_WARNING": "0",
+        "LC_ALL": "C.UTF-8",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        **more,
+    }
+
+
+def run(argv, *, cwd, home, timeout_s=300, **more):
+    """The finished process, its output as text."""
+    return subprocess.run(
+        [str(one) for one in argv],
+        cwd=cwd,
+        env=environment(home, **more),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        check=False,
+    )
+
+
+def build(folder, home):
+    """The archive that ``ansible-galaxy collection build`` makes in ``folder``."""
+    done = run([program("ansible-galaxy"), "collection", "build", "--output-path", folder], cwd=HERE, home=home)
+    assert done.returncode == 0, done.stderr
+    (archive,) = Path(folder).glob("hvmgr-hvmgr-*.tar.gz")
+    return archive
+
+
+def install(archive, folder, home):
+    """The folder to name in ANSIBLE_COLLECTIONS_PATH; nothing is asked of any server."""
+    argv = [program("ansible-galaxy"), "collection", "install", "--offline", archive, "--collections-path", folder]
+    done = run(argv, cwd=folder, home=home)
+    assert done.returncode == 0, done.stderr
+    return Path(folder)
+
+
+def copy(folder):
+    """The collection's files where ansible-test wants them: no repository, no link, and the two names above."""
+    target = Path(folder) / "ansible_collections" / NAME
+    shutil.copytree(HERE, target, ignore=shutil.ignore_patterns("output", "*.tar.gz", "__pycache__", "ruff.toml"))
+    return target
+
+
+def bring_pip(cache):
+    """ansible-test in this HOME finds a pip; ``cache`` is kept from one run to the next."""
+    wheels = Path(cache) / "wheels"
+    if not list(wheels.glob("pip-*.whl")):
+        argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, f"pip=={PIP}"]
+        subprocess.run([str(one) for one in argv], check=True, timeout=120, stdin=subprocess.DEVNULL)
+    (wheel,) = wheels.glob("pip-*.whl")
+    script = Path(cache) / ".ansible" / "test" / "cache" / f"get_pip_{PIP.replace('.', '_')}.py"
+    script.parent.mkdir(parents=True, exist_ok=True)
+    script.write_text(_GET_PIP.format(wheel=str(wheel)))
+
+
+def sanity(folder, cache, *names):
+    """One run of ``ansible-test sanity``, with all of its tests unless some are named."""
+    bring_pip(cache)
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    argv = [program("ansible-test"), "sanity", "--local", "--python", version, "--color", "no"]
+    argv += [word for name in names for word in ("--test", name)]
+    return run(argv, cwd=copy(folder), home=Path(cache), timeout_s=900)
