@@ -129,7 +129,7 @@ def _text() -> str:
         ours=_OURS,
         python=shlex.quote(sys.executable),
         hook=shlex.quote(str(hook)),
-        run=shlex.quote(str(settings.runtime_folder())),
-        config=shlex.quote(str(settings.config_folders()[0])),  # that of the system, whoever starts libvirt
-        index=shlex.quote(str(settings.index_folder())),
+        run=shlex.quote(str(settings.runtime_folder().absolute())),
+        config=shlex.quote(str(settings.config_folders()[0].absolute())),  # that of the system, whoever starts libvirt
+        index=shlex.quote(str(settings.index_folder().absolute())),
     )

@@ -88,3 +88,20 @@ def test_root_of_the_file_is_where_vms_go(hvmgr, configured, root, monkeypatch):
     configured(f"root: {root}/more\n")
     hvmgr.ok("vm", "create", "web", "--network", "none")
     assert (root / "more" / "web").is_dir()
+
+
+def test_saved_memory_is_compressed_as_the_file_or_the_option_says(hvmgr, vm, configured):
+    hvmgr.ok("vm", "start", vm)
+    try:
+        for text, option, is_compressed in (
+            ("", (), False),
+            ("compress: zstd\n", (), True),
+            ("compress: zstd\n", ("--compress", "none"), False),
+            ("compress: none\n", ("--compress", "zstd"), True),
+        ):
+            configured(text)
+            plan = hvmgr("snapshot", "create", vm, "--dry-run", "--json", *option).json["plan"]
+            steps = {one["step"] for one in plan["prepare"] + plan["finish"]}
+            assert ("CompressMemory" in steps) == is_compressed
+    finally:
+        hvmgr.ok("vm", "stop", vm, "--force")
