@@ -303,7 +303,9 @@ def remove_remains(path: Path) -> None:
 
 
 def _is_nothing(file: Path) -> bool:
-    return file.parent.name == PRIVATE and (file.name in {"lock", "give-way"} or file.name.startswith(durable.TEMPORARY))
+    return file.parent.name == PRIVATE and (
+        file.name in {"lock", "give-way"} or file.name.startswith(durable.TEMPORARY)
+    )
 
 
 def require_facts(present: Configuration) -> Metadata:
