@@ -274,7 +274,7 @@ def _take_at_start(one: VM, session: Session, policy: Policy) -> Deed:
             return _take(one, session, Origin.START, SnapshotType.STANDARD)
         except errors.Busy:
             raise
-        except (errors.Unsupported, errors.Conflict) as error:
+        except (errors.Unsupported, errors.Conflict, errors.NoSpace) as error:
             session.say(f"a snapshot of the disks alone is taken at the start of {one.name}: {error}")
     return _take(one, session, Origin.START, SnapshotType.DISK_ONLY)
 
