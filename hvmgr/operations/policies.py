@@ -76,13 +76,6 @@ def default_type(wanted: Policy, name: str) -> SnapshotType:
     return SnapshotType(wanted.type.value)
 
 
-def recovery_word(wanted: Policy) -> str:
-    """What ``--recovery`` would be given, with the snapshot's id."""
-    if wanted.recovery is None:
-        return NONE
-    return _REVERT if wanted.recovery.snapshot is None else f"{_REVERT}:{wanted.recovery.snapshot}"
-
-
 def say_lost_target(session: Session, gone: Collection[str]) -> None:
     """A snapshot that was to bring the VM back after a crash is deleted."""
     recovery = session.home.facts().policy.recovery

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hvmgr import errors
@@ -19,14 +19,17 @@ _POLL_S = 0.05
 
 
 @contextlib.contextmanager
-def held(path: Path, *, wait_s: float, what: str) -> Iterator[None]:
-    """Exclusive for this process; raises Busy when another one still has it after ``wait_s`` seconds."""
+def held(path: Path, *, wait_s: float, what: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Exclusive for this process; raises Busy when another one still has it after ``wait_s`` seconds.
+
+    ``on_wait`` is called once, when another one has it.
+    """
     deadline = time.monotonic() + wait_s
     while True:
         with durable.explained(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            _take(descriptor, deadline, what)
+            _take(descriptor, deadline, what, on_wait)
             if _is_same(descriptor, path):
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()}\n".encode())
@@ -57,11 +60,14 @@ def holder(path: Path) -> int | None:
     return None
 
 
-def _take(descriptor: int, deadline: float, what: str) -> None:
+def _take(descriptor: int, deadline: float, what: str, on_wait: Callable[[], None] | None) -> None:
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if on_wait is not None:
+                on_wait()
+                on_wait = None
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
                 raise errors.Busy(

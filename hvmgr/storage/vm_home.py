@@ -132,9 +132,8 @@ class VmHome:
         """Exclusive for one command; leftovers of dead commands are swept first."""
         if self.layout.configuration.exists():
             durable.make_folder(self.layout.private)  # a home that was moved may have come without hvmgr's own files
-        if locks.is_held(self.layout.lock):
-            self.ask_to_give_way()
-        with locks.held(self.layout.lock, wait_s=wait_s, what=f"the VM in {self.path}"):
+        what = f"the VM in {self.path}"
+        with locks.held(self.layout.lock, wait_s=wait_s, what=what, on_wait=self.ask_to_give_way):
             durable.remove(self.layout.give_way)
             if self.layout.configuration.exists():
                 for folder in self.layout.folders():
@@ -305,7 +304,9 @@ def remove_remains(path: Path) -> None:
 
 
 def _is_nothing(file: Path) -> bool:
-    return file.parent.name == PRIVATE and (file.name == "lock" or file.name.startswith(durable.TEMPORARY))
+    return file.parent.name == PRIVATE and (
+        file.name in {"lock", "give-way"} or file.name.startswith(durable.TEMPORARY)
+    )
 
 
 def require_facts(present: Configuration) -> Metadata:

@@ -81,7 +81,7 @@ def at_start(one: VM, started: datetime, now: datetime) -> Iterator[Deed]:
     with one._work() as session:  # noqa: SLF001 - as the operations of people do
         if session.state() in _ACTIVE and not one.home.entries():
             require_rest(session, now)
-            yield _take(one, session, Origin.START, _type_at_start(policy))
+            yield _take_at_start(one, session, policy)
 
 
 def after_stop(one: VM, told: str, stopped: datetime, now: datetime) -> Iterator[Deed]:
@@ -111,20 +111,25 @@ def on_schedule(one: VM, now: datetime) -> Iterator[Deed]:
         if state not in _ACTIVE and not has_written(session):
             _note(session, Diary(now, diary.read(session.layout).recoveries))
             return
-        require_rest(session, now)
-        if (depth := one.home.present_tree().depth()) > DEPTH_MAX:
-            raise errors.Conflict(
-                f"the disks of {one.name} stand on chains of {depth} images: no more are added automatically",
-                hint=f"delete snapshots, or keep fewer: hvmgr vm set {one.name} --keep N",
-            )
         try:
-            yield _take(one, session, Origin.SCHEDULE, SnapshotType(policy.type.value))
+            require_rest(session, now)
+            _require_short_chains(one)
+            deed = _take(one, session, Origin.SCHEDULE, SnapshotType(policy.type.value))
         except (errors.NoSpace, errors.HostFailed, errors.Busy, errors.Cancelled):
             raise  # the same turn is tried again
         except errors.HvmgrError:
             _note(session, Diary(now, diary.read(session.layout).recoveries))
             raise
         _note(session, Diary(now, diary.read(session.layout).recoveries))
+        yield deed
+
+
+def _require_short_chains(one: VM) -> None:
+    if (depth := one.home.present_tree().depth()) > DEPTH_MAX:
+        raise errors.Conflict(
+            f"the disks of {one.name} stand on chains of {depth} images: no more are added automatically",
+            hint=f"delete snapshots, or keep fewer: hvmgr vm set {one.name} --keep N",
+        )
 
 
 def prune(one: VM, now: datetime) -> Iterator[Deed]:
@@ -147,7 +152,7 @@ def merge_waiting(one: VM, now: datetime, stop: Callable[[], bool]) -> Iterator[
         waiting = merge.plan_merge(session)
         if not waiting.finish:
             return
-        if not session.is_active() and now - _last_written(session) < QUIET:
+        if not session.is_active() and abs(now - _last_written(session)) < QUIET:
             raise errors.Busy(f"{one.name} was at work a moment ago: its images are merged later")
         try:
             one._run(session, waiting)  # noqa: SLF001
@@ -259,9 +264,19 @@ def _delete(one: VM, session: Session, gone: list[str], now: datetime) -> Iterat
     yield _deed(one, Action.DELETED, f"deleted {', '.join(names)} of {one.name}", *gone)
 
 
-def _type_at_start(policy: Policy) -> SnapshotType:
-    """No agent answers yet; and the disks are at rest, as the guest left them when it was switched off."""
-    return SnapshotType.STANDARD if policy.type is SnapshotDefault.STANDARD else SnapshotType.DISK_ONLY
+def _take_at_start(one: VM, session: Session, policy: Policy) -> Deed:
+    """No agent answers yet; and the disks are at rest, as the guest left them when it was switched off.
+
+    That is why the disks alone do as well, where the memory cannot be saved.
+    """
+    if policy.type is SnapshotDefault.STANDARD:
+        try:
+            return _take(one, session, Origin.START, SnapshotType.STANDARD)
+        except errors.Busy:
+            raise
+        except (errors.Unsupported, errors.Conflict, errors.NoSpace) as error:
+            session.say(f"a snapshot of the disks alone is taken at the start of {one.name}: {error}")
+    return _take(one, session, Origin.START, SnapshotType.DISK_ONLY)
 
 
 def _is_due(one: VM, policy: Policy, now: datetime) -> bool:

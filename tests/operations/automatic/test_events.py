@@ -11,7 +11,7 @@ import pytest
 import hvmgr
 from hvmgr.model import plan
 from hvmgr.model.policy import Origin
-from hvmgr.operations import vms
+from hvmgr.operations import snapshots, vms
 from hvmgr.operations.automatic import acts
 from hvmgr.operations.automatic.worker import Action
 from hvmgr.storage import spool
@@ -111,7 +111,7 @@ def test_images_that_wait_are_merged_when_the_vm_has_been_off_for_a_while(bench,
     assert byte_at(vm.now().disks["hda"], 256 << 10) == 3
 
 
-def test_busy_vm_is_left_for_the_next_run(bench):
+def test_busy_vm_is_left_for_the_next_run_and_one_without_savable_memory_has_its_disks_taken(bench, monkeypatch):
     vm = bench.make()
     vm.set(**ON)
     bench.start()
@@ -120,7 +120,15 @@ def test_busy_vm_is_left_for_the_next_run(bench):
     assert [(name, error.code) for name, error in outcome.put_off] == [("web", "Busy")]
     assert (outcome.done, outcome.failed) == ([], [])
     assert bench.new() == []
+
+    def refuse(*_):
+        raise hvmgr.errors.Unsupported("no memory")
+
+    monkeypatch.setattr(snapshots, "require_memory", refuse)
     assert bench.done() == [Action.SNAPSHOT]
+    (taken,) = vm.snapshots()
+    assert (taken.type, taken.automatic) == (hvmgr.SnapshotType.DISK_ONLY, Origin.START)
+    assert any("disks alone is taken" in one for one in bench.said)
 
 
 def test_event_of_a_vm_that_was_released_is_settled(bench):
