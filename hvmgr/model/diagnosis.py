@@ -61,6 +61,7 @@ class Code(StrEnum):
     SNAPSHOT_MISSING = "snapshot-missing"
     MEMORY_MISSING = "memory-missing"
     MEMORY_STUCK = "memory-stuck"
+    GUEST_AT_REST = "guest-at-rest"
     ORPHAN = "orphan"
     QUARANTINED = "quarantined"
     START_ALLOWED = "start-allowed"
@@ -153,6 +154,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.SNAPSHOT_MISSING: _WARNING,
     Code.MEMORY_MISSING: _WARNING,
     Code.MEMORY_STUCK: _WARNING,
+    Code.GUEST_AT_REST: _WARNING,
     Code.ORPHAN: _WARNING,
     Code.QUARANTINED: _INFO,
     Code.START_ALLOWED: _INFO,

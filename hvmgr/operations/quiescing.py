@@ -32,7 +32,7 @@ def find_obstacle(session: Session, state: State) -> Obstacle | None:
 def settle_type(session: Session, state: State, wanted: SnapshotType) -> SnapshotType:
     """What kind of snapshot is taken, as far as that is known before anything is done; a fall-back is said.
 
-    The file systems of a VM that is off are at rest. Conflict when a production snapshot and nothing else is wanted, and
+    A VM that is off writes nothing, and nobody needs to help. Conflict when a production snapshot and nothing else is wanted, and
     something is in the way.
     """
     if wanted not in (SnapshotType.PRODUCTION, SnapshotType.PRODUCTION_ONLY):

@@ -11,7 +11,7 @@ from hvmgr.host.domain import State
 from hvmgr.model import configuration, diagnosis, metadata
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
-from hvmgr.operations import strangers, stuck_memory
+from hvmgr.operations import running_qemu, strangers, stuck_memory
 from hvmgr.operations.doctor import image_checks, surroundings
 from hvmgr.operations.doctor.surroundings import Known, Surroundings
 from hvmgr.operations.session import open_images
@@ -68,11 +68,17 @@ def guard(seen: Survey, known: Known | None) -> Iterator[Finding]:
 
 
 def memory(seen: Survey) -> Iterator[Finding]:
-    """Whether the VM's QEMU has lost the ability to save its memory."""
+    """Whether the VM's QEMU has lost the ability to save its memory, and whether its guest may stand still."""
     if stuck_memory.is_noted(seen.home.layout):
         sentence = f"QEMU failed to save the memory of {seen.name} in the background, and cannot save it any more"
         repair = "restart the VM: hvmgr vm stop, then vm start; until then: snapshot create --type disk-only"
         yield finding(Code.MEMORY_STUCK, sentence, seen.home.path, repair=repair)
+    if running_qemu.is_noted(seen.home.layout.guest_at_rest):
+        sentence = (
+            f"the file systems of {seen.name}'s guest may be at rest: its agent stayed silent when it was to wake them"
+        )
+        repair = f"see to its agent; every command on the VM asks it again; virsh destroy {seen.name} ends the guest"
+        yield finding(Code.GUEST_AT_REST, sentence, seen.home.path, repair=repair)
 
 
 def domain(seen: Survey, present: Part, around: Surroundings) -> Iterator[Finding]:

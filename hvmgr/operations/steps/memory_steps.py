@@ -139,10 +139,12 @@ def bring_up(session: Session, copies: Sequence[tuple[str, str]]) -> None:
 
 
 def _is_same_folder(one: Path, other: Path) -> bool:
-    """Whether all files in the folder of a TPM's state, some KiB, are the same."""
-    return _files(one) == _files(other) and all(
-        filecmp.cmp(one / name, other / name, shallow=False) for name in _files(one)
-    )
+    """Whether all files in the folder of a TPM's state, some KiB, are the same; not when one goes meanwhile."""
+    names = _files(one)
+    try:
+        return names == _files(other) and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+    except FileNotFoundError:
+        return False
 
 
 def _files(folder: Path) -> set[Path]:

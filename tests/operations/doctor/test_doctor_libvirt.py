@@ -355,12 +355,16 @@ def test_userfaultfd_is_allowed_after_it_was_asked_for(bench, machine):
     assert bench.host.repair(change_host=lambda _sentence: True) == []
 
 
-def test_memory_that_cannot_be_saved_any_more_is_told(bench, vm):
-    file = vm.home.layout.private / "stuck-memory"
+@pytest.mark.parametrize(
+    ("name", "code", "repair"),
+    [("stuck-memory", "memory-stuck", "restart"), ("guest-at-rest", "guest-at-rest", "agent")],
+)
+def test_what_is_noted_of_a_running_qemu_is_told(bench, vm, name, code, repair):
+    file = vm.home.layout.private / name
     file.write_text(f"{os.getpid()} {process.start_time(os.getpid())}\n")
-    assert "restart" in bench.one("memory-stuck", vm).repair
+    assert repair in bench.one(code, vm).repair
     file.write_text(f"{os.getpid()} 1\n")  # another QEMU has that number now
-    assert "memory-stuck" not in bench.codes(vm)
+    assert code not in bench.codes(vm)
 
 
 # --- VMs that were adopted --------------------------------------------------------------------------------------------
