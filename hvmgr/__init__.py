@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
     from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.reporter import Reporter
+    from hvmgr.operations.transfer.outgoing import Outgoing
+    from hvmgr.operations.transfer.vdis import Disks, Vdi
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
 
@@ -42,6 +44,7 @@ __all__ = [
     "AdoptOptions",
     "CloneOptions",
     "DiskSpecification",
+    "Disks",
     "ExportOptions",
     "Finding",
     "Host",
@@ -56,6 +59,7 @@ __all__ = [
     "ImportPlan",
     "Mode",
     "NetworkSpecification",
+    "Outgoing",
     "Plan",
     "Progress",
     "Release",
@@ -68,6 +72,7 @@ __all__ = [
     "Specification",
     "State",
     "Usage",
+    "Vdi",
     "__version__",
     "errors",
 ]
@@ -77,6 +82,7 @@ _HOMES = {
     "AdoptOptions": "hvmgr.operations.adopt.adoption",
     "CloneOptions": "hvmgr.operations.exchange.importing",
     "DiskSpecification": "hvmgr.model.specification",
+    "Disks": "hvmgr.operations.transfer.vdis",
     "ExportOptions": "hvmgr.model.export_options",
     "Finding": "hvmgr.model.finding",
     "Host": "hvmgr.operations.host",
@@ -91,6 +97,7 @@ _HOMES = {
     "ImportPlan": "hvmgr.operations.exchange.import_plan",
     "Mode": "hvmgr.model.import_options",
     "NetworkSpecification": "hvmgr.model.specification",
+    "Outgoing": "hvmgr.operations.transfer.outgoing",
     "Plan": "hvmgr.model.plan",
     "Progress": "hvmgr.model.progress",
     "Release": "hvmgr.operations.adopt.release",
@@ -103,6 +110,7 @@ _HOMES = {
     "Specification": "hvmgr.model.specification",
     "State": "hvmgr.host.domain",
     "Usage": "hvmgr.operations.usage",
+    "Vdi": "hvmgr.operations.transfer.vdis",
 }
 
 

@@ -20,6 +20,7 @@ PUBLIC = [
     "AdoptOptions",
     "CloneOptions",
     "DiskSpecification",
+    "Disks",
     "ExportOptions",
     "Finding",
     "Host",
@@ -34,6 +35,7 @@ PUBLIC = [
     "ImportPlan",
     "Mode",
     "NetworkSpecification",
+    "Outgoing",
     "Plan",
     "Progress",
     "Release",
@@ -47,6 +49,7 @@ PUBLIC = [
     "State",
     "Usage",
     "VM",
+    "Vdi",
     "__version__",
     "errors",
 ]

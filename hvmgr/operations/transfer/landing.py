@@ -54,7 +54,10 @@ def receive(session: Session, slot: str, stream: Incoming, *, force: bool) -> No
     what = f"disk {slot} of {session.home.name}"
     stream.require_meant(force=force)
     stream.require_fitting(
-        point.size, what, f"make it larger first: hvmgr disk resize {session.home.name} {slot} {stream.size}"
+        point.size,
+        what,
+        f"make it larger first: hvmgr disk resize {session.home.name} {slot} {stream.size}",
+        force=force,
     )
     stream.require_held(held(session.home, slot), what, force=force)
     one = _plan(session, slot, stream)
