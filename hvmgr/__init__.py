@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
     from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.reporter import Reporter
+    from hvmgr.operations.transfer.outgoing import Outgoing
+    from hvmgr.operations.transfer.vdis import Disks, Vdi
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
     from hvmgr.operations.watching import Happening
@@ -44,6 +46,7 @@ __all__ = [
     "AdoptOptions",
     "CloneOptions",
     "DiskSpecification",
+    "Disks",
     "ExportOptions",
     "Finding",
     "Happening",
@@ -60,6 +63,7 @@ __all__ = [
     "Mode",
     "NetworkSpecification",
     "Origin",
+    "Outgoing",
     "Plan",
     "Policy",
     "Progress",
@@ -73,6 +77,7 @@ __all__ = [
     "Specification",
     "State",
     "Usage",
+    "Vdi",
     "__version__",
     "errors",
 ]
@@ -82,6 +87,7 @@ _HOMES = {
     "AdoptOptions": "hvmgr.operations.adopt.adoption",
     "CloneOptions": "hvmgr.operations.exchange.importing",
     "DiskSpecification": "hvmgr.model.specification",
+    "Disks": "hvmgr.operations.transfer.vdis",
     "ExportOptions": "hvmgr.model.export_options",
     "Finding": "hvmgr.model.finding",
     "Happening": "hvmgr.operations.watching",
@@ -98,6 +104,7 @@ _HOMES = {
     "Mode": "hvmgr.model.import_options",
     "NetworkSpecification": "hvmgr.model.specification",
     "Origin": "hvmgr.model.policy",
+    "Outgoing": "hvmgr.operations.transfer.outgoing",
     "Plan": "hvmgr.model.plan",
     "Policy": "hvmgr.model.policy",
     "Progress": "hvmgr.model.progress",
@@ -111,6 +118,7 @@ _HOMES = {
     "Specification": "hvmgr.model.specification",
     "State": "hvmgr.host.domain",
     "Usage": "hvmgr.operations.usage",
+    "Vdi": "hvmgr.operations.transfer.vdis",
 }
 
 

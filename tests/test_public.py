@@ -20,6 +20,7 @@ PUBLIC = [
     "AdoptOptions",
     "CloneOptions",
     "DiskSpecification",
+    "Disks",
     "ExportOptions",
     "Finding",
     "Happening",
@@ -36,6 +37,7 @@ PUBLIC = [
     "Mode",
     "NetworkSpecification",
     "Origin",
+    "Outgoing",
     "Plan",
     "Policy",
     "Progress",
@@ -50,6 +52,7 @@ PUBLIC = [
     "State",
     "Usage",
     "VM",
+    "Vdi",
     "__version__",
     "errors",
 ]

@@ -141,7 +141,9 @@ def export(
 @click.argument("file", metavar="FILE|-", type=click.Path(allow_dash=True))
 @click.option("--format", "fmt", type=click.Choice(streams.FORMATS),
               help="Of the stream; without it what the name of FILE says, else vhd.")  # fmt: skip
-@click.option("--force", is_flag=True, help="Apply a delta although the disk does not hold what it starts from.")
+@click.option(
+    "--force", is_flag=True, help="Take a delta on something else, or raw bytes that look wrong, all the same."
+)
 @click.option("--progress", is_flag=True, help="Say how far it is, and how long it took, on stderr.")
 @click.pass_obj
 def import_(request: Request, vm: str, slot: str, file: str, fmt: str | None, *, force: bool, progress: bool) -> None:

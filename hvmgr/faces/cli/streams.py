@@ -47,19 +47,21 @@ def require_target(request: Request, target: str) -> None:
 
 def write(request: Request, stream: Outgoing, target: str, report: Report) -> None:
     """All of the stream into a new file, complete or not there, or to stdout."""
-    try:
-        if target == STANDARD:
-            sys.stdout.flush()
-            stream.send(sys.stdout.fileno(), report.sending(stream))
-            return
-        from hvmgr.os_errors import explained
-        from hvmgr.vhd import file
+    from hvmgr.os_errors import explained
 
-        path = absolute(target)
-        with file.created(path, mode=0o600) as made, explained(path):
-            stream.send(made.descriptor, report.sending(stream), sparse=True)
-    except BrokenPipeError as error:
-        raise errors.Cancelled("whoever was to read the disk has gone") from error
+    if target == STANDARD:
+        sys.stdout.flush()
+        with explained(Path("stdout")):
+            try:
+                stream.send(sys.stdout.fileno(), report.sending(stream))
+            except BrokenPipeError as error:
+                raise errors.Cancelled("whoever was to read the disk has gone") from error
+        return
+    from hvmgr.vhd import file
+
+    path = absolute(target)
+    with file.created(path, mode=0o600) as made, explained(path):
+        stream.send(made.descriptor, report.sending(stream), sparse=True)
 
 
 @contextlib.contextmanager

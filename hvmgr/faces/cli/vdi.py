@@ -123,7 +123,9 @@ def vdi_export(request: Request, pairs: Sequence[str], *, progress: bool) -> Non
 @click.command("vdi-import", cls=Command, codes=CHANGES, examples=["hvmgr vdi-import uuid=UUID filename=full.vhd format=vhd",
                                                     "hvmgr vdi-import uuid=UUID filename=delta.vhd format=vhd"])  # fmt: skip
 @_pairs
-@click.option("--force", is_flag=True, help="Apply a delta although the disk does not hold what it starts from.")
+@click.option(
+    "--force", is_flag=True, help="Take a delta on something else, or raw bytes that look wrong, all the same."
+)
 @_progress
 @click.pass_obj
 def vdi_import(request: Request, pairs: Sequence[str], *, force: bool, progress: bool) -> None:

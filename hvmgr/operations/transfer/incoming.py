@@ -71,7 +71,8 @@ class Arriving(Protocol):
 class Incoming:
     """A stream of a stated format; its first bytes are read when this is made.
 
-    ``length`` is that of the whole stream where it is known beforehand: a fixed VHD needs it. ``spool`` is a folder for
+    ``length`` is that of the whole stream where it is known for sure beforehand (not what a client announces that cannot
+    know it): a fixed VHD needs it, and a raw disk is held against it. ``spool`` is a folder for
     streams that cannot be read forward. ``to_end=False`` is for transports that stay open behind a VHD or a raw disk.
     """
 
@@ -120,8 +121,15 @@ class Incoming:
         """The point that must be there already; None for a full image."""
         return self._arriving.parent
 
-    def require_fitting(self, size: int, what: str, hint: str | None = None) -> None:
-        """Conflict when a disk of ``size`` bytes is too small for it."""
+    def require_fitting(self, size: int, what: str, hint: str | None = None, *, force: bool) -> None:
+        """Conflict when a disk of ``size`` bytes is too small for it, or raw bytes are fewer, which ``force`` lets through."""
+        if self.format is ImageFormat.RAW and self.size is not None and self.size < size and not force:
+            raise errors.Conflict(
+                f"{self.name} has {self.size} bytes, {what} has {size}: a part of it may be missing",
+                hint="--force takes it as it is, with zeros behind it",
+                held=self.size,
+                size=size,
+            )
         if self.size is not None and self.size > size:
             raise errors.Conflict(
                 f"{self.name} is a disk of {self.size} bytes, {what} has {size}", hint=hint, needed=self.size, size=size

@@ -25,7 +25,7 @@ from hvmgr.operations.steps import execution
 from hvmgr.operations.transfer import points
 from hvmgr.operations.transfer.incoming import Incoming
 from hvmgr.operations.transfer.points import Point
-from hvmgr.storage import contents, disk_snapshots, vm_home
+from hvmgr.storage import contents, disk_snapshots, frozen, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def receive(session: Session, slot: str, stream: Incoming, *, force: bool) -> No
     what = f"disk {slot} of {session.home.name}"
     stream.require_meant(force=force)
     stream.require_fitting(
-        point.size, what, f"make it larger first: hvmgr disk resize {session.home.name} {slot} {stream.size}"
+        point.size,
+        what,
+        f"make it larger first: hvmgr disk resize {session.home.name} {slot} {stream.size}",
+        force=force,
     )
     stream.require_held(held(session.home, slot), what, force=force)
     one = _plan(session, slot, stream)
@@ -78,6 +81,8 @@ def held(home: VmHome, slot: str) -> list[str]:
     found: list[str] = []
     empty = _empty(qemu_img.map(*point.top, force_share=True), len(point.chain))
     for number, (path, _) in enumerate(point.chain):
+        if frozen.is_changed(home.layout, path):
+            break
         found += names.get(str(path), [])
         known = contents.held(home.layout.contents, path)
         found += [known] if known else []

@@ -117,11 +117,11 @@ def receive(host: Host, shelf: Shelf, wanted: str, stream: Incoming, *, force: b
             _settle(host, shelf)
             one = _disk(host, shelf, wanted)
             stream.require_meant(force=force)
-            stream.require_fitting(one.size, name_of(one), "make a larger one: hvmgr vdi-create virtual-size=BYTES")
+            stream.require_fitting(one.size, name_of(one), "make a larger one with vdi-create", force=force)
             stream.require_held(_held(shelf, one), name_of(one), force=force)
             path = shelf.folder / shelf.new_image()
-            record = transfers.begin(f"what arrives for {name_of(one)}", [path])
             _make(path, one.size, below=None if stream.parent is None else one.image)
+            record = transfers.begin(f"what arrives for {name_of(one)}", [path])
         try:
             _fill(shelf, one, path, stream, host.reporter.progress)
             if stream.uuid is not None:
