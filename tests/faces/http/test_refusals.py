@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hvmgr import errors
 from tests.faces.http.conftest import MIB, pattern, raw_of, settled
 from tests.faces.http.test_transfers import PIB, put_head, snapshot_ref, vdi_of
 
@@ -224,3 +225,43 @@ def test_paths_and_methods(server):
     assert (refused.status, refused.headers["allow"]) == (405, "GET")
     assert server.curl(f"{server.url}/").status == 405
     assert server.curl(f"{server.url}/export_raw_vdi?vdi=a&vdi=b").status == 400
+
+
+def test_no_space(world, monkeypatch, place):
+    """Forced here; that a full disk says so is the business of the operations' own tests."""
+    server, session, vm = world
+
+    def full(_target, source, *_, **__):
+        source.read(1)
+        raise errors.NoSpace("no space left", hint="free some")
+
+    monkeypatch.setattr(server.service.disks, "take_in", full)
+    (place / "new").write_bytes(pattern(4 * MIB))
+    task = session.xenapi.task.create("import", "")
+    words = {"session_id": session.handle, "vdi": vdi_of(session, vm, "hda"), "task_id": task}
+    got = server.put(place / "new", "-H", "Expect: 100-continue", **words)
+    assert (got.status, got.text) == (507, "SR_FULL: no space left (free some)\n")
+    assert settled(session, task)["error_info"] == ["SR_FULL", "no space left (free some)"]
+
+
+def test_disk_that_another_command_works_on(world, bench):
+    server, session, vm = world
+    ref = vdi_of(session, vm, "hda")
+    server.service.disks._wait_s = 0
+    task = session.xenapi.task.create("export", "")
+    with bench.host.vm(vm.name).home.locked(wait_s=60):
+        got = server.curl(server.export_link(session_id=session.handle, vdi=ref, task_id=task))
+    assert (got.status, got.text.partition(":")[0]) == (409, "VDI_IN_USE")
+    assert settled(session, task)["error_info"][0] == "VDI_IN_USE"
+
+
+def test_defect_is_told_to_the_log_alone(world, monkeypatch):
+    server, session, vm = world
+    task = session.xenapi.task.create("export", "")
+    words = {"session_id": session.handle, "vdi": vdi_of(session, vm, "hda"), "task_id": task}
+    monkeypatch.setattr(server.service.disks, "exported", lambda *_: 1 / 0)
+    got = server.curl(server.export_link(**words))
+    assert got.status == 500
+    assert "division" not in got.text
+    assert "division" in server.told("defect")[0]["error"]
+    assert settled(session, task)["error_info"][0] == "INTERNAL_ERROR"
