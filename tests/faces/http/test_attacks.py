@@ -218,6 +218,7 @@ class TestCrowds:
             assert all(pool.map(down, range(49)))
             assert up.result().code == 0
         assert server.curl(server.export_link(session_id=session.handle, vdi=free)).body == new
+        server.await_rest()
         bench.check(vm)
 
     def test_memory_does_not_grow_with_the_disk(self, server, bench, place):
@@ -303,6 +304,7 @@ class TestEnds:
         assert settled(session, tasks[1])["error_info"][0] == "IMPORT_ERROR_PREMATURE_EOF"
         assert not any(server.curl(server.export_link(session_id=session.handle, vdi=free)).body)
         session.xenapi.VDI.destroy(free)
+        server.await_rest()
         bench.check(vm)
 
     def test_server_is_stopped(self, half, bench):
@@ -362,3 +364,13 @@ def test_everything_goes_through_tls(start, bench, certificate, place):
     assert b"HTTP" not in server.talk(b"")  # a handshake that never comes
     server.server.reload()
     assert server.curl(f"{server.url}/x").status == 404
+
+
+def test_client_that_comes_back_at_once_finds_the_disk_free(server, bench, place):
+    vm = bench.make(4)
+    session = server.login()
+    ref = vdi_of(session, vm, "hda")
+    (place / "new").write_bytes(pattern(4 * MIB))
+    for _ in range(5):
+        assert server.curl(server.export_link(session_id=session.handle, vdi=ref)).code == 0
+        assert server.put(place / "new", session_id=session.handle, vdi=ref).code == 0

@@ -151,8 +151,10 @@ def test_running_vm_takes_nothing_in_but_goes_out(world, bench):
     monday = snapshot_ref(session, "monday")
     got = server.curl(server.export_link(session_id=session.handle, vdi=ref, base=monday, format="vhd"))
     assert (got.status, got.code, len(got.body)) == (200, 0, int(got.headers["content-length"]))
+    server.await_rest()
     vm.stop(force=True)
     assert server.curl(server.export_link(session_id=session.handle, vdi=ref)).body == raw_of(vm)
+    server.await_rest()
     bench.check(vm)
 
 
