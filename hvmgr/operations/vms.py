@@ -14,7 +14,7 @@ from hvmgr.model.tree import Image, Keeper, Tree
 from hvmgr.operations import snapshots, undo_slot
 from hvmgr.operations.exchange import gold
 from hvmgr.operations.session import Session
-from hvmgr.storage import start_guard
+from hvmgr.storage import start_guard, transfers, vm_home
 
 _POLL_S = 0.2
 
@@ -30,6 +30,7 @@ def start(session: Session) -> bool:
         domain.resume()
         return True
     present = session.home.present()
+    transfers.require_none(vm_home.disks_of(present).values())  # QEMU would say it in its own words
     allowed = start_guard.is_allowed(session.layout)
     if not allowed:
         _require_startable(session, present)

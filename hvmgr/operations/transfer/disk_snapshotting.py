@@ -48,6 +48,7 @@ def destroy(session: Session, one: DiskSnapshot) -> None:
         session, disk_snapshots.file_of(session.layout, one.uuid), path, disk_snapshots.name_of(one), subject
     )
     session.require_approval(made)
+    session.forget_uses()  # the record is one of them until it goes
     execution.run(session, made)
 
 

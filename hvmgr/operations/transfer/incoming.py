@@ -71,7 +71,8 @@ class Arriving(Protocol):
 class Incoming:
     """A stream of a stated format; its first bytes are read when this is made.
 
-    ``length`` is that of the whole stream where it is known beforehand: a fixed VHD needs it. ``spool`` is a folder for
+    ``length`` is that of the whole stream where it is known for sure beforehand (not what a client announces that cannot
+    know it): a fixed VHD needs it, and a raw disk that is smaller than the one that takes it. ``spool`` is a folder for
     streams that cannot be read forward. ``to_end=False`` is for transports that stay open behind a VHD or a raw disk.
     """
 

@@ -25,7 +25,7 @@ from hvmgr.operations.steps import execution
 from hvmgr.operations.transfer import points
 from hvmgr.operations.transfer.incoming import Incoming
 from hvmgr.operations.transfer.points import Point
-from hvmgr.storage import contents, disk_snapshots, vm_home
+from hvmgr.storage import contents, disk_snapshots, frozen, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def held(home: VmHome, slot: str) -> list[str]:
     found: list[str] = []
     empty = _empty(qemu_img.map(*point.top, force_share=True), len(point.chain))
     for number, (path, _) in enumerate(point.chain):
+        if frozen.is_changed(home.layout, path):
+            break
         found += names.get(str(path), [])
         known = contents.held(home.layout.contents, path)
         found += [known] if known else []

@@ -11,4 +11,4 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_killed_transfer_is_undone_or_completed(crash_run, shape, every):
-    crash_run(shape, every(4, shape))
+    crash_run(shape, every(12, shape))

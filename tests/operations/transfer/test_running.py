@@ -42,6 +42,11 @@ def wanted(data, *writes):
 
 def test_running_disk_is_sent_as_it_is_at_one_moment(bench, running) -> None:
     vm, one = running, bench.disk_of(running, snapshot="one")
+    before = dict(running.now().disks)
+    for wishes in ({"base": "nine"}, {"base": "one", "format": RAW}):
+        with pytest.raises(errors.HvmgrError):
+            running.export_disk("hda", **wishes)
+    assert dict(running.now().disks) == before
     full = bench.send(vm, "full.vhd", snapshot="one")
     assert raw_of(full, "vpc") == one
     guest_writes(bench, vm, 0x22, MIB)
@@ -55,34 +60,16 @@ def test_running_disk_is_sent_as_it_is_at_one_moment(bench, running) -> None:
     assert bench.send(vm, "now.raw", format=RAW).read_bytes() == wanted(now, (0x33, 2 * MIB))
     with pytest.raises(errors.Conflict, match="is running"):
         bench.take(vm, delta)
+    disks = bench.host.disks
+    alone = disks.snapshot(vm.home.facts().disks[0].id)
+    guest_writes(bench, vm, 0x44, 2 * MIB)
+    with disks.export(alone) as stream:
+        assert b"".join(map(bytes, stream.chunks())) == wanted(now, (0x33, 2 * MIB))
+    disks.destroy(alone)
+    assert vm.state() is State.RUNNING
     assert [one.name for one in vm.snapshots()] == ["one"]
     vm.stop(force=True)
     vm.merge()
     assert len(vm.tree().chain(vm.now().disks["hda"])) == 2
-    assert bench.disk_of(vm) == wanted(now, (0x33, 2 * MIB))
+    assert bench.disk_of(vm) == wanted(now, (0x44, 2 * MIB))
     bench.check(vm)
-
-
-def test_running_disk_is_snapshotted_alone(bench, running) -> None:
-    vm, disks = running, bench.host.disks
-    one, disk = bench.disk_of(vm, snapshot="one"), vm.home.facts().disks[0].id
-    guest_writes(bench, vm, 0x22, MIB)
-    alone = disks.snapshot(disk)
-    guest_writes(bench, vm, 0x33, MIB)
-    with disks.export(alone) as stream:
-        assert b"".join(map(bytes, stream.chunks())) == wanted(one, (0x22, MIB))
-    disks.destroy(alone)
-    assert vm.state() is State.RUNNING
-    vm.stop(force=True)
-    vm.merge()
-    assert bench.disk_of(vm) == wanted(one, (0x33, MIB))
-    assert len(vm.tree().chain(vm.now().disks["hda"])) == 2
-    bench.check(vm)
-
-
-def test_refused_export_leaves_a_running_vm_as_it_is(bench, running) -> None:
-    before = dict(running.now().disks)
-    for wishes in ({"base": "nine"}, {"base": "one", "format": RAW}):
-        with pytest.raises(errors.HvmgrError):
-            running.export_disk("hda", **wishes)
-    assert dict(running.now().disks) == before

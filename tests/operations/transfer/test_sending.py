@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import threading
 from pathlib import Path
@@ -63,27 +65,28 @@ def test_whole_disk_in_every_format(bench, base) -> None:
     bench.check(vm)
 
 
-@pytest.mark.parametrize(
-    ("point", "base", "blocks"),
-    [
-        ("two", "one", 1),
-        ("three", "one", 3),
-        ("three", "two", 2),
-        (None, "left", 1),
-        (None, "one", 2),
-        ("left", "three", 4),  # siblings: what either of them changed
-        (None, "two", 2),
-        ("one", "three", 3),  # back in time
-    ],
-)
-def test_delta_between_any_two_points(bench, tree, point, base, blocks) -> None:
-    full = bench.send(tree, "full.vhd", snapshot=base)
-    delta = bench.send(tree, "delta.vhd", snapshot=point, base=base)
-    assert by_codec(chain_of(bench.place / "stored", full, delta)) == bench.disk_of(tree, snapshot=point)
-    assert by_libvhdi(full, delta) == bench.disk_of(tree, snapshot=point)
-    with vhd.open_image(delta) as image, vhd.open_image(full) as below:
-        assert image.parent_uid == below.uid
-    assert delta.stat().st_size == 3072 + 512 + blocks * (512 + 2 * MIB)
+PAIRS = [
+    ("two", "one", 1),
+    ("three", "one", 3),
+    ("three", "two", 2),
+    (None, "left", 1),
+    (None, "one", 2),
+    ("left", "three", 4),  # siblings: what either of them changed
+    (None, "two", 2),
+    ("one", "three", 3),  # back in time
+]
+
+
+def test_delta_between_any_two_points(bench, tree) -> None:
+    wanted = {name: bench.disk_of(tree, snapshot=name) for name in ("one", "two", "three", "left", None)}
+    for number, (point, base, blocks) in enumerate(PAIRS):
+        full = bench.send(tree, "full.vhd", snapshot=base)
+        delta = bench.send(tree, "delta.vhd", snapshot=point, base=base)
+        assert by_codec(chain_of(bench.place / f"stored{number}", full, delta)) == wanted[point]
+        assert by_libvhdi(full, delta) == wanted[point]
+        with vhd.open_image(delta) as image, vhd.open_image(full) as below:
+            assert image.parent_uid == below.uid
+        assert delta.stat().st_size == 3072 + 512 + blocks * (512 + 2 * MIB)
 
 
 def test_streams_and_ids_are_always_the_same(bench, tree) -> None:
@@ -212,6 +215,22 @@ def test_disk_larger_than_a_vhd_goes_as_qcow2(bench) -> None:
     assert "verification failed" not in shown
 
 
+def test_one_disk_is_sent_several_times_at_once(bench, tree) -> None:
+    wanted = {snapshot: bench.disk_of(tree, snapshot=snapshot) for snapshot in ("two", None)}
+    with contextlib.ExitStack() as stack:
+        streams = {
+            (snapshot, number): stack.enter_context(tree.export_disk("hda", snapshot=snapshot, format=RAW)).chunks()
+            for snapshot in wanted
+            for number in range(3)
+        }
+        got = dict.fromkeys(streams, b"")
+        for pieces in itertools.zip_longest(*streams.values(), fillvalue=b""):
+            for key, piece in zip(streams, pieces, strict=True):
+                got[key] += bytes(piece)
+    for (snapshot, _), data in got.items():
+        assert data == wanted[snapshot]
+
+
 def test_nothing_that_is_sent_is_removed_merged_or_started_on(bench, tree) -> None:
     wanted = bench.disk_of(tree, snapshot="two")
     with tree.export_disk("hda", snapshot="two", format=RAW) as stream:
@@ -223,7 +242,7 @@ def test_nothing_that_is_sent_is_removed_merged_or_started_on(bench, tree) -> No
         assert b"".join(map(bytes, stream.chunks())) == wanted
     with tree.export_disk("hda", format=RAW):
         bench.without_screen(tree)
-        with pytest.raises(errors.HvmgrError):
+        with pytest.raises(errors.Busy, match="is needed by the transfer of disk hda of web by process"):
             tree.start()
         with pytest.raises(errors.Conflict, match="in use by"):
             tree.create_snapshot("busy")
