@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 _MOST_NOTES = 50
+_MOMENT_S = 5.0
 _OPERATIONS = {
     Kind.SLOT: ("snapshot", "import", "export"),
     Kind.SNAPSHOT: ("export",),
@@ -80,7 +81,8 @@ class Disks:
     def destroy(self, ref: str) -> None:
         """A free disk or a snapshot of one disk is gone. What this server still sends of it is waited for."""
         uuid = self.get(ref).uuid
-        self._await_sent(uuid)
+        if not self._is_let_go(uuid, self._wait_s):
+            raise XenFailure("VDI_IN_USE", REF + uuid, "a transfer still sends it", status=HTTPStatus.CONFLICT)
         with self._host() as host:
             host.disks.destroy(uuid)
         with self._lock:
@@ -119,6 +121,7 @@ class Disks:
     def writable(self, vdi: str, reporter: Reporter) -> Vdi:
         """The disk, which can take something in now; raises what speaks against that."""
         one = self.get(vdi)
+        self._is_let_go(one.uuid, min(self._wait_s, _MOMENT_S))  # an export that goes on is refused by the disk itself
         with self._host(reporter) as host:
             host.disks.require_importable(one.uuid)
         return one
@@ -158,14 +161,13 @@ class Disks:
                 self._sending += Counter()  # those that are 0 go
                 self._let_go.notify_all()
 
-    def _await_sent(self, uuid: str) -> None:
-        """A client that has the last byte may destroy the disk, although it is about to be let go only now."""
-        until = time.monotonic() + self._wait_s
+    def _is_let_go(self, uuid: str, wait_s: float) -> bool:
+        """Whether nothing here sends the disk any more. A client that has the last byte may be back before it is let go."""
+        until = time.monotonic() + wait_s
         with self._let_go:
             while self._sending[uuid] and (left := until - time.monotonic()) > 0:
                 self._let_go.wait(left)
-            if self._sending[uuid]:
-                raise XenFailure("VDI_IN_USE", REF + uuid, "a transfer still sends it")
+            return not self._sending[uuid]
 
     def _record(self, one: Vdi, known: Sequence[Vdi]) -> dict[str, Any]:
         is_snapshot = one.snapshot_of is not None

@@ -6,7 +6,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hvmgr.model.user import Role, User
 
@@ -29,7 +29,6 @@ class Session:
     opened: float
     used: float
     originator: str = ""
-    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     @property
     def name(self) -> str:

@@ -86,6 +86,13 @@ class Running:
         lines = [json.loads(line) for line in self.log.getvalue().splitlines()]
         return [line for line in lines if what in {None, line["what"]}]
 
+    def await_rest(self):
+        """All transfers have let go of their disks, which is a moment after the last byte."""
+        until = time.monotonic() + PATIENCE_S
+        while any(record["status"] == "pending" for record in self.service.tasks.records().values()):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
     # -- clients ---------------------------------------------------------------------------------------------------
 
     def login(self, name="anna", password=PASSWORD):

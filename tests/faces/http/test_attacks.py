@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import resource
 import subprocess
@@ -23,12 +22,15 @@ from hvmgr.model.image_format import ImageFormat
 from tests.faces.http.conftest import MIB, PATIENCE_S, parse_answer, pattern, post, raw_of, read_all, settled
 from tests.faces.http.test_transfers import PIB, put_head, vdi_of
 
-HASTY = Limits(head_s=0.3, body_s=0.3, idle_s=0.3, stall_s=0.5, linger_s=0.3)
+HASTY = Limits(head_s=1.5, body_s=1.5, idle_s=1.5, linger_s=0.3)
 
 
 def is_served(server):
-    """Whether everybody else is."""
-    return "result" in server.json("system.listMethods")
+    """Whether everybody else is; a busy machine may be too slow for a hasty server."""
+    return any(b'"result"' in server.talk(_CALL) for _ in range(5))
+
+
+_CALL = post("/jsonrpc", b'{"method": "system.listMethods", "params": [], "id": 1}', "Connection: close")
 
 
 class TestSlow:
@@ -44,7 +46,7 @@ class TestSlow:
         assert server.talk(post("/jsonrpc", b"x" * 100)[:-50]).startswith(b"HTTP/1.1 408 ")
 
     def test_drops_do_not_help(self, start):
-        server = start(limits=dataclasses.replace(HASTY, head_s=0.5))
+        server = start(limits=HASTY)
         with server.connected() as one:
             with contextlib.suppress(ConnectionError):
                 for byte in b"GET /export_raw_vdi?vdi=abcdefghijklmnopqrstuvwxyz HTTP/1.1\r\n":
@@ -53,7 +55,7 @@ class TestSlow:
             assert read_all(one).startswith(b"HTTP/1.1 408 ")
 
     def test_transfer_that_does_not_move(self, start, bench):
-        server = start(limits=HASTY)
+        server = start(limits=Limits(stall_s=1.5))
         vm = bench.make(32)
         bench.write(vm, 5, length=32 * MIB)
         session = server.login()
@@ -187,8 +189,7 @@ class TestCrowds:
         server = start(connections=4)
         with contextlib.ExitStack() as stack:
             held = [stack.enter_context(server.connected()) for _ in range(8)]
-            told = [one for one in held if _says_full(one)]
-            assert 5 <= len(told) <= 8 - 1  # nobody gets more than three quarters
+            assert all(read_all(one).startswith(b"HTTP/1.1 503 ") for one in held[3:])  # an address gets three quarters
         until = time.monotonic() + PATIENCE_S
         while len(server.server._threads):
             assert time.monotonic() < until
@@ -217,6 +218,7 @@ class TestCrowds:
             assert all(pool.map(down, range(49)))
             assert up.result().code == 0
         assert server.curl(server.export_link(session_id=session.handle, vdi=free)).body == new
+        server.await_rest()
         bench.check(vm)
 
     def test_memory_does_not_grow_with_the_disk(self, server, bench, place):
@@ -236,14 +238,6 @@ class TestCrowds:
             )
         assert server.put(big, session_id=session.handle, vdi=ref).code == 0
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 48 << 10  # KiB; the disk has 128 MiB
-
-
-def _says_full(one):
-    one.settimeout(0.5)
-    try:
-        return one.recv(100).startswith(b"HTTP/1.1 503 ")
-    except TimeoutError:
-        return False
 
 
 class TestGuesses:
@@ -310,6 +304,7 @@ class TestEnds:
         assert settled(session, tasks[1])["error_info"][0] == "IMPORT_ERROR_PREMATURE_EOF"
         assert not any(server.curl(server.export_link(session_id=session.handle, vdi=free)).body)
         session.xenapi.VDI.destroy(free)
+        server.await_rest()
         bench.check(vm)
 
     def test_server_is_stopped(self, half, bench):
@@ -355,7 +350,7 @@ def certificate(tmp_path_factory):
 
 
 def test_everything_goes_through_tls(start, bench, certificate, place):
-    server = start(tls=certificate, limits=dataclasses.replace(HASTY, stall_s=60.0))
+    server = start(tls=certificate, limits=Limits(head_s=5.0))
     vm = bench.make(4)
     session = server.login()
     ref = vdi_of(session, vm, "hda")
@@ -369,3 +364,13 @@ def test_everything_goes_through_tls(start, bench, certificate, place):
     assert b"HTTP" not in server.talk(b"")  # a handshake that never comes
     server.server.reload()
     assert server.curl(f"{server.url}/x").status == 404
+
+
+def test_client_that_comes_back_at_once_finds_the_disk_free(server, bench, place):
+    vm = bench.make(4)
+    session = server.login()
+    ref = vdi_of(session, vm, "hda")
+    (place / "new").write_bytes(pattern(4 * MIB))
+    for _ in range(5):
+        assert server.curl(server.export_link(session_id=session.handle, vdi=ref)).code == 0
+        assert server.put(place / "new", session_id=session.handle, vdi=ref).code == 0

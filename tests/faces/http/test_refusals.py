@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from hvmgr import errors
 from tests.faces.http.conftest import MIB, pattern, raw_of, settled
 from tests.faces.http.test_transfers import PIB, put_head, snapshot_ref, vdi_of
 
@@ -18,63 +19,64 @@ def world(server, bench):
     return server, server.login(), vm
 
 
-@pytest.mark.parametrize(
-    ("asked", "status", "code"),
-    [
-        ({"format": "tar"}, 400, "INTERNAL_ERROR"),
-        ({"format": "../../etc"}, 400, "INTERNAL_ERROR"),
-        ({"vdi": None}, 400, "VDI_MISSING"),
-        ({"vdi": NOBODY}, 404, "UUID_INVALID"),
-        ({"vdi": f"OpaqueRef:{NOBODY}"}, 404, "HANDLE_INVALID"),
-        ({"vdi": "../../etc/passwd"}, 404, "UUID_INVALID"),
-        ({"base": NOBODY, "format": "vhd"}, 404, "UUID_INVALID"),
-        ({"base": "MONDAY", "format": "raw"}, 400, "INVALID_VALUE"),
-        ({"base": "MONDAY", "format": "qcow2"}, 400, "INVALID_VALUE"),
-        ({"base": "OTHER", "format": "vhd"}, 400, "INVALID_VALUE"),
-        ({"chunked": "true"}, 400, "INTERNAL_ERROR"),
-    ],
-)  # fmt: skip
-def test_export(world, bench, asked, status, code):
+EXPORTS = [
+    ({"format": "tar"}, 400, "INTERNAL_ERROR"),
+    ({"format": "../../etc"}, 400, "INTERNAL_ERROR"),
+    ({"vdi": None}, 400, "VDI_MISSING"),
+    ({"vdi": NOBODY}, 404, "UUID_INVALID"),
+    ({"vdi": f"OpaqueRef:{NOBODY}"}, 404, "HANDLE_INVALID"),
+    ({"vdi": "../../etc/passwd"}, 404, "UUID_INVALID"),
+    ({"base": NOBODY, "format": "vhd"}, 404, "UUID_INVALID"),
+    ({"base": "MONDAY", "format": "raw"}, 400, "INVALID_VALUE"),
+    ({"base": "MONDAY", "format": "qcow2"}, 400, "INVALID_VALUE"),
+    ({"base": "OTHER", "format": "vhd"}, 400, "INVALID_VALUE"),
+    ({"chunked": "true"}, 400, "INTERNAL_ERROR"),
+]  # fmt: skip
+
+
+def test_export(world, bench):
     server, session, vm = world
-    task = session.xenapi.task.create("export", "")
-    words = {"vdi": vdi_of(session, vm, "hda"), **asked}
-    if words.get("base") == "MONDAY":
-        words["base"] = snapshot_ref(session, "monday")
-    elif words.get("base") == "OTHER":
-        words["base"] = vdi_of(session, bench.make(4, name="other"), "hda")
-    words = {name: value for name, value in words.items() if value is not None}
-    got = server.curl(server.export_link(session_id=session.handle, task_id=task, **words))
-    assert (got.status, got.headers["content-type"]) == (status, "text/plain; charset=utf-8")
-    assert got.text.startswith(code)
-    record = settled(session, task)
-    assert (record["status"], record["error_info"][0]) == ("failure", code)
+    other = bench.make(4, name="other")
+    for asked, status, code in EXPORTS:
+        task = session.xenapi.task.create("export", "")
+        words = {"vdi": vdi_of(session, vm, "hda"), **asked}
+        if words.get("base") == "MONDAY":
+            words["base"] = snapshot_ref(session, "monday")
+        elif words.get("base") == "OTHER":
+            words["base"] = vdi_of(session, other, "hda")
+        words = {name: value for name, value in words.items() if value is not None}
+        got = server.curl(server.export_link(session_id=session.handle, task_id=task, **words))
+        assert (got.status, got.headers["content-type"]) == (status, "text/plain; charset=utf-8")
+        assert got.text.startswith(code)
+        record = settled(session, task)
+        assert (record["status"], record["error_info"][0]) == ("failure", code)
 
 
-@pytest.mark.parametrize(
-    ("asked", "status", "code"),
-    [
-        ({"format": "zip"}, 400, "INTERNAL_ERROR"),
-        ({"chunked": "true", "format": "vhd"}, 400, "INTERNAL_ERROR"),
-        ({"vdi": None}, 400, "VDI_MISSING"),
-        ({"vdi": NOBODY}, 404, "UUID_INVALID"),
-        ({"vdi": None, "sr_uuid": NOBODY}, 404, "HANDLE_INVALID"),
-        ({"vdi": None, "sr_id": "SR", "format": "vhd"}, 400, "INTERNAL_ERROR"),
-        ({"vdi": "MONDAY"}, 409, "OPERATION_NOT_ALLOWED"),
-        ({}, 400, "VDI_TOO_SMALL"),
-    ],
-)  # fmt: skip
-def test_import_before_the_answer(world, bench, asked, status, code):
+BEFORE = [
+    ({"format": "zip"}, 400, "INTERNAL_ERROR"),
+    ({"chunked": "true", "format": "vhd"}, 400, "INTERNAL_ERROR"),
+    ({"vdi": None}, 400, "VDI_MISSING"),
+    ({"vdi": NOBODY}, 404, "UUID_INVALID"),
+    ({"vdi": None, "sr_uuid": NOBODY}, 404, "HANDLE_INVALID"),
+    ({"vdi": None, "sr_id": "SR", "format": "vhd"}, 400, "INTERNAL_ERROR"),
+    ({"vdi": "MONDAY"}, 409, "OPERATION_NOT_ALLOWED"),
+    ({}, 400, "VDI_TOO_SMALL"),
+]  # fmt: skip
+
+
+def test_import_before_the_answer(world, bench):
     server, session, vm = world
     before = bench.photo(vm)
-    task = session.xenapi.task.create("import", "")
-    words = {"vdi": vdi_of(session, vm, "hda"), **asked}
-    for name, value in words.items():
-        words[name] = {"MONDAY": snapshot_ref(session, "monday"), "SR": server.service.place.sr}.get(value, value)
-    words = {name: value for name, value in words.items() if value is not None}
-    got = server.talk(put_head(server, session, 5 * MIB, task_id=task, **words))
-    assert got.startswith(b"HTTP/1.1 %d " % status)
-    record = settled(session, task)
-    assert (record["status"], record["error_info"][0]) == ("failure", code)
+    for asked, status, code in BEFORE:
+        task = session.xenapi.task.create("import", "")
+        words = {"vdi": vdi_of(session, vm, "hda"), **asked}
+        for name, value in words.items():
+            words[name] = {"MONDAY": snapshot_ref(session, "monday"), "SR": server.service.place.sr}.get(value, value)
+        words = {name: value for name, value in words.items() if value is not None}
+        got = server.talk(put_head(server, session, 5 * MIB, task_id=task, **words))
+        assert got.startswith(b"HTTP/1.1 %d " % status)
+        record = settled(session, task)
+        assert (record["status"], record["error_info"][0]) == ("failure", code)
     assert bench.photo(vm) == before
     bench.check(vm)
 
@@ -149,8 +151,10 @@ def test_running_vm_takes_nothing_in_but_goes_out(world, bench):
     monday = snapshot_ref(session, "monday")
     got = server.curl(server.export_link(session_id=session.handle, vdi=ref, base=monday, format="vhd"))
     assert (got.status, got.code, len(got.body)) == (200, 0, int(got.headers["content-length"]))
+    server.await_rest()
     vm.stop(force=True)
     assert server.curl(server.export_link(session_id=session.handle, vdi=ref)).body == raw_of(vm)
+    server.await_rest()
     bench.check(vm)
 
 
@@ -224,3 +228,43 @@ def test_paths_and_methods(server):
     assert (refused.status, refused.headers["allow"]) == (405, "GET")
     assert server.curl(f"{server.url}/").status == 405
     assert server.curl(f"{server.url}/export_raw_vdi?vdi=a&vdi=b").status == 400
+
+
+def test_no_space(world, monkeypatch, place):
+    """Forced here; that a full disk says so is the business of the operations' own tests."""
+    server, session, vm = world
+
+    def full(_target, source, *_, **__):
+        source.read(1)
+        raise errors.NoSpace("no space left", hint="free some")
+
+    monkeypatch.setattr(server.service.disks, "take_in", full)
+    (place / "new").write_bytes(pattern(4 * MIB))
+    task = session.xenapi.task.create("import", "")
+    words = {"session_id": session.handle, "vdi": vdi_of(session, vm, "hda"), "task_id": task}
+    got = server.put(place / "new", "-H", "Expect: 100-continue", **words)
+    assert (got.status, got.text) == (507, "SR_FULL: no space left (free some)\n")
+    assert settled(session, task)["error_info"] == ["SR_FULL", "no space left (free some)"]
+
+
+def test_disk_that_another_command_works_on(world, bench):
+    server, session, vm = world
+    ref = vdi_of(session, vm, "hda")
+    server.service.disks._wait_s = 0
+    task = session.xenapi.task.create("export", "")
+    with bench.host.vm(vm.name).home.locked(wait_s=60):
+        got = server.curl(server.export_link(session_id=session.handle, vdi=ref, task_id=task))
+    assert (got.status, got.text.partition(":")[0]) == (409, "VDI_IN_USE")
+    assert settled(session, task)["error_info"][0] == "VDI_IN_USE"
+
+
+def test_defect_is_told_to_the_log_alone(world, monkeypatch):
+    server, session, vm = world
+    task = session.xenapi.task.create("export", "")
+    words = {"session_id": session.handle, "vdi": vdi_of(session, vm, "hda"), "task_id": task}
+    monkeypatch.setattr(server.service.disks, "exported", lambda *_: 1 / 0)
+    got = server.curl(server.export_link(**words))
+    assert got.status == 500
+    assert "division" not in got.text
+    assert "division" in server.told("defect")[0]["error"]
+    assert settled(session, task)["error_info"][0] == "INTERNAL_ERROR"

@@ -51,7 +51,7 @@ class Process(Running):
 
 @pytest.fixture
 def root(place, new_embed_root, monkeypatch):
-    """A root for free disks alone; no VM and no libvirt is needed for them."""
+    """A root with a libvirt that nobody else uses."""
     monkeypatch.setenv("HVMGR_ROOT", str(place / "root"))
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", f"qemu:///embed?root={new_embed_root()}")
     monkeypatch.setenv("HVMGR_USERS", str(place / "users.json"))
@@ -80,10 +80,13 @@ def files_of(root):
 
 
 def test_server_killed_in_the_middle_of_imports_loses_nothing_and_leaves_nothing(root, place):
+    made = [*HVMGR, "vm", "create", "web", "--memory", "64M", "--disk", "4M", "--network", "none", "--accel", "tcg"]
+    subprocess.run(made, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE_S)
     server = Process(place)
     server.add_user("anna")
     session = server.login()
-    vdis = [session.xenapi.VDI.create({"name_label": f"d{n}", "virtual_size": 4 * MIB}) for n in range(2)]
+    free = session.xenapi.VDI.create({"name_label": "free", "virtual_size": 4 * MIB})
+    vdis = [free, *session.xenapi.VDI.get_by_name_label("web vda")]
     old = pattern(4 * MIB)
     for vdi in vdis:
         assert server.put(old, session_id=session.handle, vdi=vdi).code == 0

@@ -162,3 +162,17 @@ def test_new_disk_out_of_an_upload(server, place):
     ref = settled(session, task)["result"].removeprefix("<value>").removesuffix("</value>")
     assert session.xenapi.VDI.get_name_label(ref) == "Imported VDI"
     assert server.curl(server.export_link(session_id=session.handle, vdi=ref)).body == (place / "new").read_bytes()
+
+
+def test_frames_are_the_disk_with_zeros_between_them(server, bench, vm):
+    session = server.login()
+    pieces = {0: pattern(MIB // 2), 2 * MIB: pattern(MIB, 2), SIZE - 512: b"z" * 512}
+    data = b"".join(at.to_bytes(8, "little") + len(piece).to_bytes(4, "little") + piece for at, piece in pieces.items())
+    expected = bytearray(SIZE)
+    for at, piece in pieces.items():
+        expected[at : at + len(piece)] = piece
+    task = session.xenapi.task.create("import", "")
+    words = {"session_id": session.handle, "vdi": vdi_of(session, vm, min(vm.now().disks)), "task_id": task}
+    assert server.put(data + bytes(12), **words, chunked="true").code == 0
+    assert settled(session, task)["status"] == "success"
+    assert raw_of(vm, min(vm.now().disks)) == bytes(expected)
