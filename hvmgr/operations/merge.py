@@ -109,6 +109,7 @@ def plan_merge(session: Session, names: Sequence[Path] = (), *, deletion: Plan |
         quiet=deletion is not None,
     )
     _require_space(before, change.finish)
+    _say_what_waits_for_the_end(session, change.after, live)
     steps: tuple[Step, ...] = change.finish
     if steps:
         steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
@@ -196,6 +197,19 @@ def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change
         closed |= unfit.keys()
         for path, reason in unfit.items():
             session.say(f"{path} {reason}: it is not merged")
+
+
+def _say_what_waits_for_the_end(session: Session, after: Tree, live: set[str]) -> None:
+    """Images that can be merged, but not by the running VM."""
+    for parent, child in tree.pending(after):
+        if {parent, child} <= live:
+            sizes = {
+                after.images[path].size for path in (parent, child, after.images[parent].parent) if path is not None
+            }
+            why = "their sizes differ" if len(sizes) > 1 else "what stands on them was made outside hvmgr"
+            session.say(
+                f"{parent} is merged with {child} when {session.home.name} is off, by 'hvmgr snapshot merge': {why}"
+            )
 
 
 def _above(session: Session, step: Step) -> list[str]:

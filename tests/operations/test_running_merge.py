@@ -328,7 +328,9 @@ def test_others_jobs_and_refusals_leave_images_waiting(machine, monkeypatch, tmp
     monkeypatch.setattr(Domain, "start_commit", deny)
     machine.vm.snapshot("one").delete()  # into the base
     assert any("Permission denied" in one and "waits until the VM is off" in one for one in machine.said)
-    assert len(tree.pending(machine.vm.tree())) == 1  # what streams up was merged all the same
+    forest = machine.vm.tree()
+    assert len(tree.pending(forest)) == 1  # what streams up was merged all the same
+    assert forest.images[forest.present.disks["vda"]].parent == machine.vm.snapshot("two").disks["vda"]
     machine.check()
     monkeypatch.undo()
     assert machine.vm.merge()
@@ -471,3 +473,21 @@ def test_pivot_that_is_refused_leaves_the_guest_where_it_was(machine, monkeypatc
     machine.check()
     assert machine.vm.merge()
     require_whole(machine, 1)
+
+
+def test_images_of_different_sizes_wait_until_the_vm_is_off(machine, tmp_path):
+    machine.vm.create_snapshot("one", type=DISKS)
+    machine.vm.create_snapshot("two", type=DISKS)
+    assert machine.vm.resize_disk("vda", 4 << 20)
+    machine.vm.create_snapshot("three", type=DISKS)
+    before = contents(machine, tmp_path)
+    machine.vm.snapshot("two").delete()
+    assert sum("their sizes differ" in one for one in machine.said) == 1
+    assert len(tree.pending(machine.vm.tree())) == 1
+    machine.tick()
+    machine.check()
+    machine.vm.stop(force=True)
+    assert machine.vm.merge()
+    assert not tree.pending(machine.vm.tree())
+    assert contents(machine, tmp_path) == without(before, "two")
+    machine.check()

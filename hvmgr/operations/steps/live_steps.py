@@ -19,6 +19,7 @@ QEMU itself no longer name it, and after what took its place is on disk.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import time
@@ -68,6 +69,10 @@ def stream(session: Session, step: plan.StreamLive) -> None:
     child, parent = Path(step.child), Path(step.parent)
     if not parent.exists() or image_steps.has_to_wait(session, child, parent, when_open=False):
         return
+    below = images.read(parent, images.QCOW2).parent  # another one than planned where an earlier merge had to wait
+    if below is not None and not _is_same(str(below), step.below):
+        fmt = session.home.tree().images[vm_home.canonical(str(below))].format
+        step = dataclasses.replace(step, below=vm_home.canonical(str(below)), below_format=fmt)
     place = _find(session, child, parent)
     if place is not None and not _tried(
         session, child, parent, child, lambda domain: _stream(session, domain, place, step)
