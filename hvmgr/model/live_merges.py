@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def fits(tree: Tree, parent: Image, child: Image) -> bool:
     """Whether a running VM can merge an unnamed image with its only child."""
-    return _can_stream(tree, parent, child) or _can_commit(parent, child)
+    return _can_stream(tree, parent, child) or _can_commit(tree, parent, child)
 
 
 def merge(tree: Tree, parent: Image, child: Image) -> tuple[list[Step], Tree]:
@@ -60,10 +60,15 @@ def _can_stream(tree: Tree, parent: Image, child: Image) -> bool:
     return child.path in tree.present.disks.values() and tree.images[parent.parent].size <= parent.size
 
 
-def _can_commit(parent: Image, child: Image) -> bool:
-    """QEMU would make the parent longer before the child's data is in it, and never makes it shorter."""
+def _can_commit(tree: Tree, parent: Image, child: Image) -> bool:
+    """QEMU would make the parent longer before the child's data is in it, and never makes it shorter.
+
+    What stands on the child has to name the parent afterwards: an image that others made is not written for that.
+    """
+    above = [one for one in tree.images.values() if one.parent == child.path]
     return (
-        parent.keeper is not Keeper.OUTSIDE
+        all(one.keeper is Keeper.IMAGES for one in above)
+        and parent.keeper is not Keeper.OUTSIDE
         and child.keeper is Keeper.IMAGES
         and parent.format == child.format == "qcow2"
         and parent.size == child.size

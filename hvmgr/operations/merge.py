@@ -75,7 +75,7 @@ def merge_live(session: Session, deletion: Plan) -> None:
     if not session.is_active():
         return
     session.forget_uses()
-    one = plan_merge(session, subject=deletion.subject)
+    one = plan_merge(session, deletion=deletion)
     if one.finish:
         execution.run(session, one)
 
@@ -101,17 +101,23 @@ def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
     )
 
 
-def plan_merge(session: Session, names: Sequence[Path] = (), *, subject: str | None = None) -> Plan:
-    """Unnamed images that were left waiting are merged, and with them those of others that the user ``names``."""
+def plan_merge(session: Session, names: Sequence[Path] = (), *, deletion: Plan | None = None) -> Plan:
+    """Unnamed images that were left waiting are merged, and with them those of others that the user ``names``.
+
+    After a ``deletion``, which has merged what is open nowhere and said what waits, only by the running VM.
+    """
     before = snapshots.whole_tree(session, outside=bool(names))
     named = _named(session, before, names)
     busy = session.busy_images()
     live = busy if _may_merge_live(session, before, busy) else set()
-    closed = busy - live
+    closed = (busy if deletion is None else {*before.images}) - live
     change = _merging_whole_images(
-        session, lambda unfit: tree.plan_merge(before, busy=closed | unfit, named=named, live=live - unfit)
+        session,
+        lambda unfit: tree.plan_merge(before, busy=closed | unfit, named=named, live=live - unfit),
+        quiet=deletion is not None,
     )
     _require_space(before, change.finish)
+    _say_what_waits_for_the_end(session, change.after, live)
     steps: tuple[Step, ...] = change.finish
     if steps:
         steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
@@ -119,7 +125,7 @@ def plan_merge(session: Session, names: Sequence[Path] = (), *, subject: str | N
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,
         operation="snapshot merge",
-        subject=subject or f"merge of unnamed images of {session.home.name}",
+        subject=f"merge of unnamed images of {session.home.name}" if deletion is None else deletion.subject,
         finish=steps,
     )
 
@@ -219,8 +225,8 @@ def _new_parent(session: Session, snapshot_id: str, parent: str | None) -> plan.
     return plan.ReplaceFile(path=str(session.layout.snapshot(snapshot_id)), text=snapshot.to_xml())
 
 
-def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change]) -> Change:
-    """A plan that leaves alone what a merge would make worse."""
+def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change], *, quiet: bool = False) -> Change:
+    """A plan that leaves alone what a merge would make worse; unless ``quiet``, what others need is said."""
     closed = set[str]()
     while True:
         change = planned(closed)
@@ -229,11 +235,25 @@ def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change
         reasons = {path: _reason_against_merging(session, Path(path)) for path in sorted(touched)}
         unfit = {path: reason for path, reason in reasons.items() if reason is not None}
         if not unfit:
-            _say_what_is_lent(session, change.after)
+            if not quiet:
+                _say_what_is_lent(session, change.after)
             return change
         closed |= unfit.keys()
         for path, reason in unfit.items():
             session.say(f"{path} {reason}: it is not merged")
+
+
+def _say_what_waits_for_the_end(session: Session, after: Tree, live: set[str]) -> None:
+    """Images that can be merged, but not by the running VM."""
+    for parent, child in tree.pending(after):
+        if {parent, child} <= live:
+            sizes = {
+                after.images[path].size for path in (parent, child, after.images[parent].parent) if path is not None
+            }
+            why = "their sizes differ" if len(sizes) > 1 else "what stands on them was made outside hvmgr"
+            session.say(
+                f"{parent} is merged with {child} when {session.home.name} is off, by 'hvmgr snapshot merge': {why}"
+            )
 
 
 def _above(session: Session, step: Step) -> list[str]:

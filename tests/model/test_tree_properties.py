@@ -480,6 +480,7 @@ class World:
         assert parent.keeper is not Keeper.OUTSIDE
         assert child.keeper is Keeper.IMAGES
         assert step.writes == (step.child in self.present.disks.values())
+        assert all(self.files[one].keeper is Keeper.IMAGES for one in self.children(step.child))
         parent.own.update([*child.own.items()][::2])
         self.check_contents()
         parent.own.update(child.own)
@@ -562,7 +563,8 @@ class World:
         """Images of the home wait for the VM's end only because of their sizes."""
         child = self.files[path]
         if parent.keeper is child.keeper is Keeper.IMAGES and parent.parent is not None:
-            assert parent.size != child.size
+            above = [self.files[one].keeper for one in self.children(path)]
+            assert parent.size != child.size or set(above) - {Keeper.IMAGES}
             assert path not in self.present.disks.values() or self.files[parent.parent].size > parent.size
             self.seen["waits for its size"] += 1
 
@@ -858,9 +860,10 @@ LIVE_MUTATIONS = {
     "stream into any image": ("return child.path in tree.present.disks.values() and ", "return "),
     "stream what was hidden": (".size <= parent.size", ".size <= parent.size + 9"),
     "never stream": ("return _can_stream(tree, parent, child) or ", "return "),
-    "never commit": (" or _can_commit(parent, child)", ""),
+    "never commit": (" or _can_commit(tree, parent, child)", ""),
+    "write the names into images of others": ("all(one.keeper is Keeper.IMAGES for one in above)", "True"),
     "commit whatever the size": ("        and parent.size == child.size\n", ""),
-    "commit into images of others": ("parent.keeper is not Keeper.OUTSIDE\n        and ", ""),
+    "commit into images of others": ("and parent.keeper is not Keeper.OUTSIDE\n", "\n"),
     "commit into another format": ('parent.format == child.format == "qcow2"', "True"),
     "keep what was committed": ("[commit, RemoveImage(path=child.path)]", "[commit]"),
     "keep what was streamed": ("[stream, RemoveImage(path=parent.path)]", "[stream]"),

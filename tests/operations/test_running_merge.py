@@ -20,6 +20,7 @@ from hvmgr import errors
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
+from hvmgr.operations.steps import live_steps
 from hvmgr.storage import images, vm_home
 
 pytestmark = pytest.mark.guest
@@ -327,7 +328,9 @@ def test_others_jobs_and_refusals_leave_images_waiting(machine, monkeypatch, tmp
     monkeypatch.setattr(Domain, "start_commit", deny)
     machine.vm.snapshot("one").delete()  # into the base
     assert any("Permission denied" in one and "waits until the VM is off" in one for one in machine.said)
-    assert len(tree.pending(machine.vm.tree())) == 1  # what streams up was merged all the same
+    forest = machine.vm.tree()
+    assert len(tree.pending(forest)) == 1  # what streams up was merged all the same
+    assert forest.images[forest.present.disks["vda"]].parent == machine.vm.snapshot("two").disks["vda"]
     machine.check()
     monkeypatch.undo()
     assert machine.vm.merge()
@@ -389,3 +392,102 @@ def test_many_snapshots_under_load_half_of_them_deleted_in_any_order(machine, tm
     machine.vm.stop(force=True)
     assert machine.held() >= late.disk
     assert contents(machine, tmp_path) == wanted
+
+
+# --- deaths that leave something for the next command -----------------------------------------------------------------
+
+
+def test_power_cut_between_header_and_data(machine, monkeypatch, tmp_path):
+    """What QEMU says of a merge came to the disk, what it merged did not."""
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    machine.domain.suspend()
+    write(machine, 9, "512k")
+    working = Path(machine.vm.now().disks["vda"])
+    old, showed = working.read_bytes(), shown(working, tmp_path)
+
+    def die(*_):
+        raise Died
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live_steps, "_holds_all", die)
+        with pytest.raises(Died):
+            machine.vm.snapshot("three").delete()
+    machine.domain.destroy()
+    below = images.read(working, images.QCOW2).backing
+    working.write_bytes(old)
+    subprocess.run(["qemu-img", "rebase", "-u", "-b", below, "-F", "qcow2", working], check=True, timeout=60)
+    assert shown(working, tmp_path) != showed
+
+    machine.domain.start(paused=True)  # no hook kept libvirt from it
+    with pytest.raises(errors.Conflict, match="does not hold all data") as failure:
+        machine.vm.merge()
+    assert "virsh destroy" in failure.value.hint
+    machine.domain.destroy()
+    machine.vm.snapshots()
+    assert any("is taken back" in one for one in machine.said)
+    assert shown(working, tmp_path) == showed
+    assert contents(machine, tmp_path) == without(before, "three")
+    assert machine.vm.merge()
+    machine.domain.start(paused=True)
+    require_whole(machine, 3)
+    assert shown(working, tmp_path) == showed
+
+
+@pytest.mark.parametrize("moment", ["before the pivot", "after the pivot"])
+def test_guest_that_stands_still_for_a_pivot_is_not_forgotten(machine, monkeypatch, moment):
+    machine.vm.create_snapshot("one", type=DISKS)
+    late = machine.tick()
+
+    def die(*_, **__):
+        raise Died
+
+    with monkeypatch.context() as patched:
+        owner, name = (Domain, "end_block_job") if moment == "before the pivot" else (live_steps, "_require_path")
+        patched.setattr(owner, name, die)
+        with pytest.raises(Died):
+            machine.vm.snapshot("one").delete()
+    assert machine.state() == "paused"
+    assert not machine.vm.merge()  # the interrupted one is all that there was
+    assert machine.state() == "running"
+    assert machine.tick().memory > late.memory
+    require_whole(machine, 1)
+
+
+def test_pivot_that_is_refused_leaves_the_guest_where_it_was(machine, monkeypatch):
+    machine.vm.create_snapshot("one", type=DISKS)
+    real = Domain.end_block_job
+
+    def refuse(domain, slot, *, pivot=False):
+        if pivot:
+            raise errors.HostFailed("libvirt refused")
+        real(domain, slot)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "end_block_job", refuse)
+        with pytest.raises(errors.HostFailed, match="images wait to be merged"):
+            machine.vm.snapshot("one").delete()
+    assert machine.state() == "running"
+    assert not has_job(machine)
+    machine.tick()
+    machine.check()
+    assert machine.vm.merge()
+    require_whole(machine, 1)
+
+
+def test_images_of_different_sizes_wait_until_the_vm_is_off(machine, tmp_path):
+    machine.vm.create_snapshot("one", type=DISKS)
+    machine.vm.create_snapshot("two", type=DISKS)
+    assert machine.vm.resize_disk("vda", 4 << 20)
+    machine.vm.create_snapshot("three", type=DISKS)
+    before = contents(machine, tmp_path)
+    machine.vm.snapshot("two").delete()
+    assert sum("their sizes differ" in one for one in machine.said) == 1
+    assert len(tree.pending(machine.vm.tree())) == 1
+    machine.tick()
+    machine.check()
+    machine.vm.stop(force=True)
+    assert machine.vm.merge()
+    assert not tree.pending(machine.vm.tree())
+    assert contents(machine, tmp_path) == without(before, "two")
+    machine.check()

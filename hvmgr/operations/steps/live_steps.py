@@ -19,6 +19,7 @@ QEMU itself no longer name it, and after what took its place is on disk.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import time
@@ -68,6 +69,10 @@ def stream(session: Session, step: plan.StreamLive) -> None:
     child, parent = Path(step.child), Path(step.parent)
     if not parent.exists() or image_steps.has_to_wait(session, child, parent, when_open=False):
         return
+    below = images.read(parent, images.QCOW2).parent  # another one than planned where an earlier merge had to wait
+    if below is not None and not _is_same(str(below), step.below):
+        fmt = session.home.tree().images[vm_home.canonical(str(below))].format
+        step = dataclasses.replace(step, below=vm_home.canonical(str(below)), below_format=fmt)
     place = _find(session, child, parent)
     if place is not None and not _tried(
         session, child, parent, child, lambda domain: _stream(session, domain, place, step)
@@ -110,12 +115,16 @@ def _holds_all(session: Session, child: Path, parent: Path) -> bool:
 
 def _take_back(session: Session, child: Path, parent: Path) -> None:
     """The host went down between header and data: the child names its old parent, which is still there, again."""
-    later = "stop the VM, then "
-    if not session.is_active():
-        qemu_img.name_parent(child, image_steps.name_of_parent(session, child, str(parent)), images.QCOW2)
-        durable.sync_file(child)
-        later = ""
-    session.say(f"{child} does not hold all data of {parent}, which is kept: {later}run 'hvmgr snapshot merge'")
+    if session.is_active():  # the journal stays open: nobody else would know what the child has to stand on
+        raise errors.Conflict(
+            f"{child} does not hold all data of {parent}: the host went down during their merge, and {session.home.name} was"
+            " started since",
+            hint=f"end it at once (virsh destroy {session.home.name}), and run the command again: the merge is taken back",
+            path=str(child),
+        )
+    qemu_img.name_parent(child, image_steps.name_of_parent(session, child, str(parent)), images.QCOW2)
+    durable.sync_file(child)
+    session.say(f"the merge of {parent} into {child} was cut off by the host and is taken back")
     image_steps.wait(session, child, parent)
 
 
@@ -125,19 +134,18 @@ def _take_back(session: Session, child: Path, parent: Path) -> None:
 def commit(session: Session, step: plan.CommitLive) -> None:
     """The parent holds the child's data, and whoever named the child names the parent."""
     child, parent = Path(step.child), Path(step.parent)
-    try:
-        if image_steps.has_to_wait(session, child, parent, when_open=False) or (
-            child.exists() and not _brought_down(session, step, child, parent)
-        ):
-            _wait(session, child, parent)
-            return
-        _go_by_the_parent(session, child, parent)
-        if step.writes:
-            frozen.thaw(session.layout, parent)
-            if session.recovering:
-                _mend(session, parent)
-            _write_present(session, child, parent)
-    finally:
+    if image_steps.has_to_wait(session, child, parent, when_open=False) or (
+        child.exists() and not _brought_down(session, step, child, parent)
+    ):
+        _wait(session, child, parent)
+        _let_go_on(session)
+        return
+    _go_by_the_parent(session, child, parent)
+    if step.writes:
+        frozen.thaw(session.layout, parent)
+        if session.recovering:
+            _mend(session, parent)
+        _write_present(session, child, parent)
         _let_go_on(session)
     session.forget_uses()
     if not step.writes:
@@ -152,11 +160,24 @@ def _brought_down(session: Session, step: plan.CommitLive, child: Path, parent: 
     ):
         return False
     if step.writes:  # once the guest has written the parent, the child must never be written into it again
-        return step.child not in vm_home.disks_of(_inactive(session)).values()
+        return _has_gone_on(session, child, parent)
     busy = session.busy_images()
     if str(parent) not in busy:
         return _commit_off(session, child, parent)
     return str(child) not in busy and (place is not None or _shows_the_same(session, child, parent))
+
+
+def _has_gone_on(session: Session, child: Path, parent: Path) -> bool:
+    """Whether the parent is what the guest writes: by QEMU where it runs, else by what libvirt starts next."""
+    domain = session.domain()
+    if domain.is_active():
+        return str(parent) in {vm_home.canonical(str(path)) for path in domain.writable_files()}
+    if str(child) not in vm_home.disks_of(_inactive(session)).values():
+        return True
+    session.say(
+        f"{session.home.name} ended before {child} was merged into {parent}: they wait for 'hvmgr snapshot merge'"
+    )
+    return False
 
 
 def _shows_the_same(session: Session, child: Path, parent: Path) -> bool:
@@ -199,7 +220,7 @@ def _commit(session: Session, domain: Domain, place: _Place, child: Path, parent
     relative = above is not None and not Path(name).is_absolute()
     _run(session, domain, place, start, relative=relative, job=_Job(str(child), parent))
     if above is None:
-        _go_on_in(session, domain, place.slot, parent)
+        _go_on_in(session, domain, place.slot, child, parent)
     _require_gone(domain, place.slot, str(child))
     if above is not None:
         _write_name(domain, above, name)
@@ -208,7 +229,7 @@ def _commit(session: Session, domain: Domain, place: _Place, child: Path, parent
         durable.sync_file(path)
 
 
-def _go_on_in(session: Session, domain: Domain, slot: str, parent: Path) -> None:
+def _go_on_in(session: Session, domain: Domain, slot: str, child: Path, parent: Path) -> None:
     """The guest writes to the parent from now on.
 
     It stands still until libvirt's configuration says so: what it wrote before would hide what it writes then.
@@ -217,7 +238,14 @@ def _go_on_in(session: Session, domain: Domain, slot: str, parent: Path) -> None
         if domain.state() is State.RUNNING:
             durable.write_file(_stopped(session), b"")
             domain.suspend()
-        domain.end_block_job(slot, pivot=True)
+        try:
+            domain.end_block_job(slot, pivot=True)
+        except (errors.HostFailed, errors.Conflict):
+            if not _lives(domain) or _find(session, child, parent) is None:
+                raise
+            with contextlib.suppress(errors.Conflict):
+                domain.end_block_job(slot)  # refused: the guest goes on where it was
+            raise
         _require_path(domain, slot, parent)
         durable.sync_file(parent)
         _let_go_on(session)
@@ -283,7 +311,7 @@ def _write_present(session: Session, child: Path, parent: Path) -> None:
     if str(child) in vm_home.disks_of(session.home.present()).values():
         present = _inactive(session)
         for slot, path in vm_home.disks_of(present).items():
-            if path == str(parent):
+            if path in (str(child), str(parent)):
                 present.set_disk_source(slot, parent, images.QCOW2)  # in the home's words, and without any chain
         session.connection.define(present.to_xml())
         domain_steps.write_present(session, plan.WritePresent())
@@ -418,7 +446,9 @@ def _require_gone(domain: Domain, slot: str, path: str) -> None:
         if in_chain and domain.block_job(slot) is None and not domain.has_block_job():
             _raise_early_end(path)
         if time.monotonic() > deadline:
-            raise errors.HostFailed(f"QEMU still has {path} open although its merge has ended")
+            if in_chain:
+                raise errors.HostFailed(f"the merge of {path} does not come to its end")
+            raise errors.OutcomeUnknown(f"QEMU still has {path} open although its merge has ended")
         time.sleep(_POLL_S)
 
 

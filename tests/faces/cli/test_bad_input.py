@@ -53,6 +53,8 @@ CASES = {
     "remote-connection": (["vm", "start", "VM", "-c", "qemu+ssh://host/system"], 5, "may reach another host"),
     "no-libvirt": (["vm", "start", "VM", "-c", "qemu+unix:///system?socket=/nowhere"], 8, "/nowhere"),
     "nothing-to-undo": (["snapshot", "undo", "VM"], 3, "there is nothing to undo"),
+    "slow-merge": (["snapshot", "merge", "VM", "--bandwidth", "10K"], 2, "less than 1 MiB a second"),
+    "merge-at-no-rate": (["snapshot", "delete", "VM", "one", "--bandwidth", "fast"], 2, "is not a size"),
     "both-ways-to-delete": (["snapshot", "delete", "VM", "one", "--subtree", "--state-only"], 2, "exclude each other"),
     "hook-for-ever": (["hook", "allow", "VM"], 2, "say so: --once"),
     "hook-of-no-vm": (["hook", "allow", "nobody", "--once"], 3, "there is no VM 'nobody'"),

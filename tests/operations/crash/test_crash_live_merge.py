@@ -247,3 +247,20 @@ def test_somebody_else_dies(place, moments, tmp_path, what, who):
         except AssertionError as error:
             raise AssertionError(f"{who} died before act {number}, {names[number - 1]}; said {place.said}") from error
         vm.delete(with_disks=True)
+
+
+def test_what_another_vm_reads_waits_for_it(place, tmp_path):
+    place.said.clear()
+    vm = place.make()
+    wanted = contents(vm, tmp_path)
+    reader = vm.clone(f"{vm.name}-reader", hvmgr.CloneOptions(snapshot="three", linked=True))
+    read = contents(reader, tmp_path)
+    delete(vm, ["two"])
+    assert any("is not merged: it is needed by" in one for one in place.said)
+    assert not vm.merge()
+    del wanted["two"]
+    assert contents(vm, tmp_path) == wanted
+    assert contents(reader, tmp_path) == read
+    reader.delete(with_disks=True)
+    require_whole(place, vm, wanted, tmp_path)
+    vm.delete(with_disks=True)
