@@ -156,7 +156,8 @@ def make(module, hvmgr, before):
         "damaged": [],
         "disks": {},
     }
-    after = draw(before["vm"]["name"], before["snapshots"] + [snapshot], snapshot["id"])
+    new = dict(snapshot, id="new", parent=before["now"]["parent"])
+    after = draw(before["vm"]["name"], [*before["snapshots"], new], "new")
     return {"changed": changed, "snapshot": snapshot, "plan": document.get("plan")}, after
 
 
