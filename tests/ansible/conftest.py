@@ -1,9 +1,11 @@
-"""Three hosts on one machine: local connections, each with homes, an index and an embedded libvirt of its own."""
+"""Three hosts on one machine: local connections, each with homes, an index, networks and a libvirtd of its own."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests import collection
+from hvmgr.host import hypervisor
+from tests import collection, private_libvirt
 
 HVMGR = Path(sys.executable).parent / "hvmgr"
 _CALLBACK = Path(__file__).parent / "callback"
@@ -82,11 +85,11 @@ class Play:
 
     def changed(self, host=None):
         """The tasks that changed something, with their hosts."""
-        return [
+        return sorted(
             (one["host"], one["task"])
             for one in self.records
             if one["outcome"] == "ok" and one.get("changed") and host in (None, one["host"])
-        ]
+        )
 
     def failed(self):
         return [(one["host"], one["task"]) for one in self.records if one["outcome"] == "failed"]
@@ -111,33 +114,29 @@ def installed(tmp_path_factory, ansible_home):
 
 
 @pytest.fixture(scope="session")
-def fleet(new_embed_root):
-    """The three hosts, kvm1 to kvm3; whoever uses them removes the VMs that it made."""
+def fleet(new_embed_root, require, require_program):
+    """The three hosts, kvm1 to kvm3, each with a libvirtd and networks of its own."""
+    require(os.geteuid() == 0, "daemons in namespaces of their own need root")
+    require_program("libvirtd")
     place = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
     place.chmod(0o711)
-    hosts = [KvmHost(f"kvm{n}", place / f"kvm{n}", f"qemu:///embed?root={new_embed_root()}") for n in (1, 2, 3)]
-    for host in hosts:
-        host.make()
-    yield hosts
+    hosts = []
+    with contextlib.ExitStack() as stack:
+        for number in (1, 2, 3):
+            daemon = stack.enter_context(private_libvirt.daemon(new_embed_root(), own_network=True))
+            hosts.append(KvmHost(f"kvm{number}", place / f"kvm{number}", daemon.uri))
+            hosts[-1].make()
+        yield hosts
     shutil.rmtree(place, ignore_errors=True)
-
-
-# A process of its own: libvirt lets a process open one embedded root.
-_CLEAN = """
-import sys
-from hvmgr.host import hypervisor
-with hypervisor.opened(sys.argv[1], wait_s=60) as connection:
-    for domain in connection.domains():
-        domain.destroy()
-        if connection.find_domain(domain.uuid) is not None:
-            domain.undefine(keep_nvram=False, keep_tpm=False)
-"""
 
 
 def clean(host):
     """No VM and no file is left of what a test did with the host."""
-    if any(path.is_dir() for path in host.place.iterdir()):
-        subprocess.run([sys.executable, "-c", _CLEAN, host.uri], check=True, timeout=120)
+    with hypervisor.opened(host.uri, wait_s=60) as connection:
+        for domain in connection.domains():
+            domain.destroy()
+            if connection.find_domain(domain.uuid) is not None:
+                domain.undefine(keep_nvram=False, keep_tpm=False)
     for path in host.place.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
