@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, live, snapshots, vhd
+from bench import ansible, beside_libvirt, exchange, exchange_import, harness, hook, live, snapshots, vhd
 from tests import private_libvirt
 
 SUITES = {
@@ -16,6 +16,7 @@ SUITES = {
     "import": exchange_import.measure,
     "exchange": exchange.measure,
     "vhd": vhd.measure,
+    "ansible": ansible.measure,
 }
 
 

@@ -26,7 +26,12 @@ def archive(fleet, tmp_path_factory):
 def test_gold_image_to_a_fleet(play, hosts, archive):
     # On the host in the middle somebody has a VM of that name already.
     hosts[1].create("web")
-    wanted = {"gold_archive": str(archive), "gold_export": "{{ place }}/gold/gold", "gold_name": "web", "gold_tags": ["shop"]}
+    wanted = {
+        "gold_archive": str(archive),
+        "gold_export": "{{ place }}/gold/gold",
+        "gold_name": "web",
+        "gold_group": "libvirt-qemu",
+    }
     foreseen = play("hvmgr.hvmgr.gold", "--check", "--diff", **wanted)
     assert foreseen.code == 0, foreseen.out
     make = "Make the VM"
@@ -58,10 +63,18 @@ def guests(hosts, tmp_path):
     for number, host in enumerate(hosts, 1):
         host.create(f"shop{number}")
         host.write(f"shop{number}", 1)
-    asked = [{"name": one.name, "executable": str(one.executable), "uri": one.uri, "root": str(one.root)} for one in hosts]
+    asked = [
+        {"name": one.name, "executable": str(one.executable), "uri": one.uri, "root": str(one.root)} for one in hosts
+    ]
     local = {"ansible_connection": "'local'", "ansible_python_interpreter": f"'{sys.executable}'"}
     keyed = [{"key": "hvmgr_host", "prefix": "on"}]
-    document = {"plugin": "hvmgr.hvmgr.vms", "hosts": asked, "compose": local, "groups": {"shops": "true"}, "keyed_groups": keyed}
+    document = {
+        "plugin": "hvmgr.hvmgr.vms",
+        "hosts": asked,
+        "compose": local,
+        "groups": {"shops": "true"},
+        "keyed_groups": keyed,
+    }
     inventory = tmp_path / "shop.hvmgr.yml"
     inventory.write_text(yaml.safe_dump(document))
     (tmp_path / "patch.yml").write_text(PATCH)
@@ -91,7 +104,12 @@ CHECK = """
 
 
 def test_snapshot_patch_check_and_back(play, hosts, guests, tmp_path):
-    wanted = {"guests": "shops", "patch_name": "before", "patch_tasks": str(tmp_path / "patch.yml"), "check_tasks": str(tmp_path / "check.yml")}
+    wanted = {
+        "guests": "shops",
+        "patch_name": "before",
+        "patch_tasks": str(tmp_path / "patch.yml"),
+        "check_tasks": str(tmp_path / "check.yml"),
+    }
     foreseen = play("hvmgr.hvmgr.patch", "--check", "--diff", inventories=[guests], **wanted)
     assert (foreseen.code, {task for _, task in foreseen.changed()}) == (0, {"Take a snapshot"}), foreseen.out
 
@@ -126,7 +144,9 @@ def test_nightly_exports_with_retention(play, hosts):
     done = play("hvmgr.hvmgr.nightly", *two, **third)
     assert foreseen.changed() == done.changed()
     assert done.code == 0, done.out
-    assert sorted(path.name for path in folders[0].iterdir()) == ["2026-11-01", "2026-11-02", "2026-11-03"], "a VM stands on it"
+    assert sorted(path.name for path in folders[0].iterdir()) == ["2026-11-01", "2026-11-02", "2026-11-03"], (
+        "a VM stands on it"
+    )
     assert sorted(path.name for path in folders[1].iterdir()) == ["2026-11-02", "2026-11-03"]
     assert sorted(path.name for path in (folders[0] / "2026-11-03").iterdir()) == ["db", "linked", "web"]
     again = play("hvmgr.hvmgr.nightly", *two, **third)
@@ -157,12 +177,21 @@ class TestInventory:
         kvm1.hvmgr("snapshot", "create", "{{ web }}", "one")
         asked = {"name": "kvm1", "executable": str(kvm1.executable), "uri": kvm1.uri, "root": str(kvm1.root)}
         cache = {"cache": True, "cache_plugin": "ansible.builtin.jsonfile", "cache_connection": str(tmp_path / "cache")}
-        wanted = {"hosts": [asked], "hostnames": "host_name", "keyed_groups": [{"key": "hvmgr_state", "prefix": "state"}], **cache}
+        wanted = {
+            "hosts": [asked],
+            "hostnames": "host_name",
+            "keyed_groups": [{"key": "hvmgr_state", "prefix": "state"}],
+            **cache,
+        }
         told = listed(wanted)
         (name,) = told["state_off"]["hosts"]
         facts = {key: unwrapped(value) for key, value in told["_meta"]["hostvars"][name].items()}
         assert name == "{{ web }}.kvm1"
-        assert (facts["hvmgr_snapshot"], facts["hvmgr_host"], facts["hvmgr_home"]) == ("one", "kvm1", str(kvm1.root / "{{ web }}"))
+        assert (facts["hvmgr_snapshot"], facts["hvmgr_host"], facts["hvmgr_home"]) == (
+            "one",
+            "kvm1",
+            str(kvm1.root / "{{ web }}"),
+        )
         kvm1.executable.rename(kvm1.place / "away")
         try:
             assert listed(wanted) == told
