@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, snapshots, vhd
+from bench import ansible, beside_libvirt, exchange, exchange_import, harness, hook, snapshots, vhd
 from bench.harness import Result
 from hvmgr import units
 
@@ -118,3 +118,10 @@ def test_every_part_of_vhd_measures():
     results = vhd.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
     assert len(harness.table(results).splitlines()) == 2 + len(results)
+
+
+def test_ansible_is_measured():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    results = ansible.measure(lambda _: None, ansible.Scale(rounds=1, hosts=(1, 2)))
+    assert [one.ratio is not None for one in results] == [True, True]
