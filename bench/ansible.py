@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,9 +49,14 @@ class _Runner:
     def run(self, program: str, *words: str | Path) -> None:
         """One command of Ansible's to its end."""
         more = {"ANSIBLE_COLLECTIONS_PATH": str(self.collections), "ANSIBLE_PIPELINING": "1", "ANSIBLE_FORKS": "2"}
-        environment = {**collection.environment(self.home, **more), **self.bench.environment}
-        argv = [collection.program(program), *map(str, words)]
-        harness.program(argv, environment=environment)
+        done = collection.run(
+            [collection.program(program), "-e", f"ansible_python_interpreter={sys.executable}", *words],
+            cwd=self.home,
+            home=self.home,
+            **more,
+        )
+        if done.returncode != 0:
+            raise SystemExit(f"bench: {program} {words} ended with {done.returncode}\n{done.stdout}{done.stderr}")
 
     @property
     def place(self) -> dict[str, str]:

@@ -87,6 +87,7 @@ class TestSnapshot:
         refused = module("snapshot", vm="web", name="same", state="absent")
         assert all(one in refused.facts["msg"] for one in ids)
         assert module("snapshot", vm="web", name=ids[1], state="absent").changed
+        assert module("snapshot", vm="web", name=ids[1]).facts["error"]["code"] == "NotFound"
 
 
 class TestSnapshotApply:
@@ -133,7 +134,7 @@ class TestSnapshotApply:
         ("wrong", "words"),
         [
             ({}, "missing"),
-            ({"name": "no"}, "There are: one."),
+            ({"name": "no"}, "there are: one"),
             ({"action": "revert", "name": "one"}, "takes no name"),
             ({"action": "undo", "snapshot_first": True}, "neither"),
             ({"action": "undo"}, ""),

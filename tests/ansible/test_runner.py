@@ -45,7 +45,7 @@ def test_too_old_says_so(module, fake, version):
 
 
 def test_newer_documents_are_refused(module, fake):
-    assert "Update the collection" in refused(module("vm_info", executable=fake("echo '{\"schema\": 2}'; exit 1")))
+    assert "update the collection" in refused(module("vm_info", executable=fake("echo '{\"schema\": 2}'; exit 1")))
 
 
 @pytest.mark.parametrize("script", ["exit 3", "echo 'no json'; exit 0", "echo '[1]'", "echo boom >&2; exit 1"])
@@ -60,7 +60,7 @@ def test_failure_keeps_code_hint_and_facts(module, fake):
         """echo '{"schema":1,"error":{"code":"Busy","message":"web is busy","hint":"wait","facts":{"a":1}}}'; exit 4"""
     )
     result = module("vm_info", executable=fake(script))
-    assert result.facts["msg"] == "Web is busy. Wait."
+    assert result.facts["msg"] == "web is busy (wait)"
     assert result.facts["error"] == {"code": "Busy", "message": "web is busy", "hint": "wait", "facts": {"a": 1}}
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from bench import beside_libvirt, exchange, exchange_import, harness, hook, http, snapshots, transfer, vhd
+from bench import ansible, beside_libvirt, exchange, exchange_import, harness, hook, http, snapshots, transfer, vhd
 from bench.harness import Result
 from hvmgr import units
 
@@ -135,3 +135,10 @@ def test_every_part_of_http_measures(require_program):
     results = http.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
     assert len(results) == 4
+
+
+def test_ansible_is_measured():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None:
+        pytest.skip("needs root and libvirtd")
+    results = ansible.measure(lambda _: None, ansible.Scale(rounds=1, hosts=(1, 2)))
+    assert [one.ratio is not None for one in results] == [True, True]

@@ -99,6 +99,12 @@ def options(params, names):
     return words
 
 
+def to_bytes(size):
+    """A size such as 512M in bytes; what is no plain number with a unit is hvmgr's to judge, and None here."""
+    found = re.match(r"(\d+)([KMGT]?)(?:I?B)?$", (size or "").strip().upper())
+    return int(found.group(1)) << (10 * " KMGT".index(found.group(2) or " ")) if found else None
+
+
 class Failure(Exception):
     """hvmgr said no: its code, its words, what to do, and what it knows about it."""
 
@@ -122,11 +128,11 @@ class Hvmgr:
         return self._document(words, **more)
 
     def find(self, *words):
-        """The same, or None where hvmgr says that there is no such thing."""
+        """The same about what the last word names, or None where hvmgr says that there is no such thing."""
         try:
             return self._document(words, raising=True)
         except Failure as failure:
-            if failure.code == "NotFound":
+            if failure.code == "NotFound" and failure.facts.get("name") == words[-1]:
                 return None
             return self.fail(failure)
 
@@ -140,12 +146,9 @@ class Hvmgr:
 
     def fail(self, failure):
         """The module ends with hvmgr's words."""
-        message = failure.message[:1].upper() + failure.message[1:]
-        sentence = "{}.".format(message.rstrip("."))
-        if failure.hint:
-            sentence += " {}.".format((failure.hint[:1].upper() + failure.hint[1:]).rstrip("."))
+        hint = f" ({failure.hint})" if failure.hint else ""
         self.module.fail_json(
-            msg=sentence,
+            msg=failure.message + hint,
             error={"code": failure.code, "message": failure.message, "hint": failure.hint, "facts": failure.facts},
         )
 
@@ -194,7 +197,7 @@ class Hvmgr:
         code, out, err = self.module.run_command(argv, data=data, binary_data=data is not None, check_rc=False)
         document = _parsed(out)
         failure = self._failure(code, document, out, err)
-        if code in ok_codes and document is not None and "error" not in document:
+        if code in ok_codes and document and document.get("schema") == SCHEMA and "error" not in document:
             for line in err.splitlines():
                 self.module.warn(line)
             return document

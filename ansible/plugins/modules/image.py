@@ -137,7 +137,13 @@ plan:
 import os
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.hvmgr.hvmgr.plugins.module_utils.hvmgr import Failure, Hvmgr, common_arguments, options
+from ansible_collections.hvmgr.hvmgr.plugins.module_utils.hvmgr import (
+    Failure,
+    Hvmgr,
+    common_arguments,
+    options,
+    to_bytes,
+)
 
 
 def searching(params):
@@ -238,7 +244,7 @@ def outcome(module, before, changed, document):
         after = dict(after, path=params["path"]) if before else {"path": params["path"]}
         after.pop("state", None)
         if params["size"]:
-            after["size"] = params["size"]
+            after["size"] = to_bytes(params["size"]) or params["size"]
         if params["parent"]:
             after["parent"] = params["parent"]
     result = {"changed": changed, "diff": {"before": shown(before), "after": after}}

@@ -126,8 +126,11 @@ plan:
   type: dict
 """
 
+import re
+
 from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.hvmgr.hvmgr.plugins.module_utils.hvmgr import (
+    Failure,
     Hvmgr,
     common_arguments,
     draw,
@@ -200,6 +203,13 @@ def work(module, hvmgr):
         if snapshot is None:
             return before, {"changed": False, "deleted": []}, draw_list(before)
         return (before, *delete(module, hvmgr, before, snapshot))
+    if snapshot is None and re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", params["name"]):
+        vm = before["vm"]["name"]
+        hvmgr.fail(
+            Failure(
+                "NotFound", f"there is no snapshot with the id {params['name']} in {vm}", "name a new one by a name"
+            )
+        )
     if snapshot is None and params["new_name"]:
         snapshot = find_snapshot(hvmgr, before, params["new_name"])
     return (before,) + (make(module, hvmgr, before) if snapshot is None else describe(module, hvmgr, before, snapshot))

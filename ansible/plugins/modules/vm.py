@@ -162,11 +162,16 @@ plan:
 import json
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible_collections.hvmgr.hvmgr.plugins.module_utils.hvmgr import Failure, Hvmgr, common_arguments, options
+from ansible_collections.hvmgr.hvmgr.plugins.module_utils.hvmgr import (
+    Failure,
+    Hvmgr,
+    common_arguments,
+    options,
+    to_bytes,
+)
 
 HARDWARE = "template memory vcpus cdrom kernel initrd cmdline accel firmware uuid home"
 ALL_HARDWARE = [*HARDWARE.split(), "disks", "in_place", "networks", "tpm", "text"]
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 ACTIVE = ("running", "paused", "sleeping", "crashed")
 
 
@@ -239,9 +244,7 @@ def delete(module, hvmgr, vm):
 
 def warn_of_differences(module, there):
     params = module.params
-    wanted = params["memory"].strip().upper().rstrip("B").replace("I", "") if params["memory"] else ""
-    number, unit = wanted.rstrip("KMGT"), wanted[len(wanted.rstrip("KMGT")) :]
-    if number.isdigit() and unit in UNITS and int(number) * UNITS[unit] != there["memory"]:
+    if to_bytes(params["memory"]) not in (None, there["memory"]):
         module.warn(
             "{} has {} bytes of memory, not {}; hardware is not changed".format(
                 there["vm"]["name"], there["memory"], params["memory"]
