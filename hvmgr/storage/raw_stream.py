@@ -57,7 +57,7 @@ class RawStream:
     def _send_sparse(
         self, descriptor: int, start: int, end: int, placed: Placed | None, on_progress: OnProgress | None
     ) -> None:
-        outlet, carried = Outlet(descriptor), Carrier(self._source, placed, 0)
+        outlet, carried = Outlet(descriptor, end - start), Carrier(self._source, placed, 0)
         for offset, length, data in self._source.stretches(start, end - start):
             if not data:
                 os.lseek(descriptor, length, os.SEEK_CUR)

@@ -56,7 +56,7 @@ def zeros(length: int) -> Iterator[memoryview]:
 
 def deliver(pieces: Iterable[Piece], descriptor: int, length: int, on_progress: OnProgress | None) -> None:
     """All pieces into a pipe, a socket or a file; ``on_progress`` gets bytes done and ``length``."""
-    outlet, done = Outlet(descriptor), 0
+    outlet, done = Outlet(descriptor, length), 0
     for piece in pieces:
         if isinstance(piece, Place):
             assert piece.file is not None

@@ -1,7 +1,8 @@
 """Bytes on their way into a pipe, a socket or a file, through the kernel alone where they lie in another file.
 
-A descriptor that does not block is waited for. What the kernel was given by ``send`` may be read by the other end only
-later: the file must not change meanwhile.
+A descriptor that does not block is waited for. What the kernel moves by itself into a pipe or a socket stays the file's own
+pages until the other end has read it, however long that takes. So the last bytes of a stream, as many as pipe or socket
+can hold, are copied: when they are handed over, everything before them has been read, and the file may change.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import select
 import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec
 
 from hvmgr import errors
@@ -28,10 +30,11 @@ _CANNOT = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBAD
 
 
 class Outlet:
-    """Writes to one descriptor from its present position on; it stays open."""
+    """Writes ``length`` bytes in all to one descriptor from its present position on; it stays open."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, length: int) -> None:
         self._descriptor = descriptor
+        self._left = length
         mode = os.fstat(descriptor).st_mode
         self._behind = WriteBehind(descriptor) if stat.S_ISREG(mode) else None
         self._movers: list[Callable[[int, int, int], int]] = [self._sendfile]
@@ -40,6 +43,7 @@ class Outlet:
         if stat.S_ISFIFO(mode):
             with contextlib.suppress(OSError):  # beyond what a user's pipes may have in all: it works without
                 fcntl.fcntl(descriptor, fcntl.F_SETPIPE_SZ, _PIPE)
+        self._copied = _held_by(descriptor, mode)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """All of it is handed over."""
@@ -52,9 +56,9 @@ class Outlet:
     def send(self, source: int, offset: int, length: int) -> None:
         """A range of another file; Corrupt when that ends within it."""
         end = offset + length
-        while offset < end and self._movers:
+        while self._movers and (count := min(_PIECE, end - offset, self._left - self._copied)) > 0:
             try:
-                count = self._patiently(self._movers[0], source, offset, min(_PIECE, end - offset))
+                count = self._patiently(self._movers[0], source, offset, count)
             except OSError as error:
                 if error.errno not in _CANNOT:
                     raise
@@ -67,6 +71,7 @@ class Outlet:
             self._carry(source, offset, end)
 
     def _push(self, count: int) -> None:
+        self._left -= count
         if self._behind is not None:
             self._behind.wrote(os.lseek(self._descriptor, 0, os.SEEK_CUR) - count, count)
 
@@ -92,6 +97,23 @@ class Outlet:
                 poll = select.poll()
                 poll.register(self._descriptor, select.POLLOUT)
                 poll.poll()
+
+
+def _held_by(descriptor: int, mode: int) -> int:
+    """How many bytes may be on their way at most, between our hands and those of the other end."""
+    if stat.S_ISFIFO(mode):
+        return fcntl.fcntl(descriptor, fcntl.F_GETPIPE_SZ)
+    if not stat.S_ISSOCK(mode):
+        return 0
+    return sum(max(_limits(f"ipv4/tcp_{way}mem"), 2 * _limits(f"core/{way}mem_max")) for way in "rw")
+
+
+def _limits(name: str) -> int:
+    """The last number of a limit on the buffers of sockets; 64 MiB where the kernel does not tell."""
+    try:
+        return int(Path("/proc/sys/net", name).read_text("ascii").split()[-1])
+    except (OSError, ValueError):
+        return 64 << 20
 
 
 def _require(count: int, offset: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -231,7 +232,7 @@ def test_file_that_became_shorter_is_said(tmp_path: Path) -> None:
             (tmp_path / "sent").open(target) as file,
             pytest.raises(errors.Corrupt, match="ends at byte 4096"),
         ):
-            Outlet(file.fileno()).send(source.fileno(), 0, 8192)
+            Outlet(file.fileno(), 8192).send(source.fileno(), 0, 8192)
 
 
 @pytest.mark.parametrize("pieces", [1, 20])
@@ -517,3 +518,27 @@ def test_any_image_is_read_as_it_is(blocks, shuffle) -> None:
     shuffle.shuffle(order)
     made = planted.sparse(full, order=order)
     assert received(stream_of(made)) == planted.content(made)
+
+
+@pytest.mark.parametrize("way", ["pipe", "tcp"])
+def test_what_was_handed_over_is_what_the_file_held(tmp_path, way):
+    """The kernel keeps no bytes of its own of what it moves: a file that changes behind the last byte changes it too."""
+    path = tmp_path / "data"
+    path.write_bytes(b"A" * (1 << 20))
+    with contextlib.ExitStack() as stack:
+        if way == "pipe":
+            ends = os.pipe()
+            reader = stack.enter_context(open(ends[0], "rb", buffering=0))
+            writer = stack.enter_context(open(ends[1], "wb", buffering=0))
+        else:
+            server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            into = stack.enter_context(socket.create_connection(server.getsockname()))
+            out = stack.enter_context(server.accept()[0])
+            reader, writer = out.makefile("rb", buffering=0), into
+        with path.open("r+b", buffering=0) as source:
+            Outlet(writer.fileno(), 1 << 20).send(source.fileno(), 0, 1 << 20)
+            os.pwrite(source.fileno(), b"B" * (1 << 20), 0)
+        got = b""
+        while len(got) < 1 << 20:
+            got += reader.read((1 << 20) - len(got))
+    assert got == b"A" * (1 << 20)
