@@ -47,6 +47,7 @@ _OWN_EVENTS: Mapping[str, tuple[Event, Event]] = {
     "snapshot undo": (Event.BEFORE_APPLY, Event.AFTER_APPLY),
     "snapshot delete": (Event.BEFORE_DELETE, Event.SNAPSHOT_DELETED),
     "export": (Event.BEFORE_EXPORT, Event.AFTER_EXPORT),
+    "disk export": (Event.BEFORE_EXPORT, Event.AFTER_EXPORT),
     "import": (Event.BEFORE_IMPORT, Event.AFTER_IMPORT),
 }
 

@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING
 from hvmgr import errors, settings
 from hvmgr.model import event, tree
 from hvmgr.model.event import ErrorFacts, Event, Occurrence, VmFacts
-from hvmgr.model.plan import WriteSnapshot
+from hvmgr.model.plan import Plan, WriteSnapshot
 from hvmgr.operations import user_hooks
 from hvmgr.operations.reporter import Reporter
 from hvmgr.storage import event_log
 
 if TYPE_CHECKING:
-    from hvmgr.model.plan import Plan
     from hvmgr.operations.session import Session
 
 
@@ -78,10 +77,7 @@ def operation(
     """
     if not is_approved:
         session.require_approval(one)
-    before, after = event.events_of(one.operation)
-    about = _describe(session, before, one, name, snapshots, path)
-    user_hooks.ask(about, session.occasions.root, session.say)
-    session.interrupts.check()
+    about, after = _asked(session, one, name, snapshots, path)
     try:
         yield
     except BaseException as error:
@@ -91,6 +87,23 @@ def operation(
         _add(session, about, after)
         raise
     _add(session, about, after)
+
+
+def require_leave(session: Session, operation: str, subject: str) -> None:
+    """The same for an act that has no plan and goes on after the locks are free: it is approved of, and the hooks let it pass."""
+    one = Plan(session.new_id(), session.home.vm_id, operation, subject)
+    session.require_approval(one)
+    _asked(session, one, None, (), None)
+
+
+def _asked(
+    session: Session, one: Plan, name: str | None, snapshots: Sequence[str], path: Path | str | None
+) -> tuple[Occurrence, Event]:
+    before, after = event.events_of(one.operation)
+    about = _describe(session, before, one, name, snapshots, path)
+    user_hooks.ask(about, session.occasions.root, session.say)
+    session.interrupts.check()
+    return about, after
 
 
 @contextlib.contextmanager

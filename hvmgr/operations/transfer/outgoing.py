@@ -163,16 +163,18 @@ def opened(
     report: Report,
     at_end: Callable[[], None] | None = None,
 ) -> Outgoing:
-    """The stream of a point that was checked; ``at_end`` is called when everything is let go."""
+    """The stream of a point that was checked; ``at_end`` is called when all of it is let go again; not when this raises."""
     with contextlib.ExitStack() as stack:
-        if at_end is not None:
-            stack.callback(at_end)
         for path in _files(point, base):
             stack.callback(os.close, image_locks.take(path, writable=False))
         stack.callback(transfers.end, transfers.begin(point.name, _files(point, base)))
         disk = _disk(stack, point)
         writer = _writer(stack, point, base, disk, fmt, report)
-        made = Outgoing(point, fmt, writer, stack.pop_all())
+        everything = contextlib.ExitStack()
+        if at_end is not None:
+            everything.callback(at_end)  # not before it is open: the caller still holds what this would wait for
+        everything.push(stack.pop_all())
+        made = Outgoing(point, fmt, writer, everything)
     made.base = None if base is None else base.uuid
     return made
 

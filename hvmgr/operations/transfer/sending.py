@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model.image_format import ImageFormat
+from hvmgr.operations import occasions
 from hvmgr.operations.exchange import freezing
 from hvmgr.operations.session import Session
 from hvmgr.operations.transfer import outgoing
@@ -31,7 +32,7 @@ def of_vm(vm: VM, find: Callable[[], Point], find_base: Callable[[], Point] | No
         outgoing.check(point, base, fmt)
         for one in (point, base):
             _require_whole(session, one)
-        session.require_consent("disk export", _subject(point, base, fmt))
+        occasions.require_leave(session, "disk export", _subject(point, base, fmt))
         if point.is_frozen or session.state() not in _ACTIVE:
             return outgoing.opened(point, base, fmt, report=session.progress)
         return _of_running(vm, session, point, base, fmt)

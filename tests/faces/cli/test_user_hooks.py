@@ -165,6 +165,7 @@ def test_before_apply_vetoes_and_nothing_is_changed(hvmgr, branched, hooks, root
         ("before-apply", ["snapshot", "undo", "VM"]),
         ("before-delete", ["snapshot", "delete", "VM", "two"]),
         ("before-export", ["export", "VM", "OUT"]),
+        ("before-export", ["disk", "export", "VM", "vda", "OUT/one.tar.zst", "--format", "raw"]),
         ("before-export", ["export", "VM", "--archive", "OUT/one.tar.zst"]),
         ("before-import", ["vm", "clone", "VM", "copy"]),
         ("before-operation", ["vm", "rename", "VM", "other"]),
