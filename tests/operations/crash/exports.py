@@ -26,7 +26,7 @@ import hvmgr
 from hvmgr import errors, vhd
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
-from hvmgr.operations.exchange import export_, verification  # noqa: F401 - imported before the forks
+from hvmgr.operations.exchange import export_, freezing, verification  # noqa: F401 - imported before the forks
 from hvmgr.storage import copy, source_home
 
 copy._SMALL = 0  # the disks here are tiny, and notes of finished copies are wanted
@@ -54,7 +54,7 @@ SHAPES = {
 
 
 class Export(Run):
-    """One shape; its operation leaves the home as it was, or with unnamed images below the present."""
+    """One shape; its operation leaves the home as it was, or, killed, with unnamed images below the present."""
 
     def prepare(self):
         forked(self._setup)
@@ -63,6 +63,10 @@ class Export(Run):
         names, _, _ = forked(lambda: self._victim(None))
         self.wanted, _, _ = forked(self._photo)
         self.states = {"before": self.before, "after": self._described()}
+        if self.shape.live is shapes.running:
+            forked(self._reset)
+            forked(self._freeze)
+            self.states["frozen"] = self._described()
         return names
 
     def kill_at(self, number, name):
@@ -86,6 +90,11 @@ class Export(Run):
         self.outcomes[f"{outcome}, {again}"] = self.outcomes.get(f"{outcome}, {again}", 0) + 1
 
     # in children
+
+    def _freeze(self):
+        """What the VM is while it is exported, and when that was killed: the next attempt needs what was frozen."""
+        with opened(self.place) as host, host.vm(NAME)._work() as session:
+            freezing.freeze(session, with_memory=False, quiesce=False)
 
     def _reset(self):
         shutil.rmtree(self.place.folder / "out", ignore_errors=True)
