@@ -177,7 +177,11 @@ def text(name: str, value: Any, *, most: int = 1000) -> str:
 def number(name: str, value: Any) -> float:
     """A parameter that is a finite number, also one that is sent as a text."""
     try:
-        if isinstance(value, str | int | float) and not isinstance(value, bool) and math.isfinite(found := float(value)):
+        if (
+            isinstance(value, str | int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(found := float(value))
+        ):
             return found
     except (ValueError, OverflowError):
         pass

@@ -45,7 +45,13 @@ class Service:
         self.tasks = Tasks(self.events, self.place.host)
         self.accounts = Accounts(settings.users, Failures(), lambda words: audit.tell("users", outcome=words))
         self.sessions = Sessions(self.accounts.find, idle_s=settings.session_s)
-        self.disks = Disks(settings.uri, settings.root, wait_s=settings.wait_s, sr=self.place.sr)
+        self.disks = Disks(
+            settings.uri,
+            settings.root,
+            wait_s=settings.wait_s,
+            sr=self.place.sr,
+            report=lambda words: audit.tell("merge", outcome=words),
+        )
         self.stopping = threading.Event()
         self._aside: set[threading.Thread] = set()
         self._lock = threading.Lock()
