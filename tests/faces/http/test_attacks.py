@@ -41,6 +41,14 @@ class TestSlow:
         assert got.startswith(b"HTTP/1.1 408 ") if sent else got == b""
         assert is_served(server)
 
+    def test_second_head_has_no_longer_than_the_first(self, start):
+        server = start(limits=Limits(head_s=1.5, idle_s=100 * PATIENCE_S, linger_s=0.3))
+        with server.connected() as one:
+            one.sendall(_CALL.replace(b"Connection: close\r\n", b""))
+            assert one.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
+            one.sendall(b"GE")
+            assert b"HTTP/1.1 408 " in read_all(one)
+
     def test_body_of_a_call_that_does_not_come(self, start):
         server = start(limits=HASTY)
         assert server.talk(post("/jsonrpc", b"x" * 100)[:-50]).startswith(b"HTTP/1.1 408 ")
