@@ -65,6 +65,7 @@ BEFORE = [
     ({"vdi": None, "sr_id": "SR", "format": "vhd"}, 400, "INTERNAL_ERROR"),
     ({"vdi": "MONDAY"}, 409, "OPERATION_NOT_ALLOWED"),
     ({}, 400, "VDI_TOO_SMALL"),
+    ({"length": 4 * MIB - 512}, 400, "IMPORT_ERROR_PREMATURE_EOF"),
 ]  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def test_import_before_the_answer(world, bench):
         for name, value in words.items():
             words[name] = {"MONDAY": snapshot_ref(session, "monday"), "SR": server.service.place.sr}.get(value, value)
         words = {name: value for name, value in words.items() if value is not None}
-        got = server.talk(put_head(server, session, 5 * MIB, task_id=task, **words))
+        got = server.talk(put_head(server, session, words.pop("length", 5 * MIB), task_id=task, **words))
         assert got.startswith(b"HTTP/1.1 %d " % status)
         record = settled(session, task)
         assert (record["status"], record["error_info"][0]) == ("failure", code)
@@ -249,6 +250,20 @@ def test_no_space(world, monkeypatch, place):
     got = server.put(place / "new", "-H", "Expect: 100-continue", **words)
     assert (got.status, got.text) == (507, "SR_FULL: no space left (free some)\n")
     assert settled(session, task)["error_info"] == ["SR_FULL", "no space left (free some)"]
+
+
+def test_new_disk_that_cannot_be_taken_back_hides_no_failure(server, monkeypatch):
+    session = server.login()
+
+    def refuse(_):
+        raise errors.HostFailed("no way back")
+
+    monkeypatch.setattr(server.service.disks, "destroy", refuse)
+    task = session.xenapi.task.create("import", "")
+    head = put_head(server, session, MIB, task_id=task, sr_id=server.service.place.sr)
+    server.talk(head, bytes(1000), end=True)
+    assert settled(session, task)["error_info"][0] == "IMPORT_ERROR_PREMATURE_EOF"
+    assert "no way back" in server.told("VDI.destroy")[0]["outcome"]
 
 
 class Died(BaseException):
