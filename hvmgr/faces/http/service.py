@@ -91,10 +91,15 @@ class Service:
 
         with self._lock:
             if len(self._aside) >= _MOST_ASIDE or self.is_stopping:
-                raise XenFailure("HOST_IN_USE", "too much is being done already; try again later")
+                raise _busy()
             thread = threading.Thread(target=run, name=name)
             self._aside.add(thread)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # no more threads
+            with self._lock:
+                self._aside.discard(thread)
+            raise _busy() from error
 
     def parse_token(self, token: str) -> int | None:
         """The number that a token stands for; None for the beginning of time, and for a token of another life."""
@@ -115,3 +120,7 @@ class Service:
                     self.events.note("vdi", "mod" if ref in before else "add", ref, record)
             for ref in before.keys() - found.keys():
                 self.events.note("vdi", "del", ref, None)
+
+
+def _busy() -> XenFailure:
+    return XenFailure("HOST_IN_USE", "too much is being done already; try again later")
