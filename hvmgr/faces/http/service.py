@@ -72,7 +72,9 @@ class Service:
     def close(self) -> None:
         """Returns when the work beside the requests has ended."""
         self.stop()
-        for thread in list(self._aside):
+        with self._lock:
+            left = list(self._aside)
+        for thread in left:
             thread.join()
 
     def report_defect(self, error: BaseException) -> None:
@@ -93,13 +95,11 @@ class Service:
             if len(self._aside) >= _MOST_ASIDE or self.is_stopping:
                 raise _busy()
             thread = threading.Thread(target=run, name=name)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads
+                raise _busy() from error
             self._aside.add(thread)
-        try:
-            thread.start()
-        except RuntimeError as error:  # no more threads
-            with self._lock:
-                self._aside.discard(thread)
-            raise _busy() from error
 
     def parse_token(self, token: str) -> int | None:
         """The number that a token stands for; None for the beginning of time, and for a token of another life."""
