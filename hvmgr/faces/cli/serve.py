@@ -103,7 +103,7 @@ def command(
         most_connections=connections,
     )
     app.server = server
-    _obey_signals(server, log)
+    _obey_signals(server)
     scheme = "http" if tls_cert is None else "https"
     places = [f"{scheme}://{_shown(host)}:{number}" for host, number in server.ports]
     log.tell("start", listen=places, root=str(service.place.root))
@@ -112,7 +112,7 @@ def command(
     else:
         render.say("\n".join(places))
     _tell_manager("READY=1")
-    server.run(grace_s=grace, on_stop=service.stop)
+    server.run(grace_s=grace, on_stop=service.stop, on_reload=lambda: _reload(server, log))
     service.close()
     log.tell("stop")
 
@@ -156,22 +156,19 @@ def _tell_of_users(file: Path) -> None:
         render.notice(f"{file} has no user yet, so that nobody can log in: hvmgr user add NAME")
 
 
-def _obey_signals(server: Server, log: Audit) -> None:
+def _obey_signals(server: Server) -> None:
     """SIGTERM and Ctrl-C stop the server, a second one at once; SIGHUP reads the certificate again."""
-
-    def end(*_: object) -> None:
-        server.stop()
-
-    def reload(*_: object) -> None:
-        try:
-            server.reload()
-            log.tell("reload")
-        except errors.HvmgrError as error:
-            log.tell("reload", outcome=error.message)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-    signal.signal(signal.SIGHUP, reload)
+        signal.signal(number, lambda *_: server.stop())
+    signal.signal(signal.SIGHUP, lambda *_: server.wish_reload())
+
+
+def _reload(server: Server, log: Audit) -> None:
+    try:
+        server.reload()
+        log.tell("reload")
+    except errors.HvmgrError as error:
+        log.tell("reload", outcome=error.message)
 
 
 def _tell_manager(word: str) -> None:

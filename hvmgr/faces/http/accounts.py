@@ -85,7 +85,9 @@ class Failures:
                 times = self._times.get(place)
                 while times and now - times[0] > self._within_s:
                     times.popleft()
-                if times is not None and len(times) >= self._limit(place):
+                if not times:
+                    self._times.pop(place, None)
+                elif len(times) >= self._limit(place):
                     raise TooMany(self._within_s - (now - times[0]))
 
     def note(self, places: list[str]) -> None:
@@ -93,7 +95,7 @@ class Failures:
         now = self._clock()
         with self._lock:
             if len(self._times) > _MOST_PLACES:
-                self._times = {key: times for key, times in self._times.items() if now - times[-1] <= self._within_s}
+                self._times = {key: one for key, one in self._times.items() if one and now - one[-1] <= self._within_s}
             for place in places:
                 self._times.setdefault(place, deque(maxlen=self._limit(place))).append(now)
 

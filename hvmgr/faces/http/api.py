@@ -9,6 +9,7 @@ with a code. ``Async.`` before a name makes a task of the call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -174,10 +175,14 @@ def text(name: str, value: Any, *, most: int = 1000) -> str:
 
 
 def number(name: str, value: Any) -> float:
-    """A parameter that is a number, also one that is sent as a text."""
+    """A parameter that is a finite number, also one that is sent as a text."""
     try:
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            return float(value)
+        if (
+            isinstance(value, str | int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(found := float(value))
+        ):
+            return found
     except (ValueError, OverflowError):
         pass
     raise XenFailure("INVALID_VALUE", name, str(value)[:64])

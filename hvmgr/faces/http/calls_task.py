@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from hvmgr.faces.http import calls_host, calls_vdi
@@ -129,6 +130,7 @@ def wait(asked: Asked, classes: Any, token: str, timeout: Any) -> dict[str, Any]
 
     start = service.parse_token(text("token", token))
     if start is None:
+        service.look_at_disks(older_than_s=math.inf)  # what differs from the first look is told behind this number
         number_now = events.number
         everything = [
             Event(number_now, kind, "add", ref, record)

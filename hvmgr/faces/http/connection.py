@@ -102,8 +102,11 @@ class Connection:
             if self._http.our_state is not h11.DONE or self._http.their_state is not h11.DONE:
                 return None
             self._http.start_next_cycle()
-        self.limit.set(self.limits.head_s if self._is_first else self.limits.idle_s)
+            if not self._http.trailing_data[0]:
+                self.limit.set(self.limits.idle_s)
+                self._http.receive_data(self._receive(_HEAD_PIECE))
         self._is_first = False
+        self.limit.set(self.limits.head_s)
         try:
             event = self._next_event(_HEAD_PIECE)
         except h11.RemoteProtocolError as error:

@@ -6,13 +6,14 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvmgr import units
+from hvmgr import errors, units
+from hvmgr.faces.http import failure
 from hvmgr.faces.http.failure import XenFailure
 from hvmgr.faces.http.sessions import NULL, REF
 from hvmgr.operations.host import Host
@@ -38,8 +39,8 @@ _OPERATIONS = {
 class Disks:
     """The disks below one root."""
 
-    def __init__(self, uri: str, root: Path, *, wait_s: float, sr: str) -> None:
-        self._uri, self._root, self._wait_s, self._sr = uri, root, wait_s, sr
+    def __init__(self, uri: str, root: Path, *, wait_s: float, sr: str, report: Callable[[str], None]) -> None:
+        self._uri, self._root, self._wait_s, self._sr, self._report = uri, root, wait_s, sr, report
         self._lock = threading.Lock()
         self._notes: dict[str, dict[str, str]] = {}
         self._let_go = threading.Condition()
@@ -83,7 +84,7 @@ class Disks:
         uuid = self.get(ref).uuid
         if not self._is_let_go(uuid, self._wait_s):
             raise XenFailure("VDI_IN_USE", REF + uuid, "a transfer still sends it", status=HTTPStatus.CONFLICT)
-        with self._host() as host:
+        with self._host() as host, self._done():
             host.disks.destroy(uuid)
         with self._lock:
             self._notes.pop(uuid, None)
@@ -137,13 +138,23 @@ class Disks:
         reporter: Reporter,
     ) -> None:
         """The disk holds what arrives, or what it held."""
-        with self._host(reporter) as host:
+        with self._host(reporter) as host, self._done():
             host.disks.receive(vdi.uuid, source, format=fmt, length=length, to_end=to_end, name="the upload")
 
     # -- within --------------------------------------------------------------------------------------------------
 
     def _host(self, reporter: Reporter | None = None) -> Host:
         return Host.open(self._uri, root=self._root, wait_s=self._wait_s, reporter=reporter)
+
+    @contextlib.contextmanager
+    def _done(self) -> Iterator[None]:
+        """What is done is no failure, although images behind it wait for a merge: the log is told."""
+        try:
+            yield
+        except errors.HvmgrError as error:
+            if not failure.is_done(error):
+                raise
+            self._report(error.message)
 
     def _list(self) -> Sequence[Vdi]:
         with self._host() as host:

@@ -86,6 +86,11 @@ def translate(error: errors.HvmgrError) -> XenFailure:
     return XenFailure(code, words, status=status)
 
 
+def is_done(error: errors.HvmgrError) -> bool:
+    """Whether all that was asked for is done, and only merges behind it wait. What a dead command had begun is another's."""
+    return bool(error.facts.get("done")) and not error.facts.get("recovered")
+
+
 def of_system(error: OSError) -> XenFailure:
     """What the client is told when the system says no where nobody foresaw it."""
     try:

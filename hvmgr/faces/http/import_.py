@@ -70,11 +70,18 @@ def _target(work: Work, fmt: ImageFormat, body: Body) -> Vdi | None:
         return None
     work.about = vdi[:64]
     found = disks.writable(vdi, work.reporter())
-    if fmt is ImageFormat.RAW and body.length is not None and "chunked" not in head.query and body.length > found.size:
-        raise XenFailure(
-            "VDI_TOO_SMALL", REF + found.uuid, str(body.length), f"{body.length} bytes do not fit into {found.size}"
-        )
+    if fmt is ImageFormat.RAW and "chunked" not in head.query and body.length:  # of 0 bytes it may be a probe
+        _require_size(found, body.length)
     return found
+
+
+def _require_size(target: Vdi, length: int) -> None:
+    if length > target.size:
+        words = f"{length} bytes do not fit into {target.size}"
+        raise XenFailure("VDI_TOO_SMALL", REF + target.uuid, str(length), words)
+    if length < target.size:
+        words = f"the disk has {target.size} bytes, {length} would come"
+        raise XenFailure("IMPORT_ERROR_PREMATURE_EOF", str(length), words)
 
 
 def _require_place(work: Work, fmt: ImageFormat, body: Body) -> None:
@@ -106,9 +113,18 @@ def _receive(work: Work, target: Vdi | None, fmt: ImageFormat, body: Body) -> st
     try:
         _import(work, disks.writable(made, work.reporter()), fmt, body)
     except BaseException:
-        disks.destroy(made)
+        _take_back(work, made)
         raise
     return xml_rpc.to_text(REF + made)
+
+
+def _take_back(work: Work, made: str) -> None:
+    """The new disk goes; where it cannot, the log is told, and the client what was wrong first."""
+    try:
+        work.service.disks.destroy(made)
+    except (errors.HvmgrError, XenFailure, OSError) as second:
+        words = f"'{_NEW_LABEL}' stays: {second}"
+        work.service.audit.tell("VDI.destroy", user=work.session.name, about=made, outcome=words)
 
 
 def _import(work: Work, target: Vdi, fmt: ImageFormat, body: Body) -> None:

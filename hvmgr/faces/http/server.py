@@ -59,22 +59,28 @@ class Server:
         self._busy: set[Connection] = set()
         self._peers: Counter[str] = Counter()
         self._watchdog = Watchdog()
-        self.stopping = threading.Event()
+        self._stops = 0  # plain values, for signal handlers: a lock might be held by what they interrupt
+        self._wants_reload = False
 
     @property
     def ports(self) -> list[tuple[str, int]]:
         """Where it listens: addresses and ports."""
         return [one.getsockname()[:2] for one in self._sockets]
 
-    def run(self, *, grace_s: float, on_stop: Callable[[], None]) -> None:
+    def run(self, *, grace_s: float, on_stop: Callable[[], None], on_reload: Callable[[], None]) -> None:
         """Serves until ``stop``, then calls ``on_stop``; returns when every connection has ended."""
         with selectors.DefaultSelector() as selector:
             for one in (*self._sockets, self._wake):
                 selector.register(one, selectors.EVENT_READ)
-            while not self.stopping.is_set():
+            while not self._stops:
                 for key, _ in selector.select():
                     if key.fileobj is not self._wake:
                         self._accept(key.fileobj)  # type: ignore[arg-type]
+                        continue
+                    self._wake.recv(4096)
+                    if self._wants_reload:
+                        self._wants_reload = False
+                        on_reload()
         for one in self._sockets:
             one.close()
         on_stop()
@@ -82,16 +88,22 @@ class Server:
 
     def stop(self) -> None:
         """Tells ``run`` to end; may be called from a signal and more than once: the second time nobody has time any more."""
-        if self.stopping.is_set():
-            self._most = 0
-        self.stopping.set()
-        with contextlib.suppress(OSError):
-            self._waker.send(b"x")
+        self._stops += 1
+        self._awake()
+
+    def wish_reload(self) -> None:
+        """Tells ``run`` to call ``on_reload``; may be called from a signal."""
+        self._wants_reload = True
+        self._awake()
 
     def reload(self) -> None:
         """New connections get the certificate that is in the files now; a broken one changes nothing."""
         if self._tls is not None and self._address.certificate is not None:
             _load(self._tls, self._address.certificate, self._address.key)
+
+    def _awake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._waker.send(b"x")
 
     @contextlib.contextmanager
     def working(self, connection: Connection) -> Iterator[None]:
@@ -167,7 +179,7 @@ class Server:
     def _end(self, grace_s: float) -> None:
         until = time.monotonic() + grace_s
         while self._threads:
-            is_over = time.monotonic() >= until or self._most == 0
+            is_over = time.monotonic() >= until or self._stops > 1
             with self._lock:
                 for connection in self._threads.values():
                     if connection is not None and (is_over or connection not in self._busy):

@@ -45,7 +45,13 @@ class Service:
         self.tasks = Tasks(self.events, self.place.host)
         self.accounts = Accounts(settings.users, Failures(), lambda words: audit.tell("users", outcome=words))
         self.sessions = Sessions(self.accounts.find, idle_s=settings.session_s)
-        self.disks = Disks(settings.uri, settings.root, wait_s=settings.wait_s, sr=self.place.sr)
+        self.disks = Disks(
+            settings.uri,
+            settings.root,
+            wait_s=settings.wait_s,
+            sr=self.place.sr,
+            report=lambda words: audit.tell("merge", outcome=words),
+        )
         self.stopping = threading.Event()
         self._aside: set[threading.Thread] = set()
         self._lock = threading.Lock()
@@ -66,7 +72,9 @@ class Service:
     def close(self) -> None:
         """Returns when the work beside the requests has ended."""
         self.stop()
-        for thread in list(self._aside):
+        with self._lock:
+            left = list(self._aside)
+        for thread in left:
             thread.join()
 
     def report_defect(self, error: BaseException) -> None:
@@ -85,10 +93,13 @@ class Service:
 
         with self._lock:
             if len(self._aside) >= _MOST_ASIDE or self.is_stopping:
-                raise XenFailure("HOST_IN_USE", "too much is being done already; try again later")
+                raise _busy()
             thread = threading.Thread(target=run, name=name)
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads
+                raise _busy() from error
             self._aside.add(thread)
-        thread.start()
 
     def parse_token(self, token: str) -> int | None:
         """The number that a token stands for; None for the beginning of time, and for a token of another life."""
@@ -109,3 +120,7 @@ class Service:
                     self.events.note("vdi", "mod" if ref in before else "add", ref, record)
             for ref in before.keys() - found.keys():
                 self.events.note("vdi", "del", ref, None)
+
+
+def _busy() -> XenFailure:
+    return XenFailure("HOST_IN_USE", "too much is being done already; try again later")

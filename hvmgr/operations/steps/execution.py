@@ -317,7 +317,7 @@ def _say_what_waits(session: Session, one: Plan) -> None:
     raise type(error)(
         f"{one.subject}: done, but images wait to be merged ({error})",
         hint="nothing is lost; run 'hvmgr snapshot merge' on this VM later",
-        **{**error.facts, "done": True},
+        **{**error.facts, "done": True, **({"recovered": True} if session.recovering else {})},
     ) from error
 
 

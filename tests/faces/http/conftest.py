@@ -17,6 +17,7 @@ import urllib.parse
 import pytest
 import XenAPI
 
+from hvmgr.faces.cli import serve
 from hvmgr.faces.http.app import App
 from hvmgr.faces.http.audit import Audit
 from hvmgr.faces.http.connection import Limits
@@ -64,7 +65,12 @@ class Running:
         self.scheme = "http" if tls[0] is None else "https"
         self.address = self.server.ports[0]
         self.url = f"{self.scheme}://127.0.0.1:{self.address[1]}"
-        self.thread = threading.Thread(target=self.server.run, kwargs={"grace_s": grace, "on_stop": self.service.stop})
+        words = {
+            "grace_s": grace,
+            "on_stop": self.service.stop,
+            "on_reload": lambda: serve._reload(self.server, self.service.audit),
+        }
+        self.thread = threading.Thread(target=self.server.run, kwargs=words)
         self.thread.start()
 
     def stop(self):

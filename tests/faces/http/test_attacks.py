@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvmgr.faces.http import json_rpc, xml_rpc
+from hvmgr.faces.http import accounts, json_rpc, xml_rpc
 from hvmgr.faces.http.accounts import Failures
 from hvmgr.faces.http.connection import Limits
 from hvmgr.faces.http.failure import Unreadable
@@ -40,6 +40,14 @@ class TestSlow:
         got = server.talk(sent)
         assert got.startswith(b"HTTP/1.1 408 ") if sent else got == b""
         assert is_served(server)
+
+    def test_second_head_has_no_longer_than_the_first(self, start):
+        server = start(limits=Limits(head_s=1.5, idle_s=100 * PATIENCE_S, linger_s=0.3))
+        with server.connected() as one:
+            one.sendall(_CALL.replace(b"Connection: close\r\n", b""))
+            assert one.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
+            one.sendall(b"GE")
+            assert b"HTTP/1.1 408 " in read_all(one)
 
     def test_body_of_a_call_that_does_not_come(self, start):
         server = start(limits=HASTY)
@@ -262,6 +270,20 @@ class TestGuesses:
         failures.require_few(["a c", "a"])
         now[0] = 11
         failures.require_few(["a b"])
+
+    def test_many_places_whose_time_is_over_are_forgotten(self, monkeypatch):
+        monkeypatch.setattr(accounts, "_MOST_PLACES", 3)
+        now = [0.0]
+        failures = Failures(most=2, within_s=10, clock=lambda: now[0])
+        for name in "bcde":
+            failures.note([f"a {name}"])
+        now[0] = 11
+        failures.require_few(["a b"])
+        failures.note(["a f"])
+        failures.note(["a f"])
+        with pytest.raises(Exception, match="too many"):
+            failures.require_few(["a f"])
+        assert list(failures._times) == ["a f"]
 
 
 class TestEnds:

@@ -12,7 +12,8 @@ import xmlrpc.client
 import pytest
 import XenAPI
 
-from hvmgr.faces.http import xml_rpc
+from hvmgr.faces.http import api, xml_rpc
+from hvmgr.faces.http.failure import XenFailure
 from tests.faces.http.conftest import MIB, PATIENCE_S, parse_answer, pattern, post, settled
 from tests.faces.http.test_transfers import vdi_of
 
@@ -148,9 +149,8 @@ class TestXenOrchestra:
         monkeypatch.setattr(calls_task, "_LOOK_S", 0.05)
         session = server.login()
         token = server.json("event.from", session.handle, ["vdi"], "", 1)["result"]["token"]
-        batch = server.json("event.from", session.handle, ["vdi"], token, 0.2)["result"]
         made = bench.host.disks.create(MIB, name="by hand")
-        batch = server.json("event.from", session.handle, ["vdi"], batch["token"], 60)["result"]
+        batch = server.json("event.from", session.handle, ["vdi"], token, 60)["result"]
         assert [(one["operation"], one["snapshot"]["uuid"]) for one in batch["events"]] == [("add", made)]
 
 
@@ -181,6 +181,16 @@ class TestTasks:
         assert settled(session, api.Async.VDI.destroy(ref))["status"] == "success"
         failed = settled(session, api.Async.VDI.destroy(ref))
         assert (failed["status"], failed["error_info"][0]) == ("failure", "HANDLE_INVALID")
+
+    def test_async_call_without_a_thread_to_be_had(self, server, monkeypatch):
+        service, handle = server.service, server.login().handle
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no threads")))
+            with pytest.raises(XenFailure, match="HOST_IN_USE"):
+                api.carry_out(service, "", "", "Async.VDI.destroy", [handle, "x"])
+        (record,) = service.tasks.records().values()
+        assert (record["status"], record["error_info"][0]) == ("failure", "HOST_IN_USE")
+        service.close()  # waits for nothing
 
     def test_one_of_our_own_stays_to_be_looked_at(self, server, bench):
         session = server.login()
@@ -268,6 +278,9 @@ class TestForm:
             ("pool.get_master", ["SESSION", "x"], "HANDLE_INVALID"),
             ("event.from", ["SESSION", "task", "", 1], "INVALID_VALUE"),
             ("event.from", ["SESSION", ["task"], "", "soon"], "INVALID_VALUE"),
+            ("event.from", ["SESSION", ["task"], "", "nan"], "INVALID_VALUE"),
+            ("event.from", ["SESSION", ["task"], "", "-inf"], "INVALID_VALUE"),
+            ("task.set_progress", ["SESSION", "x", "Infinity"], "INVALID_VALUE"),
             ("event.inject", ["SESSION", "cow", "x"], "EVENT_SUBSCRIPTION_PARSE_FAILURE"),
             ("task.set_status", ["SESSION", "x", "success"], "HANDLE_INVALID"),
         ],

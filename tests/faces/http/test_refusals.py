@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 
 from hvmgr import errors
+from hvmgr.faces.http import failure
+from hvmgr.operations.steps import image_steps
 from tests.faces.http.conftest import MIB, pattern, raw_of, settled
 from tests.faces.http.test_transfers import PIB, put_head, snapshot_ref, vdi_of
 
@@ -61,6 +65,7 @@ BEFORE = [
     ({"vdi": None, "sr_id": "SR", "format": "vhd"}, 400, "INTERNAL_ERROR"),
     ({"vdi": "MONDAY"}, 409, "OPERATION_NOT_ALLOWED"),
     ({}, 400, "VDI_TOO_SMALL"),
+    ({"length": 4 * MIB - 512}, 400, "IMPORT_ERROR_PREMATURE_EOF"),
 ]  # fmt: skip
 
 
@@ -73,7 +78,7 @@ def test_import_before_the_answer(world, bench):
         for name, value in words.items():
             words[name] = {"MONDAY": snapshot_ref(session, "monday"), "SR": server.service.place.sr}.get(value, value)
         words = {name: value for name, value in words.items() if value is not None}
-        got = server.talk(put_head(server, session, 5 * MIB, task_id=task, **words))
+        got = server.talk(put_head(server, session, words.pop("length", 5 * MIB), task_id=task, **words))
         assert got.startswith(b"HTTP/1.1 %d " % status)
         record = settled(session, task)
         assert (record["status"], record["error_info"][0]) == ("failure", code)
@@ -245,6 +250,59 @@ def test_no_space(world, monkeypatch, place):
     got = server.put(place / "new", "-H", "Expect: 100-continue", **words)
     assert (got.status, got.text) == (507, "SR_FULL: no space left (free some)\n")
     assert settled(session, task)["error_info"] == ["SR_FULL", "no space left (free some)"]
+
+
+def test_new_disk_that_cannot_be_taken_back_hides_no_failure(server, monkeypatch):
+    session = server.login()
+
+    def refuse(_):
+        raise errors.HostFailed("no way back")
+
+    monkeypatch.setattr(server.service.disks, "destroy", refuse)
+    task = session.xenapi.task.create("import", "")
+    head = put_head(server, session, MIB, task_id=task, sr_id=server.service.place.sr)
+    server.talk(head, bytes(1000), end=True)
+    assert settled(session, task)["error_info"][0] == "IMPORT_ERROR_PREMATURE_EOF"
+    assert "no way back" in server.told("VDI.destroy")[0]["outcome"]
+
+
+class Died(BaseException):
+    """The process ends here."""
+
+
+def test_merge_that_has_to_wait_is_no_failure_of_what_was_done(world, bench, monkeypatch):
+    server, session, vm = world
+    ref, new = vdi_of(session, vm, "hda"), pattern(4 * MIB)
+    alone = session.xenapi.VDI.snapshot(ref)
+    assert server.put(pattern(4 * MIB, 2), session_id=session.handle, vdi=ref).code == 0
+
+    def fail(patched, error):
+        def act(*_, **__):
+            raise error
+
+        for name in ("_stream", "_commit"):
+            patched.setattr(image_steps, name, act)
+
+    with monkeypatch.context() as patched:
+        fail(patched, errors.NoSpace("no space left"))
+        task = session.xenapi.task.create("import", "")
+        assert server.put(new, session_id=session.handle, vdi=ref, task_id=task).code == 0
+        assert settled(session, task)["status"] == "success"
+        assert raw_of(vm) == new
+        (told,) = server.told("merge")
+        assert "images wait to be merged (no space left)" in told["outcome"]
+    assert bench.host.vm(vm.name).merge()
+    with monkeypatch.context() as patched:
+        fail(patched, Died())
+        with pytest.raises(Died):
+            bench.host.disks.receive(ref.removeprefix("OpaqueRef:"), io.BytesIO(new), length=len(new))
+        fail(patched, errors.NoSpace("no space left"))  # for the dead command's merge: what is asked for is not begun
+        with pytest.raises(errors.NoSpace, match="images wait to be merged") as caught:
+            bench.host.disks.destroy(alone.removeprefix("OpaqueRef:"))
+        assert not failure.is_done(caught.value)
+    assert alone in session.xenapi.VDI.get_all()
+    session.xenapi.VDI.destroy(alone)
+    bench.check(vm)
 
 
 def test_disk_that_another_command_works_on(world, bench):

@@ -13,11 +13,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from hvmgr.faces.cli import serve
 from hvmgr.model.user import Role
 from hvmgr.storage import users
 from tests.faces.http.conftest import MIB, PATIENCE_S, Running, pattern
@@ -197,6 +199,35 @@ class TestServeCommand:
         assert server.stop(signal.SIGINT) == 0
         assert (place / "audit").stat().st_mode & 0o777 == 0o600
         assert "no user yet" in (place / "log").read_text()
+
+
+def test_signals_wait_for_no_lock(server, monkeypatch):
+    """What a handler interrupts may hold the log's: the loop of the server does the work."""
+
+    class Held:
+        def __enter__(self):
+            assert threading.current_thread() is not threading.main_thread()
+
+        def __exit__(self, *_):
+            pass
+
+    numbers = (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    monkeypatch.setattr(server.service.audit, "_lock", Held())
+    serve._obey_signals(server.server)
+    try:
+        for count in (1, 2):
+            signal.raise_signal(signal.SIGHUP)
+            until = time.monotonic() + PATIENCE_S
+            while len(server.told("reload")) < count:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        signal.raise_signal(signal.SIGTERM)
+        server.thread.join(PATIENCE_S)
+        assert not server.thread.is_alive()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 PAGE = (ROOT / "docs" / "http.md").read_text("utf-8")
