@@ -147,20 +147,26 @@ def merge_waiting(one: VM, now: datetime, stop: Callable[[], bool]) -> Iterator[
     """
     if not journal.is_open(one.home.layout.journal) and not tree.pending(one.home.tree()):
         return
-    asked = one.home.layout.give_way.exists
-    with one._work(stop=lambda: asked() or stop()) as session:  # noqa: SLF001
-        waiting = merge.plan_merge(session)
-        if not waiting.finish:
-            return
-        if not session.is_active() and abs(now - _last_written(session)) < QUIET:
-            raise errors.Busy(f"{one.name} was at work a moment ago: its images are merged later")
-        try:
+    asked, gave_way = one.home.layout.give_way.exists, False
+
+    def has_to_stop() -> bool:
+        nonlocal gave_way
+        gave_way = gave_way or asked() or stop()
+        return gave_way
+
+    try:  # around all of it: a merge that a dead command left to the running VM is followed before there is a session
+        with one._work(stop=has_to_stop) as session:  # noqa: SLF001
+            waiting = merge.plan_merge(session)
+            if not waiting.finish:
+                return
+            if not session.is_active() and abs(now - _last_written(session)) < QUIET:
+                raise errors.Busy(f"{one.name} was at work a moment ago: its images are merged later")
             one._run(session, waiting)  # noqa: SLF001
-        except errors.Cancelled as error:
-            if not session.interrupts.gave_way:
-                raise
-            raise errors.Busy(f"there is other work to do: images of {one.name} are merged later") from error
-        yield _deed(one, Action.MERGED, f"merged images of {one.name} that had waited")
+            yield _deed(one, Action.MERGED, f"merged images of {one.name} that had waited")
+    except errors.Cancelled as error:
+        if not gave_way:
+            raise
+        raise errors.Busy(f"there is other work to do: images of {one.name} are merged later") from error
 
 
 def _last_written(session: Session) -> datetime:
