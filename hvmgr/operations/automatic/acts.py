@@ -279,7 +279,7 @@ def _take_at_start(one: VM, session: Session, policy: Policy) -> Deed:
     if policy.type is SnapshotDefault.STANDARD:
         try:
             return _take(one, session, Origin.START, SnapshotType.STANDARD)
-        except errors.Busy:
+        except (errors.Busy, errors.Vetoed):
             raise
         except (errors.Unsupported, errors.Conflict, errors.NoSpace) as error:
             session.say(f"a snapshot of the disks alone is taken at the start of {one.name}: {error}")
