@@ -55,7 +55,7 @@ _OWN_EVENTS: Mapping[str, tuple[Event, Event]] = {
 PARTS = frozenset({"export", "take over", "doctor"})
 
 # What leaves images that wait, when somebody has them open.
-MERGING = frozenset({"snapshot delete", "snapshot merge"})
+MERGING = frozenset({"snapshot delete", "snapshot merge", "vdi-destroy"})
 
 
 def events_of(operation: str) -> tuple[Event, Event]:

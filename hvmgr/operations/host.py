@@ -427,7 +427,7 @@ class Host:
     @contextlib.contextmanager
     def session(self, home: VmHome, *, stop: Callable[[], bool] | None = None) -> Iterator[Session]:
         """Exclusive work on one home, with libvirt; it stops as if by Ctrl-C when ``stop`` says so."""
-        from hvmgr.operations import user_hooks
+        from hvmgr.operations import occasions, user_hooks
         from hvmgr.operations.session import Session
 
         self._require_role()
@@ -439,7 +439,8 @@ class Host:
             try:
                 yield session
             finally:
-                session.close()
+                with contextlib.closing(session):
+                    occasions.tell_waiting(session)
 
     def _require_role(self) -> None:
         from hvmgr.operations import roles

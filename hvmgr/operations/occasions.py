@@ -134,6 +134,16 @@ def undone(session: Session, one: Plan) -> None:
     _add(session, about, about.event, error=error, is_recovered=True)
 
 
+def tell_waiting(session: Session) -> None:
+    """What an operation has left to merge, and nothing has merged until now, the end of the session."""
+    import dataclasses
+
+    one = session.left_images
+    if one is not None and (waiting := _waiting_images(session)):
+        left = dataclasses.replace(one, event=Event.MERGE_PENDING, time=session.now(), images=waiting)
+        session.occasions.add(left)
+
+
 def _add(
     session: Session,
     about: Occurrence,
@@ -148,9 +158,7 @@ def _add(
     now = dataclasses.replace(about, event=which, time=session.now(), vm=vm, error=error, recovered=is_recovered)
     session.occasions.add(now)
     if which is not Event.OPERATION_FAILED and about.operation in event.MERGING:
-        waiting = _waiting_images(session)
-        if waiting:
-            session.occasions.add(dataclasses.replace(now, event=Event.MERGE_PENDING, images=waiting))
+        session.left_images = now
     free = _low_space(session)
     if free is not None:
         session.occasions.add(dataclasses.replace(now, event=Event.SPACE_LOW, free=free))

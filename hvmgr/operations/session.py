@@ -32,6 +32,7 @@ from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
     from hvmgr.host.nbd_client import Client
+    from hvmgr.model.event import Occurrence
 
 
 class Arriving(Protocol):
@@ -107,6 +108,7 @@ class Session:
         self.bandwidth = 0  # what merges of a running VM may take, in bytes a second; 0 is no limit
         self.patient = True  # whether it waits for what a dead command left QEMU to do
         self.occasions = occasions or Occasions(home.path.parent, reporter)  # whom what becomes of operations is told
+        self.left_images: Occurrence | None = None  # the last operation that may have left some to merge
         self._reporter = reporter
         self._stack = contextlib.ExitStack()
         self._daemon: Daemon | None = None

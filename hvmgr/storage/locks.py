@@ -22,7 +22,7 @@ _POLL_S = 0.05
 def held(path: Path, *, wait_s: float, what: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Exclusive for this process; raises Busy when another one still has it after ``wait_s`` seconds.
 
-    ``on_wait`` is called once, when another one has it.
+    ``on_wait`` is called again and again while another one has it: who has it may change meanwhile.
     """
     deadline = time.monotonic() + wait_s
     while True:
@@ -67,7 +67,6 @@ def _take(descriptor: int, deadline: float, what: str, on_wait: Callable[[], Non
         except BlockingIOError:
             if on_wait is not None:
                 on_wait()
-                on_wait = None
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
                 raise errors.Busy(

@@ -143,9 +143,13 @@ class VmHome:
             yield
 
     def ask_to_give_way(self) -> None:
-        """A merge that nobody waits for lets go of this home soon; all else goes on to its end."""
+        """A merge that nobody waits for lets go of this home soon; all else goes on to its end.
+
+        A home that is being deleted has no configuration any more, and gets nothing new.
+        """
         with contextlib.suppress(OSError):
-            self.layout.give_way.touch(mode=0o600)
+            if self.layout.configuration.exists():
+                self.layout.give_way.touch(mode=0o600)
 
     def tree(self, *, strangers: Mapping[str, tuple[str, ...]] | None = None) -> Tree:
         """Both graphs, complete."""

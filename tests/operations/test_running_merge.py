@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from hvmgr import errors
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
+from hvmgr.operations.automatic import acts
 from hvmgr.operations.steps import live_steps
 from hvmgr.storage import images, vm_home
 
@@ -307,6 +309,30 @@ def test_job_that_outlives_its_command_is_found(machine, monkeypatch, tmp_path):
     assert not tree.pending(machine.vm.tree())
     assert len(machine.vm.tree().images) == 2
     machine.check()
+
+
+def test_worker_waits_for_a_dead_commands_job_only_until_there_is_other_work(machine, monkeypatch, tmp_path):
+    machine.vm.set(automatic_snapshots=True, schedule="hourly", keep="1")
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot("two").delete(bandwidth=SLOW))
+    now = datetime.now(UTC)
+    for deeds in (
+        acts.after_stop(machine.vm, "shutdown", now, now),
+        acts.on_schedule(machine.vm, now + timedelta(hours=2)),
+    ):
+        with pytest.raises(errors.Busy, match="still merges images"):
+            list(deeds)
+    assert has_job(machine)
+    with pytest.raises(errors.Busy, match="there is other work to do"):
+        list(acts.merge_waiting(machine.vm, now, lambda: True))
+    assert not has_job(machine)
+    assert not machine.layout.journal.exists()
+    assert len(tree.pending(machine.vm.tree())) == 1
+    (deed,) = acts.merge_waiting(machine.vm, now, lambda: False)
+    assert deed.action == acts.Action.MERGED
+    require_whole(machine, 3)
+    assert contents(machine, tmp_path) == without(before, "two")
 
 
 def test_others_jobs_and_refusals_leave_images_waiting(machine, monkeypatch, tmp_path):

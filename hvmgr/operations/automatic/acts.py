@@ -1,7 +1,8 @@
 """What is done with one VM by itself: at its start, after its end, when its time has come.
 
 Each act looks again under the home's lock whether it is still wanted: what libvirt's hook told may be told twice, late, or
-never. What people did is never undone: nothing is touched while the undo slot holds what somebody put away lately, for
+never. What a dead command left a running VM to merge is waited for by ``merge_waiting`` alone, which stops for others.
+What people did is never undone: nothing is touched while the undo slot holds what somebody put away lately, for
 every snapshot operation empties it.
 
 | act                | when                                                   | what                                              |
@@ -78,7 +79,7 @@ def at_start(one: VM, started: datetime, now: datetime) -> Iterator[Deed]:
     if now - started > START_LASTS:
         one.host.reporter.notice(f"{one.name}: its start is too long ago for a snapshot of it")
         return
-    with one._work() as session:  # noqa: SLF001 - as the operations of people do
+    with one._work(patient=False) as session:  # noqa: SLF001 - as the operations of people do
         if session.state() in _ACTIVE and not one.home.entries():
             require_rest(session, now)
             yield _take_at_start(one, session, policy)
@@ -86,7 +87,7 @@ def at_start(one: VM, started: datetime, now: datetime) -> Iterator[Deed]:
 
 def after_stop(one: VM, told: str, stopped: datetime, now: datetime) -> Iterator[Deed]:
     """The VM is off; ``told`` is why, in the hook's words, for where libvirt does not know it any more."""
-    with one._work() as session:  # noqa: SLF001
+    with one._work(patient=False) as session:  # noqa: SLF001
         if session.state() is not State.OFF:
             return
         reason = session.domain().stop_reason()
@@ -104,7 +105,7 @@ def on_schedule(one: VM, now: datetime) -> Iterator[Deed]:
     policy = one.policy
     if not _is_due(one, policy, now):
         return
-    with one._work() as session:  # noqa: SLF001
+    with one._work(patient=False) as session:  # noqa: SLF001
         policy, state = one.policy, session.state()
         if not _is_due(one, policy, now) or state not in (*_ACTIVE, State.OFF, State.SAVED):
             return
@@ -136,7 +137,7 @@ def prune(one: VM, now: datetime) -> Iterator[Deed]:
     """Only what hvmgr took by itself, and nobody has shown interest in."""
     if not retention.to_delete(*_facts(one)):
         return
-    with one._work() as session:  # noqa: SLF001
+    with one._work(patient=False) as session:  # noqa: SLF001
         yield from _delete(one, session, retention.to_delete(*_facts(one)), now)
 
 
@@ -147,20 +148,26 @@ def merge_waiting(one: VM, now: datetime, stop: Callable[[], bool]) -> Iterator[
     """
     if not journal.is_open(one.home.layout.journal) and not tree.pending(one.home.tree()):
         return
-    asked = one.home.layout.give_way.exists
-    with one._work(stop=lambda: asked() or stop()) as session:  # noqa: SLF001
-        waiting = merge.plan_merge(session)
-        if not waiting.finish:
-            return
-        if not session.is_active() and abs(now - _last_written(session)) < QUIET:
-            raise errors.Busy(f"{one.name} was at work a moment ago: its images are merged later")
-        try:
+    asked, gave_way = one.home.layout.give_way.exists, False
+
+    def has_to_stop() -> bool:
+        nonlocal gave_way
+        gave_way = gave_way or asked() or stop()
+        return gave_way
+
+    try:  # around all of it: a merge that a dead command left to the running VM is followed before there is a session
+        with one._work(stop=has_to_stop) as session:  # noqa: SLF001
+            waiting = merge.plan_merge(session)
+            if not waiting.finish:
+                return
+            if not session.is_active() and abs(now - _last_written(session)) < QUIET:
+                raise errors.Busy(f"{one.name} was at work a moment ago: its images are merged later")
             one._run(session, waiting)  # noqa: SLF001
-        except errors.Cancelled as error:
-            if not session.interrupts.gave_way:
-                raise
-            raise errors.Busy(f"there is other work to do: images of {one.name} are merged later") from error
-        yield _deed(one, Action.MERGED, f"merged images of {one.name} that had waited")
+            yield _deed(one, Action.MERGED, f"merged images of {one.name} that had waited")
+    except errors.Cancelled as error:
+        if not gave_way:
+            raise
+        raise errors.Busy(f"there is other work to do: images of {one.name} are merged later") from error
 
 
 def _last_written(session: Session) -> datetime:
@@ -272,7 +279,7 @@ def _take_at_start(one: VM, session: Session, policy: Policy) -> Deed:
     if policy.type is SnapshotDefault.STANDARD:
         try:
             return _take(one, session, Origin.START, SnapshotType.STANDARD)
-        except errors.Busy:
+        except (errors.Busy, errors.Vetoed):
             raise
         except (errors.Unsupported, errors.Conflict, errors.NoSpace) as error:
             session.say(f"a snapshot of the disks alone is taken at the start of {one.name}: {error}")

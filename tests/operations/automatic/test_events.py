@@ -111,6 +111,20 @@ def test_images_that_wait_are_merged_when_the_vm_has_been_off_for_a_while(bench,
     assert byte_at(vm.now().disks["hda"], 256 << 10) == 3
 
 
+def test_hook_that_refuses_the_snapshot_at_a_start_is_asked_once(bench, monkeypatch, tmp_path):
+    vm = bench.make()
+    vm.set(**ON)
+    monkeypatch.setenv("HVMGR_CONFIG", str(tmp_path))
+    hook, asked = tmp_path / "hooks.d" / "before-snapshot" / "no", tmp_path / "asked"
+    hook.parent.mkdir(parents=True)
+    hook.write_text(f"#!/bin/sh\necho once >> '{asked}'\nexit 1\n")
+    hook.chmod(0o755)
+    bench.start()
+    assert [(name, error.code) for name, error in bench.work().failed] == [("web", "Vetoed")]
+    assert asked.read_text() == "once\n"
+    assert vm.snapshots() == []
+
+
 def test_busy_vm_is_left_for_the_next_run_and_one_without_savable_memory_has_its_disks_taken(bench, monkeypatch):
     vm = bench.make()
     vm.set(**ON)

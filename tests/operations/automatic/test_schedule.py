@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -184,6 +185,30 @@ def test_who_waits_asks_the_other_to_give_way(host):
         assert finding.code == "operation-running"
         assert home.layout.give_way.exists()
     home.layout.journal.unlink()
+
+
+def test_who_waits_asks_whoever_has_it_next_as_well(host):
+    home = make(host).home
+
+    def wait():
+        with home.locked(wait_s=120):
+            pass
+
+    thread = threading.Thread(target=wait)
+    with home.locked(wait_s=0):
+        thread.start()
+        until(home.layout.give_way.exists)
+        home.layout.give_way.unlink()  # as the next one does that has the lock
+        until(home.layout.give_way.exists)
+    thread.join(60)
+    assert not home.layout.give_way.exists()
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"scheduled": 7}', '{"recoveries": ["yesterday"]}'])

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from hvmgr import errors
-from hvmgr.host.domain import State
+from hvmgr.host.domain import Domain, State
+from hvmgr.model import tree
+from hvmgr.model.metadata import SnapshotType
+from hvmgr.operations.vm import Snapshot
+from hvmgr.storage import event_log
 from tests.operations.rules.conftest import MIB
 from tests.operations.transfer.conftest import RAW, VHD, by_codec, by_libvhdi, chain_of, raw_of
 
@@ -73,3 +77,32 @@ def test_running_disk_is_sent_as_it_is_at_one_moment(bench, running) -> None:
     assert len(vm.tree().chain(vm.now().disks["hda"])) == 2
     assert bench.disk_of(vm) == wanted(now, (0x44, 2 * MIB))
     bench.check(vm)
+
+
+def told_to_wait():
+    documents = event_log.Reader(from_start=True).documents()
+    return [one["images"] for one in documents if one["event"] == "merge-pending"]
+
+
+def test_only_images_that_still_wait_in_the_end_are_told(bench, monkeypatch) -> None:
+    """The running VM merges what a deletion leaves, unless something else works on it."""
+    vm, disks = bench.make(4), bench.host.disks
+    bench.start(vm)
+    try:
+        for make, delete in (
+            (lambda: disks.snapshot(vm.home.facts().disks[0].id), disks.destroy),
+            (lambda: vm.create_snapshot("one", type=SnapshotType.DISK_ONLY), Snapshot.delete),
+        ):
+            before = len(told_to_wait())
+            delete(make())
+            assert len(vm.tree().images) == 1
+            assert len(told_to_wait()) == before
+            made = make()
+            with monkeypatch.context() as patched:
+                patched.setattr(Domain, "has_job", lambda *_, **__: True)
+                delete(made)
+            assert told_to_wait()[before:] == [sorted(parent for parent, _ in tree.pending(vm.tree()))]
+            vm.merge()
+            assert len(told_to_wait()) == before + 1
+    finally:
+        bench.domain(vm).destroy()
