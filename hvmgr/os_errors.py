@@ -39,7 +39,8 @@ _KINDS: dict[tuple[int, ...], Callable[[object, str | None], errors.HvmgrError]]
     (errno.EROFS,): lambda path, _: errors.HostFailed(
         f"{path} is on a read-only file system", hint="mount it writable"
     ),
-    (errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG): lambda path, what: errors.UsageError(
-        f"{path} is no file: {what}"
+    (errno.ENAMETOOLONG,): lambda path, _: errors.UsageError(
+        f"{path}: this name is too long for its file system", hint="give it a shorter one"
     ),
+    (errno.EISDIR, errno.ENOTDIR, errno.ELOOP): lambda path, what: errors.UsageError(f"{path} is no file: {what}"),
 }

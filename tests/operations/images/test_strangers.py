@@ -152,7 +152,7 @@ class TestJournal:
         name = "x" * 250 + ".raw"
         folder.raw(name)
         assert folder.images.info(folder / name).size == 4 * MIB
-        with pytest.raises(errors.HostFailed, match="too long"):
+        with pytest.raises(errors.UsageError, match="too long"):
             folder.images.resize(folder / name, 8 * MIB)
         assert not list((settings.index_folder() / "changes").iterdir())
 

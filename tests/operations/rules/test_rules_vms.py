@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-import hvmgr
 from hvmgr import errors
 from hvmgr.model import specification
 from hvmgr.model.specification import DiskSpecification, ImageFormat
@@ -455,10 +454,3 @@ def test_home_that_came_without_hvmgrs_own_files_goes_on(bench):
     vm.create_snapshot("b")
     first.apply()
     bench.check(vm)
-
-
-def test_production_snapshot_is_refused_by_the_library_too(bench):
-    vm = bench.make(1)
-    with pytest.raises(errors.Unsupported, match="not there yet"):
-        vm.create_snapshot("a", type=hvmgr.SnapshotType.PRODUCTION)
-    assert vm.snapshots() == []
