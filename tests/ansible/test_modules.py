@@ -85,12 +85,9 @@ class TestSnapshot:
         assert told["tree"] == "web\n  - two\n    - Now\n"
         assert told["snapshots"][0]["images"] > 0
         assert module("snapshot_info", vm="web", name="first").facts["snapshots"] == []
-
-    def test_subtree_goes_with_those_below(self, thrice, module, web):
-        for name in ("one", "two", "three"):
-            module("snapshot", vm="web", name=name)
+        module("snapshot", vm="web", name="three")
         gone = thrice("snapshot", vm="web", name="two", state="absent", subtree=True)
-        assert gone["diff"]["after"] == "web\n  - one\n    - Now\n"
+        assert gone["diff"]["after"] == "web\n  - Now\n"
         assert len(gone["deleted"]) == 2
 
     def test_name_that_two_share_is_refused_with_their_ids(self, module, kvm1, web):
@@ -141,6 +138,7 @@ class TestSnapshotApply:
             refused = module("snapshot_apply", vm="web", **wrong)
             assert refused.code == 1, wrong
             assert words in refused.facts["msg"]
+
 
 class TestExchange:
     def test_export_and_linked_import(self, thrice, module, kvm1, web):
