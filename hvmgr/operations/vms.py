@@ -103,12 +103,14 @@ def plan_delete(session: Session, *, with_disks: bool) -> Plan:
     """libvirt and hvmgr forget the VM; its present stays as one complete image per disk, unless asked otherwise."""
     home = session.home
     present, state = home.present(), session.state()
-    if state not in (State.OFF, State.SAVED):
-        raise errors.Conflict(f"{present.name} is {state}", hint=f"stop it first: hvmgr vm stop {present.name}")
     before = snapshots.whole_tree(
         session, with_libvirts=False
     )  # libvirt forgets the VM, and with it what it kept of it
     _require_no_strangers(before)
+    if state not in (State.OFF, State.SAVED):  # last: who is told this knows that nothing else is in the way
+        raise errors.Conflict(
+            f"{present.name} is {state}", hint=f"stop it first: hvmgr vm stop {present.name}", state=str(state)
+        )
     nodes = list(before.nodes)
     finish: list[Step] = [
         *undo_slot.emptied(session, home.undo()),

@@ -19,6 +19,9 @@ import yaml
 from hvmgr.host import hypervisor
 from tests import collection, private_libvirt
 
+# What takes long: whole playbooks but for ``patch``, and the role.
+collect_ignore = [] if os.environ.get("HVMGR_ANSIBLE") == "all" else ["test_fleet.py", "test_role.py"]
+
 HVMGR = Path(sys.executable).parent / "hvmgr"
 _CALLBACK = Path(__file__).parent / "callback"
 
@@ -40,9 +43,12 @@ class KvmHost:
         return self.place / "homes"
 
     def make(self):
+        """What every module asks first is asked once; all else is hvmgr's own."""
         self.place.mkdir(mode=0o711)
+        version = subprocess.run([HVMGR, "--json", "version"], capture_output=True, text=True, timeout=60, check=True)
         self.executable.write_text(
-            f"#!/bin/sh\nexport HVMGR_INDEX={self.place}/index HVMGR_RUN={self.place}/run HVMGR_CRASH_AT=\n"
+            f"#!/bin/sh\ncase \"$*\" in *' version') echo '{json.dumps(json.loads(version.stdout))}'; exit 0;; esac\n"
+            f"export HVMGR_INDEX={self.place}/index HVMGR_RUN={self.place}/run HVMGR_CRASH_AT=\n"
             f'exec {HVMGR} "$@"\n'
         )
         self.executable.chmod(0o755)
@@ -57,8 +63,8 @@ class KvmHost:
     def create(self, name):
         return self.hvmgr("vm", "create", name, "--memory=64M", "--disk=8M", "--network=none", "--accel=tcg")["vm"]
 
-    def disk(self, name):
-        return self.hvmgr("vm", "show", name)["now"]["disks"]["vda"]
+    def disk(self, name, slot="vda"):
+        return self.hvmgr("vm", "show", name)["now"]["disks"][slot]
 
     def write(self, name, pattern):
         """A guest's bytes on the disk of a VM that is off."""
@@ -114,20 +120,34 @@ def installed(tmp_path_factory, ansible_home):
 
 
 @pytest.fixture(scope="session")
-def fleet(new_embed_root, require, require_program):
-    """The three hosts, kvm1 to kvm3, each with a libvirtd and networks of its own."""
+def new_host(new_embed_root, require, require_program):
+    """``new_host(number)``: another host, with a libvirtd and networks of its own."""
     require(os.geteuid() == 0, "daemons in namespaces of their own need root")
     require_program("libvirtd")
     place = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
     place.chmod(0o711)
-    hosts = []
     with contextlib.ExitStack() as stack:
-        for number in (1, 2, 3):
+
+        def make(number):
             daemon = stack.enter_context(private_libvirt.daemon(new_embed_root(), own_network=True))
-            hosts.append(KvmHost(f"kvm{number}", place / f"kvm{number}", daemon.uri))
-            hosts[-1].make()
-        yield hosts
+            host = KvmHost(f"kvm{number}", place / f"kvm{number}", daemon.uri)
+            host.make()
+            return host
+
+        yield make
     shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def first(new_host):
+    """The host that most tests need alone."""
+    return new_host(1)
+
+
+@pytest.fixture(scope="session")
+def fleet(first, new_host):
+    """The three hosts, kvm1 to kvm3."""
+    return [first, new_host(2), new_host(3)]
 
 
 def clean(host):
@@ -151,37 +171,51 @@ def hosts(fleet):
 
 
 @pytest.fixture
-def kvm1(fleet):
-    """The first of them alone."""
-    yield fleet[0]
-    clean(fleet[0])
+def kvm1(first):
+    """The first of them alone, without any VM."""
+    yield first
+    clean(first)
 
 
 @pytest.fixture
-def play(installed, ansible_home, hosts, tmp_path):
-    """``play(playbook, …)``: a run of ansible-playbook on the three hosts; names with dots are the collection's own."""
-    inventory = tmp_path / "hosts.yml"
-    variables = {
-        host.name: {
-            "hvmgr_executable": str(host.executable),
-            "hvmgr_uri": host.uri,
-            "hvmgr_root": str(host.root),
-            "place": str(host.place),
-        }
-        for host in hosts
-    }
+def play(player, hosts):
+    """``play(playbook, …)`` on the three hosts."""
+    return player(hosts)
+
+
+@pytest.fixture
+def player(installed, ansible_home, tmp_path):
+    """``player(hosts)(playbook, …)``: a run of ansible-playbook; names with dots are the collection's own playbooks."""
     local = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
-    inventory.write_text(yaml.safe_dump({"kvm": {"hosts": variables, "vars": local}}))
 
-    def run(playbook, *words, inventories=(), **extra):
-        argv = [collection.program("ansible-playbook"), "-i", inventory]
-        argv += [word for one in inventories for word in ("-i", one)]
-        argv += ["-e", json.dumps(extra), *words, playbook]
-        done = collection.run(argv, cwd=tmp_path, home=ansible_home, **settings(installed))
-        records = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RECORD ")]
-        return Play(done.returncode, done.stdout + done.stderr, records)
+    def inventory_of(hosts):
+        variables = {
+            host.name: {
+                "hvmgr_executable": str(host.executable),
+                "hvmgr_uri": host.uri,
+                "hvmgr_root": str(host.root),
+                "place": str(host.place),
+            }
+            for host in hosts
+        }
+        inventory = tmp_path / "hosts.yml"
+        inventory.write_text(yaml.safe_dump({"kvm": {"hosts": variables, "vars": local}}))
+        return inventory
 
-    return run
+    def on(hosts):
+        inventory = inventory_of(hosts)
+
+        def run(playbook, *words, inventories=(), **extra):
+            argv = [collection.program("ansible-playbook"), "-i", inventory]
+            argv += [word for one in inventories for word in ("-i", one)]
+            argv += ["-e", json.dumps(extra), *words, playbook]
+            done = collection.run(argv, cwd=tmp_path, home=ansible_home, **settings(installed))
+            records = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RECORD ")]
+            return Play(done.returncode, done.stdout + done.stderr, records)
+
+        return run
+
+    return on
 
 
 def settings(installed):

@@ -1,4 +1,7 @@
-"""The three playbooks as they stand, by ansible-playbook, on three hosts: check first, run, run again, fail and repair."""
+"""The playbooks and the inventory by Ansible's own programs: ``patch`` whole on three hosts, the others in check mode on one.
+
+Whole they are in test_fleet.py.
+"""
 
 from __future__ import annotations
 
@@ -11,50 +14,15 @@ from tests import collection
 from tests.ansible.conftest import settings
 
 
-@pytest.fixture
-def archive(fleet, tmp_path_factory):
-    """A gold export in one file on the controller; its disk holds sevens."""
-    gold, file = fleet[0], tmp_path_factory.mktemp("gold") / "gold.tar.zst"
-    gold.create("gold")
-    gold.write("gold", 7)
-    gold.hvmgr("snapshot", "create", "gold", "released")
-    gold.hvmgr("export", "gold", "--archive", file)
-    gold.hvmgr("vm", "delete", "gold", "--with-disks", "--yes")
-    return file
-
-
-def test_gold_image_to_a_fleet(play, hosts, archive):
-    # On the host in the middle somebody has a VM of that name already.
-    hosts[1].create("web")
-    wanted = {
-        "gold_archive": str(archive),
-        "gold_export": "{{ place }}/gold/gold",
-        "gold_name": "web",
-        "gold_group": "libvirt-qemu",
-    }
-    foreseen = play("hvmgr.hvmgr.gold", "--check", "--diff", **wanted)
+def test_gold_and_nightly_foresee_what_they_would_do(player, kvm1):
+    kvm1.create("gold")
+    kvm1.hvmgr("export", "gold", kvm1.place / "out")
+    wanted = {"gold_export": "{{ place }}/out/gold", "gold_name": "web", "nightly_folder": "{{ place }}/nightly"}
+    foreseen = player([kvm1])("hvmgr.hvmgr.gold", "--check", "--diff", "hvmgr.hvmgr.nightly", **wanted)
     assert foreseen.code == 0, foreseen.out
-    make = "Make the VM"
-    assert foreseen.changed() == [(host.name, "Make the folder that holds gold") for host in hosts]
-    assert len(foreseen.of("Say what a real run would go on with")) == 3
-    assert all(not (host.place / "gold").exists() for host in hosts)
-
-    first = play("hvmgr.hvmgr.gold", **wanted)
-    assert first.failed() == [("kvm2", make)], first.out
-    (refused,) = first.of(make, "kvm2")
-    assert refused["error"]["code"] == "Conflict"
-    for host in (hosts[0], hosts[2]):
-        assert host.holds("web", 7)
-        assert host.hvmgr("vm", "show", "web")["origin"]["mode"] == "link"
-
-    hosts[1].hvmgr("vm", "delete", "web", "--with-disks", "--yes")
-    foreseen = play("hvmgr.hvmgr.gold", "--check", "--diff", "--limit", "kvm2", **wanted)
-    repaired = play("hvmgr.hvmgr.gold", "--limit", "kvm2", **wanted)
-    assert foreseen.changed() == repaired.changed() == [("kvm2", make)]
-    assert foreseen.of(make)[0]["diff"] == repaired.of(make)[0]["diff"]
-    assert hosts[1].holds("web", 7)
-    again = play("hvmgr.hvmgr.gold", **wanted)
-    assert (again.code, again.changed()) == (0, [])
+    assert foreseen.changed() == [("kvm1", "Export them"), ("kvm1", "Make the VM")]
+    assert [one["name"] for one in kvm1.hvmgr("vm", "list")["vms"]] == ["gold"]
+    assert not (kvm1.place / "nightly").exists()
 
 
 @pytest.fixture
@@ -94,6 +62,13 @@ PATCH = """
     disk: "{{ found.vms[0].now.disks.vda }}"
   register: written
   changed_when: "'wrote' in written.stdout | default('')"
+- name: Lose the guest
+  ansible.builtin.set_fact: {ansible_remote_tmp: /proc/none, ansible_pipelining: false}
+  when: hvmgr_name == lost | default('')
+- name: Go on with the patch
+  ansible.builtin.command: /bin/true
+  changed_when: false
+  when: hvmgr_name == lost | default('')
 """
 CHECK = """
 - name: Be content
@@ -109,48 +84,39 @@ def test_snapshot_patch_check_and_back(play, hosts, guests, tmp_path):
         "patch_name": "before",
         "patch_tasks": str(tmp_path / "patch.yml"),
         "check_tasks": str(tmp_path / "check.yml"),
+        "check_timeout": 2,
     }
-    foreseen = play("hvmgr.hvmgr.patch", "--check", "--diff", inventories=[guests], **wanted)
-    assert (foreseen.code, {task for _, task in foreseen.changed()}) == (0, {"Take a snapshot"}), foreseen.out
+    at_once = {"patch_serial": 3, "patch_max_fail_percentage": 100}
 
-    first = play("hvmgr.hvmgr.patch", inventories=[guests], broken="shop2", **wanted)
-    assert first.code != 0
-    assert "shop2 is broken" in first.of("Say why", "shop2")[0]["msg"]
-    assert (hosts[0].holds("shop1", 2), hosts[1].holds("shop2", 1)) == (True, True)
-    assert first.of("Take a snapshot", "shop3") == [], "no further after a failure"
+    def run(*words, **more):
+        return play("hvmgr.hvmgr.patch", *words, inventories=[guests], **wanted | more)
+
+    def patched():
+        return [host.holds(f"shop{number}", 2) for number, host in enumerate(hosts, 1)]
+
+    lost = run(lost="shop2")
+    assert lost.code != 0
+    assert [one["outcome"] for one in lost.of("Go on with the patch", "shop2")] == ["unreachable"], lost.out
+    assert "shop2 is what it was at 'before'" in lost.of("Say why", "shop2")[0]["msg"]
+    assert patched() == [True, False, False]
+    assert lost.of("Take a snapshot", "shop3") == [], "no further after a failure"
     assert hosts[2].hvmgr("snapshot", "list", "shop3")["snapshots"] == []
 
-    repaired = play("hvmgr.hvmgr.patch", inventories=[guests], **wanted)
+    foreseen = run("--check", "--diff", "--limit", "shop1,shop3", **at_once)
+    refuse = "Refuse to go back further than to this run"
+    assert (foreseen.failed(), foreseen.changed()) == ([("shop1", refuse)], [("shop3", "Take a snapshot")])
+    assert "patch_again=true" in foreseen.of(refuse, "shop1")[0]["msg"]
+    assert hosts[2].hvmgr("snapshot", "list", "shop3")["snapshots"] == []
+
+    broken = run(patch_again=True, broken="shop1", **at_once)
+    assert broken.failed() == [("shop1", "Be content"), ("shop1", "Say why")], broken.out
+    assert "shop1 is broken" in broken.of("Say why")[0]["msg"]
+    assert patched() == [False, True, True]
+
+    repaired = run(patch_again=True, **at_once)
     assert repaired.code == 0, repaired.out
-    assert repaired.changed("shop1") == []
-    assert all(host.holds(f"shop{number}", 2) for number, host in enumerate(hosts, 1))
-    again = play("hvmgr.hvmgr.patch", inventories=[guests], **wanted)
-    assert (again.code, again.changed()) == (0, [])
-
-
-def test_nightly_exports_with_retention(play, hosts):
-    for host in hosts[:2]:
-        host.create("web")
-    hosts[0].create("db")
-    wanted = {"nightly_folder": "{{ place }}/nightly", "nightly_keep": 2}
-    folders = [host.place / "nightly" for host in hosts]
-    for host, folder in zip(hosts[:2], folders[:2], strict=True):
-        host.hvmgr("export", "web", folder / "2026-11-01")
-        (folder / "2026-11-02").mkdir()
-    hosts[0].hvmgr("import", folders[0] / "2026-11-01" / "web", "--mode", "link", "--name", "linked")
-    third = {"nightly_day": "2026-11-03", **wanted}
-    two = ("--limit", "kvm1,kvm2")
-    foreseen = play("hvmgr.hvmgr.nightly", "--check", "--diff", *two, **third)
-    done = play("hvmgr.hvmgr.nightly", *two, **third)
-    assert foreseen.changed() == done.changed()
-    assert done.code == 0, done.out
-    assert sorted(path.name for path in folders[0].iterdir()) == ["2026-11-01", "2026-11-02", "2026-11-03"], (
-        "a VM stands on it"
-    )
-    assert sorted(path.name for path in folders[1].iterdir()) == ["2026-11-02", "2026-11-03"]
-    assert sorted(path.name for path in (folders[0] / "2026-11-03").iterdir()) == ["db", "linked", "web"]
-    again = play("hvmgr.hvmgr.nightly", *two, **third)
-    assert (again.code, again.changed()) == (0, [])
+    assert repaired.changed() == [("shop1", "Write the patch where it is not yet")]
+    assert patched() == [True, True, True]
 
 
 def unwrapped(value):

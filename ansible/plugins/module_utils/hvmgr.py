@@ -144,6 +144,14 @@ class Hvmgr:
         document = self._document(("--yes", *words), **more)
         return bool(document.get("changed")), document
 
+    def refusal(self, *words):
+        """What hvmgr has against doing this now, as a Failure; None when it would do it."""
+        try:
+            self._document(("--dry-run", *words), raising=True)
+        except Failure as failure:
+            return failure
+        return None
+
     def fail(self, failure):
         """The module ends with hvmgr's words."""
         hint = f" ({failure.hint})" if failure.hint else ""

@@ -31,6 +31,7 @@ options:
       - V(started) and V(stopped) do the same, and let it run, or shut it down.
       - V(absent) deletes a VM that is off, with its snapshots. Of each disk one complete image stays in the home, unless
         O(with_disks=true).
+      - Check mode does not ask the guest or libvirt whether a VM would start or stop.
     type: str
     choices: [absent, present, started, stopped]
     default: present
@@ -48,7 +49,9 @@ options:
     type: bool
     default: false
   force:
-    description: With O(state=stopped) or O(state=absent) a running VM is stopped at once, like pulling the plug.
+    description:
+      - With O(state=stopped) or O(state=absent) a running VM is stopped at once, like pulling the plug.
+      - With O(state=absent) only when nothing but that it runs is in the way of its deletion.
     type: bool
     default: false
   stop_timeout:
@@ -234,11 +237,15 @@ def delete(module, hvmgr, vm):
                 "stop it first, or give force",
             )
         )
+    words = ["vm", "delete", *options(params, "with_disks"), "--", vm["id"]]
     if was_active:
+        obstacle = hvmgr.refusal(*words)
+        if obstacle is not None and obstacle.facts.get("state") not in ACTIVE:
+            hvmgr.fail(obstacle)
         stop(module, hvmgr, vm)
         if module.check_mode:
-            return True, [], None  # a dry run of the rest needs a VM that is off
-    changed, document = hvmgr.change("vm", "delete", *options(params, "with_disks"), "--", vm["id"])
+            return True, [], None  # the plan of the rest needs a VM that is off
+    changed, document = hvmgr.change(*words)
     return changed, document.get("kept", []), document.get("plan")
 
 
