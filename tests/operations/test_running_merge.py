@@ -20,6 +20,7 @@ from hvmgr import errors
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
+from hvmgr.operations.session import Interrupts
 from hvmgr.operations.steps import live_steps
 from hvmgr.storage import images, vm_home
 
@@ -307,6 +308,25 @@ def test_job_that_outlives_its_command_is_found(machine, monkeypatch, tmp_path):
     assert not tree.pending(machine.vm.tree())
     assert len(machine.vm.tree().images) == 2
     machine.check()
+
+
+@pytest.mark.parametrize("name", ["three", "one"])
+def test_stop_while_a_left_over_job_is_found_ends_the_job(machine, monkeypatch, tmp_path, name):
+    """Nobody would know of it once the journal is closed."""
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot(name).delete(bandwidth=SLOW))
+    with monkeypatch.context() as patched:
+        patched.setattr(Interrupts, "wanted", True)
+        with pytest.raises(errors.Cancelled, match="done, but images wait"):
+            machine.vm.merge(bandwidth=SLOW)
+    assert not has_job(machine)
+    assert not machine.layout.journal.exists()
+    machine.check()
+    assert contents(machine, tmp_path) == without(before, name)
+    assert machine.vm.merge()
+    require_whole(machine, 3)
+    assert contents(machine, tmp_path) == without(before, name)
 
 
 def test_others_jobs_and_refusals_leave_images_waiting(machine, monkeypatch, tmp_path):

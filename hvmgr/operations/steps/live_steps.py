@@ -67,7 +67,7 @@ def is_live(one: Plan) -> bool:
 def stream(session: Session, step: plan.StreamLive) -> None:
     """The child holds the parent's data and stands on what was below it."""
     child, parent = Path(step.child), Path(step.parent)
-    if not parent.exists() or image_steps.has_to_wait(session, child, parent, when_open=False):
+    if not parent.exists() or _has_to_wait(session, child, parent):
         return
     below = images.read(parent, images.QCOW2).parent  # another one than planned where an earlier merge had to wait
     if below is not None and not _is_same(str(below), step.below):
@@ -134,7 +134,7 @@ def _take_back(session: Session, child: Path, parent: Path) -> None:
 def commit(session: Session, step: plan.CommitLive) -> None:
     """The parent holds the child's data, and whoever named the child names the parent."""
     child, parent = Path(step.child), Path(step.parent)
-    if image_steps.has_to_wait(session, child, parent, when_open=False) or (
+    if _has_to_wait(session, child, parent) or (
         child.exists() and not _brought_down(session, step, child, parent)
     ):
         _wait(session, child, parent)
@@ -337,6 +337,14 @@ def take_up(session: Session, one: Plan) -> None:
             merges=True,
         )
     session.say(f"{session.home.name} still merges images for the interrupted {one.subject}; Ctrl-C puts that off")
+
+
+def _has_to_wait(session: Session, child: Path, parent: Path) -> bool:
+    """Not before a job that a dead command left is followed, or ended: nobody would know of it without the journal."""
+    if session.recovering and (place := _find(session, child, parent)) is not None:
+        if session.domain().block_job(place.slot) is not None:
+            return False
+    return image_steps.has_to_wait(session, child, parent, when_open=False)
 
 
 def _tried(session: Session, child: Path, parent: Path, written: Path, act: Callable[[Domain], None]) -> bool:
