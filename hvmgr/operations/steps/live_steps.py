@@ -235,17 +235,15 @@ def _go_on_in(session: Session, domain: Domain, slot: str, child: Path, parent: 
     It stands still until libvirt's configuration says so: what it wrote before would hide what it writes then.
     """
     with session.interrupts.held_back():
-        if domain.state() is State.RUNNING:
-            durable.write_file(_stopped(session), b"")
-            domain.suspend()
-        try:
-            domain.end_block_job(slot, pivot=True)
-        except (errors.HostFailed, errors.Conflict):
-            if not _lives(domain) or _find(session, child, parent) is None:
-                raise
-            with contextlib.suppress(errors.Conflict):
-                domain.end_block_job(slot)  # refused: the guest goes on where it was
-            raise
+        with _ending_job(domain, slot):  # refused: the guest goes on where it was
+            if domain.state() is State.RUNNING:
+                durable.write_file(_stopped(session), b"")
+                domain.suspend()
+            try:
+                domain.end_block_job(slot, pivot=True)
+            except (errors.HostFailed, errors.Conflict):
+                if not _lives(domain) or _find(session, child, parent) is not None:
+                    raise  # otherwise it was done all the same
         _require_path(domain, slot, parent)
         durable.sync_file(parent)
         _let_go_on(session)
@@ -405,17 +403,34 @@ def _run(
     session: Session, domain: Domain, place: _Place, start: Callable[..., None], *, relative: bool, job: _Job
 ) -> None:
     """A job from its start, or from where a dead command left it, to its end."""
-    if domain.block_job(place.slot) is None:
+    is_there = domain.block_job(place.slot) is not None
+    if not is_there:
         _start(start, relative=relative)
     elif not session.recovering or live_chain.mirror(_live(domain), place.slot) not in (None, "active-commit"):
         raise errors.Busy(f"libvirt works on disk {place.slot} of {domain.name}", hint="run it again when that is done")
-    elif session.bandwidth:
-        domain.throttle_block_job(place.slot, session.bandwidth)
-    try:
+    with _ending_job(domain, place.slot):
+        if is_there and session.bandwidth:
+            domain.throttle_block_job(place.slot, session.bandwidth)
         _follow(session, domain, place.slot, job)
-    except errors.Cancelled:
-        with contextlib.suppress(errors.Conflict):  # it came to its end by itself
-            domain.end_block_job(place.slot)
+
+
+@contextlib.contextmanager
+def _ending_job(domain: Domain, slot: str) -> Iterator[None]:
+    """Whatever goes wrong here ends the job, of which nobody would know later; OutcomeUnknown where that cannot be done."""
+    try:
+        yield
+    except errors.OutcomeUnknown:
+        raise
+    except errors.HvmgrError as error:
+        if error.facts.get("lost"):
+            raise
+        try:
+            domain.end_block_job(slot)
+        except errors.HvmgrError as second:  # or it came to its end by itself, or with the VM
+            if _lives(domain) and domain.block_job(slot) is not None:
+                raise errors.OutcomeUnknown(
+                    f"{error}; and the merge of disk {slot} of {domain.name} could not be ended ({second})"
+                ) from error
         raise
 
 
@@ -455,7 +470,7 @@ def _require_gone(domain: Domain, slot: str, path: str) -> None:
             _raise_early_end(path)
         if time.monotonic() > deadline:
             if in_chain:
-                raise errors.HostFailed(f"the merge of {path} does not come to its end")
+                raise errors.OutcomeUnknown(f"the merge of {path} does not come to its end")
             raise errors.OutcomeUnknown(f"QEMU still has {path} open although its merge has ended")
         time.sleep(_POLL_S)
 
