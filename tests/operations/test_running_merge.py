@@ -21,7 +21,7 @@ from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
 from hvmgr.operations.session import Interrupts
-from hvmgr.operations.steps import live_steps
+from hvmgr.operations.steps import execution, live_steps
 from hvmgr.storage import images, vm_home
 
 pytestmark = pytest.mark.guest
@@ -300,6 +300,10 @@ def test_job_that_outlives_its_command_is_found(machine, monkeypatch, tmp_path):
     assert contents(machine, tmp_path) == without(before, "two")
 
     die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot("one").delete(bandwidth=SLOW))
+    machine.domain.end_block_job("vda")
+    assert len(machine.vm.snapshots()) == 1
+    assert not has_job(machine)  # it does not begin with what is left to do either
+    assert machine.layout.journal.exists()
     machine.domain.destroy()
     machine.vm.snapshots()  # what is open is completed, now that nothing runs
     assert contents(machine, tmp_path) == without(before, "one", "two")
@@ -474,6 +478,24 @@ def test_guest_that_stands_still_for_a_pivot_is_not_forgotten(machine, monkeypat
     require_whole(machine, 1)
 
 
+def test_reader_waits_for_no_job_of_a_dead_command(machine, monkeypatch):
+    def die(*_):
+        raise Died
+
+    with monkeypatch.context() as patched:
+        patched.setitem(execution.DO, plan.SwitchDisks, die)
+        patched.setattr(execution, "_go_back", die)
+        with pytest.raises(Died):
+            machine.vm.create_snapshot("one", type=DISKS)
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "has_job", lambda *_, **__: True)
+        assert not machine.vm.snapshots()
+    assert machine.layout.journal.exists()
+    assert not machine.vm.snapshots()
+    assert not machine.layout.journal.exists()
+    require_whole(machine, 1)
+
+
 def test_pivot_that_is_refused_leaves_the_guest_where_it_was(machine, monkeypatch):
     machine.vm.create_snapshot("one", type=DISKS)
     real = Domain.end_block_job
@@ -492,6 +514,59 @@ def test_pivot_that_is_refused_leaves_the_guest_where_it_was(machine, monkeypatc
     machine.tick()
     machine.check()
     assert machine.vm.merge()
+    require_whole(machine, 1)
+
+
+def full(*_, **__):
+    raise errors.NoSpace("no space left to say so")
+
+
+@pytest.mark.parametrize("moment", ["while the job runs", "before the guest is stopped"])
+def test_failure_ends_the_job(machine, monkeypatch, moment):
+    machine.vm.create_snapshot("one", type=DISKS)
+    with monkeypatch.context() as patched:
+        if moment == "while the job runs":
+            patched.setattr(live_steps, "_follow", full)
+        else:
+            patched.setattr(Domain, "suspend", full)
+        with pytest.raises(errors.NoSpace, match="images wait to be merged"):
+            machine.vm.snapshot("one").delete()
+    assert not has_job(machine)
+    assert not machine.layout.journal.exists()
+    machine.tick()
+    machine.check()
+    assert machine.vm.merge()
+    require_whole(machine, 1)
+
+
+def test_job_that_cannot_be_ended_is_not_forgotten(machine, monkeypatch):
+    machine.vm.create_snapshot("one", type=DISKS)
+    late = machine.tick()
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "end_block_job", full)
+        with pytest.raises(errors.OutcomeUnknown, match="could not be ended"):
+            machine.vm.snapshot("one").delete()
+    assert has_job(machine)
+    assert machine.state() == "paused"
+    assert machine.layout.journal.exists()
+    machine.vm.snapshots()  # a reader does not leave the guest standing
+    assert machine.state() == "running"
+    assert machine.tick().memory > late.memory
+    require_whole(machine, 1)
+
+
+def test_pivot_that_is_done_although_it_failed_counts(machine, monkeypatch):
+    machine.vm.create_snapshot("one", type=DISKS)
+    real = Domain.end_block_job
+
+    def fail(domain, slot, *, pivot=False):
+        real(domain, slot, pivot=pivot)
+        raise errors.HostFailed("libvirt did not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "end_block_job", fail)
+        machine.vm.snapshot("one").delete()
+    machine.tick()
     require_whole(machine, 1)
 
 

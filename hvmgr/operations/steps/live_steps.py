@@ -134,9 +134,7 @@ def _take_back(session: Session, child: Path, parent: Path) -> None:
 def commit(session: Session, step: plan.CommitLive) -> None:
     """The parent holds the child's data, and whoever named the child names the parent."""
     child, parent = Path(step.child), Path(step.parent)
-    if _has_to_wait(session, child, parent) or (
-        child.exists() and not _brought_down(session, step, child, parent)
-    ):
+    if _has_to_wait(session, child, parent) or (child.exists() and not _brought_down(session, step, child, parent)):
         _wait(session, child, parent)
         _let_go_on(session)
         return
@@ -326,22 +324,26 @@ class _Job:
     written: Path
 
 
-def take_up(session: Session, one: Plan) -> None:
-    """A command died, and the running VM goes on with what it was asked for: Busy for who does not wait."""
-    if not session.patient:
+def take_up(session: Session, domain: Domain, one: Plan) -> None:
+    """A command died, and the running VM goes on with what it was asked for: Busy for who does not wait.
+
+    Nobody leaves a guest standing that was stopped for a pivot.
+    """
+    if not session.patient and not _stopped(session).exists():
         raise errors.Busy(
             f"{session.home.name} still merges images: {one.subject}",
             hint="run it again when that is done",
-            merges=True,
+            goes_on=True,
         )
-    session.say(f"{session.home.name} still merges images for the interrupted {one.subject}; Ctrl-C puts that off")
+    if domain.has_block_job():
+        session.say(f"{session.home.name} still merges images for the interrupted {one.subject}; Ctrl-C puts that off")
 
 
 def _has_to_wait(session: Session, child: Path, parent: Path) -> bool:
     """Not before a job that a dead command left is followed, or ended: nobody would know of it without the journal."""
-    if session.recovering and (place := _find(session, child, parent)) is not None:
-        if session.domain().block_job(place.slot) is not None:
-            return False
+    place = _find(session, child, parent) if session.recovering else None
+    if place is not None and session.domain().block_job(place.slot) is not None:
+        return False
     return image_steps.has_to_wait(session, child, parent, when_open=False)
 
 
