@@ -238,7 +238,7 @@ def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change
             if not quiet:
                 _say_what_is_lent(session, change.after)
             return change
-        closed |= unfit.keys()
+        closed |= unfit.keys() | {step.child for step in merges if unfit.keys() & set(_above(session, step))}
         for path, reason in unfit.items():
             session.say(f"{path} {reason}: it is not merged")
 

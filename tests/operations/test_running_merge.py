@@ -20,6 +20,7 @@ from hvmgr import errors
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
+from hvmgr.operations import merge
 from hvmgr.operations.session import Interrupts
 from hvmgr.operations.steps import execution, live_steps
 from hvmgr.storage import images, vm_home
@@ -567,6 +568,33 @@ def test_pivot_that_is_done_although_it_failed_counts(machine, monkeypatch):
         patched.setattr(Domain, "end_block_job", fail)
         machine.vm.snapshot("one").delete()
     machine.tick()
+    require_whole(machine, 1)
+
+
+def test_image_that_somebody_changed_is_not_written(machine, tmp_path):
+    for number, name in enumerate(("one", "two", "three", "four"), 1):
+        write(machine, number, f"{number * 64}k", "128k")
+        machine.vm.create_snapshot(name, type=DISKS)
+    before = contents(machine, tmp_path)
+    (above,) = machine.vm.snapshot("four").disks.values()
+    os.utime(above, (1, 1))
+    showed = Path(above).read_bytes()
+    machine.vm.snapshot("two").delete()  # "three" would go into it, and "four" would have to say so
+    assert any(f"{above} was changed after it was frozen" in one for one in machine.said)
+    assert Path(above).read_bytes() == showed
+    assert len(tree.pending(machine.vm.tree())) == 1
+    assert contents(machine, tmp_path) == without(before, "two")
+    machine.tick()
+
+
+def test_export_is_complete_although_nothing_can_be_merged(machine, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "_require_space", full)
+        folder = machine.vm.export(tmp_path)
+    assert machine.host.verify(folder) == []
+    assert "the export is complete; no space left to say so" in machine.said
+    assert len(tree.pending(machine.vm.tree())) == 1
+    assert machine.vm.merge()
     require_whole(machine, 1)
 
 
