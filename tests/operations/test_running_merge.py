@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -585,6 +586,20 @@ def test_image_that_somebody_changed_is_not_written(machine, tmp_path):
     assert len(tree.pending(machine.vm.tree())) == 1
     assert contents(machine, tmp_path) == without(before, "two")
     machine.tick()
+
+
+def test_deletion_needs_no_space_for_what_can_wait(machine, monkeypatch, tmp_path):
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(merge.os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=4096, f_blocks=1))
+        machine.vm.snapshot("three").delete()
+    assert any("wait for a later" in one and "there are 4 KiB free" in one for one in machine.said), machine.said
+    assert len(tree.pending(machine.vm.tree())) == 1
+    assert contents(machine, tmp_path) == without(before, "three")
+    assert machine.vm.merge()
+    require_whole(machine, 3)
+    assert contents(machine, tmp_path) == without(before, "three")
 
 
 def test_export_is_complete_although_nothing_can_be_merged(machine, monkeypatch, tmp_path):
