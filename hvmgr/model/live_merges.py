@@ -3,9 +3,9 @@
 libvirt streams into the image that the guest writes and into no other; it commits an image into the one below it. So:
 
 - the image that the guest writes takes what its unnamed parent holds (``StreamLive``): nothing is renamed;
-- where that cannot be, because the parent is a base or hides a part of a longer image below it, and between two images
-  that nobody writes, the parent takes what the child holds and takes its place (``CommitLive``). The parent has no other
-  user then, and was made by hvmgr; the child is what goes.
+- where that cannot be, because the parent is a base or hides a part of a longer image below it, where the child holds
+  less, and between two images that nobody writes, the parent takes what the child holds and takes its place
+  (``CommitLive``). The parent has no other user then, and was made by hvmgr; the child is what goes.
 
 Pure, like ``tree``, whose planner this is a part of.
 """
@@ -33,7 +33,7 @@ def merge(tree: Tree, parent: Image, child: Image) -> tuple[list[Step], Tree]:
 
     images = dict(tree.images)
     data = parent.data + child.data
-    if _can_stream(tree, parent, child):
+    if _can_stream(tree, parent, child) and not (_can_commit(tree, parent, child) and child.data < parent.data):
         assert parent.parent is not None
         below = images[parent.parent]
         del images[parent.path]

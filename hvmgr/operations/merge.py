@@ -33,8 +33,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
     _require_not_sent(before, snapshot_ids)
     live = session.busy_images()
     change = _merging_whole_images(session, lambda unfit: tree.plan_delete(before, snapshot_ids, busy=live | unfit))
-    later = _merging_live(change.after, live)
-    _require_space(before, (*change.finish, *later))
+    _require_space(before, change.finish)
     change_id = session.new_id()
     present = home.present()
     facts = vm_home.require_facts(present)
@@ -51,7 +50,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
         present.set_metadata(dataclasses.replace(facts, parent=change.after.present.parent, disks=disks))
         finish += [plan.Define(xml=present.to_xml()), plan.WritePresent()]
     finish += [plan.RemoveSnapshot(snapshot_id=one) for one in snapshot_ids]
-    finish += [*change.finish, *(later if session.dry_run else ())]
+    finish += [*change.finish, *(_merging_live(change.after, live) if session.dry_run else ())]
     names = ", ".join(f"'{home.entry(one).record.name}'" for one in snapshot_ids[:3])
     more = f" and {len(snapshot_ids) - 3} more" if len(snapshot_ids) > 3 else ""
     return Plan(
@@ -71,11 +70,15 @@ def _require_not_sent(before: Tree, snapshot_ids: Sequence[str]) -> None:
 
 
 def merge_live(session: Session, deletion: Plan) -> None:
-    """What a running VM has open of the images that a deletion left unnamed is merged, too."""
+    """What a running VM has open of the images that a deletion left unnamed is merged, too, where there is space for it."""
     if not session.is_active():
         return
     session.forget_uses()
-    one = plan_merge(session, deletion=deletion)
+    try:
+        one = plan_merge(session, deletion=deletion)
+    except errors.NoSpace as error:  # what was asked for is done
+        session.say(f"images of {session.home.name} wait for a later 'hvmgr snapshot merge': {error}")
+        return
     if one.finish:
         execution.run(session, one)
 
@@ -238,7 +241,7 @@ def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change
             if not quiet:
                 _say_what_is_lent(session, change.after)
             return change
-        closed |= unfit.keys()
+        closed |= unfit.keys() | {step.child for step in merges if unfit.keys() & set(_above(session, step))}
         for path, reason in unfit.items():
             session.say(f"{path} {reason}: it is not merged")
 

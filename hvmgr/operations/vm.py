@@ -412,7 +412,7 @@ class VM:
     ) -> Iterator[Session]:
         """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present.
 
-        Without ``patient`` it is Busy while the running VM still merges images for a command that died.
+        Without ``patient`` it is Busy while libvirt or QEMU goes on with what a command asked for that died.
         """
         from hvmgr.operations import reconcile
 
@@ -439,7 +439,7 @@ class VM:
                 with self._work(needs_present=False, patient=False):
                     pass
             except errors.Busy as error:
-                if not error.facts.get("merges"):
+                if not error.facts.get("goes_on"):
                     raise
         elif layout.guest_at_rest.exists():  # its agent is asked again, which hides nothing from a reader
             with contextlib.suppress(errors.HvmgrError), self._work(needs_present=False):

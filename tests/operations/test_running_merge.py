@@ -13,6 +13,7 @@ import threading
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,8 +22,10 @@ from hvmgr import errors
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
+from hvmgr.operations import merge
 from hvmgr.operations.automatic import acts
-from hvmgr.operations.steps import live_steps
+from hvmgr.operations.session import Interrupts
+from hvmgr.operations.steps import execution, live_steps
 from hvmgr.storage import images, vm_home
 
 pytestmark = pytest.mark.guest
@@ -115,6 +118,25 @@ def test_parent_of_the_present(machine, tmp_path):
     machine.tick()
 
 
+def test_little_goes_into_much(machine, tmp_path):
+    """The guest goes on in the parent, which nothing else needs, when that is what copies less."""
+    machine.vm.create_snapshot("one", type=DISKS)
+    write(machine, 1, "64k", "896k")
+    machine.vm.create_snapshot("two", type=DISKS)
+    write(machine, 2, "128k")
+    before = contents(machine, tmp_path)
+    parent = machine.vm.snapshot("two").disks["vda"]
+    with watched(machine):
+        machine.vm.snapshot("two").delete()
+    assert machine.vm.now().disks["vda"] == parent
+    assert contents(machine, tmp_path) == without(before, "two")
+    require_whole(machine, 2)
+    late = machine.tick()
+    machine.vm.stop(force=True)
+    assert machine.held() >= late.disk
+    assert Path(parent).stat().st_mode & 0o777 == 0o600
+
+
 def test_inner_snapshot_and_root(machine, tmp_path):
     for number, name in enumerate(("one", "two", "three", "four"), 1):
         write(machine, number, f"{number * 64}k", "128k")
@@ -187,8 +209,9 @@ def waiting(machine, name="one"):
     machine.vm.create_snapshot(name, type=DISKS)
     write(machine, 2, "0", "128k")
     machine.vm.create_snapshot("two", type=DISKS)
-    write(machine, 3, "64k", "896k")
+    write(machine, 3, "64k", "384k")
     machine.vm.create_snapshot("three", type=DISKS)
+    write(machine, 4, "512k", "448k")  # more than what is below, so that it takes that in
 
 
 SLOW = 64 << 10
@@ -301,6 +324,10 @@ def test_job_that_outlives_its_command_is_found(machine, monkeypatch, tmp_path):
     assert contents(machine, tmp_path) == without(before, "two")
 
     die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot("one").delete(bandwidth=SLOW))
+    machine.domain.end_block_job("vda")
+    assert len(machine.vm.snapshots()) == 1
+    assert not has_job(machine)  # it does not begin with what is left to do either
+    assert machine.layout.journal.exists()
     machine.domain.destroy()
     machine.vm.snapshots()  # what is open is completed, now that nothing runs
     assert contents(machine, tmp_path) == without(before, "one", "two")
@@ -333,6 +360,25 @@ def test_worker_waits_for_a_dead_commands_job_only_until_there_is_other_work(mac
     assert deed.action == acts.Action.MERGED
     require_whole(machine, 3)
     assert contents(machine, tmp_path) == without(before, "two")
+
+
+@pytest.mark.parametrize("name", ["three", "one"])
+def test_stop_while_a_left_over_job_is_found_ends_the_job(machine, monkeypatch, tmp_path, name):
+    """Nobody would know of it once the journal is closed."""
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    die_in_the_middle(machine, monkeypatch, lambda: machine.vm.snapshot(name).delete(bandwidth=SLOW))
+    with monkeypatch.context() as patched:
+        patched.setattr(Interrupts, "wanted", True)
+        with pytest.raises(errors.Cancelled, match="done, but images wait"):
+            machine.vm.merge(bandwidth=SLOW)
+    assert not has_job(machine)
+    assert not machine.layout.journal.exists()
+    machine.check()
+    assert contents(machine, tmp_path) == without(before, name)
+    assert machine.vm.merge()
+    require_whole(machine, 3)
+    assert contents(machine, tmp_path) == without(before, name)
 
 
 def test_others_jobs_and_refusals_leave_images_waiting(machine, monkeypatch, tmp_path):
@@ -480,6 +526,24 @@ def test_guest_that_stands_still_for_a_pivot_is_not_forgotten(machine, monkeypat
     require_whole(machine, 1)
 
 
+def test_reader_waits_for_no_job_of_a_dead_command(machine, monkeypatch):
+    def die(*_):
+        raise Died
+
+    with monkeypatch.context() as patched:
+        patched.setitem(execution.DO, plan.SwitchDisks, die)
+        patched.setattr(execution, "_go_back", die)
+        with pytest.raises(Died):
+            machine.vm.create_snapshot("one", type=DISKS)
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "has_job", lambda *_, **__: True)
+        assert not machine.vm.snapshots()
+    assert machine.layout.journal.exists()
+    assert not machine.vm.snapshots()
+    assert not machine.layout.journal.exists()
+    require_whole(machine, 1)
+
+
 def test_pivot_that_is_refused_leaves_the_guest_where_it_was(machine, monkeypatch):
     machine.vm.create_snapshot("one", type=DISKS)
     real = Domain.end_block_job
@@ -497,6 +561,100 @@ def test_pivot_that_is_refused_leaves_the_guest_where_it_was(machine, monkeypatc
     assert not has_job(machine)
     machine.tick()
     machine.check()
+    assert machine.vm.merge()
+    require_whole(machine, 1)
+
+
+def full(*_, **__):
+    raise errors.NoSpace("no space left to say so")
+
+
+@pytest.mark.parametrize("moment", ["while the job runs", "before the guest is stopped"])
+def test_failure_ends_the_job(machine, monkeypatch, moment):
+    machine.vm.create_snapshot("one", type=DISKS)
+    with monkeypatch.context() as patched:
+        if moment == "while the job runs":
+            patched.setattr(live_steps, "_follow", full)
+        else:
+            patched.setattr(Domain, "suspend", full)
+        with pytest.raises(errors.NoSpace, match="images wait to be merged"):
+            machine.vm.snapshot("one").delete()
+    assert not has_job(machine)
+    assert not machine.layout.journal.exists()
+    machine.tick()
+    machine.check()
+    assert machine.vm.merge()
+    require_whole(machine, 1)
+
+
+def test_job_that_cannot_be_ended_is_not_forgotten(machine, monkeypatch):
+    machine.vm.create_snapshot("one", type=DISKS)
+    late = machine.tick()
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "end_block_job", full)
+        with pytest.raises(errors.OutcomeUnknown, match="could not be ended"):
+            machine.vm.snapshot("one").delete()
+    assert has_job(machine)
+    assert machine.state() == "paused"
+    assert machine.layout.journal.exists()
+    machine.vm.snapshots()  # a reader does not leave the guest standing
+    assert machine.state() == "running"
+    assert machine.tick().memory > late.memory
+    require_whole(machine, 1)
+
+
+def test_pivot_that_is_done_although_it_failed_counts(machine, monkeypatch):
+    machine.vm.create_snapshot("one", type=DISKS)
+    real = Domain.end_block_job
+
+    def fail(domain, slot, *, pivot=False):
+        real(domain, slot, pivot=pivot)
+        raise errors.HostFailed("libvirt did not answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "end_block_job", fail)
+        machine.vm.snapshot("one").delete()
+    machine.tick()
+    require_whole(machine, 1)
+
+
+def test_image_that_somebody_changed_is_not_written(machine, tmp_path):
+    for number, name in enumerate(("one", "two", "three", "four"), 1):
+        write(machine, number, f"{number * 64}k", "128k")
+        machine.vm.create_snapshot(name, type=DISKS)
+    before = contents(machine, tmp_path)
+    (above,) = machine.vm.snapshot("four").disks.values()
+    os.utime(above, (1, 1))
+    showed = Path(above).read_bytes()
+    machine.vm.snapshot("two").delete()  # "three" would go into it, and "four" would have to say so
+    assert any(f"{above} was changed after it was frozen" in one for one in machine.said)
+    assert Path(above).read_bytes() == showed
+    assert len(tree.pending(machine.vm.tree())) == 1
+    assert contents(machine, tmp_path) == without(before, "two")
+    machine.tick()
+
+
+def test_deletion_needs_no_space_for_what_can_wait(machine, monkeypatch, tmp_path):
+    waiting(machine)
+    before = contents(machine, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(merge.os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=4096, f_blocks=1))
+        machine.vm.snapshot("three").delete()
+    assert any("wait for a later" in one and "there are 4.0 KiB free" in one for one in machine.said), machine.said
+    assert len(tree.pending(machine.vm.tree())) == 1
+    assert contents(machine, tmp_path) == without(before, "three")
+    assert machine.vm.merge()
+    require_whole(machine, 3)
+    assert contents(machine, tmp_path) == without(before, "three")
+
+
+def test_export_is_complete_although_nothing_can_be_merged(machine, monkeypatch, tmp_path):
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "_require_space", full)
+        folder = machine.vm.export(tmp_path)
+    assert machine.host.verify(folder) == []
+    assert "the export is complete; no space left to say so" in machine.said
+    assert len(tree.pending(machine.vm.tree())) == 1
     assert machine.vm.merge()
     require_whole(machine, 1)
 

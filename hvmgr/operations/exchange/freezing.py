@@ -54,26 +54,26 @@ def freeze(session: Session, *, with_memory: bool, quiesce: bool) -> None:
         if not error.facts.get("complete"):
             raise
         session.forget_uses()
-        end(session)
+        end(session, outcome="nothing was exported")
         raise errors.Cancelled("stopped; nothing was exported") from error
     session.forget_uses()
     if with_memory and not saved_state.is_complete(memory(session.layout)):
-        end(session)
+        end(session, outcome="nothing was exported")
         raise errors.HostFailed(
             f"the memory of {session.home.name} was not saved completely, so that nothing was exported",
             hint="export it without --with-state",
         )
 
 
-def end(session: Session) -> None:
+def end(session: Session, *, outcome: str = "the export is complete") -> None:
     """What was frozen for the export is merged again; what keeps that from being done now is no failure of the export."""
-    one = merge.plan_merge(session)
-    if one.finish:
-        try:
+    try:
+        one = merge.plan_merge(session)
+        if one.finish:
             execution.run(session, one)
-        except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
-            session.say(f"the export is complete; {error}")
-            return
+    except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
+        session.say(f"{outcome}; {error}")
+        return
     if tree.pending(session.home.tree()):
         session.say(
             f"images of {session.home.name} that were frozen for the export wait as unnamed images, and the next"

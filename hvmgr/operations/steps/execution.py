@@ -382,10 +382,12 @@ def _wait_for_jobs(session: Session, one: Plan) -> None:
     """What a dead command asked libvirt or QEMU for may still be under way. Merges have steps that wait for them."""
     domain = session.find_domain()
     merges = live_steps.is_live(one)
-    if merges and domain is not None and domain.has_block_job():
-        live_steps.take_up(session, one)
+    if merges and domain is not None and domain.is_active():
+        live_steps.take_up(session, domain, one)
     deadline = time.monotonic() + _JOB_WAIT_S
     while domain is not None and domain.is_active() and domain.has_job(of_disks=not merges):
+        if not session.patient:
+            raise errors.Busy(f"libvirt still works on {domain.name}", goes_on=True)
         if time.monotonic() > deadline:
             raise errors.Busy(f"libvirt still works on {domain.name}", hint="wait until it is done, then run it again")
         time.sleep(0.1)

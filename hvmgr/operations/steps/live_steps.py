@@ -233,17 +233,15 @@ def _go_on_in(session: Session, domain: Domain, slot: str, child: Path, parent: 
     It stands still until libvirt's configuration says so: what it wrote before would hide what it writes then.
     """
     with session.interrupts.held_back():
-        if domain.state() is State.RUNNING:
-            durable.write_file(_stopped(session), b"")
-            domain.suspend()
-        try:
-            domain.end_block_job(slot, pivot=True)
-        except (errors.HostFailed, errors.Conflict):
-            if not _lives(domain) or _find(session, child, parent) is None:
-                raise
-            with contextlib.suppress(errors.Conflict):
-                domain.end_block_job(slot)  # refused: the guest goes on where it was
-            raise
+        with _ending_job(domain, slot):  # refused: the guest goes on where it was
+            if domain.state() is State.RUNNING:
+                durable.write_file(_stopped(session), b"")
+                domain.suspend()
+            try:
+                domain.end_block_job(slot, pivot=True)
+            except (errors.HostFailed, errors.Conflict):
+                if not _lives(domain) or _find(session, child, parent) is not None:
+                    raise  # otherwise it was done all the same
         _require_path(domain, slot, parent)
         durable.sync_file(parent)
         _let_go_on(session)
@@ -326,19 +324,23 @@ class _Job:
     written: Path
 
 
-def take_up(session: Session, one: Plan) -> None:
-    """A command died, and the running VM goes on with what it was asked for: Busy for who does not wait."""
-    if not session.patient:
+def take_up(session: Session, domain: Domain, one: Plan) -> None:
+    """A command died, and the running VM goes on with what it was asked for: Busy for who does not wait.
+
+    Nobody leaves a guest standing that was stopped for a pivot.
+    """
+    if not session.patient and not _stopped(session).exists():
         raise errors.Busy(
             f"{session.home.name} still merges images: {one.subject}",
             hint="run it again when that is done",
-            merges=True,
+            goes_on=True,
         )
-    session.say(f"{session.home.name} still merges images for the interrupted {one.subject}; Ctrl-C puts that off")
+    if domain.has_block_job():
+        session.say(f"{session.home.name} still merges images for the interrupted {one.subject}; Ctrl-C puts that off")
 
 
 def _has_to_wait(session: Session, child: Path, parent: Path) -> bool:
-    """A job that a dead command left is not: who wishes to stop ends it where it is followed, so that none is forgotten."""
+    """Not before a job that a dead command left is followed, or ended: nobody would know of it without the journal."""
     place = _find(session, child, parent) if session.recovering else None
     if place is not None and session.domain().block_job(place.slot) is not None:
         return False
@@ -403,17 +405,34 @@ def _run(
     session: Session, domain: Domain, place: _Place, start: Callable[..., None], *, relative: bool, job: _Job
 ) -> None:
     """A job from its start, or from where a dead command left it, to its end."""
-    if domain.block_job(place.slot) is None:
+    is_there = domain.block_job(place.slot) is not None
+    if not is_there:
         _start(start, relative=relative)
     elif not session.recovering or live_chain.mirror(_live(domain), place.slot) not in (None, "active-commit"):
         raise errors.Busy(f"libvirt works on disk {place.slot} of {domain.name}", hint="run it again when that is done")
-    elif session.bandwidth:
-        domain.throttle_block_job(place.slot, session.bandwidth)
-    try:
+    with _ending_job(domain, place.slot):
+        if is_there and session.bandwidth:
+            domain.throttle_block_job(place.slot, session.bandwidth)
         _follow(session, domain, place.slot, job)
-    except errors.Cancelled:
-        with contextlib.suppress(errors.Conflict):  # it came to its end by itself
-            domain.end_block_job(place.slot)
+
+
+@contextlib.contextmanager
+def _ending_job(domain: Domain, slot: str) -> Iterator[None]:
+    """Whatever goes wrong here ends the job, of which nobody would know later; OutcomeUnknown where that cannot be done."""
+    try:
+        yield
+    except errors.OutcomeUnknown:
+        raise
+    except errors.HvmgrError as error:
+        if error.facts.get("lost"):
+            raise
+        try:
+            domain.end_block_job(slot)
+        except errors.HvmgrError as second:  # or it came to its end by itself, or with the VM
+            if _lives(domain) and domain.block_job(slot) is not None:
+                raise errors.OutcomeUnknown(
+                    f"{error}; and the merge of disk {slot} of {domain.name} could not be ended ({second})"
+                ) from error
         raise
 
 
@@ -453,7 +472,7 @@ def _require_gone(domain: Domain, slot: str, path: str) -> None:
             _raise_early_end(path)
         if time.monotonic() > deadline:
             if in_chain:
-                raise errors.HostFailed(f"the merge of {path} does not come to its end")
+                raise errors.OutcomeUnknown(f"the merge of {path} does not come to its end")
             raise errors.OutcomeUnknown(f"QEMU still has {path} open although its merge has ended")
         time.sleep(_POLL_S)
 

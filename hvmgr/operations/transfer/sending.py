@@ -44,7 +44,7 @@ def _of_running(vm: VM, session: Session, point: Point, base: Point | None, fmt:
         durable.remove_folder(session.layout.export)
         return outgoing.opened(point, base, fmt, report=session.progress, at_end=lambda: _end(vm))
     except BaseException:
-        freezing.end(session)
+        freezing.end(session, outcome="nothing was exported")
         raise
 
 
