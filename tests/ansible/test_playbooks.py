@@ -51,15 +51,10 @@ def guests(hosts, tmp_path):
 
 
 PATCH = """
-- name: Find the disk
-  hvmgr.hvmgr.vm_info:
-    name: "{{ hvmgr_id }}"
-  register: found
 - name: Write the patch where it is not yet
   ansible.builtin.shell: >-
-    qemu-io -f qcow2 -c 'read -P 2 1M 64k' '{{ disk }}' || qemu-io -f qcow2 -c 'write -P 2 1M 64k' '{{ disk }}'
-  vars:
-    disk: "{{ found.vms[0].now.disks.vda }}"
+    disk=$(virsh -q -c '{{ hostvars[hvmgr_host].hvmgr_uri }}' domblklist '{{ hvmgr_name }}' | awk '{print $2}') &&
+    { qemu-io -f qcow2 -c 'read -P 2 1M 64k' "$disk" || qemu-io -f qcow2 -c 'write -P 2 1M 64k' "$disk"; }
   register: written
   changed_when: "'wrote' in written.stdout | default('')"
 - name: Lose the guest
