@@ -9,6 +9,7 @@ import pytest
 import hvmgr
 from hvmgr import errors
 from hvmgr.model.metadata import SavedState
+from hvmgr.operations import merge
 from hvmgr.storage import images
 from tests.operations.imports.conftest import branch
 
@@ -154,8 +155,9 @@ def test_running_vm_above_other_states(bench, on_base):
     bench.check(vm)
 
 
-def test_running_vm_leaves_no_image_that_nothing_needs(bench, on_base):
-    """One whose snapshot was deleted while the VM ran: the working image has its data now."""
+def test_running_vm_leaves_no_image_that_nothing_needs(bench, on_base, monkeypatch):
+    """One whose snapshot was deleted while the VM ran, and that waits to be merged: the working image has its data now."""
+    monkeypatch.setattr(merge, "merge_live", lambda *_: None)  # as if somebody else's job kept it from that
     vm, vhd = on_base
     bench.write(vm, 0x21, 1 << 20)
     (between,) = vm.create_snapshot("between").disks.values()
