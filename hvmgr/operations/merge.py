@@ -121,15 +121,12 @@ def plan_merge(session: Session, names: Sequence[Path] = (), *, deletion: Plan |
     )
     _require_space(before, change.finish)
     _say_what_waits_for_the_end(session, change.after, live)
-    steps: tuple[Step, ...] = change.finish
-    if steps:
-        steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
     return Plan(
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,
         operation="snapshot merge",
         subject=f"merge of unnamed images of {session.home.name}" if deletion is None else deletion.subject,
-        finish=steps,
+        finish=_freed(session, before, change.finish),
     )
 
 
@@ -149,15 +146,12 @@ def plan_forget(session: Session, record: Path, path: str, user: str, subject: s
 
     change = _merging_whole_images(session, planned)
     _require_space(before, change.finish)
-    steps: tuple[Step, ...] = change.finish
-    if steps:
-        steps = (*_free_managed_save(session, before), *_free_present(session), *steps)
     return Plan(
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,
         operation="vdi-destroy",
         subject=subject,
-        finish=(plan.RemoveFile(path=str(record)), *steps),
+        finish=(plan.RemoveFile(path=str(record)), *_freed(session, before, change.finish)),
     )
 
 
@@ -201,6 +195,11 @@ def _named(session: Session, before: Tree, names: Sequence[Path]) -> set[str]:
 
 def _states_chain(session: Session, present: Configuration) -> bool:
     return present.has_backing_chains and not session.is_active()
+
+
+def _freed(session: Session, before: Tree, steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """Merges, and before them what takes the names of their images out of libvirt's memory."""
+    return (*_free_managed_save(session, before), *_free_present(session), *steps) if steps else ()
 
 
 def _free_present(session: Session) -> list[Step]:

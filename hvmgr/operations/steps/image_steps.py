@@ -270,9 +270,12 @@ def merge_down(session: Session, step: plan.MergeDown) -> None:
 def _known(session: Session, child: Path, parent: Path) -> str | None:
     """What the child is known to hold since an import, which a merge does not change."""
     folder = session.layout.contents
-    known = contents.held(folder, child) or contents.held(folder, parent)
-    if known is None or contents.held(folder, child) is not None:
+    known = contents.held(folder, child)
+    if known is not None:
         return known
+    known = contents.held(folder, parent)
+    if known is None:
+        return None
     has_own = any(one.present and one.depth == 0 for one in qemu_img.map(child, images.QCOW2))
     is_cut = images.read(child, images.QCOW2).size != images.read(parent, images.QCOW2).size
     return None if has_own or is_cut else known
