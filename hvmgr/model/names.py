@@ -6,11 +6,18 @@ from collections.abc import Iterable
 
 from hvmgr.errors import NotFound
 
+_SHOWN = 5
+
 
 def not_found(kind: str, name: str, known: Iterable[str], *, where: str) -> NotFound:
-    """The error for a name that is not there, with near names when there are some."""
+    """The error for a name that is not there, with near names when there are some, else with the first of all."""
     import difflib
 
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    all_of_them = list(dict.fromkeys(known))
+    near = difflib.get_close_matches(name, all_of_them, n=3, cutoff=0.5)
     hint = "did you mean " + " or ".join(f"'{one}'" for one in near) + "?" if near else None
+    if not near and all_of_them:
+        more = len(all_of_them) - _SHOWN
+        listed = ", ".join(f"'{one}'" for one in all_of_them[:_SHOWN])
+        hint = f"known: {listed}" + (f" and {more} more" if more > 0 else "")
     return NotFound(f"there is no {kind} '{name}' {where}", hint=hint, name=name)
