@@ -16,6 +16,8 @@
 #
 # On a disk the counts lie in two sectors by turns, even ones in the first. With one sector a memory that was saved
 # between its read and its write would paint over another moment's disk unseen; so the older count gives it away.
+# Both dd have a buffer of a page, for busybox aligns no smaller one, and goes through the page cache where the kernel
+# refuses an unaligned one: then a page would be written, the older count with it.
 
 export PATH=/bin
 /bin/busybox mount -t proc proc /proc # busybox runs its applets as /proc/self/exe
@@ -43,7 +45,7 @@ digits_of() { # WORD DIGITS: sets digits to what a line of a sector says
 
 read_disk() { # DISK: sets value to the newer and older to the other count on it
     : > /run/seen
-    dd if="$1" of=/run/seen bs=512 count=2 skip=2048 iflag=direct status=none
+    dd if="$1" of=/run/seen bs=4096 count=1 skip=256 iflag=direct status=none
     { read -r word1 rest1; read -r word2 rest2; } < /run/seen # read skips the zeros that fill a sector
     digits_of "$word1" "$rest1"
     value=$digits
@@ -69,8 +71,8 @@ write_disks() { # DIGITS SECTOR…: on every disk and, for page cache that belon
     shift
     for disk in $disks; do
         for sector in "$@"; do
-            dd if=/run/next of="$disk" bs=512 count=1 seek=$((2048 + sector)) \
-                conv=sync,notrunc,fsync oflag=direct status=none
+            dd if=/run/next of="$disk" ibs=512 obs=4096 seek=$((1048576 + 512 * sector)) \
+                conv=sync,notrunc,fsync oflag=direct,seek_bytes status=none
         done
     done
 }
