@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from hvmgr import errors
@@ -23,6 +23,7 @@ _READ_PIECE = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 _PUNCH_HOLE = 1 | 2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
 _FALLOC_KEEP_SIZE = 1  # fallocate(2)
+_SYNCS_AT_ONCE = 16
 _SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2)
 
 
@@ -47,32 +48,36 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(paths: Sequence[Path]) -> None:
+    """The bytes of all files are on disk: asked for at once, so that the file system writes its journal once for many."""
+    if len(paths) > 1:
+        from concurrent.futures import ThreadPoolExecutor  # not for readers
+
+        with ThreadPoolExecutor(min(len(paths), _SYNCS_AT_ONCE)) as pool:
+            list(pool.map(sync_file, paths))
+    elif paths:
+        sync_file(paths[0])
+
+
 def write_file(
     path: Path,
     data: bytes,
     *,
     mode: int = 0o600,
     owner: tuple[int, int] | None = None,
-    named: bool = True,
     alone: bool = False,
+    synced: bool = True,
 ) -> None:
-    """The file holds exactly ``data``: always the old content or the new one; ``named`` as in ``replacing``.
+    """The file holds exactly ``data``: always the old content or the new one.
 
-    ``alone``: no other process writes this file now, so that what a dead one left of an attempt is written over.
+    ``alone``: no other process writes this file now, so that what a dead one left of an attempt is written over. Unless
+    ``synced``, a loss of power may leave it missing, old or torn: a hint, or something that ``sync_files`` ends.
     """
     part = part_of(path) if alone else None
-    with explained(path), replacing(path, mode, owner, part=part, named=named) as descriptor:
+    with explained(path), replacing(path, mode, owner, part=part, synced=synced) as descriptor:
         view = memoryview(data)
         while view:
             view = view[os.write(descriptor, view) :]
-
-
-def write_hint(path: Path, data: bytes) -> None:
-    """As ``write_file``, for what may be lost: after a loss of power it may be missing, old or torn."""
-    with explained(path):
-        part = path.with_name(f"{TEMPORARY}{_unique()}")
-        part.write_bytes(data)
-        os.rename(part, path)
 
 
 def append(path: Path, data: bytes) -> None:
@@ -165,8 +170,8 @@ def _copy_tree(source: Path, part: Path) -> None:
             return
 
 
-def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None = None) -> None:
-    """The folder exists; an existing one keeps its mode."""
+def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None = None, synced: bool = True) -> None:
+    """The folder exists; an existing one keeps its mode. ``synced``: lastingly."""
     with explained(path):
         if path.is_dir():
             return
@@ -174,7 +179,8 @@ def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None 
         path.chmod(mode)
         if owner is not None:
             os.chown(path, *owner)
-        sync_folder(path.parent)
+        if synced:
+            sync_folder(path.parent)
 
 
 def reserve_file(path: Path, size: int) -> None:
@@ -433,14 +439,15 @@ def set_mode(path: Path, mode: int) -> None:
             sync_file(path)
 
 
-def set_folder_mode(path: Path, mode: int, owner: tuple[int, int] | None = None) -> None:
-    """The folder has the mode, and the owner where this process may give it away."""
+def set_folder_mode(path: Path, mode: int, owner: tuple[int, int] | None = None, *, synced: bool = True) -> None:
+    """The folder has the mode, and the owner where this process may give it away. ``synced``: lastingly."""
     with explained(path):
         if owner is not None and os.geteuid() == 0:
             os.chown(path, *owner)
         if path.stat().st_mode & 0o7777 != mode:
             path.chmod(mode)
-        sync_folder(path)
+        if synced:
+            sync_folder(path)
 
 
 def link(path: Path, target: Path) -> None:
@@ -481,12 +488,18 @@ def part_of(path: Path) -> Path:
 
 @contextlib.contextmanager
 def replacing(
-    path: Path, mode: int, owner: tuple[int, int] | None, *, part: Path | None = None, named: bool = True
+    path: Path,
+    mode: int,
+    owner: tuple[int, int] | None,
+    *,
+    part: Path | None = None,
+    named: bool = True,
+    synced: bool = True,
 ) -> Iterator[int]:
     """A descriptor, for reading and writing, of a new file that takes the name ``path`` when the block ends well.
 
     ``part`` is a temporary name that nobody else uses now. Unless ``named``, the name itself may be lost with the power:
-    the caller syncs the folder, once for many files.
+    the caller syncs the folder, once for many files; unless ``synced``, the bytes too.
     """
     if part is not None:
         part.unlink(missing_ok=True)
@@ -498,14 +511,15 @@ def replacing(
             os.fchmod(descriptor, mode)
             if owner is not None and os.geteuid() == 0:
                 os.fchown(descriptor, *owner)
-            os.fsync(descriptor)
+            if synced:
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
         os.rename(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    if named:
+    if named and synced:
         sync_folder(path.parent)
 
 

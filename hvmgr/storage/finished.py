@@ -45,7 +45,7 @@ class Notes:
             "sha256": made.sha256,
             "shared": made.shared,
         }
-        durable.write_hint(self._file(made.target), json.dumps(facts).encode())
+        durable.write_file(self._file(made.target), json.dumps(facts).encode(), synced=False)
 
     def find(self, target: Path, sources: Sequence[Path], how: str, *, hashed: bool) -> Made | None:
         """The finished file, when it and its sources are what they were."""

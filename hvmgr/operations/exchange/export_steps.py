@@ -53,6 +53,7 @@ class Exporter:
         self._hashed = hashed
         self._shared = set(shared)
         self._made: dict[str, Made] = {}  # by name in the export
+        self._written: list[Path] = []  # not yet on disk
         self._done = 0
         self._total = sum(self._weight(step) for step in one.steps())
 
@@ -131,7 +132,7 @@ class Exporter:
             durable.remove(target)
             act(target)
             durable.set_owner(target, self._owner)
-            durable.set_mode(target, FILE_MODE)
+            target.chmod(FILE_MODE)
             durable.sync_file(target)
             self._done += step.size
             digest = self._hashes([target], step.size).get(target)
@@ -238,8 +239,8 @@ class Exporter:
     def _folders(self, step: export_plan.MakeExport) -> None:
         home = self._place.home
         for name in ("", *step.folders):
-            durable.make_folder(home / name, mode=_FOLDER_MODE)
-            durable.set_folder_mode(home / name, _FOLDER_MODE)
+            durable.make_folder(home / name, mode=_FOLDER_MODE, synced=False)
+            durable.set_folder_mode(home / name, _FOLDER_MODE, synced=False)
         wanted = {home / name for name in step.files}
         for folder, names, files in os.walk(home):
             for name in list(names):
@@ -277,8 +278,9 @@ class Exporter:
         self._write(step.target, "".join(lines))
 
     def _write(self, target: str, text: str) -> None:
-        """As it will stay; the names are on disk when the folders are, at the end."""
-        durable.write_file(Path(target), text.encode(), mode=FILE_MODE, owner=self._owner, named=False)
+        """As it will stay; it is on disk when all is, at the end."""
+        durable.write_file(Path(target), text.encode(), mode=FILE_MODE, owner=self._owner, synced=False)
+        self._written.append(Path(target))
 
     def _names(self) -> set[str]:
         """Every file of the export so far."""
@@ -286,6 +288,7 @@ class Exporter:
 
     def _protect(self, _step: export_plan.ProtectExport) -> None:
         home, owner = self._place.home, self._owner
+        durable.sync_files(self._written)
         for path in files_of(home):
             durable.set_owner(path, owner)
             durable.set_mode(path, FILE_MODE)
