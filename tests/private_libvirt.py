@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import os
 import platform
+import random
 import shutil
 import signal
 import struct
@@ -61,7 +62,9 @@ def roots(capability_cache):
         root = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
         root.chmod(0o711)
         (root / "etc").mkdir()
-        (root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
+        # Each finds a VNC port that is free and leaves it to its QEMU: two libvirts must not look at the same ones.
+        port = 5900 + 64 * random.randrange(400)
+        (root / "etc" / "qemu.conf").write_text(f'stdio_handler = "file"\nremote_display_port_min = {port}\n')
         shutil.copytree(capability_cache, root / "cache" / "qemu" / "capabilities")
         made.append(root)
         return root
