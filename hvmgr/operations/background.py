@@ -19,7 +19,7 @@ from hvmgr.model import memory_plan, plan
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import memory_steps
-from hvmgr.storage import durable
+from hvmgr.storage import allocation
 
 # A page takes 8 bytes more in the stream, and the devices take a few MiB.
 _PAGE = 4096
@@ -128,7 +128,7 @@ def _find_obstacle_to_space(place: Path, size: int) -> Obstacle | None:
     if free < size:
         wanted, there = units.format_size(size), units.format_size(free)
         return Obstacle(f"{wanted} cannot be reserved in {folder}, where {there} are free", f"{wanted} of free space")
-    if not durable.can_reserve(folder):
+    if not allocation.can_reserve(folder):
         return Obstacle(f"the file system of {folder} cannot reserve space", "a file system such as ext4, XFS or btrfs")
     return None
 

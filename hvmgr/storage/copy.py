@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from hvmgr import errors
-from hvmgr.storage import durable
+from hvmgr.storage import durable, holes
 from hvmgr.storage.finished import Made, Notes
 from hvmgr.write_behind import WriteBehind
 
@@ -182,10 +182,10 @@ def _copy(job: Job, notes: Notes | None, meter: _Meter) -> Made:
 def _copy_bytes(reader: int, writer: int, size: int, job: Job, meter: _Meter, *, shared: bool) -> str | None:
     behind = WriteBehind(writer)
     if not job.hashed:
-        for start, end in () if shared else durable.data_ranges(reader, size):
+        for start, end in () if shared else holes.data_ranges(reader, size):
             for offset in range(start, end, _KERNEL_PIECE):
                 count = min(_KERNEL_PIECE, end - offset)
-                durable.copy_range(reader, writer, offset, offset + count)
+                holes.copy_range(reader, writer, offset, offset + count)
                 behind.wrote(offset, count)
                 meter.add(count)
         return None
@@ -224,7 +224,7 @@ def pieces(reader: int, size: int, buffer: Callable[[], bytearray] | None = None
     """The data of a file in order, in pieces: where each starts, and its bytes, valid until the buffer is used again."""
     own = bytearray(_PIECE)
     buffer = buffer or (lambda: own)
-    for start, end in durable.data_ranges(reader, size):
+    for start, end in holes.data_ranges(reader, size):
         offset = start
         while offset < end:
             view = memoryview(buffer())[: min(_PIECE, end - offset)]

@@ -10,21 +10,17 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.os_errors import explained as explained  # noqa: PLC0414 - part of what this module gives
+from hvmgr.storage import holes
 
 TEMPORARY = ".hvmgr-part-"
 _TRIES = 5  # of copying a folder in which files are replaced meanwhile
-_COPY_PIECE = 128 << 20  # in the kernel: the fewer calls, the less each byte costs
-_READ_PIECE = 1 << 20
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
-_PUNCH_HOLE = 1 | 2  # fallocate(2): FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-_FALLOC_KEEP_SIZE = 1  # fallocate(2)
 _SYNCS_AT_ONCE = 16
-_SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2)
 
 
 def sync_folder(folder: Path) -> None:
@@ -100,8 +96,8 @@ def copy_file(source: Path, target: Path, *, mode: int = 0o600, owner: tuple[int
         if not size:  # a block device has no length in its inode
             size = os.lseek(reader.fileno(), 0, os.SEEK_END)
         os.ftruncate(descriptor, size)
-        for start, end in data_ranges(reader.fileno(), size):
-            copy_range(reader.fileno(), descriptor, start, end)
+        for start, end in holes.data_ranges(reader.fileno(), size):
+            holes.copy_range(reader.fileno(), descriptor, start, end)
 
 
 def link_or_copy(source: Path, target: Path, *, owner: tuple[int, int] | None = None) -> None:
@@ -183,73 +179,6 @@ def make_folder(path: Path, *, mode: int = 0o711, owner: tuple[int, int] | None 
             sync_folder(path.parent)
 
 
-def reserve_file(path: Path, size: int) -> None:
-    """An empty file that can become ``size`` bytes long whatever else takes space; Unsupported where nothing can do that.
-
-    Its length is what was written so far: the reserved space lies behind its end, until ``settle_file``.
-    """
-    with explained(path), replacing(path, 0o600, None) as descriptor:
-        _reserve(descriptor, size)
-
-
-def can_reserve(folder: Path) -> bool:
-    """Whether the folder's file system can reserve space; nothing is left there."""
-    try:
-        descriptor = os.open(folder, os.O_RDWR | os.O_TMPFILE, 0o600)
-    except OSError:
-        return False
-    try:
-        _reserve(descriptor, 4096)
-    except (OSError, errors.HvmgrError):
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def _reserve(descriptor: int, size: int) -> None:
-    import ctypes  # as rare as this is
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    while libc.fallocate(descriptor, _FALLOC_KEEP_SIZE, 0, size) != 0:
-        number = ctypes.get_errno()
-        if number == errno.EOPNOTSUPP:
-            raise errors.Unsupported("this file system cannot reserve space for a file")
-        if number != errno.EINTR:
-            raise OSError(number, os.strerror(number))
-
-
-def start_writing(path: Path) -> None:
-    """What another process has written into the file so far begins to go to disk; nobody waits for that.
-
-    It promises nothing, and only makes ``settle_file`` quicker: whether it works does not matter.
-    """
-    import ctypes
-
-    libc = ctypes.CDLL(None)
-    libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-    with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            libc.sync_file_range(descriptor, 0, 0, _SYNC_FILE_RANGE_WRITE)
-        finally:
-            os.close(descriptor)
-
-
-def settle_file(path: Path) -> None:
-    """What another process wrote into the file is on disk, and the space that was reserved behind its end is free."""
-    with explained(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            size = os.fstat(descriptor).st_size
-            os.ftruncate(descriptor, size + 1)  # not every file system looks at a length that stays the same
-            os.ftruncate(descriptor, size)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def rename(source: Path, target: Path) -> None:
     """``source`` has the name ``target``, replacing what was there."""
     with explained(source):
@@ -324,59 +253,6 @@ def rewriting(path: Path) -> Iterator[Path]:
             part.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
-
-
-def make_sized(path: Path, length: int, *, filled: bool) -> None:
-    """A new file of zeros, all of it a hole, or with all its space taken (``filled``)."""
-    with explained(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(descriptor, length)
-            if filled:
-                os.posix_fallocate(descriptor, 0, length)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def fill(path: Path) -> None:
-    """All holes of the file have their space now; its bytes stay."""
-    with explained(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def set_length(path: Path, length: int) -> None:
-    """The file has this many bytes, lastingly; what it grows by is a hole."""
-    with explained(path):
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-        try:
-            os.ftruncate(descriptor, length)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def dig_holes(path: Path, ranges: Iterable[tuple[int, int]]) -> None:
-    """The file's blocks in these ranges (offset, length), which hold zeros only, are holes; its length stays."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-    with explained(path):
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            for offset, length in ranges:
-                if libc.fallocate(descriptor, _PUNCH_HOLE, offset, length) != 0:
-                    number = ctypes.get_errno()
-                    raise OSError(number, os.strerror(number), str(path))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def exchange(first: Path, second: Path) -> None:
@@ -521,38 +397,6 @@ def replacing(
         raise
     if named and synced:
         sync_folder(path.parent)
-
-
-def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where a file has data: (start, end) of each run; the whole file where the file system knows no holes."""
-    end = 0
-    while end < size:
-        try:
-            start = os.lseek(descriptor, end, os.SEEK_DATA)
-            end = os.lseek(descriptor, start, os.SEEK_HOLE)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            if error.errno != errno.EINVAL:
-                raise
-            start, end = end, size  # no hole information here
-        yield start, min(end, size)
-
-
-def copy_range(reader: int, writer: int, start: int, end: int) -> None:
-    """The same bytes at the same place, moved by the kernel where it can."""
-    offset = start
-    while offset < end:
-        try:
-            count = os.copy_file_range(reader, writer, min(end - offset, _COPY_PIECE), offset, offset)
-        except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            piece = os.pread(reader, min(end - offset, _READ_PIECE), offset)
-            count = os.pwrite(writer, piece, offset)
-        if count == 0:
-            raise errors.Conflict("the file became shorter while it was copied")
-        offset += count
 
 
 def _copy_with_owner(source: str, target: str) -> str:

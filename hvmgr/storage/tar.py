@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.storage import copy, durable
+from hvmgr.storage import copy, durable, holes
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
@@ -37,7 +37,7 @@ class Writer:
         """A file with the bytes of ``source``, whose hash is the answer. Conflict when it changes meanwhile."""
         with durable.explained(source), source.open("rb", buffering=0) as reader:
             before, size = os.fstat(reader.fileno()), copy.length_of(reader.fileno())
-            ranges = list(durable.data_ranges(reader.fileno(), size))
+            ranges = list(holes.data_ranges(reader.fileno(), size))
             data = sum(end - start for start, end in ranges)
             info = self._info(name, mode)
             table = b"" if data == size else _table(ranges, size)

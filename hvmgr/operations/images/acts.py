@@ -19,7 +19,7 @@ from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.plan import Step
 from hvmgr.model.progress import Progress
 from hvmgr.operations.images import disks, recognition
-from hvmgr.storage import durable, images, partitions, vhdx
+from hvmgr.storage import allocation, durable, images, partitions, vhdx
 
 Report = Callable[[Progress], None]
 
@@ -123,7 +123,7 @@ class Worker:
     def _dig(self, path: Path) -> None:
         what = f"compact {path.name}"
         with disks.opened(recognition.look(path, ImageFormat.RAW)) as disk:
-            durable.dig_holes(
+            allocation.dig_holes(
                 path,
                 (
                     (offset + start, end - start)
@@ -216,7 +216,7 @@ def _resize(path: Path, fmt: str, size: int, *, shrink: bool) -> None:
             vhd.resize(path, size, allow_shrink=shrink)
     elif fmt == "raw":
         with image_locks.held(path):
-            durable.set_length(path, size)
+            allocation.set_length(path, size)
     else:
         qemu_img.resize(path, fmt, size=size, shrink=shrink)
         durable.sync_file(path)

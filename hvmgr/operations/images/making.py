@@ -19,7 +19,7 @@ from hvmgr.model.progress import Progress
 from hvmgr.operations import image_users
 from hvmgr.operations.images import acts, changes, disks, recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.storage import durable, images, index
+from hvmgr.storage import allocation, durable, images, index
 from hvmgr.vhd.creation import describe_parent
 
 if TYPE_CHECKING:
@@ -226,9 +226,9 @@ def _make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
         parent = None if step.parent is None else Path(step.parent)
         vhd.create(part, step.size, kind=vhd.Kind(step.type), parent=parent, block_size=step.block_size)
         if step.type == ImageType.FIXED:
-            durable.fill(part)
+            allocation.fill(part)
     elif fmt is ImageFormat.RAW:
-        durable.make_sized(part, step.size, filled=step.type == ImageType.FIXED)
+        allocation.make_sized(part, step.size, filled=step.type == ImageType.FIXED)
     else:
         backing = None
         if step.parent is not None:
@@ -272,7 +272,7 @@ def _convert(
             on_progress=lambda done: report(Progress(min(done, found.size), found.size, what)),
         )  # fmt: skip
     if fmt is ImageFormat.RAW and step.type == ImageType.FIXED:
-        durable.fill(part)
+        allocation.fill(part)
 
 
 def _convert_to_child(

@@ -26,7 +26,7 @@ from hvmgr.model.layout import Layout
 from hvmgr.model.progress import Progress
 from hvmgr.operations import stuck_memory
 from hvmgr.operations.session import Session
-from hvmgr.storage import durable, images
+from hvmgr.storage import allocation, durable, images
 
 _POLL_S = 0.05
 _WRITE_BACK = 64 * units.MIB  # so much more of the stream is sent to disk each time
@@ -47,7 +47,7 @@ def say_why_paused(session: Session, obstacle: userfault.Obstacle) -> None:
 
 def reserve(_session: Session, step: memory_plan.ReserveMemory) -> None:
     """The space is ours."""
-    durable.reserve_file(Path(step.path), step.size)
+    allocation.reserve_file(Path(step.path), step.size)
 
 
 def unreserve(session: Session, step: memory_plan.ReserveMemory) -> None:
@@ -223,7 +223,7 @@ def _complete(session: Session, domain: Domain, memory: Path) -> None:
     if not saved_state.has_begun(memory):
         return  # its death came before the stream: what QEMU says is about an older one
     if stream.phase is Phase.COMPLETED and (not session.recovering or saved_state.holds_whole_stream(memory)):
-        durable.settle_file(memory)
+        allocation.settle_file(memory)
         saved_state.mark_complete(memory)
         durable.sync_file(memory)
     elif stream.phase is Phase.FAILED:
@@ -251,7 +251,7 @@ def _followed(session: Session, domain: Domain, memory: Path) -> Stream:
     while (stream := background_snapshot.look(domain)).phase is Phase.ACTIVE:
         session.progress(Progress(stream.done, stream.total, _SAVING))
         if stream.done - sent > _WRITE_BACK:
-            durable.start_writing(memory)
+            allocation.start_writing(memory)
             sent = stream.done
         if session.interrupts.wanted and not told:
             session.say(

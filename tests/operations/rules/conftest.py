@@ -21,7 +21,7 @@ from hvmgr.host.domain import State
 from hvmgr.model import configuration
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.tree import Keeper
-from hvmgr.storage import durable, vm_home
+from hvmgr.storage import durable, holes, vm_home
 from tests import private_libvirt, told
 
 MIB = 1 << 20
@@ -48,7 +48,7 @@ def bytes_of(path, fmt="qcow2"):
         found, zeros = {}, bytes(PIECE)
         with raw.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
-            for start, end in durable.data_ranges(file.fileno(), size):
+            for start, end in holes.data_ranges(file.fileno(), size):
                 for offset in range(start // PIECE * PIECE, end, PIECE):
                     piece = os.pread(file.fileno(), PIECE, offset)
                     if piece != zeros[: len(piece)]:
