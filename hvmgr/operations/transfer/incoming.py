@@ -198,6 +198,9 @@ class _Patient:
     def fileno(self) -> int:
         return self._file.fileno()
 
+    def tell(self) -> int:
+        return self._file.tell()
+
     def readinto(self, view: memoryview) -> int | None:
         while not self._poll.poll(_IDLE_MS):
             self._idle.act()
