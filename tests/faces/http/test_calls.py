@@ -142,6 +142,21 @@ class TestXenOrchestra:
         api.VDI.remove_from_other_config(ref, "xo:note")
         assert (api.VDI.get_other_config(ref), api.VDI.get_VBDs(ref)) == ({}, [])
         assert api.VDI.get_sm_config(ref)["image-format"] == "vhd"
+        assert api.VDI.get_nbd_info(ref) == []  # so that the disk is taken by HTTP
+
+    def test_note_on_the_pool_tells_that_all_before_it_was_seen(self, server, bench):
+        session = server.login()
+        (pool,) = session.xenapi.pool.get_all()
+        token = server.json("event.from", session.handle, ["pool", "vdi"], "", 1)["result"]["token"]
+        made = bench.host.disks.create(MIB, name="by hand")
+        session.xenapi.pool.add_to_other_config(pool, "barrier", "7")
+        events = server.json("event.from", session.handle, ["pool", "vdi"], token, 60)["result"]["events"]
+        assert [one["class"] for one in events] == ["vdi", "pool"]
+        assert (events[0]["snapshot"]["uuid"], events[1]["snapshot"]["other_config"]) == (made, {"barrier": "7"})
+        session.xenapi.pool.remove_from_other_config(pool, "barrier")
+        assert session.xenapi.pool.get_other_config(pool) == {}
+        refused = failure(server.login("rita").xenapi.pool.add_to_other_config, pool, "barrier", "7")
+        assert refused[0] == "RBAC_PERMISSION_DENIED"
 
     def test_disks_that_others_make_are_events(self, server, bench, monkeypatch):
         from hvmgr.faces.http import calls_task
