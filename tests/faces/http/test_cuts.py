@@ -150,7 +150,7 @@ def cut_downloads(server, session, targets, fmt, length, whole):
                 one.connect(server.address)
                 one.sendall(f"GET {link.removeprefix(server.url)} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
                 got = b""
-                while len(parse_answer(got).body) < cut:
+                while b"\r\n\r\n" not in got or len(parse_answer(got).body) < cut:
                     got += one.recv(min(65536, cut))
                 end(one)
             record = settled(session, task)  # the kernel may have taken all of it already

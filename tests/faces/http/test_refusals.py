@@ -90,6 +90,7 @@ def test_import_before_the_answer(world, bench):
     ("length", "data", "words", "code"),
     [
         (4 * MIB, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
+        (4 * MIB, b"", {}, "IMPORT_ERROR_PREMATURE_EOF"),
         (PIB, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
         (None, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
         (PIB, b"", {}, "IMPORT_ERROR_PREMATURE_EOF"),
@@ -100,6 +101,7 @@ def test_import_before_the_answer(world, bench):
     ],
     ids=[
         "cut-off",
+        "cut-off-at-once",
         "cut-off-pebibyte",
         "cut-off-unknown",
         "nothing",
