@@ -121,9 +121,10 @@ def test_every_part_of_vhd_measures():
 
 
 def test_every_part_of_transfer_measures():
-    if shutil.which("qemu-img") is None:
-        pytest.skip("needs qemu-img")
-    scale = transfer.Scale(rounds=1, warm_up=0, disk=256 * units.MIB, data=32 * units.MIB, changed=16 * units.MIB)
+    if shutil.which("qemu-img") is None or shutil.which("nbdcopy") is None:
+        pytest.skip("needs qemu-img and nbdcopy")
+    scale = transfer.Scale(rounds=1, warm_up=0, disk=256 * units.MIB, allocated=64 * units.MIB, data=32 * units.MIB,
+                           changed=16 * units.MIB)  # fmt: skip
     results = transfer.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
 
@@ -134,7 +135,7 @@ def test_every_part_of_http_measures(require_program):
     scale = http.Scale(rounds=1, warm_up=0, data=4 * units.MIB, at_once=(1, 2))
     results = http.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
-    assert len(results) == 4
+    assert len(results) == 5
 
 
 def test_ansible_is_measured():
