@@ -20,13 +20,14 @@ from tests.faces.http.conftest import MIB, PASSWORD
 SCRIPT = Path(__file__).with_name("xen_orchestra.mjs")
 
 
-def test_client_of_xen_orchestra_backs_up_and_restores(request):
+@pytest.mark.parametrize("transport", ["json-rpc", "xml-rpc"])
+def test_client_of_xen_orchestra_backs_up_and_restores(request, transport):
     modules = os.environ.get("HVMGR_NODE_MODULES")
     if modules is None:
         pytest.skip("HVMGR_NODE_MODULES names no folder with @xen-orchestra/xapi from npm")
     server = request.getfixturevalue("server")
     done = subprocess.run(
-        ["node", str(SCRIPT), server.url, "anna", PASSWORD, modules],
+        ["node", str(SCRIPT), server.url, "anna", PASSWORD, modules, transport],
         capture_output=True, text=True, check=False, timeout=250, env={**os.environ, "NODE_NO_WARNINGS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

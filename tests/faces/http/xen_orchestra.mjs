@@ -1,4 +1,4 @@
-// What Xen Orchestra does with disks, by its own client: node xen_orchestra.mjs URL USER PASSWORD NODE_MODULES
+// What Xen Orchestra does with disks, by its own client: node xen_orchestra.mjs URL USER PASSWORD NODE_MODULES json-rpc|xml-rpc
 // Prints one line of JSON: what it saw. Exits with 1 as soon as anything is not as it has to be.
 
 import assert from 'node:assert/strict'
@@ -6,14 +6,14 @@ import { createRequire } from 'node:module'
 import { Readable } from 'node:stream'
 import { pathToFileURL } from 'node:url'
 
-const [url, user, password, modules] = process.argv.slice(2)
+const [url, user, password, modules, transport] = process.argv.slice(2)
 const found = createRequire(`${modules}/any.js`).resolve('@xen-orchestra/xapi')
 const { Xapi, XapiDiskSource } = await import(pathToFileURL(found))
 
 const SIZE = 8 << 20
 const BLOCK = 2 << 20
 
-const xapi = new Xapi({ url, auth: { user, password } })
+const xapi = new Xapi({ url, auth: { user, password }, transport })
 await xapi.connect()
 await xapi.objectsFetched
 
