@@ -15,6 +15,7 @@ from bench import (
     http,
     live,
     live_merge,
+    running_backup,
     snapshots,
     transfer,
     vhd,
@@ -31,6 +32,7 @@ SUITES = {
     "exchange": exchange.measure,
     "vhd": vhd.measure,
     "transfer": transfer.measure,
+    "running_backup": running_backup.measure,
     "http": http.measure,
     "ansible": ansible.measure,
 }

@@ -54,11 +54,27 @@ def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Resu
                 fmt: (f"{ours}/export_raw_vdi?{words}&format={fmt}", f"{theirs}/disk.{fmt}") for fmt in ("vhd", "raw")
             }
             before = _peak(pid)
-            results = [line for fmt, pair in links.items() for line in _format(fmt, *pair, scale, say)]
+            results = [_beside_qemu(folder, links["vhd"][0], scale, say)]
+            results += [line for fmt, pair in links.items() for line in _format(fmt, *pair, scale, say)]
             say(
                 f"http: the server had {units.format_size(before)} at first and {units.format_size(_peak(pid))} at most"
             )
     return results
+
+
+def _beside_qemu(folder: Path, link: str, scale: Scale, say: Callable[[str], None]) -> Result:
+    """A whole disk as VHD over loopback, beside who writes it into a file."""
+    say("http: beside qemu-img")
+    (image,) = (folder / "root" / ".disks").glob("*.qcow2")
+    to = folder / "converted.vhd"
+    argv = ["qemu-img", "convert", "-f", "qcow2", "-O", "vpc", "-o", "force_size=on", str(image), str(to)]
+    times = harness.in_turns(
+        {"hvmgr": lambda: _download(link, 1), "qemu": lambda: harness.program(argv)},
+        rounds=scale.rounds,
+        warm_up=scale.warm_up,
+    )
+    what = f"1 download, vhd, {units.format_size(scale.data)}"
+    return Result(what, times["hvmgr"], times["qemu"], "qemu-img convert into a file")
 
 
 def _format(fmt: str, ours: str, theirs: str, scale: Scale, say: Callable[[str], None]) -> list[Result]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,11 +89,25 @@ def operation(
     _add(session, about, after)
 
 
-def require_leave(session: Session, operation: str, subject: str) -> None:
-    """The same for an act that has no plan and goes on after the locks are free: it is approved of, and the hooks let it pass."""
+def require_leave(
+    session: Session, operation: str, subject: str, path: Path | None
+) -> Callable[[BaseException | None], None]:
+    """The same for an act that has no plan and goes on after the locks are free: it is approved of, and the hooks let it pass.
+
+    What this returns is called once when the act has ended, with what ended it too early, and tells that.
+    """
     one = Plan(session.new_id(), session.home.vm_id, operation, subject)
     session.require_approval(one)
-    _asked(session, one, None, (), None)
+    about, after = _asked(session, one, None, (), path)
+
+    def end(error: BaseException | None) -> None:
+        with session.occasions.gathered():
+            if error is None:
+                _add(session, about, after)
+            else:
+                _add(session, about, Event.OPERATION_FAILED, error=_error_facts(error))
+
+    return end
 
 
 def _asked(

@@ -308,18 +308,24 @@ class VM:
         return plan is not None
 
     def export_disk(
-        self, slot: str, *, snapshot: str | None = None, base: str | None = None, format: ImageFormat | None = None
+        self,
+        slot: str,
+        *,
+        snapshot: str | None = None,
+        base: str | None = None,
+        format: ImageFormat | None = None,
+        path: Path | None = None,
     ) -> Outgoing:
         """The disk as a stream (VHD unless stated otherwise), to be sent and then closed; the VM may run.
 
         As it is at present, or as ``snapshot`` has it; with ``base``, another snapshot, only what differs from that one.
-        Whatever can be refused is refused here.
+        Whatever can be refused is refused here. ``path`` is where it goes, if that is a file, for the administrator's hooks.
         """
         from hvmgr.model.image_format import ImageFormat
         from hvmgr.operations.transfer import points, sending
 
         older = None if base is None else points.named(self, slot, base)
-        return sending.of_vm(self, points.named(self, slot, snapshot), older, format or ImageFormat.VHD)
+        return sending.of_vm(self, points.named(self, slot, snapshot), older, format or ImageFormat.VHD, path)
 
     def import_disk(
         self,

@@ -24,6 +24,7 @@ _QCOW2_MAGIC = b"QFI\xfb"
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to snapshots_offset
 _QCOW2_V3 = struct.Struct(">QQQII")  # incompatible, compatible, autoclear, refcount_order, header_length
 _QCOW2_SNAPSHOT = struct.Struct(">QIHHIIQII")  # one of the table, up to its extra data
+_VERSION_3 = b"\0\0\0\3"
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
 _EXTENSION_END = 0
@@ -252,13 +253,14 @@ def _plain(path: Path, fmt: str, size: int, facts: os.stat_result) -> Header:
 
 def _read_qcow2(path: Path) -> Header:
     head, _, facts = _head(path)
-    if len(head) < _QCOW2_HEADER.size or not head.startswith(_QCOW2_MAGIC):
+    is_short = len(head) < _QCOW2_HEADER.size + (_QCOW2_V3.size if head[4:8] == _VERSION_3 else 0)
+    if is_short or not head.startswith(_QCOW2_MAGIC):
         raise errors.Corrupt(f"{path} is no qcow2 image", hint="see what it is with: qemu-img info", path=str(path))
     fields = _QCOW2_HEADER.unpack_from(head)
     version, backing_offset, backing_length, size, encryption = fields[1], fields[2], fields[3], fields[5], fields[6]
     snapshots = fields[11]
     if version not in (2, 3):
-        raise errors.Unsupported(f"{path} is qcow2 version {version}; 2 and 3 are known")
+        raise errors.Unsupported(f"{path} is qcow2 version {version}; 2 and 3 are known", version=version)
     incompatible, header_length = 0, 72
     if version == 3:
         incompatible, _, _, _, header_length = _QCOW2_V3.unpack_from(head, 72)

@@ -69,6 +69,15 @@ class Inlet:
             sink.write(view[:count])
             self.at += count
 
+    def peek(self, offset: int, count: int) -> bytes | None:
+        """Bytes that come later, where the stream is a file; None where nobody can look ahead."""
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            descriptor = self._file.fileno()  # type: ignore[attr-defined]
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                begin = self._file.tell() - self.at  # type: ignore[attr-defined]
+                return os.pread(descriptor, count, begin + offset)
+        return None
+
     def is_at_end(self) -> bool:
         """Whether nothing follows; waits until the other end has said so."""
         return self._some(memoryview(bytearray(1))) == 0

@@ -88,7 +88,7 @@ class StreamReader:
     # --- the front ---
 
     def _begin(self) -> None:
-        first = self._inlet.take(FOOTER_SIZE)
+        first = self._first_sector()
         footer = Footer.unpack(first)
         if footer.cookie != format.FOOTER_COOKIE or footer.kind is Kind.FIXED:
             self._begin_fixed(first)
@@ -117,6 +117,14 @@ class StreamReader:
         self._judge(structure.read(cast("File", _Front(self._name, front))))
         if self._blocks and self._table[self._blocks[0]] * SECTOR < self._inlet.at:
             self._go_back(front, f"block {self._blocks[0]}")
+
+    def _first_sector(self) -> bytes:
+        try:
+            return self._inlet.take(FOOTER_SIZE)
+        except errors.Corrupt as error:
+            if self._inlet.at == self._length:  # all of it is there
+                raise self._no_vhd() from error
+            raise
 
     def _read_header(self, front: bytes, at: int) -> Header:
         """As far as everything else hangs on it."""
@@ -207,13 +215,20 @@ class StreamReader:
     def _begin_fixed(self, first: bytes) -> None:
         if self._length is None:
             raise errors.Corrupt(
-                f"{self._name} begins with no footer of a dynamic VHD",
-                hint="a fixed VHD can be read as a stream when its length is known",
+                f"{self._name} begins with no footer of a VHD",
+                hint="state its format: raw or qcow2; a fixed VHD can be read when its length is known, as of a file",
             )
         self.kind, self.size = Kind.FIXED, self._length - FOOTER_SIZE
-        if self.size <= 0 or self.size % SECTOR:
-            raise self._inlet.fault("F12", size=max(0, self.size), held=self.size)
+        closing = self._inlet.peek(self._length - FOOTER_SIZE, FOOTER_SIZE)
+        if self.size <= 0 or self.size % SECTOR or not _is_footer(closing):
+            raise self._no_vhd()
         self._first, self._inlet.total = first, self._length
+
+    def _no_vhd(self) -> errors.Corrupt:
+        return errors.Corrupt(
+            f"{self._name} is no VHD: no footer of one is at its beginning or its end",
+            hint="state its format: raw or qcow2",
+        )
 
     def _fixed(self) -> Iterator[tuple[int, memoryview]]:
         buffer = memoryview(bytearray(min(self.size, _PIECE)))
@@ -226,9 +241,16 @@ class StreamReader:
             self._inlet.fill(piece)
             yield at, piece
         closing = self._inlet.take(FOOTER_SIZE)
+        if not _is_footer(closing):
+            raise self._no_vhd()
         found = structure.read(cast("File", _Front(self._name, self._first, closing, self.size)))
         found.refuse()
         self.footer = found.footer
+
+
+def _is_footer(sector: bytes | None) -> bool:
+    """Whether it may be one; nobody can say of bytes that cannot be looked at yet."""
+    return sector is None or sector.startswith(format.FOOTER_COOKIE)
 
 
 class _Front:

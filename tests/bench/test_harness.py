@@ -7,7 +7,19 @@ import shutil
 
 import pytest
 
-from bench import ansible, beside_libvirt, exchange, exchange_import, harness, hook, http, snapshots, transfer, vhd
+from bench import (
+    ansible,
+    beside_libvirt,
+    exchange,
+    exchange_import,
+    harness,
+    hook,
+    http,
+    running_backup,
+    snapshots,
+    transfer,
+    vhd,
+)
 from bench.harness import Result
 from hvmgr import units
 
@@ -121,9 +133,10 @@ def test_every_part_of_vhd_measures():
 
 
 def test_every_part_of_transfer_measures():
-    if shutil.which("qemu-img") is None:
-        pytest.skip("needs qemu-img")
-    scale = transfer.Scale(rounds=1, warm_up=0, disk=256 * units.MIB, data=32 * units.MIB, changed=16 * units.MIB)
+    if shutil.which("qemu-img") is None or shutil.which("nbdcopy") is None:
+        pytest.skip("needs qemu-img and nbdcopy")
+    scale = transfer.Scale(rounds=1, warm_up=0, disk=256 * units.MIB, allocated=64 * units.MIB, data=32 * units.MIB,
+                           changed=16 * units.MIB)  # fmt: skip
     results = transfer.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
 
@@ -134,7 +147,15 @@ def test_every_part_of_http_measures(require_program):
     scale = http.Scale(rounds=1, warm_up=0, data=4 * units.MIB, at_once=(1, 2))
     results = http.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
-    assert len(results) == 4
+    assert len(results) == 5
+
+
+def test_backup_of_a_running_vm_is_measured():
+    if os.geteuid() != 0 or shutil.which("libvirtd") is None or shutil.which("virtnbdbackup") is None:
+        pytest.skip("needs root, libvirtd and virtnbdbackup, which `make bench` installs")
+    scale = running_backup.Scale(rounds=1, disk=64 * units.MIB, changed=16 * units.MIB)
+    results = running_backup.measure(lambda _: None, scale)
+    assert [result.ours > 0 for result in results] == [True, True]
 
 
 def test_ansible_is_measured():

@@ -428,6 +428,29 @@ def test_fixed_disk_of_another_length_is_refused(wrong) -> None:
         received(StreamReader(io.BytesIO(planted.fixed().data), length=wrong))
 
 
+@pytest.mark.parametrize("data", [b"", b"root:x:0:0\n" * 170, bytes(9 * 512)], ids=["empty", "text", "raw"])
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_file_that_is_no_vhd_is_told_so_before_it_is_read(tmp_path: Path, data, buffering) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"front" + data)
+    with path.open("rb", buffering=buffering) as file:
+        assert file.read(5) == b"front"
+        with pytest.raises(errors.Corrupt, match="the stream is no VHD: no footer") as caught:
+            StreamReader(file, length=len(data))
+    assert caught.value.hint == "state its format: raw or qcow2"
+
+
+@pytest.mark.parametrize("buffering", [0, -1])
+def test_fixed_file_behind_other_bytes(tmp_path: Path, buffering) -> None:
+    made = planted.fixed()
+    path = tmp_path / "file"
+    path.write_bytes(b"front" + bytes(made.data) + b"behind")
+    with path.open("rb", buffering=buffering) as file:
+        assert file.read(5) == b"front"
+        reader = StreamReader(file, length=len(made.data), to_end=False)
+        assert received(reader) == planted.content(made)
+
+
 def flipped(made, at):
     made.data[at] ^= 0x10
     return made

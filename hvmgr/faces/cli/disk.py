@@ -126,7 +126,8 @@ def export(
     report = streams.Report(request, wanted=progress)
     with request.host() as host, request.changing():
         one = host.vm(vm)
-        with one.export_disk(slot, snapshot=snapshot, base=base, format=streams.format_of(fmt, file)) as stream:
+        made, path = streams.format_of(fmt, file), streams.path_of(file)
+        with one.export_disk(slot, snapshot=snapshot, base=base, format=made, path=path) as stream:
             streams.write(request, stream, file, report)
         report.end()
         if file != streams.STANDARD:

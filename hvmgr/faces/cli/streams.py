@@ -29,6 +29,11 @@ def absolute(path: str) -> Path:
     return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute would keep '..'
 
 
+def path_of(target: str) -> Path | None:
+    """The file that is meant; None for stdout."""
+    return None if target == STANDARD else absolute(target)
+
+
 def require_target(request: Request, target: str) -> None:
     """Stdout takes the stream and nothing else; a file is never replaced."""
     if request.dry_run:

@@ -113,7 +113,8 @@ def vdi_export(request: Request, pairs: Sequence[str], *, progress: bool) -> Non
     streams.require_target(request, file)
     report = streams.Report(request, wanted=progress)
     with request.host() as host, request.changing():
-        with host.disks.export(given["uuid"], base=given.get("base"), format=_format(given)) as stream:
+        path = streams.path_of(file)
+        with host.disks.export(given["uuid"], base=given.get("base"), format=_format(given), path=path) as stream:
             streams.write(request, stream, file, report)
         report.end()
         if file != streams.STANDARD:

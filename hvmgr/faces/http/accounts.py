@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvmgr import errors
+from hvmgr.faces.http import peers
 from hvmgr.faces.http.failure import TooMany
 from hvmgr.model import user as users_model
 from hvmgr.model.user import Role, Secret, User
@@ -48,7 +49,8 @@ class Accounts:
 
     def check(self, name: str, password: str, peer: str) -> User | None:
         """The user, if this is the password; it takes the same time for a name that nobody has. TooMany before that."""
-        places = [f"{peer} {name}", peer]
+        origin = peers.origin(peer)
+        places = [f"{origin} {name}", origin]
         self._failures.require_few(places)
         user = self.find(name)
         with self._at_once:

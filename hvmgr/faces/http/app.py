@@ -19,6 +19,7 @@ _TABLES = (calls_host, calls_task, calls_vdi)  # importing them fills the table 
 _EXPORT, _IMPORT = "/export_raw_vdi", "/import_raw_vdi"
 _XML = {"/", "/RPC2", "/xmlrpc"}
 _JSON = "/jsonrpc"
+_MOST_WORDS = 2000
 
 
 class App:
@@ -96,4 +97,5 @@ def _require_method(head: Head, wanted: str) -> None:
 
 
 def _refuse(connection: Connection, refusal: Refused) -> None:
-    connection.answer(refusal.status, "text/plain; charset=utf-8", refusal.text.encode() + b"\n", refusal.headers)
+    words = "".join(one if one.isprintable() else "?" for one in refusal.text[:_MOST_WORDS])  # clients' own among them
+    connection.answer(refusal.status, "text/plain; charset=utf-8", words.encode() + b"\n", refusal.headers)

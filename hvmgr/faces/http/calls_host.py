@@ -10,6 +10,7 @@ from typing import Any
 from hvmgr.faces.http.api import CALLS, Asked, call, text
 from hvmgr.faces.http.failure import TooMany, XenFailure
 from hvmgr.faces.http.sessions import REF
+from hvmgr.model.user import Role
 from hvmgr.version import __version__
 
 MAJOR, MINOR = 2, 21
@@ -79,7 +80,7 @@ def pool_record(asked: Asked) -> dict[str, Any]:
         "name_description": "",
         "master": place.host,
         "default_SR": place.sr,
-        "other_config": {},
+        "other_config": asked.service.pool_notes.of(place.pool),
     }
 
 
@@ -140,6 +141,36 @@ def pool_record_of(asked: Asked, ref: str) -> dict[str, Any]:
     """The pool's record."""
     _own("pool", ref, asked.service.place.pool)
     return pool_record(asked)
+
+
+@call("pool.get_other_config", least=1)
+def pool_notes(asked: Asked, ref: str) -> dict[str, str]:
+    """What clients noted on the pool."""
+    _own("pool", ref, asked.service.place.pool)
+    return asked.service.pool_notes.of(ref)
+
+
+@call("pool.add_to_other_config", role=Role.ADMIN, least=3)
+def add_to_other_config(asked: Asked, ref: str, key: str, value: str) -> str:
+    """A note on the pool, as long as the server runs. Xen Orchestra waits for its event to know that it has seen all before."""
+    _own("pool", ref, asked.service.place.pool)
+    asked.service.pool_notes.add(ref, text("key", key), text("value", value))
+    _tell_pool(asked)
+    return ""
+
+
+@call("pool.remove_from_other_config", role=Role.ADMIN, least=2)
+def remove_from_other_config(asked: Asked, ref: str, key: str) -> str:
+    """The note is gone."""
+    _own("pool", ref, asked.service.place.pool)
+    asked.service.pool_notes.remove(ref, text("key", key))
+    _tell_pool(asked)
+    return ""
+
+
+def _tell_pool(asked: Asked) -> None:
+    asked.service.look_at_disks()  # what has become of disks comes before it
+    asked.service.events.note("pool", "mod", asked.service.place.pool, pool_record(asked))
 
 
 @call("pool.get_default_SR", least=1)

@@ -75,15 +75,24 @@ def destroy(asked: Asked, ref: str) -> str:
 @call("VDI.add_to_other_config", role=Role.ADMIN, least=3)
 def add_to_other_config(asked: Asked, ref: str, key: str, value: str) -> str:
     """A note on a disk, as long as the server runs."""
-    asked.service.disks.add_note(text("VDI", ref), text("key", key), text("value", value))
+    disks = asked.service.disks
+    disks.notes.add(REF + disks.get(text("VDI", ref)).uuid, text("key", key), text("value", value))
     return ""
 
 
 @call("VDI.remove_from_other_config", role=Role.ADMIN, least=2)
 def remove_from_other_config(asked: Asked, ref: str, key: str) -> str:
     """The note is gone."""
-    asked.service.disks.remove_note(text("VDI", ref), text("key", key))
+    disks = asked.service.disks
+    disks.notes.remove(REF + disks.get(text("VDI", ref)).uuid, text("key", key))
     return ""
+
+
+@call("VDI.get_nbd_info", least=1)
+def get_nbd_info(asked: Asked, ref: str) -> list[Any]:
+    """Where the disk is served by NBD: nowhere. Xen Orchestra asks, and then takes it by HTTP."""
+    asked.service.disks.get(text("VDI", ref))
+    return []
 
 
 def _field(name: str) -> None:
@@ -95,6 +104,6 @@ def _field(name: str) -> None:
 for _name in (
     "uuid", "name_label", "name_description", "virtual_size", "physical_utilisation", "SR", "type", "VBDs", "snapshots",
     "snapshot_of", "is_a_snapshot", "snapshot_time", "sm_config", "other_config", "read_only", "sharable", "managed",
-    "missing", "location", "parent",
+    "missing", "location", "parent", "xenstore_data", "tags", "cbt_enabled", "allowed_operations", "current_operations",
 ):  # fmt: skip
     _field(_name)

@@ -166,7 +166,7 @@ class Connection:
         except Gone as error:
             if self.limit.expired:
                 raise Refused(HTTPStatus.REQUEST_TIMEOUT, "the request took too long") from error
-            raise
+            raise Refused(HTTPStatus.BAD_REQUEST, f"the body of the call breaks off: {error}") from error
         self.limit.set(None)
         return bytes(body)
 

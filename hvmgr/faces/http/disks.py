@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hvmgr import errors, units
 from hvmgr.faces.http import failure
 from hvmgr.faces.http.failure import XenFailure
+from hvmgr.faces.http.notes import Notes
 from hvmgr.faces.http.sessions import NULL, REF
 from hvmgr.operations.host import Host
 from hvmgr.operations.reporter import Reporter
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from hvmgr.vhd.inlet import Readable
 
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
-_MOST_NOTES = 50
 _MOMENT_S = 5.0
 _OPERATIONS = {
     Kind.SLOT: ("snapshot", "import", "export"),
@@ -41,8 +41,7 @@ class Disks:
 
     def __init__(self, uri: str, root: Path, *, wait_s: float, sr: str, report: Callable[[str], None]) -> None:
         self._uri, self._root, self._wait_s, self._sr, self._report = uri, root, wait_s, sr, report
-        self._lock = threading.Lock()
-        self._notes: dict[str, dict[str, str]] = {}
+        self.notes = Notes("VDI")
         self._let_go = threading.Condition()
         self._sending: Counter[str] = Counter()
 
@@ -86,25 +85,7 @@ class Disks:
             raise XenFailure("VDI_IN_USE", REF + uuid, "a transfer still sends it", status=HTTPStatus.CONFLICT)
         with self._host() as host, self._done():
             host.disks.destroy(uuid)
-        with self._lock:
-            self._notes.pop(uuid, None)
-
-    def add_note(self, ref: str, key: str, value: str) -> None:
-        """A note of a client's on a disk, kept as long as the server runs."""
-        uuid = self.get(ref).uuid
-        with self._lock:
-            notes = self._notes.setdefault(uuid, {})
-            if key in notes:
-                raise XenFailure("MAP_DUPLICATE_KEY", "VDI", "other_config", ref, key)
-            if len(notes) >= _MOST_NOTES:
-                raise XenFailure("OUT_OF_SPACE", f"a disk has at most {_MOST_NOTES} notes")
-            notes[key] = value
-
-    def remove_note(self, ref: str, key: str) -> None:
-        """The note is gone; there need not have been one."""
-        uuid = self.get(ref).uuid
-        with self._lock:
-            self._notes.get(uuid, {}).pop(key, None)
+        self.notes.forget(REF + uuid)
 
     # -- sending and receiving -----------------------------------------------------------------------------------
 
@@ -183,8 +164,6 @@ class Disks:
     def _record(self, one: Vdi, known: Sequence[Vdi]) -> dict[str, Any]:
         is_snapshot = one.snapshot_of is not None
         created = None if one.created is None else units.from_rfc3339(one.created)
-        with self._lock:
-            notes = dict(self._notes.get(one.uuid, {}))
         return {
             "uuid": one.uuid,
             "name_label": one.name or _described(one),
@@ -199,7 +178,7 @@ class Disks:
             "is_a_snapshot": is_snapshot,
             "snapshot_time": created if is_snapshot and created is not None else _NEVER,
             "sm_config": {"image-format": "vhd"},
-            "other_config": notes,
+            "other_config": self.notes.of(REF + one.uuid),
             "xenstore_data": {},
             "tags": [],
             "read_only": is_snapshot,

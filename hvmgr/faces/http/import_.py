@@ -99,7 +99,7 @@ def _require_place(work: Work, fmt: ImageFormat, body: Body) -> None:
 
 def _receive(work: Work, target: Vdi | None, fmt: ImageFormat, body: Body) -> str:
     """What the task's result says; a probe's says nothing."""
-    if body.is_empty():
+    if _is_empty(body):
         if work.is_own_task:
             return ""
         raise XenFailure("IMPORT_ERROR_PREMATURE_EOF", "not one byte arrived")
@@ -116,6 +116,13 @@ def _receive(work: Work, target: Vdi | None, fmt: ImageFormat, body: Body) -> st
         _take_back(work, made)
         raise
     return xml_rpc.to_text(REF + made)
+
+
+def _is_empty(body: Body) -> bool:
+    try:
+        return body.is_empty()
+    except errors.Corrupt as error:
+        raise XenFailure("IMPORT_ERROR_PREMATURE_EOF", str(body.at), error.message) from error
 
 
 def _take_back(work: Work, made: str) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors
+from hvmgr.faces.http import peers
 from hvmgr.faces.http.connection import Connection, Limits
 from hvmgr.faces.http.failure import Gone
 from hvmgr.faces.http.watchdog import Watchdog
@@ -57,7 +58,7 @@ class Server:
         self._lock = threading.Lock()
         self._threads: dict[threading.Thread, Connection | None] = {}
         self._busy: set[Connection] = set()
-        self._peers: Counter[str] = Counter()
+        self._origins: Counter[str] = Counter()
         self._watchdog = Watchdog()
         self._stops = 0  # plain values, for signal handlers: a lock might be held by what they interrupt
         self._wants_reload = False
@@ -125,10 +126,11 @@ class Server:
             time.sleep(0.05)  # out of descriptors: those who are there go on
             return
         peer = str(address[0])
+        origin = peers.origin(peer)
         with self._lock:
-            has_room = len(self._threads) < self._most and self._peers[peer] < self._most_of_one
+            has_room = len(self._threads) < self._most and self._origins[origin] < self._most_of_one
             if has_room:
-                self._peers[peer] += 1
+                self._origins[origin] += 1
                 thread = threading.Thread(target=self._thread, args=(sock, peer), name=f"connection {peer}")
                 self._threads[thread] = None
         if not has_room:
@@ -170,9 +172,10 @@ class Server:
     def _forget(self, thread: threading.Thread, peer: str) -> None:
         with self._lock:
             self._threads.pop(thread, None)
-            self._peers[peer] -= 1
-            if not self._peers[peer]:
-                del self._peers[peer]
+            origin = peers.origin(peer)
+            self._origins[origin] -= 1
+            if not self._origins[origin]:
+                del self._origins[origin]
 
     # -- the end -------------------------------------------------------------------------------------------------
 

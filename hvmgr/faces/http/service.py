@@ -17,6 +17,7 @@ from hvmgr.faces.http.calls_host import Place
 from hvmgr.faces.http.disks import Disks
 from hvmgr.faces.http.events import Events
 from hvmgr.faces.http.failure import XenFailure
+from hvmgr.faces.http.notes import Notes
 from hvmgr.faces.http.sessions import Sessions
 from hvmgr.faces.http.tasks import Tasks
 
@@ -40,6 +41,7 @@ class Service:
     def __init__(self, settings: Settings, audit: Audit) -> None:
         self.audit = audit
         self.place = Place(settings.root)
+        self.pool_notes = Notes("pool")
         self.life = secrets.token_hex(4)  # tokens of another life are none
         self.events = Events()
         self.tasks = Tasks(self.events, self.place.host)

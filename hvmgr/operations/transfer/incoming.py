@@ -198,6 +198,9 @@ class _Patient:
     def fileno(self) -> int:
         return self._file.fileno()
 
+    def tell(self) -> int:
+        return self._file.tell()
+
     def readinto(self, view: memoryview) -> int | None:
         while not self._poll.poll(_IDLE_MS):
             self._idle.act()
@@ -301,10 +304,8 @@ class _Qcow2:
 
         Of ``arrived`` bytes nobody knows whether they are all: then the last cluster has to be whole.
         """
+        self._require_alone()
         found = _explained(self._name, lambda: qemu_img.info(self._path, images.QCOW2))
-        if found.backing_name is not None or found.data_file is not None or found.is_encrypted:
-            what = "stands on another image" if found.backing_name else "keeps its data elsewhere or encrypted"
-            raise errors.Unsupported(f"{self._name} {what}, so that it is no whole disk", hint="send a complete image")
         result = _explained(self._name, lambda: qemu_img.check(self._path, images.QCOW2))
         if not result.is_sound or found.is_corrupt:
             raise errors.Corrupt(f"{self._name} is a damaged qcow2 image", hint="send it again")
@@ -315,6 +316,17 @@ class _Qcow2:
                 offset=arrived,
             )
         return found.size
+
+    def _require_alone(self) -> None:
+        """It names no other file. Looked up in its header, before QEMU sees it, which might open what a stranger named."""
+        try:
+            what = "stands on another image" if images.read(self._path, images.QCOW2).backing is not None else None
+        except (errors.Unsupported, errors.Corrupt) as error:
+            if isinstance(error, errors.Corrupt) or "version" in error.facts:
+                raise errors.Corrupt(f"{self._name} is no sound qcow2 image", hint="send it again") from error
+            what = "keeps its data or its parent elsewhere, or is encrypted"
+        if what is not None:
+            raise errors.Unsupported(f"{self._name} {what}, so that it is no whole disk", hint="send a complete image")
 
     def pieces(self, _size: int) -> Iterator[tuple[int, memoryview]]:
         extents = [(one.start, one.length, one.data and not one.zero) for one in qemu_img.map(self._path, images.QCOW2)]

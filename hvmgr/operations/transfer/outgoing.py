@@ -65,18 +65,36 @@ class Outgoing:
         self.format = fmt
         self.base: str | None = None
         self.length = writer.length
+        self.tell: Callable[[BaseException | None], None] | None = None  # called at the end with what went wrong
         self._writer = writer
         self._stack = stack
+        self._is_sent = False
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        self._end(error)
 
     def close(self) -> None:
         """The disk is let go; a second call does nothing."""
-        self._stack.close()
+        self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        tell, self.tell = self.tell, None
+        try:
+            self._stack.close()
+        finally:
+            if tell is not None:
+                tell(self._outcome(error))
+
+    def _outcome(self, error: BaseException | None) -> BaseException | None:
+        """What ended it too early; of whoever takes the bytes only that he did not take them all."""
+        if isinstance(error, errors.HvmgrError) or (error is not None and not isinstance(error, Exception)):
+            return error
+        if error is None and self._is_sent:
+            return None
+        return errors.Cancelled(f"{self.name} was let go before all of it was sent")
 
     @property
     def content_type(self) -> str:
@@ -96,9 +114,13 @@ class Outgoing:
     def chunks(self, start: int = 0, length: int | None = None) -> Iterator[bytes | memoryview]:
         """The bytes, in pieces of about 2 MiB; each is valid until the next one is asked for. Ranges of raw alone."""
         if isinstance(self._writer, RawStream):
-            return self._writer.chunks(start, length)
+            return self._noted(self._writer.chunks(start, length))
         self._require_whole(start, length)
-        return self._writer.chunks()
+        return self._noted(self._writer.chunks())
+
+    def _noted(self, pieces: Iterator[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        yield from pieces
+        self._is_sent = True
 
     def send(
         self,
@@ -115,9 +137,10 @@ class Outgoing:
         """
         if isinstance(self._writer, RawStream):
             self._writer.send(descriptor, on_progress, start=start, length=length, sparse=sparse)
-            return
-        self._require_whole(start, length)
-        self._writer.send(descriptor, on_progress)
+        else:
+            self._require_whole(start, length)
+            self._writer.send(descriptor, on_progress)
+        self._is_sent = True
 
     def _require_whole(self, start: int, length: int | None) -> None:
         if start or length not in {None, self.length}:

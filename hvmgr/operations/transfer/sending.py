@@ -6,6 +6,7 @@ A VM that runs goes on in new images first; what was frozen for that is merged w
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
@@ -25,17 +26,33 @@ if TYPE_CHECKING:
 _ACTIVE = (State.RUNNING, State.PAUSED)
 
 
-def of_vm(vm: VM, find: Callable[[], Point], find_base: Callable[[], Point] | None, fmt: ImageFormat) -> Outgoing:
-    """The stream of a point of a VM's disk; raises whatever speaks against it before a byte of it is made."""
+def of_vm(
+    vm: VM,
+    find: Callable[[], Point],
+    find_base: Callable[[], Point] | None,
+    fmt: ImageFormat,
+    path: Path | None = None,
+) -> Outgoing:
+    """The stream of a point of a VM's disk; raises whatever speaks against it before a byte of it is made.
+
+    ``path`` is where it goes, if that is a file, for the administrator's hooks.
+    """
     with vm._work() as session:  # noqa: SLF001 - sending is a part of what a VM does
         point, base = find(), None if find_base is None else find_base()
         outgoing.check(point, base, fmt)
         for one in (point, base):
             _require_whole(session, one)
-        occasions.require_leave(session, "disk export", _subject(point, base, fmt))
-        if point.is_frozen or session.state() not in _ACTIVE:
-            return outgoing.opened(point, base, fmt, report=session.progress)
-        return _of_running(vm, session, point, base, fmt)
+        tell = occasions.require_leave(session, "disk export", _subject(point, base, fmt), path)
+        try:
+            if point.is_frozen or session.state() not in _ACTIVE:
+                made = outgoing.opened(point, base, fmt, report=session.progress)
+            else:
+                made = _of_running(vm, session, point, base, fmt)
+        except BaseException as error:
+            tell(error)
+            raise
+        made.tell = tell
+        return made
 
 
 def _of_running(vm: VM, session: Session, point: Point, base: Point | None, fmt: ImageFormat) -> Outgoing:

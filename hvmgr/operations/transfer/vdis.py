@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors, units
@@ -140,12 +141,17 @@ class Disks:
         with place.vm._work() as session:  # noqa: SLF001
             disk_snapshotting.destroy(session, place.alone)
 
-    def export(self, wanted: str, *, base: str | None = None, format: ImageFormat = ImageFormat.RAW) -> Outgoing:
-        """The disk as a stream; with ``base``, an older point of the same disk, only what differs from that one."""
+    def export(
+        self, wanted: str, *, base: str | None = None, format: ImageFormat = ImageFormat.RAW, path: Path | None = None
+    ) -> Outgoing:
+        """The disk as a stream; with ``base``, an older point of the same disk, only what differs from that one.
+
+        ``path`` is where it goes, if that is a file, for the administrator's hooks.
+        """
         place = self._place(wanted)
         older = None if base is None else self._finder(base)
         if place is not None:
-            return sending.of_vm(place.vm, place.find, older, format)
+            return sending.of_vm(place.vm, place.find, older, format, path)
         self._require_approval("vdi-export", f"export of the disk {wanted}")
         return shelving.opened(self._host, self._shelf, wanted, None if older is None else older(), format)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hvmgr import preferences, settings
+from hvmgr import Host, preferences, settings
 from hvmgr.host.events import Kind
 from hvmgr.model.event import Event
 from hvmgr.operations.reporter import Reporter
@@ -142,6 +142,32 @@ def test_every_operation_has_its_events(hvmgr, vm, root, tmp_path):
     assert found[5]["path"] == str(tmp_path / "out" / vm)
     assert found[6]["path"] == str(tmp_path / "out" / vm)
     assert all(set(one) == KEYS for one in found)
+
+
+def test_export_of_a_disk_is_told_when_all_of_it_was_sent(hvmgr, vm, told, hooks, root, tmp_path):
+    hvmgr.ok("snapshot", "create", vm, "one")
+    before, after = told("before-export"), told("after-export")
+    seen = tmp_path / "seen"
+    hooks("after-export", "see", f"#!/bin/sh\nwc -c < '{tmp_path}/one.vhd' > '{seen}'\n")
+    hvmgr.ok("disk", "export", vm, "vda", tmp_path / "one.vhd", "--snapshot", "one")
+    for facts in (before(), after()):
+        assert facts["operation"] == "disk export"
+        assert facts["path"] == str(tmp_path / "one.vhd")
+        assert "of snapshot 'one' of" in facts["subject"]
+    assert before()["id"] == after()["id"]
+    assert int(seen.read_text()) == (tmp_path / "one.vhd").stat().st_size  # it is there, and whole
+    uuid = hvmgr.ok("vdi-list", f"vm-name-label={vm}", "kind=slot", "--minimal").out.strip()
+    hvmgr.ok("vdi-export", f"uuid={uuid}", f"filename={tmp_path}/two.raw")
+    assert after()["path"] == str(tmp_path / "two.raw")
+    with Host.open(os.environ["LIBVIRT_DEFAULT_URI"], root=root) as host, open(os.devnull, "wb") as nowhere:
+        wanted = host.vm(vm)
+        with wanted.export_disk("vda") as stream:
+            next(stream.chunks())
+        with pytest.raises(ZeroDivisionError), wanted.export_disk("vda") as stream:
+            stream.send(nowhere.fileno(), lambda *_: 1 // 0)
+    documents = [one for one in event_log.Reader(from_start=True).documents() if one["operation"] == "disk export"]
+    found = [(one["event"], one["error"] and one["error"]["code"]) for one in documents]
+    assert found == [("after-export", None)] * 2 + [("operation-failed", "Cancelled")] * 2
 
 
 def test_before_apply_vetoes_and_nothing_is_changed(hvmgr, branched, hooks, root):

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvmgr.faces.http import accounts, json_rpc, xml_rpc
+from hvmgr.faces.http import accounts, json_rpc, peers, xml_rpc
 from hvmgr.faces.http.accounts import Failures
 from hvmgr.faces.http.connection import Limits
 from hvmgr.faces.http.failure import Unreadable
@@ -94,12 +94,37 @@ class TestNonsense:
             (b"GET http://other/x HTTP/1.1\r\nHost: h\r\n\r\n", 404),
             (b"GET /" + b"%00" * 50 + b" HTTP/1.1\r\nHost: h\r\n\r\n", 404),
             (b"GET /export_raw_vdi?vdi=%ff HTTP/1.1\r\nHost: h\r\n\r\n", 400),
+            (b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 20\r\n\r\n<methodCall>", 400),
+            (b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nab", 400),
+            (b"POST / HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n" + b"F" * 21 + b"\r\nab", 400),
         ],
-        ids=["long", "tls", "negative", "two-lengths", "gzip", "large", "no-xml", "proxy", "zeros", "no-utf-8"],
+        ids=["long", "tls", "negative", "two-lengths", "gzip", "large", "no-xml", "proxy", "zeros", "no-utf-8",
+             "shorter", "no-chunk", "large-chunk"],
     )  # fmt: skip
     def test_gets_its_status(self, server, sent, status):
         assert parse_answer(server.talk(sent, end=True)).status == status
         assert is_served(server)
+        assert server.told("defect") == []
+
+    def test_names_are_data_wherever_they_go(self, server, bench):
+        """Of a disk: a path, markup, a header, an escape of a terminal."""
+        session = server.login()
+        names = ["../../etc/passwd", "<b>&amp;</b>", "a\r\nX-Evil: y", "\x1b[31m", '"; filename="x', "%00", "a" * 1000]
+        for name in names:
+            ref = server.json("VDI.create", session.handle, {"name_label": name, "virtual_size": MIB})["result"]
+            shown = server.json("VDI.get_name_label", session.handle, ref)["result"]
+            assert shown == name
+            got = server.curl(server.export_link(session_id=session.handle, vdi=ref))
+            assert (got.status, "x-evil" in got.headers) == (200, False)
+            uuid = ref.removeprefix("OpaqueRef:")
+            assert got.headers["content-disposition"] == f'attachment; filename="{uuid}.raw"'
+            for asked in ({"vdi": name}, {"vdi": ref, "base": name, "format": "vhd"}, {"vdi": ref, "task_id": name}):
+                refused = server.curl(server.export_link(session_id=session.handle, **asked))
+                assert refused.status in {400, 404}
+                assert refused.text.removesuffix("\n").isprintable()
+            session.xenapi.VDI.destroy(ref)
+        assert {path.name for path in (bench.place / "root" / ".disks").glob("*.qcow2")} == set()
+        assert len(server.log.getvalue().splitlines()) == len(server.told())
         assert server.told("defect") == []
 
     @pytest.mark.parametrize("bomb", [
@@ -203,6 +228,33 @@ class TestCrowds:
             assert time.monotonic() < until
             time.sleep(0.02)
         assert is_served(server)
+
+    def test_hundred_clients_of_every_kind(self, start):
+        """Those that are slow, vanish, or talk nonsense are in nobody's way."""
+        server = start(connections=200)
+        session = server.login()
+        free = session.xenapi.VDI.create({"name_label": "free", "virtual_size": MIB})
+        path = server.export_link(session_id=session.handle, vdi=free).removeprefix(server.url)
+        whole = f"GET {path} HTTP/1.0\r\n\r\n".encode()
+        with contextlib.ExitStack() as stack, ThreadPoolExecutor(20) as pool:
+            for number in range(80):
+                one = stack.enter_context(server.connected())
+                with contextlib.suppress(ConnectionError):
+                    one.sendall(
+                        [b"GET / HT", whole, b"\0" * 2000, put_head(server, session, PIB, vdi=free)][number % 4]
+                    )
+                if number % 8 == 1:
+                    one.close()
+            bodies = list(pool.map(lambda _: parse_answer(server.talk(whole)).body, range(20)))
+        assert bodies == [bytes(MIB)] * 20
+        server.await_rest()
+        session.xenapi.VDI.destroy(free)
+        assert server.told("defect") == []
+
+    def test_limits_count_a_network_of_ipv6_as_one(self):
+        assert peers.origin("2001:db8:1:2:3:4:5:6") == peers.origin("2001:db8:1:2::9%eth0") == "2001:db8:1:2::/64"
+        assert peers.origin("2001:db8:1:3::9") != peers.origin("2001:db8:1:2::9")
+        assert [peers.origin(one) for one in ("192.0.2.7", "::1", "")] == ["192.0.2.7", "::1", ""]
 
     def test_fifty_transfers_at_once(self, server, bench, place):
         vm = bench.make(4, 4)

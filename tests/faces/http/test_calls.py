@@ -14,7 +14,9 @@ import XenAPI
 
 from hvmgr.faces.http import api, xml_rpc
 from hvmgr.faces.http.failure import XenFailure
-from tests.faces.http.conftest import MIB, PATIENCE_S, parse_answer, pattern, post, settled
+from hvmgr.faces.http.sessions import Sessions
+from hvmgr.model.user import Role, User, make_secret
+from tests.faces.http.conftest import MIB, PASSWORD, PATIENCE_S, parse_answer, pattern, post, settled
 from tests.faces.http.test_transfers import vdi_of
 
 
@@ -142,6 +144,21 @@ class TestXenOrchestra:
         api.VDI.remove_from_other_config(ref, "xo:note")
         assert (api.VDI.get_other_config(ref), api.VDI.get_VBDs(ref)) == ({}, [])
         assert api.VDI.get_sm_config(ref)["image-format"] == "vhd"
+        assert api.VDI.get_nbd_info(ref) == []  # so that the disk is taken by HTTP
+
+    def test_note_on_the_pool_tells_that_all_before_it_was_seen(self, server, bench):
+        session = server.login()
+        (pool,) = session.xenapi.pool.get_all()
+        token = server.json("event.from", session.handle, ["pool", "vdi"], "", 1)["result"]["token"]
+        made = bench.host.disks.create(MIB, name="by hand")
+        session.xenapi.pool.add_to_other_config(pool, "barrier", "7")
+        events = server.json("event.from", session.handle, ["pool", "vdi"], token, 60)["result"]["events"]
+        assert [one["class"] for one in events] == ["vdi", "pool"]
+        assert (events[0]["snapshot"]["uuid"], events[1]["snapshot"]["other_config"]) == (made, {"barrier": "7"})
+        session.xenapi.pool.remove_from_other_config(pool, "barrier")
+        assert session.xenapi.pool.get_other_config(pool) == {}
+        refused = failure(server.login("rita").xenapi.pool.add_to_other_config, pool, "barrier", "7")
+        assert refused[0] == "RBAC_PERMISSION_DENIED"
 
     def test_disks_that_others_make_are_events(self, server, bench, monkeypatch):
         from hvmgr.faces.http import calls_task
@@ -221,7 +238,6 @@ class TestRights:
         assert mine.task.get_status(task) == "pending"
 
     def test_session_ends_with_its_user_and_with_another_role(self, server):
-        from hvmgr.model.user import Role
         from hvmgr.storage import users
 
         handle = server.login("rita").handle
@@ -231,6 +247,38 @@ class TestRights:
         handle = server.login("rita").handle
         users.remove(server.users, "rita")
         assert server.json("pool.get_all", handle)["error"]["message"] == "SESSION_INVALID"
+
+    def test_session_that_nobody_uses_ends(self):
+        user, now = User("anna", Role.READ, make_secret(PASSWORD, b"salt", log_n=4)), [0.0]
+        sessions = Sessions(lambda _: user, idle_s=10, clock=lambda: now[0])
+        used, idle = sessions.open(user).ref, sessions.open(user).ref
+        for now[0] in (8.0, 16.0):
+            assert sessions.find(used) is not None
+        assert sessions.find(idle) is None
+        assert len(sessions) == 1
+
+
+# What the clients cannot do without.
+MINIMUM = {
+    "session": "login_with_password logout",
+    "system": "listMethods",
+    "pool": "get_all get_all_records get_default_SR get_master",
+    "host": "get_all_records get_API_version_major get_API_version_minor",
+    "SR": "get_record get_all_records",
+    "VDI": "create snapshot destroy get_by_uuid get_by_name_label get_uuid get_record get_all_records get_name_label "
+    "get_sm_config get_snapshot_of get_virtual_size get_VBDs add_to_other_config remove_from_other_config",
+    "Async.VDI": "create snapshot destroy",
+    "task": "create destroy cancel get_record get_uuid get_status get_progress get_error_info get_result set_progress "
+    "set_status get_all_records",
+    "event": "inject from",
+    "VM": "get_all_records",
+    "VBD": "get_all_records",
+}
+
+
+def test_every_call_that_the_clients_need_is_there():
+    needed = {f"{kind}.{name}" for kind, names in MINIMUM.items() for name in names.split()}
+    assert needed - api.CALLS.keys() == set()
 
 
 class TestForm:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 
 import pytest
 
 from hvmgr import errors
 from hvmgr.faces.http import failure
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.operations.steps import image_steps
-from tests.faces.http.conftest import MIB, pattern, raw_of, settled
+from tests.faces.http.conftest import MIB, PATIENCE_S, parse_answer, pattern, raw_of, read_all, settled
 from tests.faces.http.test_transfers import PIB, put_head, snapshot_ref, vdi_of
 
 NOBODY = "01234567-89ab-cdef-0123-456789abcdef"
@@ -90,6 +93,7 @@ def test_import_before_the_answer(world, bench):
     ("length", "data", "words", "code"),
     [
         (4 * MIB, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
+        (4 * MIB, b"", {}, "IMPORT_ERROR_PREMATURE_EOF"),
         (PIB, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
         (None, pattern(MIB), {}, "IMPORT_ERROR_PREMATURE_EOF"),
         (PIB, b"", {}, "IMPORT_ERROR_PREMATURE_EOF"),
@@ -100,6 +104,7 @@ def test_import_before_the_answer(world, bench):
     ],
     ids=[
         "cut-off",
+        "cut-off-at-once",
         "cut-off-pebibyte",
         "cut-off-unknown",
         "nothing",
@@ -161,6 +166,33 @@ def test_running_vm_takes_nothing_in_but_goes_out(world, bench):
     assert server.curl(server.export_link(session_id=session.handle, vdi=ref)).body == raw_of(vm)
     server.await_rest()
     bench.check(vm)
+
+
+def test_export_that_breaks_off_after_its_head_is_short_and_says_why(server, bench, place):
+    """Here the file of the disk ends while it is sent. Nothing but its bytes is ever in the body."""
+    image = place / "disk.raw"
+    image.write_bytes(pattern(MIB) * 24)
+    vm = bench.make(bench.in_place(image, format=ImageFormat.RAW))
+    session = server.login()
+    task = session.xenapi.task.create("export", "")
+    words = {"session_id": session.handle, "vdi": vdi_of(session, vm, "hda"), "format": "vhd"}
+    whole = server.curl(server.export_link(**words)).body
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        one.settimeout(PATIENCE_S)
+        one.connect(server.address)
+        path = server.export_link(task_id=task, **words).removeprefix(server.url)
+        one.sendall(f"GET {path} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
+        got = one.recv(1000)
+        os.truncate(image, 20 * MIB)  # more than the kernel keeps of a connection lies before that
+        got = parse_answer(got + read_all(one))
+    assert (got.status, int(got.headers["content-length"])) == (200, len(whole))
+    assert len(got.body) < len(whole)
+    assert whole[512:].startswith(got.body[512:])  # the first sector has the time
+    record = settled(session, task)
+    assert (record["status"], record["error_info"][0]) == ("failure", "VDI_IO_ERROR")
+    assert f"ends at byte {20 * MIB}" in record["error_info"][1]
+    assert server.told("export")[-1]["outcome"] == "VDI_IO_ERROR"
 
 
 class TestWho:

@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from hvmgr import errors, vhd
+from hvmgr.host import qemu_img
 from hvmgr.operations.steps import execution
 from hvmgr.operations.transfer.incoming import Incoming
 from tests.operations.rules.conftest import MIB, PIECE, run
@@ -239,18 +240,24 @@ def test_garbage_is_refused(bench, fmt) -> None:
     assert state_of(bench, vm) == before
 
 
-def test_qcow2_that_is_no_whole_disk_is_refused(bench, source) -> None:
-    """Its parent would be a file of this host that the sender chose."""
+def test_qcow2_that_is_no_whole_disk_is_refused(bench, monkeypatch) -> None:
+    """Its parent would be a file of this host that the sender chose: QEMU is not even asked about it."""
     vm = target(bench)
     before = state_of(bench, vm)
+    monkeypatch.setattr(qemu_img, "info", lambda *_: pytest.fail("QEMU has seen it"))
     child = bench.place / "child.qcow2"
     run("qemu-img", "create", "-f", "qcow2", "-b", "/etc/passwd", "-F", "raw", child, "6M")
     with child.open("rb") as file, pytest.raises(errors.Unsupported, match="stands on another image"):
         vm.import_disk("hda", file, format=QCOW2)
     outside = bench.place / "outside.qcow2"
     run("qemu-img", "create", "-f", "qcow2", "-o", f"data_file={bench.place}/data,data_file_raw=on", outside, "6M")
-    with outside.open("rb") as file, pytest.raises((errors.Unsupported, errors.Corrupt)):
-        vm.import_disk("hda", file, format=QCOW2)
+    by_nbd = child.read_bytes().replace(b"/etc/passwd", b"nbd:localho")
+    for data in (outside.read_bytes(), by_nbd):
+        with pytest.raises(errors.Unsupported, match="no whole disk"):
+            vm.import_disk("hda", io.BytesIO(data), format=QCOW2)
+    for length in (4, 71, 72, 103):
+        with pytest.raises(errors.Corrupt, match="no sound qcow2 image"):
+            vm.import_disk("hda", io.BytesIO(outside.read_bytes()[:length]), format=QCOW2)
     assert state_of(bench, vm) == before
 
 
