@@ -30,7 +30,7 @@ from typing import TypeVar
 
 from lxml import etree
 
-from hvmgr import errors, units
+from hvmgr import errors, keeping, units
 from hvmgr.model import policy, xml_tree
 from hvmgr.model.policy import Origin, Policy
 
@@ -233,7 +233,7 @@ def _read_policy(element: etree._Element | None) -> Policy:
         return Policy(
             type=policy.SnapshotDefault(element.get("type", policy.DEFAULT.type)),
             automatic=element.get("automatic") == "on",
-            keep=policy.KEEP if keep is None else policy.parse_keep(keep),
+            keep=None if keep is None else keeping.parse(keep),
             schedule=None if schedule is None else policy.parse_schedule(schedule),
             since=None if since is None else units.from_rfc3339(since),
             recovery=policy.Recovery(element.get("snapshot")) if element.get("recovery") == "revert" else None,
@@ -255,7 +255,7 @@ def _write_policy(vm: etree._Element, facts: Policy) -> None:
     _set(
         element,
         automatic="on" if facts.automatic else None,
-        keep=None if facts.keep == policy.KEEP else str(facts.keep),
+        keep=None if facts.keep is None else str(facts.keep),
     )
     _set(element, schedule=None if facts.schedule is None else str(facts.schedule))
     _set(element, since=None if facts.since is None else units.to_rfc3339(facts.since))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 
-from hvmgr import errors
+from hvmgr import errors, keeping, settings
+from hvmgr.keeping import Keep
 from hvmgr.model import plan, policy
 from hvmgr.model.metadata import SnapshotType
 from hvmgr.model.plan import Plan
@@ -16,6 +17,7 @@ from hvmgr.operations.session import Session
 from hvmgr.storage import vm_home
 
 NONE = "none"
+DEFAULT = "default"
 _REVERT = "revert"
 
 
@@ -37,7 +39,7 @@ class Wishes:
         if self.automatic_snapshots is not None:
             new = dataclasses.replace(new, automatic=self.automatic_snapshots)
         if self.keep is not None:
-            new = dataclasses.replace(new, keep=policy.parse_keep(self.keep))
+            new = dataclasses.replace(new, keep=None if self.keep == DEFAULT else keeping.parse(self.keep))
         if self.schedule is not None:
             wanted = None if self.schedule == NONE else policy.parse_schedule(self.schedule)
             if wanted != new.schedule:
@@ -63,6 +65,13 @@ def plan_set(session: Session, wishes: Wishes, find: Callable[[str], str]) -> Pl
         subject=f"new settings of {present.name}",
         finish=(plan.Define(xml=present.to_xml()), plan.WritePresent()),
     )
+
+
+def kept(wanted: Policy) -> tuple[Keep, str]:
+    """How many scheduled snapshots are kept, and who says so: ``vm``, a line of a configuration file, or hvmgr itself."""
+    if wanted.keep is not None:
+        return wanted.keep, "vm"
+    return settings.retention(), settings.origin("retention")
 
 
 def default_type(wanted: Policy, name: str) -> SnapshotType:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.session import Session
     from hvmgr.operations.snapshots import Wish
     from hvmgr.operations.transfer.outgoing import Outgoing
+    from hvmgr.operations.transfer.recurrence import FoundDisk
     from hvmgr.operations.usage import Usage
     from hvmgr.vhd.inlet import Readable
 
@@ -320,6 +321,24 @@ class VM:
 
         older = None if base is None else points.named(self, slot, base)
         return sending.of_vm(self, points.named(self, slot, snapshot), older, format or ImageFormat.VHD)
+
+    def find_disk_export(
+        self,
+        file: Path | str,
+        slot: str,
+        *,
+        snapshot: str | None = None,
+        base: str | None = None,
+        format: ImageFormat | None = None,
+        compare: bool = True,
+    ) -> FoundDisk | None:
+        """What stands where ``export_disk`` would be written to, or None; with ``compare`` whether it is just that, by its bytes."""
+        from hvmgr.model.image_format import ImageFormat
+        from hvmgr.operations.transfer import points, recurrence
+
+        older = None if base is None else points.named(self, slot, base)
+        point, kind = points.named(self, slot, snapshot), format or ImageFormat.VHD
+        return recurrence.find(self, Path(file), point, older, kind, compare=compare)
 
     def import_disk(
         self,

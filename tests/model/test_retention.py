@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvmgr import errors
+from hvmgr import errors, keeping
+from hvmgr.keeping import Keep
 from hvmgr.model import policy, retention
 from hvmgr.model.metadata import SnapshotRecord
-from hvmgr.model.policy import Keep, Origin, Policy, Recovery, Rhythm, Schedule, SnapshotDefault
+from hvmgr.model.policy import Origin, Policy, Recovery, Rhythm, Schedule, SnapshotDefault
 
 BERLIN = ZoneInfo("Europe/Berlin")
 BEGIN = datetime(2026, 10, 20, tzinfo=UTC)  # the clocks are put back on the 25th
@@ -192,7 +193,7 @@ def test_schedule_is_written_as_it_is_read(schedule):
 
 @given(keeps.filter(lambda keep: keep != Keep()))
 def test_keep_is_written_as_it_is_read(keep):
-    assert policy.parse_keep(str(keep)) == keep
+    assert keeping.parse(str(keep)) == keep
 
 
 @given(schedules, st.integers(0, 20 * 24 * 60), st.integers(0, 20 * 24 * 60))
@@ -217,7 +218,7 @@ def test_without_a_zone_it_is_this_hosts():
 )
 def test_wrong_numbers_are_refused(text):
     with pytest.raises(errors.UsageError):
-        policy.parse_keep(text)
+        keeping.parse(text)
 
 
 @pytest.mark.parametrize(

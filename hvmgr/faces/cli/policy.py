@@ -26,7 +26,8 @@ _TYPES = ("standard", "production", "production-only", "disabled")
               help="What 'snapshot create' takes without --type; disabled: nothing.")  # fmt: skip
 @click.option("--automatic-snapshots", type=click.Choice(("on", "off")),
               help="Whether hvmgr takes snapshots by itself: at a start when there is none, and by the schedule.")  # fmt: skip
-@click.option("--keep", metavar="RULES", help="How many scheduled ones stay: 7, or last=3,hourly=24,daily=7,weekly=4.")
+@click.option("--keep", metavar="RULES",
+              help="How many scheduled ones stay: 7, or last=3,hourly=24,daily=7,weekly=4; default: as hvmgr.yaml says.")  # fmt: skip
 @click.option("--schedule", metavar="WHEN",
               help="hourly, daily[@HH:MM], weekly[@DAY][@HH:MM], a time between two such as 30m or 6h, or none.")  # fmt: skip
 @click.option("--recovery", metavar="WHAT",

@@ -22,7 +22,7 @@ from hvmgr.storage import durable, frozen
 if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
-_ACTIVE = (State.RUNNING, State.PAUSED)
+ACTIVE = (State.RUNNING, State.PAUSED)
 
 
 def of_vm(vm: VM, find: Callable[[], Point], find_base: Callable[[], Point] | None, fmt: ImageFormat) -> Outgoing:
@@ -33,7 +33,7 @@ def of_vm(vm: VM, find: Callable[[], Point], find_base: Callable[[], Point] | No
         for one in (point, base):
             _require_whole(session, one)
         occasions.require_leave(session, "disk export", _subject(point, base, fmt))
-        if point.is_frozen or session.state() not in _ACTIVE:
+        if point.is_frozen or session.state() not in ACTIVE:
             return outgoing.opened(point, base, fmt, report=session.progress)
         return _of_running(vm, session, point, base, fmt)
 

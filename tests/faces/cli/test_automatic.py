@@ -32,6 +32,7 @@ def test_set_says_what_it_set(hvmgr, vm):
         "snapshot_type": "production",
         "automatic_snapshots": True,
         "keep": {"last": 2, "hourly": 0, "daily": 7, "weekly": 0},
+        "keep_source": "vm",
         "schedule": "hourly",
         "recovery": "revert",
         "recovery_snapshot": snapshot["id"],
@@ -42,6 +43,8 @@ def test_set_says_what_it_set(hvmgr, vm):
     assert ["snapshot type", "production"] in shown
     assert ["automatic snapshots", "on; hourly, keep last=2,daily=7"] in shown
     assert ["recovery", f"revert to {snapshot['id']}"] in shown
+    again = hvmgr.ok("vm", "set", vm, "--keep", "default", "--json").json["policy"]
+    assert (again["keep"]["last"], again["keep_source"]) == (7, "default")
 
 
 def test_set_says_what_rests(hvmgr, vm):
