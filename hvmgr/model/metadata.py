@@ -43,6 +43,7 @@ _DISK = f"{{{NAMESPACE}}}disk"
 _SNAPSHOT = f"{{{NAMESPACE}}}snapshot"
 _NOTES = f"{{{NAMESPACE}}}notes"
 _TAG = f"{{{NAMESPACE}}}tag"
+_LABEL_MAX = 100
 _POLICY = f"{{{NAMESPACE}}}policy"
 _ORIGIN = f"{{{NAMESPACE}}}origin"
 
@@ -169,6 +170,13 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
         policy=_read_policy(vm.find(_POLICY)),
         origin=None if (origin := vm.find(_ORIGIN)) is None else _read_origin(origin, source),
     )
+
+
+def require_labels(*texts: str | None) -> None:
+    """UsageError for what can be neither an owner nor a tag."""
+    for text in texts:
+        if text is not None and not (text.strip() and text.isprintable() and len(text) <= _LABEL_MAX):
+            raise errors.UsageError(f"{text!r} cannot be an owner or a tag", hint="1 to 100 printable characters")
 
 
 def write(vm: etree._Element, facts: Metadata) -> None:

@@ -211,11 +211,20 @@ class VM:
         keep: str | None = None,
         schedule: str | None = None,
         recovery: str | None = None,
+        owner: str | None = None,
+        tags: Sequence[str] = (),
+        untags: Sequence[str] = (),
     ) -> bool:
-        """The policy is this, in the words of ``vm set``; what is None stays. Whether that is a change."""
+        """The policy, the owner and the tags are this, in the words of ``vm set``; what is None stays. Whether that is a change.
+
+        An empty ``owner`` is nobody.
+        """
         from hvmgr.operations import policies
 
-        wishes = policies.Wishes(snapshot_type, automatic_snapshots, keep, schedule, recovery)
+        wishes = policies.Wishes(
+            snapshot_type, automatic_snapshots, keep, schedule, recovery, owner, tuple(tags), tuple(untags)
+        )
+        wishes.check()
         wishes.applied(self.policy, self.home.facts().created, lambda _: "")  # says what is wrong before anything else
         with self._work() as session:
             plan = policies.plan_set(session, wishes, lambda reference: self.snapshot(reference).id)

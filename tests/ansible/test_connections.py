@@ -67,10 +67,14 @@ PLAY = """
 
 
 @pytest.fixture
-def guest_of_root(require, require_program):
+def guest_of_root(require):
     """``(port, key)`` of an sshd that knows one ordinary user more than the machine; he may become root."""
     require(os.geteuid() == 0, "an sshd in a namespace of its own needs root")
-    sshd, _ = require_program("sshd"), require_program("sudo")
+    sshd, sudo = (shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("sshd", "sudo"))
+    require(
+        sshd is not None and sudo is not None,
+        "Debian's openssh-server and sudo are needed, and nothing else needs them",
+    )
     place = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
     place.chmod(0o711)  # sshd reads keys with the user's rights
     for name in ("host", "key"):

@@ -22,10 +22,16 @@ class TestVm:
             "networks": ["none"],
             "accel": "tcg",
             "firmware": "bios",
+            "owner": "anna",
+            "tags": ["shop", "test"],
         }
         made = thrice("vm", **wanted)
         assert made["vm"]["state"] == "off"
-        assert made["diff"] == {"before": {"state": "absent"}, "after": {"name": "web", "state": "off"}}
+        after = {"name": "web", "state": "off", "owner": "anna", "tags": ["shop", "test"]}
+        assert made["diff"] == {"before": {"state": "absent"}, "after": after}
+        assert thrice("vm", name="web", owner="", tags=["db", "shop"])["diff"]["before"]["owner"] == "anna"
+        told = kvm1.hvmgr("vm", "show", "web")
+        assert (told["owner"], sorted(told["tags"])) == (None, ["db", "shop"])
         assert module("vm", name="web", state="started").changed
         assert kvm1.hvmgr("vm", "show", "web")["vm"]["state"] == "running"
         refused = module("vm", name="web", state="absent")

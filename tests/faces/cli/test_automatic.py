@@ -47,6 +47,21 @@ def test_set_says_what_it_set(hvmgr, vm):
     assert (again["keep"]["last"], again["keep_source"]) == (7, "default")
 
 
+def test_owner_and_tags_are_set_and_stay(hvmgr, vm):
+    hvmgr.ok("snapshot", "create", vm, "one")
+    words = ("vm", "set", vm, "--owner", "anna", "--tag", "shop", "--tag", "test")
+    told = hvmgr.ok(*words, "--json").json
+    assert (told["changed"], told["owner"], told["tags"]) == (True, "anna", ["shop", "test"])
+    assert hvmgr.ok(*words, "--json").json["changed"] is False
+    hvmgr.ok("snapshot", "apply", vm, "one")
+    assert [line[0] for line in hvmgr.ok("vm", "list", "--owner", "anna", "--tag", "test").lines] == [vm]
+    told = hvmgr.ok("vm", "set", vm, "--no-owner", "--untag", "test", "--untag", "none", "--json").json
+    assert (told["changed"], told["owner"], told["tags"]) == (True, None, ["shop"])
+    for wrong in (("--tag", " "), ("--owner", "a\n"), ("--tag", "a", "--untag", "a")):
+        answer = hvmgr("vm", "set", vm, *wrong)
+        assert (answer.code, answer.out, len(answer.err.splitlines()) <= 2) == (2, "", True)
+
+
 def test_set_says_what_rests(hvmgr, vm):
     assert "rests as long as automatic snapshots are off" in hvmgr("vm", "set", vm, "--schedule", "daily").err
     answer = hvmgr("vm", "set", vm, "--automatic-snapshots", "on", "--snapshot-type", "disabled")
