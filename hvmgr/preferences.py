@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvmgr import errors, units
+from hvmgr import errors, keeping, units
 
 if TYPE_CHECKING:
     from hvmgr.yaml_text import Value
@@ -111,6 +111,13 @@ def _seconds(value: Value) -> float:
     return seconds
 
 
+def _retention(value: Value) -> str:
+    try:
+        return str(keeping.parse(value.text()))
+    except errors.UsageError as error:
+        raise value.error(error.message, error.hint) from error
+
+
 def _space(value: Value) -> str:
     """A size, or a part of the file system such as ``5%``."""
     text = value.text()
@@ -156,5 +163,6 @@ KEYS: Mapping[str, Callable[[Value], Any]] = {
     "compress": _compression,
     "hook-time-limit": _seconds,
     "space-low": _space,
+    "retention": _retention,
     "maps": _maps,
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
+    from hvmgr.keeping import Keep
     from hvmgr.preferences import Preference
 
 CONFIG_FILE = "hvmgr.yaml"
@@ -71,6 +72,14 @@ def space_low(total: int) -> int:
 def compression() -> str:
     """Whether saved memory is compressed when nobody says so: ``none`` or ``zstd``."""
     return str(_value("compress", "none"))
+
+
+def retention() -> Keep:
+    """How many scheduled snapshots are kept of a VM for which nobody says it."""
+    from hvmgr import keeping
+
+    found = find("retention")
+    return keeping.KEEP if found is None else keeping.parse(found.value)
 
 
 def import_maps(key: str) -> list[tuple[str, str, str]]:

@@ -20,7 +20,7 @@ LAYERS = {
     module: height
     for height, modules in enumerate(
         [
-            "errors os_errors units yaml_text preferences settings version write_behind",
+            "errors os_errors units yaml_text keeping preferences settings version write_behind",
             "model",
             "host",
             "vhd",

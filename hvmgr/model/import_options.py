@@ -8,10 +8,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.model import maps, specification
+from hvmgr.model import maps, metadata, specification
 from hvmgr.model.maps import Maps
-
-_TEXT_MAX = 100
 
 
 class Mode(StrEnum):
@@ -82,9 +80,7 @@ def check(options: ImportOptions) -> None:
         raise errors.UsageError(f"{options.mode!r} is no mode", hint=f"modes: {', '.join(Mode)}")
     if options.name is not None:
         specification.require_name(options.name)
-    for text in (options.owner, *options.tags):
-        if text is not None and not (text.strip() and text.isprintable() and len(text) <= _TEXT_MAX):
-            raise errors.UsageError(f"{text!r} cannot be an owner or a tag", hint="1 to 100 printable characters")
+    metadata.require_labels(options.owner, *options.tags)
     _check_identity(options)
     places = {
         "--vm-path": options.vm_path,

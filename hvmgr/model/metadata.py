@@ -30,7 +30,7 @@ from typing import TypeVar
 
 from lxml import etree
 
-from hvmgr import errors, units
+from hvmgr import errors, keeping, units
 from hvmgr.model import policy, xml_tree
 from hvmgr.model.policy import Origin, Policy
 
@@ -43,6 +43,7 @@ _DISK = f"{{{NAMESPACE}}}disk"
 _SNAPSHOT = f"{{{NAMESPACE}}}snapshot"
 _NOTES = f"{{{NAMESPACE}}}notes"
 _TAG = f"{{{NAMESPACE}}}tag"
+_LABEL_MAX = 100
 _POLICY = f"{{{NAMESPACE}}}policy"
 _ORIGIN = f"{{{NAMESPACE}}}origin"
 
@@ -171,6 +172,13 @@ def read(vm: etree._Element, *, source: str) -> Metadata:
     )
 
 
+def require_labels(*texts: str | None) -> None:
+    """UsageError for what can be neither an owner nor a tag."""
+    for text in texts:
+        if text is not None and not (text.strip() and text.isprintable() and len(text) <= _LABEL_MAX):
+            raise errors.UsageError(f"{text!r} cannot be an owner or a tag", hint="1 to 100 printable characters")
+
+
 def write(vm: etree._Element, facts: Metadata) -> None:
     """Make the element say exactly these facts; what hvmgr does not know in it stays."""
     for child in [child for tag in (_TAG, _ORIGIN, _DISK, _SNAPSHOT) for child in vm.findall(tag)]:
@@ -233,7 +241,7 @@ def _read_policy(element: etree._Element | None) -> Policy:
         return Policy(
             type=policy.SnapshotDefault(element.get("type", policy.DEFAULT.type)),
             automatic=element.get("automatic") == "on",
-            keep=policy.KEEP if keep is None else policy.parse_keep(keep),
+            keep=None if keep is None else keeping.parse(keep),
             schedule=None if schedule is None else policy.parse_schedule(schedule),
             since=None if since is None else units.from_rfc3339(since),
             recovery=policy.Recovery(element.get("snapshot")) if element.get("recovery") == "revert" else None,
@@ -255,7 +263,7 @@ def _write_policy(vm: etree._Element, facts: Policy) -> None:
     _set(
         element,
         automatic="on" if facts.automatic else None,
-        keep=None if facts.keep == policy.KEEP else str(facts.keep),
+        keep=None if facts.keep is None else str(facts.keep),
     )
     _set(element, schedule=None if facts.schedule is None else str(facts.schedule))
     _set(element, since=None if facts.since is None else units.to_rfc3339(facts.since))

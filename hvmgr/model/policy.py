@@ -14,15 +14,14 @@ from datetime import datetime
 from enum import StrEnum
 
 from hvmgr import errors
+from hvmgr.keeping import Keep
 
-KEPT_MAX = 64  # each of them is an image that every start has to open
 MINUTES_MIN = 15  # the timer looks every 5 minutes
 _MINUTES_MAX = 366 * 24 * 60
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _MINUTES = {"m": 1, "h": 60, "d": 24 * 60}
 _INTERVAL = re.compile(r"([1-9]\d{0,5})([mhd])")
 _CALENDAR = re.compile(rf"(daily|weekly)(?:@({'|'.join(_DAYS)}))?(?:@([01]\d|2[0-3]):([0-5]\d))?")
-_KEEP_RULE = re.compile(r"(last|hourly|daily|weekly)=(\d{1,3})")
 
 
 class SnapshotDefault(StrEnum):
@@ -40,23 +39,6 @@ class Origin(StrEnum):
     START = "start"  # the VM was started and had none
     SCHEDULE = "schedule"  # its time had come
     CRASH = "crash"  # the VM crashed and was put back: this is what it had come to
-
-
-@dataclass(frozen=True, slots=True)
-class Keep:
-    """How many scheduled snapshots are kept: the newest ones, and the newest of each hour, day and week that has any."""
-
-    last: int = 0
-    hourly: int = 0
-    daily: int = 0
-    weekly: int = 0
-
-    def __str__(self) -> str:
-        rules = (("last", self.last), ("hourly", self.hourly), ("daily", self.daily), ("weekly", self.weekly))
-        return ",".join(f"{name}={count}" for name, count in rules if count)
-
-
-KEEP = Keep(last=7)
 
 
 class Rhythm(StrEnum):
@@ -100,12 +82,14 @@ class Recovery:
 class Policy:
     """All of it for one VM; ``since`` is when its schedule was set. ``recovery`` None: after a crash it stays off.
 
+    ``keep`` None: as many scheduled snapshots as this host's configuration says.
+
     What another hvmgr, or a hand, wrote and this one does not understand asks for nothing, and stays as it is in the file.
     """
 
     type: SnapshotDefault = SnapshotDefault.STANDARD
     automatic: bool = False
-    keep: Keep = KEEP
+    keep: Keep | None = None
     schedule: Schedule | None = None
     since: datetime | None = None
     recovery: Recovery | None = None
@@ -118,24 +102,6 @@ class Policy:
 
 
 DEFAULT = Policy()
-
-
-def parse_keep(text: str) -> Keep:
-    """``5``, ``last=3,hourly=24,daily=7,weekly=4``; UsageError says what is wrong."""
-    hint = "write a number, or rules such as last=3,hourly=24,daily=7,weekly=4"
-    rules = [f"last={text.strip()}"] if text.strip().isdecimal() else [one.strip() for one in text.split(",")]
-    counts: dict[str, int] = {}
-    for rule in rules:
-        match = _KEEP_RULE.fullmatch(rule)
-        if match is None or match[1] in counts:
-            raise errors.UsageError(f"'{text}' does not say how many snapshots are kept", hint=hint)
-        counts[match[1]] = int(match[2])
-    if not 1 <= sum(counts.values()) <= KEPT_MAX:
-        raise errors.UsageError(
-            f"'{text}' keeps {sum(counts.values())} snapshots; 1 to {KEPT_MAX} can be kept",
-            hint="each one makes the next start slower; to keep none: --schedule none",
-        )
-    return Keep(**counts)
 
 
 def parse_schedule(text: str) -> Schedule:

@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 
+from hvmgr.keeping import KEEP, Keep
 from hvmgr.model.metadata import SnapshotRecord
-from hvmgr.model.policy import Keep, Origin, Policy, Rhythm, Schedule
+from hvmgr.model.policy import Origin, Policy, Rhythm, Schedule
 
 CRASHES = Keep(last=3)
 _SLACK = timedelta(minutes=1)  # a timer is never exact, and must not miss its turn by a second
@@ -26,7 +27,7 @@ def to_delete(
     records: Sequence[SnapshotRecord], now_parent: str | None, policy: Policy, zone: tzinfo | None = None
 ) -> list[str]:
     """The ids of the scheduled snapshots that are not to be kept, and of those of crashes; oldest first."""
-    rules = [(Origin.CRASH, CRASHES), *([(Origin.SCHEDULE, policy.keep)] if policy.takes_snapshots else [])]
+    rules = [(Origin.CRASH, CRASHES), *([(Origin.SCHEDULE, policy.keep or KEEP)] if policy.takes_snapshots else [])]
     gone = {
         one.id
         for origin, keep in rules

@@ -7,15 +7,17 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import datetime
 
-from hvmgr import errors
-from hvmgr.model import plan, policy
-from hvmgr.model.metadata import SnapshotType
+from hvmgr import errors, keeping, settings
+from hvmgr.keeping import Keep
+from hvmgr.model import metadata, plan, policy
+from hvmgr.model.metadata import Metadata, SnapshotType
 from hvmgr.model.plan import Plan
 from hvmgr.model.policy import Policy, Recovery, SnapshotDefault
 from hvmgr.operations.session import Session
 from hvmgr.storage import vm_home
 
 NONE = "none"
+DEFAULT = "default"
 _REVERT = "revert"
 
 
@@ -28,6 +30,30 @@ class Wishes:
     keep: str | None = None
     schedule: str | None = None
     recovery: str | None = None
+    owner: str | None = None  # empty: nobody
+    tags: tuple[str, ...] = ()
+    untags: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        """UsageError where owner and tags make no sense."""
+        metadata.require_labels(self.owner or None, *self.tags)
+        for tag in self.tags:
+            if tag in self.untags:
+                raise errors.UsageError(f"'{tag}' is to be added and to be taken away", hint="leave one of them out")
+
+    @property
+    def is_about_snapshots(self) -> bool:
+        """Whether anything but owner and tags is wished."""
+        return any(
+            one is not None
+            for one in (self.snapshot_type, self.automatic_snapshots, self.keep, self.schedule, self.recovery)
+        )
+
+    def labelled(self, old: Metadata) -> Metadata:
+        """The facts with the owner and the tags that are wished."""
+        tags = (tag for tag in dict.fromkeys((*old.tags, *self.tags)) if tag not in self.untags)
+        owner = old.owner if self.owner is None else self.owner or None
+        return dataclasses.replace(old, owner=owner, tags=tuple(tags))
 
     def applied(self, old: Policy, now: datetime, find: Callable[[str], str]) -> Policy:
         """The policy with these wishes; ``find`` gives the id of a snapshot that is named. UsageError before all else."""
@@ -37,7 +63,7 @@ class Wishes:
         if self.automatic_snapshots is not None:
             new = dataclasses.replace(new, automatic=self.automatic_snapshots)
         if self.keep is not None:
-            new = dataclasses.replace(new, keep=policy.parse_keep(self.keep))
+            new = dataclasses.replace(new, keep=None if self.keep == DEFAULT else keeping.parse(self.keep))
         if self.schedule is not None:
             wanted = None if self.schedule == NONE else policy.parse_schedule(self.schedule)
             if wanted != new.schedule:
@@ -51,11 +77,14 @@ def plan_set(session: Session, wishes: Wishes, find: Callable[[str], str]) -> Pl
     """The configuration says what is wanted; None when it does already."""
     present = session.home.present()
     facts = vm_home.require_facts(present)
-    wanted = wishes.applied(facts.policy, session.now(), find)
-    _say_what_is_idle(session, wanted)
-    if wanted == facts.policy:
+    wanted = facts
+    if wishes.is_about_snapshots:
+        wanted = dataclasses.replace(facts, policy=wishes.applied(facts.policy, session.now(), find))
+        _say_what_is_idle(session, wanted.policy)
+    wanted = wishes.labelled(wanted)
+    if wanted == facts:
         return None
-    present.set_metadata(dataclasses.replace(facts, policy=wanted))
+    present.set_metadata(wanted)
     return Plan(
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,
@@ -63,6 +92,13 @@ def plan_set(session: Session, wishes: Wishes, find: Callable[[str], str]) -> Pl
         subject=f"new settings of {present.name}",
         finish=(plan.Define(xml=present.to_xml()), plan.WritePresent()),
     )
+
+
+def kept(wanted: Policy) -> tuple[Keep, str]:
+    """How many scheduled snapshots are kept, and who says so: ``vm``, a line of a configuration file, or hvmgr itself."""
+    if wanted.keep is not None:
+        return wanted.keep, "vm"
+    return settings.retention(), settings.origin("retention")
 
 
 def default_type(wanted: Policy, name: str) -> SnapshotType:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.session import Session
     from hvmgr.operations.snapshots import Wish
     from hvmgr.operations.transfer.outgoing import Outgoing
+    from hvmgr.operations.transfer.recurrence import FoundDisk
     from hvmgr.operations.usage import Usage
     from hvmgr.vhd.inlet import Readable
 
@@ -210,11 +211,20 @@ class VM:
         keep: str | None = None,
         schedule: str | None = None,
         recovery: str | None = None,
+        owner: str | None = None,
+        tags: Sequence[str] = (),
+        untags: Sequence[str] = (),
     ) -> bool:
-        """The policy is this, in the words of ``vm set``; what is None stays. Whether that is a change."""
+        """The policy, the owner and the tags are this, in the words of ``vm set``; what is None stays. Whether that is a change.
+
+        An empty ``owner`` is nobody.
+        """
         from hvmgr.operations import policies
 
-        wishes = policies.Wishes(snapshot_type, automatic_snapshots, keep, schedule, recovery)
+        wishes = policies.Wishes(
+            snapshot_type, automatic_snapshots, keep, schedule, recovery, owner, tuple(tags), tuple(untags)
+        )
+        wishes.check()
         wishes.applied(self.policy, self.home.facts().created, lambda _: "")  # says what is wrong before anything else
         with self._work() as session:
             plan = policies.plan_set(session, wishes, lambda reference: self.snapshot(reference).id)
@@ -326,6 +336,24 @@ class VM:
 
         older = None if base is None else points.named(self, slot, base)
         return sending.of_vm(self, points.named(self, slot, snapshot), older, format or ImageFormat.VHD, path)
+
+    def find_disk_export(
+        self,
+        file: Path | str,
+        slot: str,
+        *,
+        snapshot: str | None = None,
+        base: str | None = None,
+        format: ImageFormat | None = None,
+        compare: bool = True,
+    ) -> FoundDisk | None:
+        """What stands where ``export_disk`` would be written to, or None; with ``compare`` whether it is just that, by its bytes."""
+        from hvmgr.model.image_format import ImageFormat
+        from hvmgr.operations.transfer import points, recurrence
+
+        older = None if base is None else points.named(self, slot, base)
+        point, kind = points.named(self, slot, snapshot), format or ImageFormat.VHD
+        return recurrence.find(self, Path(file), point, older, kind, compare=compare)
 
     def import_disk(
         self,

@@ -19,8 +19,9 @@ import yaml
 from hvmgr.host import hypervisor
 from tests import collection, private_libvirt
 
-# What takes long: whole playbooks but for ``patch``, and the role.
-collect_ignore = [] if os.environ.get("HVMGR_ANSIBLE") == "all" else ["test_fleet.py", "test_role.py"]
+# What takes long: whole playbooks but for ``patch``, the role, and ssh.
+_LONG = ["test_connections.py", "test_fleet.py", "test_role.py"]
+collect_ignore = [] if os.environ.get("HVMGR_ANSIBLE") == "all" else _LONG
 
 HVMGR = Path(sys.executable).parent / "hvmgr"
 _CALLBACK = Path(__file__).parent / "callback"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import tarfile
 
 import pytest
@@ -41,6 +42,26 @@ def test_sanity(ansible_home, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "All targets skipped" not in done.stdout + done.stderr
     assert set(USUAL) <= set(re.findall(r'^Running sanity test "([\w-]+)"', done.stdout + done.stderr, re.MULTILINE))
+
+
+def test_units_of_the_collection(installed, ansible_home):
+    """As ``ansible-test units`` runs them, but for the environment that it would make."""
+    place = installed / "ansible_collections" / collection.NAME / "tests" / "unit"
+    argv = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        "/dev/null",
+        "--rootdir",
+        place,
+        place,
+    ]
+    done = collection.run(argv, cwd=installed, home=ansible_home, PYTHONPATH=str(installed))
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_archive_holds_what_users_need_and_no_more(installed, tmp_path):

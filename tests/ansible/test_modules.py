@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -21,10 +22,16 @@ class TestVm:
             "networks": ["none"],
             "accel": "tcg",
             "firmware": "bios",
+            "owner": "anna",
+            "tags": ["shop", "test"],
         }
         made = thrice("vm", **wanted)
         assert made["vm"]["state"] == "off"
-        assert made["diff"] == {"before": {"state": "absent"}, "after": {"name": "web", "state": "off"}}
+        after = {"name": "web", "state": "off", "owner": "anna", "tags": ["shop", "test"]}
+        assert made["diff"] == {"before": {"state": "absent"}, "after": after}
+        assert thrice("vm", name="web", owner="", tags=["db", "shop"])["diff"]["before"]["owner"] == "anna"
+        told = kvm1.hvmgr("vm", "show", "web")
+        assert (told["owner"], sorted(told["tags"])) == (None, ["db", "shop"])
         assert module("vm", name="web", state="started").changed
         assert kvm1.hvmgr("vm", "show", "web")["vm"]["state"] == "running"
         refused = module("vm", name="web", state="absent")
@@ -118,6 +125,10 @@ class TestSnapshotApply:
 
     def test_memory_of_a_running_vm_comes_back(self, thrice, module, kvm1, web):
         module("vm", name="web", state="started")
+        disk = {"vm": "web", "slot": "vda", "dest": str(kvm1.place / "now.qcow2")}
+        assert module("disk_export", **disk).changed
+        assert "cannot be told" in module("disk_export", **disk).facts["msg"]
+        assert not module("disk_export", on_exists="keep", **disk).changed
         module("snapshot", vm="web", name="running")
         module("vm", name="web", state="stopped", force=True)
         assert module("snapshot_apply", vm="web", name="running").changed
@@ -184,6 +195,25 @@ class TestExchange:
     def test_archive_is_kept_by_its_name(self, thrice, module, kvm1, web):
         thrice("vm_export", vm="web", archive=str(kvm1.place / "web.tar.zst"))
         assert module("vm_import", source=str(kvm1.place / "web.tar.zst"), name="new").changed
+
+    def test_disk_goes_out_whole_and_as_what_changed(self, thrice, module, kvm1, web):
+        kvm1.write("web", 1)
+        module("snapshot", vm="web", name="one")
+        kvm1.write("web", 2)
+        whole, delta = (str(kvm1.place / name) for name in ("whole.raw", "delta.vhd"))
+        wanted = {"vm": "web", "slot": "vda"}
+        made = thrice("disk_export", dest=whole, **wanted)
+        assert (made["disk"]["format"], made["disk"]["base"]) == ("raw", None)
+        assert Path(whole).read_bytes()[1 << 20 : (1 << 20) + 65536] == b"\2" * 65536
+        made = thrice("disk_export", dest=delta, base="one", **wanted)
+        assert made["disk"]["length"] == Path(delta).stat().st_size
+        assert made["disk"]["base"] is not None
+        kvm1.write("web", 3)
+        for check in (True, False):
+            refused = module("disk_export", dest=whole, check_mode=check, **wanted)
+            assert "is not what would be written" in refused.facts["msg"]
+        assert not module("disk_export", dest=whole, on_exists="keep", **wanted).changed
+        assert module("disk_export", dest=whole, snapshot="one", base="one", **wanted).code == 1
 
     def test_unreachable_export_is_said(self, module, web):
         refused = module("vm_import", source="/nowhere/web")

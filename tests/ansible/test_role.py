@@ -18,6 +18,23 @@ ROOT = Path(__file__).resolve().parents[2]
 SYSTEM = "/usr/bin/python3"
 
 
+PRETENDED = """
+from ansible.module_utils.basic import AnsibleModule
+import json
+module = AnsibleModule(argument_spec={"facts": {"type": "dict"}, "name": {"type": "raw"}, "state": {}, "enabled": {},
+                                      "enablerepo": {"type": "list"}, "use_backend": {}}, supports_check_mode=True)
+if module.params["facts"]:
+    module.exit_json(ansible_facts=module.params["facts"])
+module.exit_json(changed=True, msg=json.dumps({"name": module.params["name"], "repositories": module.params["enablerepo"]}))
+"""
+SYSTEMS = {
+    "rhel9": ("RedHat", "9", "x86_64"),
+    "rocky9": ("Rocky", "9", "aarch64"),
+    "stream10": ("CentOS", "10", "x86_64"),
+    "arch": ("Archlinux", "2026", "x86_64"),
+}
+
+
 @pytest.fixture
 def wheel(tmp_path):
     argv = [
@@ -75,3 +92,54 @@ def test_installs_once(installed, ansible_home, tmp_path, wheel, require):
     ).stdout
     assert json.loads(told)["version"] == __version__
     assert places["prefix"] in (tmp_path / "hook_folder" / "qemu.d" / "50-hvmgr").read_text()
+
+
+def test_foresees_what_it_would_install_on_the_rhel_family(installed, ansible_home, tmp_path):
+    """No such system is here: the facts are invented, and what would be asked of dnf and systemd is written down."""
+    library = tmp_path / "library"
+    library.mkdir()
+    for name in ("pretend", "dnf", "systemd"):
+        (library / f"{name}.py").write_text(PRETENDED)
+    facts = {
+        host: {
+            "ansible_distribution": system,
+            "ansible_distribution_major_version": version,
+            "ansible_architecture": machine,
+            "ansible_os_family": "RedHat" if host != "arch" else "Archlinux",
+            "ansible_pkg_mgr": "dnf",
+            "ansible_service_mgr": "systemd",
+        }
+        for host, (system, version, machine) in SYSTEMS.items()
+    }
+    local = {"ansible_connection": "local", "ansible_python_interpreter": SYSTEM}
+    inventory, playbook = tmp_path / "hosts.yml", tmp_path / "role.yml"
+    hosts = {host: {"pretended": each} for host, each in facts.items()}
+    inventory.write_text(yaml.safe_dump({"all": {"hosts": hosts, "vars": local}}))
+    task = {
+        "hosts": "all",
+        "gather_facts": False,
+        "pre_tasks": [{"pretend": {"facts": "{{ pretended }}"}}],
+        "roles": ["hvmgr.hvmgr.host"],
+        "vars": {f"hvmgr_host_{name}": str(tmp_path / name) for name in ("prefix", "link", "root", "hook_folder")},
+    }
+    playbook.write_text(yaml.safe_dump([task]))
+    argv = [collection.program("ansible-playbook"), "-i", inventory, "--check", "--diff", playbook]
+    more = settings(installed) | {"ANSIBLE_LIBRARY": str(library)}
+    done = collection.run(argv, cwd=tmp_path, home=ansible_home, **more)
+    records = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RECORD ")]
+    play = Play(done.returncode, done.stdout + done.stderr, records)
+    assert play.failed() == [("arch", "Refuse what this role does not know")], play.out
+
+    def asked(host):
+        return json.loads(play.of("Install the packages", host)[0]["msg"])
+
+    assert asked("rhel9")["repositories"] == ["codeready-builder-for-rhel-9-x86_64-rpms"]
+    assert asked("rocky9")["repositories"] == ["crb"]
+    assert asked("stream10")["repositories"] is None
+    assert {"edk2-ovmf", "python3.11-devel", "libvirt-devel"} <= set(asked("rhel9")["name"])
+    assert {"edk2-aarch64", "python3.11"} <= set(asked("rocky9")["name"])
+    assert {"edk2-ovmf", "python3-libvirt"} <= set(asked("stream10")["name"])
+    for host in ("rhel9", "rocky9", "stream10"):
+        started = [json.loads(one["msg"])["name"] for one in play.of("Start libvirt", host) if one["outcome"] == "item"]
+        assert {"virtqemud.socket", "virtnetworkd.socket"} <= set(started)
+        assert {"Install the packages", "Install hvmgr", "Start libvirt"} <= {task for _, task in play.changed(host)}

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from lxml import etree
 
 from hvmgr import errors
+from hvmgr.keeping import Keep
 from hvmgr.model import configuration
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.metadata import DiskRecord, Metadata, SavedState, SnapshotRecord, SnapshotType
-from hvmgr.model.policy import Keep, Origin, Policy, Recovery, SnapshotDefault, parse_schedule
+from hvmgr.model.policy import Origin, Policy, Recovery, SnapshotDefault, parse_schedule
 
 XML = """\
 <!-- kept: before the root -->

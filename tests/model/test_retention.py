@@ -7,14 +7,17 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, settings
+from hypothesis import given as drawn
 from hypothesis import strategies as st
 
-from hvmgr import errors
+from hvmgr import errors, keeping
+from hvmgr.keeping import Keep
 from hvmgr.model import policy, retention
 from hvmgr.model.metadata import SnapshotRecord
-from hvmgr.model.policy import Keep, Origin, Policy, Recovery, Rhythm, Schedule, SnapshotDefault
+from hvmgr.model.policy import Origin, Policy, Recovery, Rhythm, Schedule, SnapshotDefault
 
+BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
 BERLIN = ZoneInfo("Europe/Berlin")
 BEGIN = datetime(2026, 10, 20, tzinfo=UTC)  # the clocks are put back on the 25th
 ON = Policy(automatic=True, keep=Keep(last=2))
@@ -61,6 +64,11 @@ def by_hand(records, keep):
                 met.append(period(one))
                 kept.add(one.id)
     return {one.id for one in records} - kept
+
+
+def given(*strategies):
+    """Drawn, however long that takes."""
+    return lambda test: BUSY(drawn(*strategies)(test))
 
 
 @given(moments, keeps)
@@ -192,7 +200,7 @@ def test_schedule_is_written_as_it_is_read(schedule):
 
 @given(keeps.filter(lambda keep: keep != Keep()))
 def test_keep_is_written_as_it_is_read(keep):
-    assert policy.parse_keep(str(keep)) == keep
+    assert keeping.parse(str(keep)) == keep
 
 
 @given(schedules, st.integers(0, 20 * 24 * 60), st.integers(0, 20 * 24 * 60))
@@ -217,7 +225,7 @@ def test_without_a_zone_it_is_this_hosts():
 )
 def test_wrong_numbers_are_refused(text):
     with pytest.raises(errors.UsageError):
-        policy.parse_keep(text)
+        keeping.parse(text)
 
 
 @pytest.mark.parametrize(

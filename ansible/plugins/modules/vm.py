@@ -12,7 +12,7 @@ short_description: Make, start, stop, rename and delete VMs
 version_added: 0.1.0
 description:
   - Makes VMs in homes of their own, or lets hvmgr manage VMs that libvirt has already.
-  - A VM that is there is started, stopped, renamed or deleted as is wanted. Its hardware is not changed; a warning says
+  - A VM that is there is started, stopped, renamed or deleted as is wanted, and gets the owner and tags. Its hardware is not changed; a warning says
     where memory or virtual CPUs differ from what the task says.
 author:
   - The hvmgr developers (@hvmgr)
@@ -115,6 +115,13 @@ options:
     description: A text that libvirt keeps with the VM.
     type: str
     aliases: [description]
+  owner:
+    description: Whom the VM belongs to; nobody when it is empty. Without it that stays as it is.
+    type: str
+  tags:
+    description: Words to find the VM by; these and no others. Without it they stay as they are.
+    type: list
+    elements: str
 seealso:
   - module: hvmgr.hvmgr.vm_info
   - module: hvmgr.hvmgr.vm_import
@@ -204,6 +211,27 @@ def rename(module, hvmgr, vm):
     return changed, document.get("vm") or dict(vm, name=module.params["new_name"]), document.get("plan")
 
 
+def label(module, hvmgr, vm, there):
+    """Owner and tags are those that are wanted; there is nothing to compare with where the VM is only foreseen."""
+    params, words = module.params, []
+    told = there or {"owner": None, "tags": []}
+    if params["owner"] is not None and params["owner"] != (told["owner"] or ""):
+        words.append("--owner={}".format(params["owner"]) if params["owner"] else "--no-owner")
+    if params["tags"] is not None:
+        words += [f"--tag={one}" for one in params["tags"] if one not in told["tags"]]
+        words += [f"--untag={one}" for one in told["tags"] if one not in params["tags"]]
+    if not words or vm["id"] is None:
+        return False
+    changed, _ = hvmgr.change("vm", "set", *words, "--", vm["id"])
+    return changed
+
+
+def labels(params, told):
+    """What a diff says of owner and tags, where the task does: of a set of words, whatever their order was."""
+    found = {} if params["owner"] is None else {"owner": told["owner"] or None}
+    return found if params["tags"] is None else dict(found, tags=sorted(set(told["tags"])))
+
+
 def run_or_stop(module, hvmgr, vm):
     """It runs, or is off; a saved one is off as far as QEMU goes."""
     params, state = module.params, vm["state"]
@@ -265,9 +293,9 @@ def warn_of_differences(module, there):
         )
 
 
-def shown(vm):
+def shown(vm, more=None):
     """What a diff says of a VM: what is known before it is made, too."""
-    return {"state": "absent"} if vm is None else {"name": vm["name"], "state": vm["state"]}
+    return {"state": "absent"} if vm is None else dict({"name": vm["name"], "state": vm["state"]}, **(more or {}))
 
 
 def work(module, hvmgr):
@@ -280,16 +308,18 @@ def work(module, hvmgr):
     if params["state"] == "absent":
         if before is not None:
             result["changed"], result["kept"], result["plan"] = delete(module, hvmgr, before)
-        return before, None, result
+        return shown(before), shown(None), result
     if before is None:
         result["changed"], result["vm"], result["plan"] = make(module, hvmgr)
     else:
         warn_of_differences(module, there)
         if params["new_name"] not in (None, before["name"]):
             result["changed"], result["vm"], result["plan"] = rename(module, hvmgr, before)
+    labelled = label(module, hvmgr, result["vm"], there)
     changed, result["vm"] = run_or_stop(module, hvmgr, result["vm"])
-    result["changed"] = result["changed"] or changed
-    return before, result["vm"], result
+    result["changed"] = result["changed"] or labelled or changed
+    old = {} if there is None else labels(params, there)
+    return shown(before, old), shown(result["vm"], labels(params, params)), result
 
 
 def main():
@@ -320,6 +350,8 @@ def main():
             uuid={"type": "str"},
             home={"type": "path"},
             text={"type": "str", "aliases": ["description"]},
+            owner={"type": "str"},
+            tags={"type": "list", "elements": "str"},
         ),
         mutually_exclusive=[("specification", one) for one in ALL_HARDWARE] + [("specification", "adopt")],
         supports_check_mode=True,
@@ -328,7 +360,7 @@ def main():
     before, after, result = work(module, hvmgr)
     if not result["plan"]:
         del result["plan"]
-    module.exit_json(diff={"before": shown(before), "after": shown(after)}, **result)
+    module.exit_json(diff={"before": before, "after": after}, **result)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def show(request: Request) -> None:
         ("compress", settings.compression(), settings.origin("compress")),
         ("hook-time-limit", f"{settings.hook_time_limit_s():g}", settings.origin("hook-time-limit")),
         ("space-low", settings.space_low_text(), settings.origin("space-low")),
+        ("retention", str(settings.retention()), settings.origin("retention")),
     ]
     maps = [(key, old, new, where) for key in ("networks", "paths") for old, new, where in settings.import_maps(key)]
     if request.json:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from hvmgr import units
+from hvmgr import errors, units
 from hvmgr.faces.cli import arguments, json_out, render, streams
 from hvmgr.faces.cli.groups import READS, Group
 from hvmgr.faces.cli.request import Request
 from hvmgr.model import names
+
+if TYPE_CHECKING:
+    from hvmgr.operations.transfer.recurrence import FoundDisk
 
 
 @click.group("disk", cls=Group)
@@ -104,6 +109,8 @@ def localize(request: Request, vm: str, slot: str) -> None:
               help="Only what differs from this snapshot, as a differencing VHD on it.")  # fmt: skip
 @click.option("--format", "fmt", type=click.Choice(streams.FORMATS),
               help="Of the stream; without it what the name of FILE says, else vhd.")  # fmt: skip
+@click.option("--if-exists", type=click.Choice(["fail", "same", "keep"]), default="fail", show_default=True,
+              help="Where FILE is there: same leaves it if it is what would be written, by its bytes, keep in any case.")  # fmt: skip
 @click.option("--progress", is_flag=True, help="Say how far it is, and how long it took, on stderr.")
 @click.pass_obj
 def export(
@@ -115,6 +122,7 @@ def export(
     base: str | None,
     fmt: str | None,
     *,
+    if_exists: str,
     progress: bool,
 ) -> None:
     """Write one disk into a new file or to stdout: as a whole, or what changed since a snapshot.
@@ -122,17 +130,33 @@ def export(
     The VM may run: its disk is that of one moment. A delta fits any point of the same disk as its base, in whichever
     branch of the tree. Everything that can be refused is refused before the first byte.
     """
-    streams.require_target(request, file)
+    streams.require_target(request, file, if_exists)
     report = streams.Report(request, wanted=progress)
     with request.host() as host, request.changing():
-        one = host.vm(vm)
-        made, path = streams.format_of(fmt, file), streams.path_of(file)
-        with one.export_disk(slot, snapshot=snapshot, base=base, format=made, path=path) as stream:
+        one, kind, path = host.vm(vm), streams.format_of(fmt, file), streams.path_of(file)
+        facts = {"vm": {"id": one.id, "name": one.name}, "slot": slot}
+        if if_exists != "fail":
+            target, compare = streams.absolute(file), if_exists == "same"
+            found = one.find_disk_export(target, slot, snapshot=snapshot, base=base, format=kind, compare=compare)
+            if found is not None:
+                _require_same(found, file)
+                request.done(f"{file} is there already", {**facts, **json_out.stream(found, file)}, changed=False)
+                return
+        with one.export_disk(slot, snapshot=snapshot, base=base, format=kind, path=path) as stream:
             streams.write(request, stream, file, report)
         report.end()
         if file != streams.STANDARD:
-            facts = {"vm": {"id": one.id, "name": one.name}, "slot": slot, **json_out.stream(stream, file)}
-            request.done(f"exported {stream.name} to {file} ({streams.size(stream)})", facts)
+            said = f"exported {stream.name} to {file} ({streams.size(stream)})"
+            request.done(said, {**facts, **json_out.stream(stream, file)})
+
+
+def _require_same(found: FoundDisk, file: str) -> None:
+    if found.is_same is False:
+        raise errors.Conflict(
+            f"{file} is there, and is not what would be written",
+            hint="give the new one another name, remove that one, or keep it with --if-exists keep",
+            path=file,
+        )
 
 
 @command.command("import", examples=["hvmgr disk import web vda web-vda.vhd", "hvmgr disk import web vda delta.vhd",

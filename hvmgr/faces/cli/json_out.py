@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hvmgr.model.tree import Image, Tree
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.transfer.outgoing import Outgoing
+    from hvmgr.operations.transfer.recurrence import FoundDisk
     from hvmgr.operations.transfer.vdis import Vdi
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM, Snapshot
@@ -80,19 +81,23 @@ def snapshots(of: VM, state: str | None, shown: list[Snapshot]) -> Document:
 
 def policy(one: Policy) -> Document | None:
     """What a VM's owner wants of its snapshots, and of the VM after a crash; null when that is not understood."""
+    from hvmgr.operations import policies
+
     if not one.understood:
         return None
+    keep, source = policies.kept(one)
     return {
         "snapshot_type": one.type.value,
         "automatic_snapshots": one.automatic,
-        "keep": {"last": one.keep.last, "hourly": one.keep.hourly, "daily": one.keep.daily, "weekly": one.keep.weekly},
+        "keep": {"last": keep.last, "hourly": keep.hourly, "daily": keep.daily, "weekly": keep.weekly},
+        "keep_source": source,
         "schedule": None if one.schedule is None else str(one.schedule),
         "recovery": "none" if one.recovery is None else "revert",
         "recovery_snapshot": None if one.recovery is None else one.recovery.snapshot,
     }
 
 
-def stream(one: Outgoing, file: str) -> Document:
+def stream(one: Outgoing | FoundDisk, file: str) -> Document:
     """A disk that was written into a file; ``base`` is the uuid that a delta starts from, null for a whole disk."""
     return {
         "file": file,

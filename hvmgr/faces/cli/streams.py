@@ -34,15 +34,19 @@ def path_of(target: str) -> Path | None:
     return None if target == STANDARD else absolute(target)
 
 
-def require_target(request: Request, target: str) -> None:
+def require_target(request: Request, target: str, if_exists: str = "fail") -> None:
     """Stdout takes the stream and nothing else; a file is never replaced."""
-    if request.dry_run:
-        return
+    if target == STANDARD and if_exists != "fail":
+        raise errors.UsageError("nothing is there already in stdout", hint="leave out --if-exists, or name a file")
     if target != STANDARD:
         if os.path.lexists(target):
+            if if_exists != "fail":
+                return
             raise errors.Conflict(f"{target} exists already, and nothing is replaced", hint="give it another name")
         if not absolute(target).parent.is_dir():
             raise errors.NotFound(f"there is no folder {absolute(target).parent}", hint="make it first")
+        return
+    if request.dry_run:
         return
     if request.json:
         raise errors.UsageError("--json and the disk would both go to stdout", hint="write the disk into a file")

@@ -29,7 +29,7 @@ from hvmgr.host.domain import State, StopReason
 from hvmgr.model import plan, retention, tree
 from hvmgr.model.metadata import SnapshotRecord, SnapshotType
 from hvmgr.model.policy import Origin, Policy, SnapshotDefault
-from hvmgr.operations import merge, replacement, vms
+from hvmgr.operations import merge, policies, replacement, vms
 from hvmgr.operations.replacement import Replacement
 from hvmgr.operations.session import Session
 from hvmgr.operations.snapshots import Wish
@@ -297,7 +297,8 @@ def _is_due(one: VM, policy: Policy, now: datetime) -> bool:
 def _facts(one: VM) -> tuple[list[SnapshotRecord], str | None, Policy]:
     """What decides which snapshots go, as the home says now."""
     facts = one.home.facts()
-    return [entry.record for entry in one.home.entries()], facts.parent, facts.policy
+    keep, _ = policies.kept(facts.policy)
+    return [entry.record for entry in one.home.entries()], facts.parent, dataclasses.replace(facts.policy, keep=keep)
 
 
 def _note(session: Session, what: Diary) -> None:

@@ -185,14 +185,18 @@ def opened(
     *,
     report: Report,
     at_end: Callable[[], None] | None = None,
+    time: datetime | None = None,
 ) -> Outgoing:
-    """The stream of a point that was checked; ``at_end`` is called when all of it is let go again; not when this raises."""
+    """The stream of a point that was checked; ``at_end`` is called when all of it is let go again; not when this raises.
+
+    ``time`` is what the VHD of a present says of when it was made, if not now.
+    """
     with contextlib.ExitStack() as stack:
         for path in _files(point, base):
             stack.callback(os.close, image_locks.take(path, writable=False))
         stack.callback(transfers.end, transfers.begin(point.name, _files(point, base)))
         disk = _disk(stack, point)
-        writer = _writer(stack, point, base, disk, fmt, report)
+        writer = _writer(stack, point, base, disk, fmt, report, time)
         everything = contextlib.ExitStack()
         if at_end is not None:
             everything.callback(at_end)  # not before it is open: the caller still holds what this would wait for
@@ -213,7 +217,13 @@ def _files(point: Point, base: Point | None) -> list[Path]:
 
 
 def _writer(
-    stack: contextlib.ExitStack, point: Point, base: Point | None, disk: MappedDisk, fmt: ImageFormat, report: Report
+    stack: contextlib.ExitStack,
+    point: Point,
+    base: Point | None,
+    disk: MappedDisk,
+    fmt: ImageFormat,
+    report: Report,
+    time: datetime | None,
 ) -> StreamWriter | RawStream | Qcow2Stream:
     if fmt is ImageFormat.RAW:
         return RawStream(disk)
@@ -221,7 +231,7 @@ def _writer(
         return Qcow2Stream(disk)
     from hvmgr import vhd
 
-    time = point.created or datetime.now(UTC)
+    time = point.created or time or datetime.now(UTC)
     if base is None:
         return vhd.StreamWriter(disk, uid=point.uid, time=time)
     name = f"{base.uuid}.vhd"

@@ -23,7 +23,7 @@ from hvmgr.storage import durable, frozen
 if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
-_ACTIVE = (State.RUNNING, State.PAUSED)
+ACTIVE = (State.RUNNING, State.PAUSED)
 
 
 def of_vm(
@@ -44,7 +44,7 @@ def of_vm(
             _require_whole(session, one)
         tell = occasions.require_leave(session, "disk export", _subject(point, base, fmt), path)
         try:
-            if point.is_frozen or session.state() not in _ACTIVE:
+            if point.is_frozen or session.state() not in ACTIVE:
                 made = outgoing.opened(point, base, fmt, report=session.progress)
             else:
                 made = _of_running(vm, session, point, base, fmt)

@@ -32,6 +32,7 @@ def test_set_says_what_it_set(hvmgr, vm):
         "snapshot_type": "production",
         "automatic_snapshots": True,
         "keep": {"last": 2, "hourly": 0, "daily": 7, "weekly": 0},
+        "keep_source": "vm",
         "schedule": "hourly",
         "recovery": "revert",
         "recovery_snapshot": snapshot["id"],
@@ -42,6 +43,23 @@ def test_set_says_what_it_set(hvmgr, vm):
     assert ["snapshot type", "production"] in shown
     assert ["automatic snapshots", "on; hourly, keep last=2,daily=7"] in shown
     assert ["recovery", f"revert to {snapshot['id']}"] in shown
+    again = hvmgr.ok("vm", "set", vm, "--keep", "default", "--json").json["policy"]
+    assert (again["keep"]["last"], again["keep_source"]) == (7, "default")
+
+
+def test_owner_and_tags_are_set_and_stay(hvmgr, vm):
+    hvmgr.ok("snapshot", "create", vm, "one")
+    words = ("vm", "set", vm, "--owner", "anna", "--tag", "shop", "--tag", "test")
+    told = hvmgr.ok(*words, "--json").json
+    assert (told["changed"], told["owner"], told["tags"]) == (True, "anna", ["shop", "test"])
+    assert hvmgr.ok(*words, "--json").json["changed"] is False
+    hvmgr.ok("snapshot", "apply", vm, "one")
+    assert [line[0] for line in hvmgr.ok("vm", "list", "--owner", "anna", "--tag", "test").lines] == [vm]
+    told = hvmgr.ok("vm", "set", vm, "--no-owner", "--untag", "test", "--untag", "none", "--json").json
+    assert (told["changed"], told["owner"], told["tags"]) == (True, None, ["shop"])
+    for wrong in (("--tag", " "), ("--owner", "a\n"), ("--tag", "a", "--untag", "a")):
+        answer = hvmgr("vm", "set", vm, *wrong)
+        assert (answer.code, answer.out, len(answer.err.splitlines()) <= 2) == (2, "", True)
 
 
 def test_set_says_what_rests(hvmgr, vm):

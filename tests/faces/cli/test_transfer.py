@@ -106,6 +106,34 @@ def test_dry_run_changes_nothing(hvmgr, written, there):
     assert len(hvmgr.ok("vdi-list").lines) == 2
 
 
+def test_file_that_is_there_is_compared_by_its_bytes(hvmgr, written, there):
+    files = [there / name for name in ("now.vhd", "now.raw", "now.qcow2", "delta.vhd")]
+
+    def export(file, how, *more):
+        base = ("--base", "one") if file.stem == "delta" else ()
+        return hvmgr("disk", "export", written, "vda", file, *base, "--if-exists", how, *more)
+
+    for file in files:
+        made = export(file, "same", "--json").json
+        assert made["changed"] is True
+        assert export(file, "same", "--json").json == made | {"changed": False}
+        assert export(file, "same", "--dry-run", "--json").json["plan"] is None
+    before = [file.stat().st_mtime_ns for file in files]
+    write_image(image_of(hvmgr, written), 0x33, 1 << 20)
+    for file in files:
+        answer = export(file, "same")
+        assert (answer.code, "is not what would be written" in answer.err) == (4, True)
+    assert export(files[0], "same", "--dry-run").code == 4
+    assert export(files[0], "keep").out == f"{files[0]} is there already\n"
+    assert [file.stat().st_mtime_ns for file in files] == before
+    files[0].unlink()
+    os.mkfifo(files[0])
+    assert export(files[0], "same").code == 4, "a pipe is never opened"
+    hvmgr.ok("snapshot", "create", written, "two")
+    assert export(files[3], "keep").code == 0
+    assert export(files[3], "same", "--snapshot", "two").code == 4, "another point"
+
+
 def disk_of(hvmgr, vm):
     return hvmgr.ok("vdi-list", f"vm-name-label={vm}", "kind=slot", "--minimal").out.strip()
 
@@ -119,6 +147,8 @@ REFUSED = [
     (("disk", "export", "VM", "vda", "THERE/a.raw", "--base", "one"), 2, "not as raw"),
     (("disk", "export", "VM", "vda", "THERE/a.vhd", "--snapshot", "one", "--base", "one"), 2, "its own base"),
     (("disk", "export", "VM", "vda", "-", "--json"), 2, "both go to stdout"),
+    (("disk", "export", "VM", "vda", "-", "--if-exists", "same"), 2, "stdout"),
+    (("disk", "export", "VM", "vda", "THERE/there.vhd", "--dry-run"), 4, "exists already"),
     (("disk", "import", "VM", "vda", "THERE/none.vhd"), 3, "none.vhd"),
     (("disk", "import", "VM", "vda", "THERE"), 2, "folder"),
     (("disk", "import", "VM", "vda", "THERE/there.vhd"), 6, "there.vhd is no VHD"),

@@ -73,7 +73,7 @@ def done(outcome):
 # --- the schedule ---------------------------------------------------------------------------------------------------
 
 
-def test_turn_takes_what_was_written_and_keeps_as_many_as_wanted(host, ahead):
+def test_turn_takes_what_was_written_and_keeps_as_many_as_wanted(host, ahead, tmp_path, monkeypatch):
     vm = make(host, **HOURLY)
     assert done(work()[0]) == []  # the schedule has just begun
     for number in range(1, 5):
@@ -94,6 +94,12 @@ def test_turn_takes_what_was_written_and_keeps_as_many_as_wanted(host, ahead):
     for snapshot, pattern in zip([mine, *scheduled], (2, 3, 4), strict=True):
         assert holds(*snapshot.disks.values(), pattern)
     assert len(vm.tree().images) == 4  # what stood between them is merged
+    monkeypatch.setenv("HVMGR_CONFIG", str(tmp_path))
+    (tmp_path / "hvmgr.yaml").write_text("retention: last=1\n")
+    assert work()[0].done == []  # the VM's own word comes before the host's file
+    assert vm.set(keep="default")
+    assert ("web", Action.DELETED) in done(work()[0])
+    assert [one.id for one in vm.snapshots()] == [mine.id, scheduled[-1].id]
     vm.set(automatic_snapshots=False)
     ahead(100)
     assert work()[0].done == []
