@@ -527,15 +527,20 @@ def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
 
 def copy_range(reader: int, writer: int, start: int, end: int) -> None:
     """The same bytes at the same place, moved by the kernel where it can."""
-    offset = start
+    copy_range_to(reader, writer, start, end, start)
+
+
+def copy_range_to(reader: int, writer: int, start: int, end: int, target: int) -> None:
+    """The bytes from ``start`` to ``end`` stand at ``target``, moved by the kernel where it can."""
+    offset, shift = start, target - start
     while offset < end:
         try:
-            count = os.copy_file_range(reader, writer, min(end - offset, _COPY_PIECE), offset, offset)
+            count = os.copy_file_range(reader, writer, min(end - offset, _COPY_PIECE), offset, offset + shift)
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             piece = os.pread(reader, min(end - offset, _READ_PIECE), offset)
-            count = os.pwrite(writer, piece, offset)
+            count = os.pwrite(writer, piece, offset + shift)
         if count == 0:
             raise errors.Conflict("the file became shorter while it was copied")
         offset += count

@@ -1,0 +1,40 @@
+"""NTFS in an ordinary file, read through the programs of ntfs-3g: names in a folder, and one file. No mount."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host import process
+
+_LIMIT_S = 600.0
+
+
+def names(volume: Path, folder: str = "/") -> list[str]:
+    """What is in a folder, NTFS's own files aside."""
+    said = _run(volume, ["ntfsls", "-f", "-a", "-p", folder, volume]).decode("utf-8", "replace")
+    return [one for one in said.splitlines() if one and one not in {".", ".."} and not one.startswith("$")]
+
+
+def read(volume: Path, path: str) -> bytes | None:
+    """The bytes of a file, in whatever case its names are written; None when it is not there."""
+    folder = ""
+    for word in path.strip("/").split("/"):
+        name = next((one for one in names(volume, folder or "/") if one.lower() == word.lower()), None)
+        if name is None:
+            return None
+        folder += f"/{name}"
+    return _run(volume, ["ntfscat", "-f", volume, folder.lstrip("/")])
+
+
+def _run(volume: Path, argv: Sequence[str | Path]) -> bytes:
+    try:
+        return process.run(argv, timeout_s=_LIMIT_S).stdout
+    except errors.HostFailed as error:
+        words = str(error.facts.get("words", error))
+        if "hibernat" in words:
+            raise errors.Conflict(
+                f"a Windows sleeps in {volume.name}", hint="start it and shut it down, with fast start off"
+            ) from error
+        raise
