@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -125,7 +125,7 @@ def append(
 
 
 def extract(path: Path, image: int, name: str, folder: Path) -> Path | None:
-    """One file of an image, written into a folder; None when the image has no such file."""
+    """One file of an image, in whatever case its names are, written into a folder; None when the image has no such file."""
     argv: list[str | Path] = [
         "extract",
         path,
@@ -136,16 +136,18 @@ def extract(path: Path, image: int, name: str, folder: Path) -> Path | None:
         "--no-attributes",
         "--nullglob",
     ]
-    _run(path, argv)
+    _run(path, argv, environment={"WIMLIB_IMAGEX_IGNORE_CASE": "1"})  # as Windows does
     return next((one for one in folder.iterdir() if one.is_file()), None)
 
 
 # --- the program ------------------------------------------------------------------------------------------------------
 
 
-def _run(path: Path, words: Sequence[str | Path]) -> str:
+def _run(path: Path, words: Sequence[str | Path], environment: Mapping[str, str] | None = None) -> str:
     try:
-        return process.run([PROGRAM, *words], timeout_s=_LIMIT_S).stdout.decode("utf-8", "replace")
+        return process.run([PROGRAM, *words], timeout_s=_LIMIT_S, environment=environment).stdout.decode(
+            "utf-8", "replace"
+        )
     except errors.HostFailed as error:
         raise _translated(error, path, None) from error
 

@@ -10,7 +10,7 @@ from hvmgr.model.disk_layout import FileSystem, LayoutWish
 from hvmgr.model.image_info import ImageOptions
 
 
-class Compression(StrEnum):
+class WimCompression(StrEnum):
     """How a WIM is compressed: not, quickly, as Windows' own images are, or as small as can be (an ESD)."""
 
     NONE = "none"
@@ -20,7 +20,7 @@ class Compression(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class CaptureOptions:
+class WimCaptureOptions:
     """How an image is captured. ``append`` adds it to a WIM that is there; ``partition`` says which volume is meant.
 
     ``unix`` also keeps owners, modes and device nodes of a Linux folder.
@@ -28,14 +28,14 @@ class CaptureOptions:
 
     name: str | None = None
     description: str = ""
-    compression: Compression = Compression.MAXIMUM
+    compression: WimCompression = WimCompression.MAXIMUM
     append: bool = False
     partition: int | None = None
     unix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class ApplyOptions:
+class WimApplyOptions:
     """How an image of a WIM, or with ``rootfs`` a Linux tree, gets onto a disk.
 
     ``image`` is its index or its name, which only a WIM with one image can do without. ``reformat``: the volume is formatted

@@ -76,13 +76,13 @@ def capture(request: Request, /, *, source: Path, wim: Path, **wish: Any) -> Non
     Of a volume everything is kept: security descriptors, named streams, reparse points, short names, attributes. It needs
     neither root nor a mount. No file is replaced; when it fails, no WIM is left, and with --append the old one is as it was.
     """
-    from hvmgr.model.wim_options import CaptureOptions, Compression
+    from hvmgr.model.wim_options import WimCaptureOptions, WimCompression
 
     with request.host() as host, request.changing():
-        options = CaptureOptions(
+        options = WimCaptureOptions(
             wish["name"],
             wish["description"],
-            Compression(wish["compress"]),
+            WimCompression(wish["compress"]),
             wish["append"],
             wish["partition"],
             wish["unix"],
@@ -113,14 +113,14 @@ def apply(request: Request, /, *, source: Path, image_file: Path, **wish: Any) -
     """
     from hvmgr.model.disk_layout import FileSystem, LayoutWish, TableKind
     from hvmgr.model.image_info import ImageOptions
-    from hvmgr.model.wim_options import ApplyOptions
+    from hvmgr.model.wim_options import WimApplyOptions
 
     if wish["size"] is None and (wish["esp"] is not None or wish["msr"]):
         raise errors.UsageError("--esp and --msr are for a new disk", hint="give its size with --size")
     if wish["reformat"]:
         request.require_consent(f"all files on the volume of {image_file} are lost", always=True)
     fs = FileSystem.EXT4 if wish["rootfs"] else FileSystem.NTFS
-    options = ApplyOptions(
+    options = WimApplyOptions(
         image=wish["image"], partition=wish["partition"], reformat=wish["reformat"], rootfs=wish["rootfs"],
         size=wish["size"], layout=LayoutWish(fs, TableKind(wish["table"]), wish["label"], wish["esp"], wish["msr"]),
         new=new_image(wish) or ImageOptions(),

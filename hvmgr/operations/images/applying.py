@@ -15,7 +15,7 @@ from hvmgr import errors, units
 from hvmgr.host import e2fsprogs, formatting, ntfs, wimlib
 from hvmgr.model import disk_layout, image_plan
 from hvmgr.model.disk_layout import FileSystem, Role, Volume
-from hvmgr.model.wim_options import Applied, ApplyOptions
+from hvmgr.model.wim_options import Applied, WimApplyOptions
 from hvmgr.operations.images import changes, disks, linux_tree, preparing, recognition, sysprep, volumes, wims
 from hvmgr.storage import durable
 from hvmgr.vhd.source import Source
@@ -31,7 +31,7 @@ _OF_NOBODY = {"System Volume Information", "$RECYCLE.BIN", "RECYCLER", "lost+fou
 Fill = Callable[[Path, Volume, disks.Report], None]
 
 
-def apply(host: Host, source: Path, path: Path, wish: ApplyOptions) -> Applied:
+def apply(host: Host, source: Path, path: Path, wish: WimApplyOptions) -> Applied:
     """The image of the WIM ``source``, or the tree, is on a volume of ``path``."""
     if path.is_dir():
         raise errors.UsageError(
@@ -71,7 +71,7 @@ def require_fits(image: WimImage, size: int) -> None:
         )
 
 
-def _apply_tree(host: Host, source: Path, path: Path, wish: ApplyOptions) -> Applied:
+def _apply_tree(host: Host, source: Path, path: Path, wish: WimApplyOptions) -> Applied:
     if wish.image is not None:
         raise errors.UsageError("a Linux tree has no images to choose from", hint="leave --image out")
     e2fsprogs.require()
@@ -84,7 +84,7 @@ def _apply_tree(host: Host, source: Path, path: Path, wish: ApplyOptions) -> App
     return replace(done, source=str(source))
 
 
-def _apply(host: Host, path: Path, wish: ApplyOptions, fs: FileSystem, title: str, fill: Fill) -> Applied:
+def _apply(host: Host, path: Path, wish: WimApplyOptions, fs: FileSystem, title: str, fill: Fill) -> Applied:
     if wish.size is not None:
         return _apply_to_new(host, path, wish, fs, title, fill)
     changes.complete(host, [path])
@@ -123,7 +123,7 @@ def _apply(host: Host, path: Path, wish: ApplyOptions, fs: FileSystem, title: st
     return Applied(path, volume.number, is_new=False, source="")
 
 
-def _apply_to_new(host: Host, path: Path, wish: ApplyOptions, fs: FileSystem, title: str, fill: Fill) -> Applied:
+def _apply_to_new(host: Host, path: Path, wish: WimApplyOptions, fs: FileSystem, title: str, fill: Fill) -> Applied:
     if wish.partition is not None or wish.reformat:
         raise errors.UsageError("a new disk has no partitions yet", hint="leave --partition and --reformat out")
     assert wish.size is not None
@@ -141,7 +141,7 @@ def _apply_to_new(host: Host, path: Path, wish: ApplyOptions, fs: FileSystem, ti
     return Applied(path, layout.main.number, is_new=True, source="")
 
 
-def _chosen(path: Path, found: list[Found], kind: str, wish: ApplyOptions) -> Found:
+def _chosen(path: Path, found: list[Found], kind: str, wish: WimApplyOptions) -> Found:
     """The volume with that file system; one that is to be formatted may hold anything, when it is named."""
     if wish.reformat and wish.partition is not None:
         one = next((one for one in found if one.number == wish.partition), None)

@@ -20,7 +20,6 @@ _HIVE = "Windows/System32/config/SOFTWARE"
 _STATE_KEY, _STATE = "Microsoft\\Windows\\CurrentVersion\\Setup\\State", "ImageState"
 _VERSION_KEY, _NAME = "Microsoft\\Windows NT\\CurrentVersion", "ProductName"
 _GENERALISED = "IMAGE_STATE_GENERALIZE_"
-_HIVE_MAX = 1 << 30
 
 
 class Generalised(StrEnum):
@@ -70,8 +69,13 @@ def in_wim(wim: Path, image: int) -> Windows | None:
 
 def in_folder(folder: Path) -> Windows | None:
     """The Windows in a folder, such as one that is mounted; None when there is none."""
-    file = folder / _HIVE
-    return _read(lambda: file.read_bytes() if file.is_file() and file.stat().st_size < _HIVE_MAX else None)
+    file: Path | None = folder
+    for word in _HIVE.split("/"):
+        inside = file.iterdir() if file is not None and file.is_dir() else ()
+        file = next((one for one in inside if one.name.lower() == word.lower()), None)
+    if file is None or not file.is_file():
+        return None
+    return _read(file.read_bytes)
 
 
 def _read(read: Callable[[], bytes | None]) -> Windows | None:

@@ -2,7 +2,7 @@
 
     with hvmgr.Host.open() as host:
         host.wims.capture("os.vhd", "os.wim")
-        host.wims.apply("os.wim", "new.vhd", ApplyOptions(size=40 << 30))
+        host.wims.apply("os.wim", "new.vhd", WimApplyOptions(size=40 << 30))
 
 A WIM is read and written by wimlib's program. Volumes are NTFS in image files: nothing is mounted, and no root is needed.
 """
@@ -18,7 +18,7 @@ from hvmgr import errors
 from hvmgr.host import wimlib
 from hvmgr.model import image_plan
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.wim_options import Applied, ApplyOptions, CaptureOptions, Compression
+from hvmgr.model.wim_options import Applied, WimApplyOptions, WimCaptureOptions, WimCompression
 from hvmgr.operations.images import changes, disks, making, recognition, sysprep, volumes
 from hvmgr.storage import durable, index
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 AnyPath = Path | str
 
 _COMPRESSIONS = {
-    Compression.NONE: ["--compress=none"],
-    Compression.FAST: ["--compress=XPRESS"],
-    Compression.MAXIMUM: ["--compress=LZX"],
-    Compression.SOLID: ["--solid"],
+    WimCompression.NONE: ["--compress=none"],
+    WimCompression.FAST: ["--compress=XPRESS"],
+    WimCompression.MAXIMUM: ["--compress=LZX"],
+    WimCompression.SOLID: ["--solid"],
 }
 
 
@@ -51,12 +51,12 @@ class Wims:
                 wimlib.verify(wim, report)
         return found
 
-    def capture(self, source: AnyPath, wim: AnyPath, options: CaptureOptions | None = None) -> WimInfo:
+    def capture(self, source: AnyPath, wim: AnyPath, options: WimCaptureOptions | None = None) -> WimInfo:
         """An image of a folder, or of an NTFS volume in a disk image, in a new WIM or as one more in an old one.
 
         The source is only read. The WIM is complete afterwards, or as it was.
         """
-        wish, target = options or CaptureOptions(), _named(wim)
+        wish, target = options or WimCaptureOptions(), _named(wim)
         there = Path(os.path.realpath(source))
         if not there.exists():
             raise errors.NotFound(f"there is no {source}", path=str(source))
@@ -68,7 +68,7 @@ class Wims:
             self._capture_volume(there, target, wish)
         return wimlib.info(target)
 
-    def apply(self, source: AnyPath, target: AnyPath, options: ApplyOptions | None = None) -> Applied:
+    def apply(self, source: AnyPath, target: AnyPath, options: WimApplyOptions | None = None) -> Applied:
         """An image of a WIM, or a Linux tree, is on a volume of a disk image; with a size on that of a new one.
 
         Whatever goes wrong, the image is as it was; only a crash while the finished volume is written in leaves it half
@@ -76,7 +76,7 @@ class Wims:
         """
         from hvmgr.operations.images import applying
 
-        wish, path = options or ApplyOptions(), _named(target)
+        wish, path = options or WimApplyOptions(), _named(target)
         if wish.size is None and not path.exists():
             changes.complete_about(self._host, path)
             raise errors.NotFound(
@@ -84,14 +84,14 @@ class Wims:
             )
         return applying.apply(self._host, Path(source), path, wish)
 
-    def _capture_folder(self, source: Path, wim: Path, wish: CaptureOptions) -> None:
+    def _capture_folder(self, source: Path, wim: Path, wish: WimCaptureOptions) -> None:
         if wish.partition is not None:
             raise errors.UsageError(f"{source} is a folder, and has no partitions", hint="leave --partition out")
         self._approve(source, wim, wish)
         warning = sysprep.in_folder(source)
         self._write(source, source, wim, wish, None if warning is None else warning.warning(str(source)))
 
-    def _capture_volume(self, path: Path, wim: Path, wish: CaptureOptions) -> None:
+    def _capture_volume(self, path: Path, wim: Path, wish: WimCaptureOptions) -> None:
         changes.complete(self._host, recognition.known_chain(path))
         found = recognition.look(path)
         if found.format is not ImageFormat.VHD:
@@ -107,12 +107,12 @@ class Wims:
                 windows = sysprep.in_volume(place / "volume")
                 self._write(place / "volume", path, wim, wish, None if windows is None else windows.warning(str(path)))
 
-    def _approve(self, source: Path, wim: Path, wish: CaptureOptions) -> None:
+    def _approve(self, source: Path, wim: Path, wish: WimCaptureOptions) -> None:
         what = f"add an image of {source} to {wim}" if wish.append else f"capture {source} into {wim}"
         steps = [image_plan.PrepareWork(what)]
         changes.require_approval(self._host, changes.plan_of("wim capture", f"wim capture of {source}", steps))
 
-    def _write(self, source: Path, named: Path, wim: Path, wish: CaptureOptions, warning: str | None) -> None:
+    def _write(self, source: Path, named: Path, wim: Path, wish: WimCaptureOptions, warning: str | None) -> None:
         """Made beside the WIM's place, and named when it is whole."""
         name = wish.name or named.name
         words = [
@@ -153,7 +153,7 @@ def _named(path: AnyPath) -> Path:
     return Path(os.path.realpath(wanted)) if wanted.exists() else Path(os.path.realpath(wanted.parent)) / wanted.name
 
 
-def _require_target(wim: Path, wish: CaptureOptions) -> None:
+def _require_target(wim: Path, wish: WimCaptureOptions) -> None:
     if not wish.append:
         if wim.exists():
             raise errors.Conflict(
