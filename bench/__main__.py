@@ -18,6 +18,7 @@ from bench import (
     snapshots,
     transfer,
     vhd,
+    wim,
 )
 from tests import private_libvirt
 
@@ -30,6 +31,7 @@ SUITES = {
     "import": exchange_import.measure,
     "exchange": exchange.measure,
     "vhd": vhd.measure,
+    "wim": wim.measure,
     "transfer": transfer.measure,
     "http": http.measure,
     "ansible": ansible.measure,

@@ -33,6 +33,7 @@ _CODES_DAMAGED = {2, 13, 17, 19, 20, 21, 22, 27, 28, 30, 36, 55, 56, 65, 73}
 _CODES_FOREIGN = {33: "it is one part of a split WIM", 67: "its version is not known", 74: "it is encrypted"}
 _UNITS = {b"bytes": 1, b"B": 1, b"KiB": 1 << 10, b"MiB": 1 << 20, b"GiB": 1 << 30, b"TiB": 1 << 40}
 _PROGRESS = re.compile(rb"(?P<what>[A-Z][a-z ]+): (?P<done>\d+) (?P<unit>\w+) of (?P<all>\d+) (?P<of>\w+) \(\d+%\)")
+_COMPRESSED = re.compile(r"WIM_HDR_FLAG_COMPRESS_(\w+) is set")
 _WARNING = re.compile(r"^\[WARNING\] (.*(?:\n {8}.*)*)", re.MULTILINE)
 _EPOCH = datetime(1601, 1, 1, tzinfo=UTC)
 
@@ -75,8 +76,8 @@ def require() -> None:
 def info(path: Path) -> WimInfo:
     """What is in a WIM; NotFound, Corrupt when it is none or damaged."""
     _require_file(path)
-    header = dict(_pairs(_run(path, ["info", path, "--header"]), "="))
-    facts = dict(_pairs(_run(path, ["info", path]), ":"))
+    told = _run(path, ["info", path, "--header"])
+    header = dict(_pairs(told))
     with tempfile.TemporaryDirectory(prefix="hvmgr-") as folder:
         file = Path(folder) / "info.xml"
         _run(path, ["info", path, f"--extract-xml={file}"])
@@ -85,7 +86,7 @@ def info(path: Path) -> WimInfo:
         path=path,
         size=path.stat().st_size,
         guid=header.get("GUID", ""),
-        compression=facts.get("Compression", "None"),
+        compression=found[1] if (found := _COMPRESSED.search(told)) else "none",
         chunk_size=int(header.get("Chunk Size", 0)),
         part=(int(header.get("Part Number", 1)), int(header.get("Total Parts", 1))),
         boot=int(header.get("Boot Index", 0)),
@@ -203,9 +204,9 @@ def _require_file(path: Path) -> None:
             raise errors.Corrupt(f"{path} is no WIM file", path=str(path))
 
 
-def _pairs(text: str, mark: str) -> Iterator[tuple[str, str]]:
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
-        key, found, value = line.partition(mark)
+        key, found, value = line.partition("=")
         if found:
             yield key.strip(), value.strip()
 

@@ -115,8 +115,8 @@ def apply(request: Request, /, *, source: Path, image_file: Path, **wish: Any) -
     from hvmgr.model.image_info import ImageOptions
     from hvmgr.model.wim_options import WimApplyOptions
 
-    if wish["size"] is None and (wish["esp"] is not None or wish["msr"]):
-        raise errors.UsageError("--esp and --msr are for a new disk", hint="give its size with --size")
+    if wish["size"] is None and (wish["esp"] is not None or wish["msr"] or wish["table"] != "gpt"):
+        raise errors.UsageError("--table, --esp and --msr are for a new disk", hint="give its size with --size")
     if wish["reformat"]:
         request.require_consent(f"all files on the volume of {image_file} are lost", always=True)
     fs = FileSystem.EXT4 if wish["rootfs"] else FileSystem.NTFS
