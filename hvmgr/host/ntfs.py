@@ -1,4 +1,4 @@
-"""NTFS in an ordinary file, read through the programs of ntfs-3g: names in a folder, and one file. No mount."""
+"""NTFS in an ordinary file, read through the programs of ntfs-3g: names in a folder, one file; and one file written. No mount."""
 
 from __future__ import annotations
 
@@ -17,15 +17,26 @@ def names(volume: Path, folder: str = "/") -> list[str]:
     return [one for one in said.splitlines() if one and one not in {".", ".."} and not one.startswith("$")]
 
 
-def read(volume: Path, path: str) -> bytes | None:
-    """The bytes of a file, in whatever case its names are written; None when it is not there."""
-    folder = ""
+def find(volume: Path, path: str) -> str | None:
+    """A path as its names are written; None when there is none."""
+    found = ""
     for word in path.strip("/").split("/"):
-        name = next((one for one in names(volume, folder or "/") if one.lower() == word.lower()), None)
+        name = next((one for one in names(volume, found or "/") if one.lower() == word.lower()), None)
         if name is None:
             return None
-        folder += f"/{name}"
-    return _run(volume, ["ntfscat", "-f", volume, folder.lstrip("/")])
+        found += f"/{name}"
+    return found.lstrip("/")
+
+
+def read(volume: Path, path: str) -> bytes | None:
+    """The bytes of a file, in whatever case its names are written; None when it is not there."""
+    found = find(volume, path)
+    return None if found is None else _run(volume, ["ntfscat", "-f", volume, found])
+
+
+def write(volume: Path, path: str, source: Path) -> None:
+    """A file in a folder that is there holds the bytes of ``source``."""
+    _run(volume, ["ntfscp", "-f", "-q", volume, source, path])
 
 
 def _run(volume: Path, argv: Sequence[str | Path]) -> bytes:

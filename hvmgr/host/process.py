@@ -39,6 +39,7 @@ _PACKAGES = {
     "mkntfs": "ntfs-3g",
     "nbdinfo": "libnbd-bin",
     "ntfscat": "ntfs-3g",
+    "ntfscp": "ntfs-3g",
     "ntfsls": "ntfs-3g",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",

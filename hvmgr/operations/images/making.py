@@ -58,7 +58,7 @@ def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None
     )  # fmt: skip
     plan = changes.plan_of("image create", f"creation of {path}", [step])
     with _approved(host, plan, path, parent) as part:
-        _make(part, path, step)
+        make(part, path, step)
 
 
 def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
@@ -221,7 +221,8 @@ def _warn_of_users(host: Host, parent: Recognised) -> None:
 # --- the bytes ------------------------------------------------------------------------------------------------------
 
 
-def _make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
+def make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
+    """The new image of a step, at ``part``, which is going to be ``path``."""
     fmt = ImageFormat(step.format)
     if fmt is ImageFormat.VHD:
         parent = None if step.parent is None else Path(step.parent)

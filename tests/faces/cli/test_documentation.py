@@ -143,6 +143,18 @@ SHAPED = {
     "wim info": ["wim", "info", "FILES.wim"],
     "wim apply": ["wim", "apply", "--rootfs", "FILES/tree", "FILES/root.raw", "--size", "16M"],
     "image generalize": ["image", "generalize", "FILES/root.raw"],
+    "catalog add": ["catalog", "add", "FILES/base.vhd", "--answer", "FILES/answer", "--catalog", "FILES-catalog"],
+    "catalog list": ["catalog", "list", "--catalog", "FILES-catalog"],
+    "catalog deploy": [
+        "catalog",
+        "deploy",
+        "base",
+        "--to",
+        "FILES/tree",
+        "--without-answer",
+        "--catalog",
+        "FILES-catalog",
+    ],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -192,6 +204,7 @@ def files(hvmgr, tmp_path):
     with (folder / "torn.vhd").open("r+b") as file:
         file.seek(64)
         file.write(b"junk")
+    (folder / "answer").write_text("#cloud-config")
     (folder / "tree" / "etc").mkdir(parents=True)
     (folder / "tree" / "etc" / "machine-id").write_text("0123456789abcdef")
     return folder
