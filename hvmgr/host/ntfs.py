@@ -9,12 +9,15 @@ from hvmgr import errors
 from hvmgr.host import process
 
 _LIMIT_S = 600.0
+_OWN = {
+    "$AttrDef", "$BadClus", "$Bitmap", "$Boot", "$Extend", "$LogFile", "$MFT", "$MFTMirr", "$Secure", "$UpCase", "$Volume",
+}  # fmt: skip
 
 
 def names(volume: Path, folder: str = "/") -> list[str]:
     """What is in a folder, NTFS's own files aside."""
     said = _run(volume, ["ntfsls", "-f", "-a", "-p", folder, volume]).decode("utf-8", "replace")
-    return [one for one in said.splitlines() if one and one not in {".", ".."} and not one.startswith("$")]
+    return [one for one in said.splitlines() if one and one not in {".", "..", *_OWN}]
 
 
 def find(volume: Path, path: str) -> str | None:

@@ -142,10 +142,10 @@ def _apply_to_new(host: Host, path: Path, wish: WimApplyOptions, fs: FileSystem,
 
 
 def _chosen(path: Path, found: list[Found], kind: str, wish: WimApplyOptions) -> Found:
-    """The volume with that file system; one that is to be formatted may hold anything, when it is named."""
+    """The volume with that file system; one that is to be formatted, and is named, may hold none that is known."""
     if wish.reformat and wish.partition is not None:
         one = next((one for one in found if one.number == wish.partition), None)
-        if one is not None:
+        if one is not None and one.file_system is None:
             return one
     try:
         return volumes.chosen(path, found, kind, wish.partition)

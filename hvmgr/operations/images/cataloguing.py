@@ -90,7 +90,7 @@ class Images:
         with self._catalog.changing(self._host.wait_s), volumes.stoppable(self._host) as report:
             volumes.require_room(self.folder, path.stat().st_blocks * 512, f"a copy of {path.name}")
             with self._unwritten(path, kind):
-                _copy(path, self._catalog.path(target), report)
+                _copy(path, self._catalog.path(target), report, mode=_READABLE)
             kept = None
             if told is not None and answer is not None:
                 file = f"answers/{wanted}.{'xml' if told is AnswerKind.UNATTEND else 'yaml'}"
@@ -176,7 +176,7 @@ class Images:
                 hint="deploy it without --linked, or without the answer: --without-answer",
             )
         if linked or answer is None:
-            self._require_unchanged(entry)
+            self._require_unchanged(entry, thoroughly=not linked and not self._host.reporter.dry_run)
             return self._host.create_vm(_with_disk(spec, DiskSpecification(path=path, linked=linked)))
         if self._host.reporter.dry_run:
             return self._host.create_vm(_with_disk(spec, DiskSpecification(path=path)))
@@ -234,12 +234,16 @@ class Images:
         with making.named(target) as part:
             making.make(part, target, step)
 
-    def _require_unchanged(self, entry: Entry) -> None:
+    def _require_unchanged(self, entry: Entry, *, thoroughly: bool = False) -> None:
         path = self._catalog.path(entry.file)
         if not path.exists():
             raise errors.Corrupt(f"{path} is missing", path=str(path))
         if path.stat().st_size != entry.size:
             raise _changed(entry)
+        if thoroughly:
+            with volumes.stoppable(self._host) as report:
+                if _hashed(path, report) != entry.sha256:
+                    raise _changed(entry)
 
     def _looked_at(self, path: Path) -> tuple[str, int | None, tuple[tuple[int, str], ...]]:
         with path.open("rb") if path.is_file() else contextlib.nullcontext() as file:
@@ -297,9 +301,9 @@ def _answer_of(path: Path) -> AnswerKind:
     )
 
 
-def _copy(source: Path, target: Path, report: disks.Report) -> None:
+def _copy(source: Path, target: Path, report: disks.Report, *, mode: int = 0o600) -> None:
     report(Progress(0, 0, f"copy {source.name}"))
-    durable.copy_file(source, target, mode=_READABLE if target.parent.name == "images" else 0o600)
+    durable.copy_file(source, target, mode=mode)
     report(Progress(1, 1, f"copy {source.name}"))
 
 

@@ -54,8 +54,12 @@ def test_refusals_are_one_sentence(hvmgr, place):
         told = hvmgr("catalog", *more, *words)
         assert (told.code, what in told.err) == (code, True), told
     file = place / "catalog" / "images" / "gold.vhd"
+    whole = file.read_bytes()
     file.chmod(0o600)
-    file.write_bytes(file.read_bytes() + b"more")
+    file.write_bytes(whole[:700] + b"!" + whole[701:])
+    told = hvmgr("catalog", "deploy", "gold", "--to", "web", "--network", "none", *words)
+    assert (told.code, "its checksum is another" in told.err) == (6, True)
+    file.write_bytes(whole + b"more")
     told = hvmgr("catalog", "list", "--verify", *words)
     assert (told.code, "was changed" in told.err) == (6, True)
     (place / "vms").mkdir()
