@@ -19,6 +19,7 @@ from bench import (
     snapshots,
     transfer,
     vhd,
+    wim,
 )
 from tests import private_libvirt
 
@@ -31,6 +32,7 @@ SUITES = {
     "import": exchange_import.measure,
     "exchange": exchange.measure,
     "vhd": vhd.measure,
+    "wim": wim.measure,
     "transfer": transfer.measure,
     "running_backup": running_backup.measure,
     "http": http.measure,

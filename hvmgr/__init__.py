@@ -17,6 +17,7 @@ TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know t
 if TYPE_CHECKING:
     from hvmgr import errors
     from hvmgr.host.domain import State
+    from hvmgr.model.disk_layout import FileSystem, Layout, LayoutWish, TableKind
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
     from hvmgr.model.image_format import ImageFormat
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from hvmgr.model.policy import Origin, Policy
     from hvmgr.model.progress import Progress
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
+    from hvmgr.model.wim_options import WimApplyOptions, WimCaptureOptions, WimCompression
     from hvmgr.operations.adopt.adoption import AdoptOptions
     from hvmgr.operations.adopt.release import Release
     from hvmgr.operations.doctor.repair import Repaired
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
     from hvmgr.operations.images.image_files import Images
+    from hvmgr.operations.images.wims import Wims
     from hvmgr.operations.reporter import Reporter
     from hvmgr.operations.transfer.outgoing import Outgoing
     from hvmgr.operations.transfer.vdis import Disks, Vdi
@@ -48,6 +51,7 @@ __all__ = [
     "DiskSpecification",
     "Disks",
     "ExportOptions",
+    "FileSystem",
     "Finding",
     "Happening",
     "Host",
@@ -60,6 +64,8 @@ __all__ = [
     "Images",
     "ImportOptions",
     "ImportPlan",
+    "Layout",
+    "LayoutWish",
     "Mode",
     "NetworkSpecification",
     "Origin",
@@ -76,8 +82,13 @@ __all__ = [
     "SnapshotType",
     "Specification",
     "State",
+    "TableKind",
     "Usage",
     "Vdi",
+    "WimApplyOptions",
+    "WimCaptureOptions",
+    "WimCompression",
+    "Wims",
     "__version__",
     "errors",
 ]
@@ -89,6 +100,7 @@ _HOMES = {
     "DiskSpecification": "hvmgr.model.specification",
     "Disks": "hvmgr.operations.transfer.vdis",
     "ExportOptions": "hvmgr.model.export_options",
+    "FileSystem": "hvmgr.model.disk_layout",
     "Finding": "hvmgr.model.finding",
     "Happening": "hvmgr.operations.watching",
     "Host": "hvmgr.operations.host",
@@ -101,6 +113,8 @@ _HOMES = {
     "Images": "hvmgr.operations.images.image_files",
     "ImportOptions": "hvmgr.model.import_options",
     "ImportPlan": "hvmgr.operations.exchange.import_plan",
+    "Layout": "hvmgr.model.disk_layout",
+    "LayoutWish": "hvmgr.model.disk_layout",
     "Mode": "hvmgr.model.import_options",
     "NetworkSpecification": "hvmgr.model.specification",
     "Origin": "hvmgr.model.policy",
@@ -117,8 +131,13 @@ _HOMES = {
     "SnapshotType": "hvmgr.model.metadata",
     "Specification": "hvmgr.model.specification",
     "State": "hvmgr.host.domain",
+    "TableKind": "hvmgr.model.disk_layout",
     "Usage": "hvmgr.operations.usage",
     "Vdi": "hvmgr.operations.transfer.vdis",
+    "WimApplyOptions": "hvmgr.model.wim_options",
+    "WimCaptureOptions": "hvmgr.model.wim_options",
+    "WimCompression": "hvmgr.model.wim_options",
+    "Wims": "hvmgr.operations.images.wims",
 }
 
 

@@ -30,13 +30,24 @@ _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin",
 
 # Debian's names; Fedora and RHEL carry most of them in a package of the program's own name.
 _PACKAGES = {
+    "debugfs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "mke2fs": "e2fsprogs",
+    "mkfs.btrfs": "btrfs-progs",
+    "mkfs.fat": "dosfstools",
+    "mkfs.xfs": "xfsprogs",
+    "mkntfs": "ntfs-3g",
     "nbdinfo": "libnbd-bin",
+    "ntfscat": "ntfs-3g",
+    "ntfscp": "ntfs-3g",
+    "ntfsls": "ntfs-3g",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
     "setpriv": "util-linux",
     "setsid": "util-linux",
+    "sfdisk": "fdisk",
     "swtpm": "swtpm",
     "swtpm_setup": "swtpm-tools",
     "unshare": "util-linux",
@@ -46,6 +57,7 @@ _PACKAGES = {
 }
 
 _PIPE = 1 << 20  # what an ordinary user may have
+_PIECE = 64 << 10
 
 # The kernel ends the program when the thread that started it ends (prctl(2), PR_SET_PDEATHSIG). Should that have
 # happened before the prctl, no signal comes any more: the shell sees it by its parent and never starts the program.
@@ -246,6 +258,27 @@ def output_of(argv: Sequence[str | Path], *, source: int) -> Iterator[IO[bytes]]
             raise _failed(command, Completed(b"", words, program.returncode)) from early
         if early is not None:
             raise early
+
+
+def followed(argv: Sequence[str | Path], hear: Callable[[bytes], None]) -> str:
+    """A program that takes long and says on stdout how far it is: ``hear`` gets that as it comes. What it wrote to stderr.
+
+    HostFailed with its words when it fails. When ``hear`` raises, the program is ended.
+    """
+    command = shlex.join(os.fspath(word) for word in argv)
+    with (
+        tempfile.TemporaryFile(prefix="hvmgr-") as stderr,
+        _started(argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, buffered=False) as program,
+    ):
+        assert program.stdout is not None
+        while piece := program.stdout.read(_PIECE):
+            hear(piece)
+        program.wait()
+        stderr.seek(0)
+        completed = Completed(b"", _text(stderr.read()), program.returncode)
+    if completed.code != 0:
+        raise _failed(command, completed)
+    return completed.stderr
 
 
 def start_time(pid: int) -> int | None:

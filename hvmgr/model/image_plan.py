@@ -155,5 +155,48 @@ class RepairImage(Step):
         return f"repair {self.path}"
 
 
+@dataclass(frozen=True, slots=True)
+class PrepareWork(Step):
+    """Made in a file of its own, while the image is not touched: ``what`` says what that is."""
+
+    what: str
+
+    def describe(self) -> str:
+        return self.what
+
+
+@dataclass(frozen=True, slots=True)
+class WriteWork(Step):
+    """A part of the disk, from ``offset`` on, gets the bytes of the file ``work``.
+
+    It is done only while the image is as it was when the work was made (``stamp``): once it has begun, the file is named
+    ``going``, and it may be done again until that file is gone.
+    """
+
+    path: str
+    format: str
+    work: str
+    offset: int
+    stamp: tuple[int, ...]
+
+    @property
+    def going(self) -> str:
+        """The file's name from the first byte on that is written."""
+        return f"{self.work}.going"
+
+    def describe(self) -> str:
+        return f"write that into {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveWork(Step):
+    """The folder in which the work was made goes."""
+
+    folder: str
+
+    def describe(self) -> str:
+        return f"remove {self.folder}"
+
+
 STEPS = {cls.__name__: cls for cls in Step.__subclasses__() if cls.__module__ == __name__}
 Plan.STEPS.update(STEPS)

@@ -53,13 +53,17 @@ class NetworkKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DiskSpecification:
-    """A new disk of ``size`` bytes, or one from the image at ``path``: copied into the home, or used where it is."""
+    """A new disk of ``size`` bytes, or one from the image at ``path``: copied into the home, or used where it is.
+
+    ``linked``: the VM writes to a differencing image on that one, which stays where it is and as it is.
+    """
 
     size: int | None = None
     path: Path | None = None
     in_place: bool = False
     slot: str | None = None
     format: ImageFormat | None = None
+    linked: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,6 +132,8 @@ def _place(session: Session, slot: str, disk: DiskSpecification) -> _Placed:
             f"{source} has internal snapshots, which would be lost to hvmgr",
             hint=f"list them: qemu-img snapshot -l {source}; delete them with -d, or convert the image",
         )
+    if disk.linked:
+        return _linked(session, slot, header)
     if disk.in_place:
         return _in_place(session, slot, header)
     if header.backing is not None:
@@ -160,6 +162,18 @@ def _in_place(session: Session, slot: str, header: images.Header) -> _Placed:
         return _Placed(header.path, header.format, None)
     child = session.layout.image(slot, session.new_id())
     session.say(f"{path} is the base of {', '.join(users)}: the new VM writes to a differencing image on it")
+    step = plan.CreateImage(path=str(child), size=header.size, parent=path, parent_format=header.format)
+    return _Placed(child, images.QCOW2, step)
+
+
+def _linked(session: Session, slot: str, header: images.Header) -> _Placed:
+    """A differencing image on one that stays as it is, whoever else stands on it."""
+    path = str(header.path)
+    if writer := strangers.writers(session, [path]).get(path):
+        raise errors.Conflict(f"{path} is the disk of the VM '{writer}'", hint="use another image", path=path)
+    for image in _require_whole(session, header):
+        _require_usable(session, Path(image), writable=False)
+    child = session.layout.image(slot, session.new_id())
     step = plan.CreateImage(path=str(child), size=header.size, parent=path, parent_format=header.format)
     return _Placed(child, images.QCOW2, step)
 

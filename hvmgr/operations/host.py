@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from hvmgr.operations.attaching import Shown
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
+    from hvmgr.operations.images import cataloguing as catalogs
     from hvmgr.operations.images.image_files import Images
+    from hvmgr.operations.images.wims import Wims
     from hvmgr.operations.occasions import Occasions
     from hvmgr.operations.session import Session
     from hvmgr.operations.transfer.vdis import Disks
@@ -165,6 +167,19 @@ class Host:
         from hvmgr.operations.images.image_files import Images
 
         return Images(self)
+
+    @property
+    def wims(self) -> Wims:
+        """WIM files, and what is applied to volumes in image files."""
+        from hvmgr.operations.images.wims import Wims
+
+        return Wims(self)
+
+    def catalog(self, folder: Path | str) -> catalogs.Images:
+        """The catalog of images in a folder, which need not be there yet."""
+        from hvmgr.operations.images import cataloguing
+
+        return cataloguing.Images(self, Path(folder))
 
     def plan_import(self, source: Path | str, options: ImportOptions | None = None) -> ImportPlan:
         """An import of an export, a home or a domain's XML, to look at and change before it happens."""

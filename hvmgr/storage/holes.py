@@ -28,17 +28,17 @@ def data_ranges(descriptor: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(end, size)
 
 
-def copy_range(reader: int, writer: int, start: int, end: int) -> None:
-    """The same bytes at the same place, moved by the kernel where it can."""
-    offset = start
+def copy_range(reader: int, writer: int, start: int, end: int, target: int | None = None) -> None:
+    """The bytes from ``start`` to ``end`` stand at ``target`` (the same place by default), moved by the kernel where it can."""
+    offset, shift = start, 0 if target is None else target - start
     while offset < end:
         try:
-            count = os.copy_file_range(reader, writer, min(end - offset, _COPY_PIECE), offset, offset)
+            count = os.copy_file_range(reader, writer, min(end - offset, _COPY_PIECE), offset, offset + shift)
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
             piece = os.pread(reader, min(end - offset, _READ_PIECE), offset)
-            count = os.pwrite(writer, piece, offset)
+            count = os.pwrite(writer, piece, offset + shift)
         if count == 0:
             raise errors.Conflict("the file became shorter while it was copied")
         offset += count

@@ -19,6 +19,7 @@ from bench import (
     snapshots,
     transfer,
     vhd,
+    wim,
 )
 from bench.harness import Result
 from hvmgr import units
@@ -130,6 +131,14 @@ def test_every_part_of_vhd_measures():
     results = vhd.measure(lambda _: None, scale)
     assert [result.what for result in results if not result.ours > 0] == []
     assert len(harness.table(results).splitlines()) == 2 + len(results)
+
+
+def test_every_part_of_wim_measures():
+    if shutil.which("wimlib-imagex") is None or shutil.which("mkntfs", path=f"{os.environ['PATH']}:/usr/sbin") is None:
+        pytest.skip("needs wimlib and ntfs-3g")
+    results = wim.measure(lambda _: None, wim.Scale(1, 0, files=20, data=units.MIB, disk=16 * units.MIB))
+    assert [result.what for result in results if not result.ours > 0] == []
+    assert len(results) == 3
 
 
 def test_every_part_of_transfer_measures():

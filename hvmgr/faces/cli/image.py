@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors, units
-from hvmgr.faces.cli import arguments, attach, json_out, render
+from hvmgr.faces.cli import arguments, attach, json_out, prepare, render
 from hvmgr.faces.cli.groups import READS, Group
 from hvmgr.faces.cli.request import Request
 
@@ -211,6 +211,8 @@ def reparent(request: Request, /, *, child: Path, parent: Path, ignore_id: bool,
 
 
 attach.register(command)
+command.add_command(prepare.prepare)
+command.add_command(prepare.generalize)
 
 
 # --- what is said ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from hvmgr.model.plan import Step
 from hvmgr.model.progress import Progress
 from hvmgr.operations.images import disks, recognition
 from hvmgr.storage import allocation, durable, images, partitions, vhdx
+from hvmgr.vhd.source import RawSource
 
 Report = Callable[[Progress], None]
 
@@ -32,6 +33,7 @@ class Worker:
 
     def __init__(self, report: Report) -> None:
         self.report = report
+        self.is_untouched = False  # whether the step that failed has changed nothing yet
 
     def act(self, step: Step) -> None:
         """One step, whatever it is."""
@@ -161,6 +163,26 @@ class Worker:
             qemu_img.check(path, step.format, repair_leaks=True)
             durable.sync_file(path)
 
+    def write_work(self, step: image_plan.WriteWork) -> None:
+        """What was made beside the image is in it; nobody else opens the image meanwhile."""
+        path, work, going = Path(step.path), Path(step.work), Path(step.going)
+        if not work.exists() and not going.exists():
+            return
+        self.is_untouched = work.exists()
+        with disks.written(path, step.format) as disk:
+            if work.exists():
+                require_same(path, step.stamp)
+                durable.rename(work, going)
+            self.is_untouched = False
+            with RawSource(going) as source:
+                disks.write_part(disk, source, step.offset, what=f"write {path.name}", report=self.report)
+        durable.sync_file(path)
+        durable.remove(going)
+
+    def remove_work(self, step: image_plan.RemoveWork) -> None:
+        """The folder is gone."""
+        durable.remove_folder(Path(step.folder))
+
     def _counted(self, what: str) -> Callable[[int, int], None]:
         return lambda done, total: self.report(Progress(done, total, what))
 
@@ -173,7 +195,23 @@ class Worker:
         image_plan.SetSize: resize,
         image_plan.CompactImage: compact,
         image_plan.RepairImage: repair,
+        image_plan.WriteWork: write_work,
+        image_plan.RemoveWork: remove_work,
     }
+
+
+def stamp_of(path: Path) -> tuple[int, ...]:
+    """By what a file is known to be unchanged: which one it is, its length, its time of change."""
+    facts = path.stat()
+    return (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+
+
+def require_same(path: Path, stamp: tuple[int, ...]) -> None:
+    """Conflict when somebody has written the image since."""
+    if stamp_of(path) != tuple(stamp):
+        raise errors.Conflict(
+            f"{path} was changed by another program meanwhile; nothing was written", hint="run the command again"
+        )
 
 
 def _shape(path: Path, fmt: str) -> list[str]:

@@ -8,6 +8,7 @@ that ``doctor`` names it.
 | before the journal                   | nothing was changed                      | goes on          |
 | in a step of ``NEUTRAL``             | every image shows its guest what it did  | does it again    |
 | while children and files are settled | the data is where it belongs             | does the rest    |
+| while work is written (``WriteWork``) | a part of it is in the image             | writes it again  |
 
 An error, or Ctrl-C, in a step of the second row ends the change there and then: the state before is still true.
 """
@@ -237,8 +238,10 @@ def _carry_out(host: Host, plan: Plan, place: Path) -> None:
             with contextlib.nullcontext() if is_neutral else interrupts.held_back():
                 worker.act(step)
     except Exception:
-        if is_neutral:
+        if is_neutral or worker.is_untouched:
             _end(place)
+        else:
+            host.reporter.notice("a part of it is done: the next command on the image completes it")
         raise
     finally:
         interrupts.close()

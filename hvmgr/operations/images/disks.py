@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
-from hvmgr.host import nbd_client, qemu_img, storage_daemon
+from hvmgr.host import image_locks, nbd_client, qemu_img, storage_daemon
 from hvmgr.host.nbd_client import Client
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.progress import Progress
 from hvmgr.operations.images import recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.storage import durable
+from hvmgr.storage import allocation, durable
 from hvmgr.vhd.source import RawSource, Source, Stretch
 
 Report = Callable[[Progress], None]
@@ -67,6 +69,100 @@ class Difference:
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """The bytes of the disk."""
         self._source.read_into(offset, buffer)
+
+
+class Part:
+    """A range of a disk, as a disk."""
+
+    def __init__(self, disk: Source, offset: int, size: int) -> None:
+        self._disk, self._offset, self.size = disk, offset, size
+
+    def stretches(self, offset: int = 0, length: int | None = None) -> Iterator[Stretch]:
+        """What the range holds, counted from its start."""
+        count = self.size - offset if length is None else length
+        for one in self._disk.stretches(self._offset + offset, count):
+            yield Stretch(one.offset - self._offset, one.length, one.data)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The bytes of the disk."""
+        self._disk.read_into(self._offset + offset, buffer)
+
+
+class Writable(Source, Protocol):
+    """A disk that is written in place."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """The bytes of the buffer stand there."""
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """The range reads as zeros."""
+
+    def flush(self) -> None:
+        """All that was written is on disk."""
+
+
+class _WritableQemu(QemuSource):
+    """A disk that a storage daemon serves for writing."""
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """The bytes of the buffer stand there."""
+        self._client.write(offset, data)
+
+    def write_zeros(self, offset: int, length: int) -> None:
+        """The range reads as zeros."""
+        self._client.write_zeroes(offset, length)
+
+    def flush(self) -> None:
+        """All that was written is on disk."""
+        self._client.flush()
+
+
+@contextlib.contextmanager
+def written(path: Path, fmt: str) -> Iterator[Writable]:
+    """The disk of an image, to be written in place; no other program has the image open meanwhile.
+
+    Of a differencing one the image itself is written, never its parents.
+    """
+    if fmt == ImageFormat.VHD.value:
+        from hvmgr import vhd
+
+        with image_locks.held(path), vhd.open_chain(path, writable=True) as chain:
+            yield chain
+        return
+    found = recognition.look(path, ImageFormat(fmt))
+    extents = [(0, found.size, True)]
+    if found.format is ImageFormat.QCOW2:
+        extents = _extents(found, found.size)
+    elif found.format is ImageFormat.RAW:
+        with RawSource(path) as raw:
+            extents = [(one.offset, one.length, one.data) for one in raw.stretches()]
+    with _served(path, found.driver, writable=True) as client:
+        yield _WritableQemu(client, extents)
+
+
+def write_part(disk: Writable, source: Source, offset: int, *, what: str, report: Report) -> None:
+    """The range of a disk from ``offset`` on holds what ``source`` does; only what differs is written."""
+    part = Part(disk, offset, source.size)
+    for start, piece in differences(source, part, what=what, report=report):
+        for first, last, is_zero in runs(piece):
+            if is_zero:
+                disk.write_zeros(offset + start + first, last - first)
+            else:
+                disk.write(offset + start + first, piece[first:last])
+    disk.flush()
+
+
+def copy_out(disk: Source, target: Path, *, what: str, report: Report) -> None:
+    """A new file is as long as the disk and holds its bytes; zeros are holes."""
+    allocation.make_sized(target, disk.size, filled=False)
+    with durable.explained(target), target.open("r+b", buffering=0) as file:
+        for offset, piece in pieces(disk, what, report):
+            for start, end, is_zero in runs(piece):
+                if not is_zero:
+                    place, view = offset + start, piece[start:end]
+                    while view:
+                        count = os.pwrite(file.fileno(), view, place)
+                        place, view = place + count, view[count:]
 
 
 @contextlib.contextmanager

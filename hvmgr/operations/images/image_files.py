@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
+from hvmgr.model.disk_layout import FileSystem, Layout, LayoutWish
 from hvmgr.model.image_info import ImageCheck, ImageInfo, ImageOptions
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
+    from hvmgr.operations.images.generalizing import Generalisation
     from hvmgr.operations.images.reparenting import Proof
 
 AnyPath = Path | str
@@ -87,6 +89,47 @@ class Images:
 
         upper, lower = self._there(child), None if into is None else self._there(into)
         return self.info(merging.merge(self._host, upper, lower, _paths(folders), keep=keep), folders=folders)
+
+    def prepare(
+        self,
+        path: AnyPath,
+        wish: LayoutWish | None = None,
+        *,
+        size: int | None = None,
+        options: ImageOptions | None = None,
+        force: bool = False,
+    ) -> Layout:
+        """The image, which is blank, has a partition table and file systems; without a wish one volume and a GPT.
+
+        With ``size`` a new image is made, as ``options`` want it, complete or absent. Conflict when the image holds data
+        and ``force`` does not give that up, or when anybody uses it.
+        """
+        from hvmgr.operations.images import preparing
+
+        image = (options or ImageOptions()) if size is not None else None
+        layout = wish or LayoutWish(self.usual_file_system(path, new=image))
+        if size is None:
+            return preparing.prepare(self._host, self._there(path), layout, force=force)
+        made = _new(path)
+        subject = f"image prepare of {made}"
+        return preparing.make_new(self._host, made, size, self._resolved(options), layout, subject=subject)
+
+    def usual_file_system(self, path: AnyPath, *, new: ImageOptions | None = None) -> FileSystem:
+        """What a volume in the image is formatted with unless it is said: NTFS on VHD and VHDX, ext4 elsewhere."""
+        from hvmgr.operations.images import preparing, recognition
+
+        if new is not None:
+            return preparing.default_file_system(recognition.format_of(_new(path), new.format))
+        return preparing.default_file_system(recognition.look(self._there(path)).format)
+
+    def generalize(self, path: AnyPath, *, partition: int | None = None) -> Generalisation:
+        """The Linux in the image has nothing left that makes it the one that it is; of a Windows only that is looked up.
+
+        Conflict when a VM, a child or anybody else uses the image.
+        """
+        from hvmgr.operations.images import generalizing
+
+        return generalizing.generalize(self._host, self._there(path), partition)
 
     def resize(self, path: AnyPath, size: int, *, shrink: bool = False) -> bool:
         """The disk has ``size`` bytes; whether that was a change. A smaller one needs ``shrink``, and no data behind."""

@@ -58,7 +58,7 @@ def create(host: Host, path: Path, size: int | None, wish: ImageOptions) -> None
     )  # fmt: skip
     plan = changes.plan_of("image create", f"creation of {path}", [step])
     with _approved(host, plan, path, parent) as part:
-        _make(part, path, step)
+        make(part, path, step)
 
 
 def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
@@ -95,11 +95,11 @@ def _approved(
     host: Host, plan: Plan, path: Path, parent: Recognised | None, source: Recognised | None = None
 ) -> Iterator[Path]:
     """The place of the new file, once its plan is wanted; nobody writes what it is made of meanwhile."""
-    _require_new(path)
+    require_new(path)
     if parent is not None:
         _warn_of_users(host, parent)
     changes.require_approval(host, plan)
-    with index.making(path, wait_s=host.wait_s), _kept_still(host, source, parent), _named(path) as part:
+    with index.making(path, wait_s=host.wait_s), kept_still(host, source, parent), named(path) as part:
         yield part
 
 
@@ -139,7 +139,8 @@ def _type(wish: ImageOptions) -> ImageType:
     return ImageType.FIXED if wish.fixed else ImageType.DYNAMIC
 
 
-def _require_new(path: Path) -> None:
+def require_new(path: Path) -> None:
+    """Refuses a name that is taken, or whose folder is not there."""
     with durable.explained(path):
         if os.path.lexists(path):
             raise errors.Conflict(f"{path} exists already", hint="choose another name: nothing is ever replaced")
@@ -180,7 +181,7 @@ def _require_block_size(fmt: ImageFormat, wish: ImageOptions) -> None:
 
 
 @contextlib.contextmanager
-def _kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
+def kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
     """Nobody writes the images that are read, nor what they stand on: no command of hvmgr's, and no QEMU."""
     chains = [recognition.known_chain(one.path, one.folders) for one in read if one is not None]
     paths = list(dict.fromkeys(path for chain in chains for path in chain))
@@ -192,7 +193,7 @@ def _kept_still(host: Host, *read: Recognised | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[Path]:
+def named(path: Path) -> Iterator[Path]:
     """Where the new file is made; what goes wrong there is said of the name that the user gave."""
     try:
         with durable.appearing(path) as part:
@@ -220,7 +221,8 @@ def _warn_of_users(host: Host, parent: Recognised) -> None:
 # --- the bytes ------------------------------------------------------------------------------------------------------
 
 
-def _make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
+def make(part: Path, path: Path, step: image_plan.MakeImage) -> None:
+    """The new image of a step, at ``part``, which is going to be ``path``."""
     fmt = ImageFormat(step.format)
     if fmt is ImageFormat.VHD:
         parent = None if step.parent is None else Path(step.parent)
@@ -288,6 +290,17 @@ def _convert_to_child(
     with disks.opened(found) as disk, disks.opened(parent) as below:
         qemu_img.create(part, "qcow2", size=disk.size, options=_options(ImageFormat.QCOW2, step), backing=backing)
         disks.write_difference(part, disk, below, what=what, report=report)
+
+
+def convert_raw(work: Path, part: Path, path: Path, fmt: ImageFormat, *, fixed: bool, report: disks.Report) -> None:
+    """The disk in the raw file ``work`` becomes a new image at ``part``, which is going to be ``path``."""
+    found = recognition.look(work, ImageFormat.RAW)
+    kind = ImageType.FIXED if fixed else ImageType.DYNAMIC
+    step = image_plan.ConvertImage(
+        source=str(work), source_format=found.format.value, path=str(path), format=fmt.value, type=kind.value,
+        parent=None, parent_format=None, keep_id=False, block_size=None,
+    )  # fmt: skip
+    _convert(found, None, part, path, step, report)
 
 
 def _is_for_qemu(found: Recognised, fmt: ImageFormat) -> bool:

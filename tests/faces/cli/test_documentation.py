@@ -138,6 +138,23 @@ SHAPED = {
     "image check": ["image", "check", "FILES/torn.vhd", "--repair"],
     "image compact": ["image", "compact", "FILES/user.qcow2"],
     "image reparent": ["image", "reparent", "FILES/child.vhd", "FILES/base.vhd"],
+    "image prepare": ["image", "prepare", "FILES/new.raw", "--size", "16M"],
+    "wim capture": ["wim", "capture", "FILES", "FILES.wim", "--compress", "none"],
+    "wim info": ["wim", "info", "FILES.wim"],
+    "wim apply": ["wim", "apply", "--rootfs", "FILES/tree", "FILES/root.raw", "--size", "16M"],
+    "image generalize": ["image", "generalize", "FILES/root.raw"],
+    "catalog add": ["catalog", "add", "FILES/base.vhd", "--answer", "FILES/answer", "--catalog", "FILES-catalog"],
+    "catalog list": ["catalog", "list", "--catalog", "FILES-catalog"],
+    "catalog deploy": [
+        "catalog",
+        "deploy",
+        "base",
+        "--to",
+        "FILES/tree",
+        "--without-answer",
+        "--catalog",
+        "FILES-catalog",
+    ],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -187,6 +204,9 @@ def files(hvmgr, tmp_path):
     with (folder / "torn.vhd").open("r+b") as file:
         file.seek(64)
         file.write(b"junk")
+    (folder / "answer").write_text("#cloud-config")
+    (folder / "tree" / "etc").mkdir(parents=True)
+    (folder / "tree" / "etc" / "machine-id").write_text("0123456789abcdef")
     return folder
 
 

@@ -1,0 +1,68 @@
+"""``hvmgr catalog``: from an image to VMs of it, a copy and a linked one."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def place(root):
+    """A folder that QEMU's user reaches, beside the root of the VMs."""
+    folder = root.parent / "files"
+    folder.mkdir()
+    return folder
+
+
+def test_way_from_an_image_to_vms(hvmgr, place):
+    catalog = place / "catalog"
+    words = ("--catalog", catalog)
+    hvmgr.ok("image", "create", place / "gold.qcow2", "--size", "4M")
+    added = hvmgr.ok("catalog", "add", place / "gold.qcow2", "--group", "Linux", "--description", "gold", *words)
+    assert added.out.startswith(f"added gold (qcow2, 192 KiB) to {catalog}")
+    assert hvmgr.ok("catalog", "list", "--verify", *words).lines == [
+        ["Linux", "gold", "qcow2", "192 KiB", "4.0 MiB", "", "gold"]
+    ]
+    dry = hvmgr.ok("catalog", "deploy", "gold", "--to", "linked", "--linked", "--network", "none", "--dry-run", *words)
+    assert " on gold.qcow2" in dry.out
+    copied = hvmgr.ok("catalog", "deploy", "gold", "--to", "copied", "--network", "none", *words)
+    assert copied.out.startswith("deployed gold to the VM copied in ")
+    hvmgr.ok("catalog", "deploy", "gold", "--to", "linked", "--linked", "--network", "none", "--memory", "64M", *words)
+    disks = [hvmgr.ok("vm", "show", name, "--json").json["now"]["disks"]["vda"] for name in ("copied", "linked")]
+    parents = [hvmgr.ok("image", "info", disk, "--json").json["image"]["parent"] for disk in disks]
+    assert parents[0] is None
+    assert parents[1]["path"] == str(catalog / "images" / "gold.qcow2")
+    told = hvmgr("catalog", "remove", "gold", *words)
+    assert (told.code, "linked" in told.err) == (4, True), told
+    hvmgr.ok("snapshot", "create", "linked", "one")  # it is a VM like any other
+    hvmgr.ok("vm", "delete", "linked", "--with-disks", "--yes")
+    document = hvmgr.ok("catalog", "remove", "gold", "--json", *words).json
+    assert (document["changed"], document["image"]["name"]) == (True, "gold")
+    assert hvmgr.ok("catalog", "list", *words).out == ""
+
+
+def test_refusals_are_one_sentence(hvmgr, place):
+    words = ("--catalog", place / "catalog")
+    hvmgr.ok("image", "create", place / "gold.vhd", "--size", "4M")
+    hvmgr.ok("catalog", "add", place / "gold.vhd", *words)
+    for more, code, what in (
+        (("deploy", "none", "--to", "./x"), 3, "it has gold"),
+        (("deploy", "gold", "--to", f"{place}/none/"), 3, "there is no folder"),
+        (("deploy", "gold"), 2, "--to"),
+        (("group", "none", "Other"), 3, "has no image 'none'"),
+        (("add", place / "gold.vhd"), 4, "already"),
+    ):
+        told = hvmgr("catalog", *more, *words)
+        assert (told.code, what in told.err) == (code, True), told
+    file = place / "catalog" / "images" / "gold.vhd"
+    whole = file.read_bytes()
+    file.chmod(0o600)
+    file.write_bytes(whole[:700] + b"!" + whole[701:])
+    told = hvmgr("catalog", "deploy", "gold", "--to", "web", "--network", "none", *words)
+    assert (told.code, "its checksum is another" in told.err) == (6, True)
+    file.write_bytes(whole + b"more")
+    told = hvmgr("catalog", "list", "--verify", *words)
+    assert (told.code, "was changed" in told.err) == (6, True)
+    (place / "vms").mkdir()
+    for linked in ((), ("--linked",)):
+        assert hvmgr("catalog", "deploy", "gold", "--to", f"{place}/vms", *linked, *words).code == 6
+    assert list((place / "vms").iterdir()) == []

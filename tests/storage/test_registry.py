@@ -1,0 +1,48 @@
+"""Registry hives: read as another program reads them, and refused when they are damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvmgr import errors
+from hvmgr.storage.registry import Hive
+from tests.storage import hives
+
+STATE = r"Microsoft\Windows\CurrentVersion\Setup\State"
+CONTENT = {"One": {"Text": "some words", "Number": 70_000, "": "default", "T": "x"}, "two": {"Deep": {"V": "in it"}}}
+
+
+@pytest.mark.parametrize("kind", [b"lf", b"lh", b"li"])
+def test_values_are_found_in_any_case(kind):
+    hive = Hive.of(hives.hive(CONTENT, kind=kind))
+    assert hive.value("one", "TEXT") == "some words"
+    assert hive.value("One", "Number") == 70_000
+    assert hive.value("One", "T") == "x"
+    assert hive.value(r"TWO\deep", "v") == "in it"
+    assert hive.value(r"two\none", "v") is None
+    assert hive.value("One", "none") is None
+    assert Hive.of(hives.software("S", kind=kind)).value(STATE, "ImageState") == "S"
+
+
+def test_another_program_reads_the_same(tmp_path, require_program):
+    require_program("hivexget")
+    file = tmp_path / "SOFTWARE"
+    file.write_bytes(hives.software("IMAGE_STATE_COMPLETE"))
+    words = ["hivexget", file, rf"\{STATE}", "ImageState"]
+    told = subprocess.run(words, check=True, capture_output=True, text=True, timeout=60).stdout
+    assert told.strip() == Hive.of(file.read_bytes()).value(STATE, "ImageState") == "IMAGE_STATE_COMPLETE"
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 8191), st.integers(0, 255)), max_size=12), st.integers(0, 9000))
+def test_damage_is_corrupt_or_another_value_and_never_anything_else(spots, length):
+    raw = bytearray(hives.hive(CONTENT))
+    for at, byte in spots:
+        raw[at] = byte
+    with contextlib.suppress(errors.Corrupt, errors.Unsupported):
+        Hive.of(bytes(raw[:length])).value(r"two\Deep", "V")
