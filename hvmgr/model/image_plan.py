@@ -162,7 +162,7 @@ class PrepareWork(Step):
     what: str
 
     def describe(self) -> str:
-        return self.what
+        return self.what or "prepare it"
 
 
 @dataclass(frozen=True, slots=True)

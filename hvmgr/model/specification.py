@@ -207,6 +207,7 @@ def _read_disk(item: Value, folder: Path) -> DiskSpecification:
         in_place=values["in_place"].boolean() if "in_place" in values else False,
         slot=values["slot"].text() if "slot" in values else None,
         format=values["format"].choice(ImageFormat) if "format" in values else None,
+        linked=values["linked"].boolean() if "linked" in values else False,
     )
     try:
         _check_disk(disk)
@@ -244,6 +245,10 @@ def _check_disk(disk: DiskSpecification) -> None:
         raise errors.UsageError("a disk has either a size (new) or a path (an image that is there)", key="disks")
     if disk.size is not None and disk.size < 1:
         raise errors.UsageError("a disk of no size", key="disks")
+    if disk.linked and (disk.path is None or disk.in_place):
+        raise errors.UsageError(
+            "only an image that is there, and stays as it is, can be linked to", hint="give its path, without in_place"
+        )
     if disk.in_place and disk.path is None:
         raise errors.UsageError("only an image that is there can be used in place", key="disks")
     if disk.slot is not None and not _SLOT.fullmatch(disk.slot):

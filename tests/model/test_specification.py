@@ -87,7 +87,10 @@ def test_every_field_is_read():
 def test_every_field_is_documented():
     text = Path(__file__).parents[2].joinpath("docs/specification.md").read_text()
     keys = set(re.findall(r"^\| `(\w+)`", text, re.MULTILINE))
-    disk_keys, network_keys = {"size", "path", "in_place", "slot", "format"}, {"network", "bridge", "user", "mac"}
+    disk_keys, network_keys = (
+        {"size", "path", "in_place", "linked", "slot", "format"},
+        {"network", "bridge", "user", "mac"},
+    )
     assert keys == set(Specification.__dataclass_fields__) | disk_keys | network_keys
     assert disk_keys == set(DiskSpecification.__dataclass_fields__)
 
@@ -126,6 +129,7 @@ def test_networks_may_be_left_out_or_be_none():
         ("disks:\n  - sise: 1G", "line 3, disks\\[1\\]: unknown key 'sise'"),
         ("disks:\n  - size: 1G\n  - slot: vda", "line 4, disks\\[2\\]: a disk has either"),
         ("disks:\n  - {size: 1G, path: x}", "line 3, disks\\[1\\]: a disk has either"),
+        ("disks:\n  - {size: 1G, linked: yes}", "line 3, disks\\[1\\]: only an image that is there"),
         ("disks:\n  - {size: 1G, in_place: yes}", "line 3, disks\\[1\\]: only an image that is there"),
         ("disks:\n  - {size: 0}", "line 3, disks\\[1\\]: a disk of no size"),
         ("disks:\n  - {size: 1G, slot: ../x}", "is not a slot"),
