@@ -6,7 +6,9 @@ of Ansible's. Here pip comes from the index too: a file in ansible-test's cache,
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +16,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent / "ansible"
 NAME = "hvmgr/hvmgr"
-PIP = "24.2"  # what ansible-test of ansible-core 2.17 to 2.19 asks for
 
 _GET_PIP = """\
 import subprocess, sys
@@ -81,14 +82,21 @@ def copy(folder):
     return target
 
 
+def pip_version():
+    """The pip that this ansible-test asks for: 23.1.2 that of ansible-core 2.17, 24.2 those of 2.18 and 2.19."""
+    spec = importlib.util.find_spec("ansible_test")
+    text = Path(spec.submodule_search_locations[0], "_internal", "python_requirements.py").read_text("utf-8")
+    return re.findall(r"\bpip='([\d.]+)'", text)[-1]
+
+
 def bring_pip(cache):
     """ansible-test in this HOME finds a pip; ``cache`` is kept from one run to the next."""
-    wheels = Path(cache) / "wheels"
-    if not list(wheels.glob("pip-*.whl")):
-        argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, f"pip=={PIP}"]
+    wheels, version = Path(cache) / "wheels", pip_version()
+    if not list(wheels.glob(f"pip-{version}-*.whl")):
+        argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, f"pip=={version}"]
         subprocess.run([str(one) for one in argv], check=True, timeout=120, stdin=subprocess.DEVNULL)
-    (wheel,) = wheels.glob("pip-*.whl")
-    script = Path(cache) / ".ansible" / "test" / "cache" / f"get_pip_{PIP.replace('.', '_')}.py"
+    (wheel,) = wheels.glob(f"pip-{version}-*.whl")
+    script = Path(cache) / ".ansible" / "test" / "cache" / f"get_pip_{version.replace('.', '_')}.py"
     script.parent.mkdir(parents=True, exist_ok=True)
     script.write_text(_GET_PIP.format(wheel=str(wheel)))
 

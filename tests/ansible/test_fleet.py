@@ -17,6 +17,7 @@ def archive(fleet, tmp_path_factory):
     return file
 
 
+@pytest.mark.timeout(900)  # several playbooks on three hosts
 def test_gold_image_to_a_fleet(play, hosts, archive):
     # On the host in the middle somebody has a VM of that name already.
     hosts[1].create("web")
@@ -51,6 +52,7 @@ def test_gold_image_to_a_fleet(play, hosts, archive):
     assert (again.code, again.changed()) == (0, [])
 
 
+@pytest.mark.timeout(900)
 def test_nightly_exports_with_retention(play, hosts):
     for host in hosts[:2]:
         host.create("web")

@@ -222,8 +222,7 @@ def label(module, hvmgr, vm, there):
         words += [f"--untag={one}" for one in told["tags"] if one not in params["tags"]]
     if not words or vm["id"] is None:
         return False
-    changed, _ = hvmgr.change("vm", "set", *words, "--", vm["id"])
-    return changed
+    return hvmgr.change("vm", "set", *words, "--", vm["id"])[0]
 
 
 def labels(params, told):
