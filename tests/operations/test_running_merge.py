@@ -19,6 +19,7 @@ import pytest
 
 import hvmgr
 from hvmgr import errors
+from hvmgr.faces import guest
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
@@ -27,6 +28,7 @@ from hvmgr.operations.automatic import acts
 from hvmgr.operations.session import Interrupts
 from hvmgr.operations.steps import execution, live_jobs, live_pivot, live_steps
 from hvmgr.storage import frozen, images, vm_home
+from tests.operations.conftest import Kind
 
 pytestmark = pytest.mark.guest
 
@@ -425,42 +427,62 @@ def test_dry_run_tells_what_the_running_vm_would_do(machine):
     assert len(machine.vm.snapshots()) == 3
 
 
-@contextlib.contextmanager
-def load(machine):
-    """Something besides the count is written all the time: other bytes in each round."""
-    over, rounds = threading.Event(), []
+# --- under load -------------------------------------------------------------------------------------------------------
 
-    def keep_writing():
-        while not over.is_set():
-            rounds.append(len(rounds))
-            write(machine, len(rounds) % 251, f"{64 * (len(rounds) % 15)}k")
-
-    thread = threading.Thread(target=keep_writing)
-    thread.start()
-    try:
-        yield rounds
-    finally:
-        over.set()
-        thread.join()
+EVERY = os.environ.get("HVMGR_CRASH") == "all"
+BLOCKS = 12
+MEMORY = 512 if EVERY else 96
+LOAD = Kind(memory=MEMORY << 20, load=f"hvmgr.check={BLOCKS} hvmgr.load={MEMORY * 2 // 5 if EVERY else 4}")
 
 
-def test_many_snapshots_under_load_half_of_them_deleted_in_any_order(machine, tmp_path):
-    """With HVMGR_CRASH=all a hundred of them; each that stays shows what it showed when it was taken."""
-    count = 100 if os.environ.get("HVMGR_CRASH") == "all" else 8
-    chance, wanted = random.Random(7), {}
-    with watched(machine), load(machine) as rounds:
+def rounds_on(path, scratch):
+    """When the guest wrote each of its blocks; each is what its checksum says, and all are of one moment."""
+    target = scratch / "blocks.raw"
+    subprocess.run(["qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", path, target], check=True, timeout=60)
+    with target.open("rb") as file:
+        file.seek(guest.BLOCKS_OFFSET)
+        return guest.block_rounds(file.read(BLOCKS * guest.BLOCK_SIZE))
+
+
+def test_many_snapshots_under_load_half_of_them_deleted_in_any_order(make_machine, tmp_path):
+    """The guest rewrites memory, and blocks with checksums, which it reads back itself.
+
+    With HVMGR_CRASH=all it is a hundred snapshots, some with its memory, and hundreds of MiB of that.
+    """
+    machine = make_machine(LOAD)
+    count, step = (100, 10) if EVERY else (8, 4)
+    chance, wanted, states = random.Random(7), {}, set()
+    with watched(machine):
         for number in range(count):
-            made = machine.vm.create_snapshot(str(number), type=DISKS)
+            has_memory = number % step == 2
+            made = machine.vm.create_snapshot(str(number), type=SnapshotType.STANDARD if has_memory else DISKS)
+            states |= {made.name} if has_memory else set()
             wanted[made.name, "vda"] = shown(made.disks["vda"], tmp_path)
+            rounds_on(made.disks["vda"], tmp_path)
             if number % 2:
-                gone = chance.choice([name for name, _ in wanted])
+                gone = chance.choice([name for name, _ in wanted if name not in states])
                 machine.vm.snapshot(gone).delete()
                 del wanted[gone, "vda"]
-            assert contents(machine, tmp_path) == wanted
-    assert len(rounds) > count
+            if number % step == step - 1:
+                assert contents(machine, tmp_path) == wanted
     assert len(wanted) == count // 2
     require_whole(machine, 1 + len(wanted))
-    late = machine.tick()
+    assert (
+        len({rounds_on(one.disks["vda"], tmp_path)[0] for one in machine.vm.snapshots()}) > 1
+    )  # it wrote all the while
+    for name in sorted(states, key=int)[:3]:
+        count = machine.count_of(machine.vm.snapshot(name))
+        machine.vm.snapshot(name).apply(discard_state=True, keep_undo=False)
+        assert machine.tick().memory > count
+        machine.run_for(10)  # it finds its blocks as this memory has written them
+    late = machine.run_for(1)
+    assert contents(machine, tmp_path) == wanted
+    machine.domain.suspend()
+    write(machine, 0, f"{guest.BLOCKS_OFFSET + (BLOCKS - 1) * guest.BLOCK_SIZE}", "4k")
+    with machine.screen() as screen:  # and says so when they are not
+        machine.domain.resume()
+        while screen.next_tick(TICK_S).ok:
+            pass
     machine.vm.stop(force=True)
     assert machine.held() >= late.disk
     assert contents(machine, tmp_path) == wanted
