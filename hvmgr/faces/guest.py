@@ -41,6 +41,8 @@ MEMORY_SIZE = 96 * units.MIB  # 80 MiB is the least with which it boots
 
 COUNTER_OFFSET = 1 * units.MIB
 COUNTER_SIZE = 1024  # two sectors that are written by turns
+BLOCKS_OFFSET = COUNTER_OFFSET + 64 * units.KIB  # of hvmgr.check
+BLOCK_SIZE = 64 * units.KIB
 _SECTOR_SIZE = 512
 _COUNTER = re.compile(rb"HVMGR-COUNT (\d{6})\n\0*")
 
@@ -108,6 +110,29 @@ def _sector_counter(sector: bytes) -> int:
     match = _COUNTER.fullmatch(sector)
     if match is None:
         raise errors.Corrupt("the disk does not hold the guest's counter", sector=sector[:32].hex())
+    return int(match[1])
+
+
+def block_rounds(data: bytes) -> list[int]:
+    """In which round each of the blocks of ``hvmgr.check`` was written; 0 for one that is blank.
+
+    ``data`` is what the disk holds from ``BLOCKS_OFFSET`` on. Raises Corrupt for a block that is not what its checksum
+    says, and where the rounds are not those of one moment: blocks are written one after the other.
+    """
+    pieces = [data[start : start + BLOCK_SIZE] for start in range(0, len(data), BLOCK_SIZE)]
+    rounds = [_round(place, piece) for place, piece in enumerate(pieces)]
+    if rounds != sorted(rounds, reverse=True) or rounds[0] - rounds[-1] > 1:
+        raise errors.Corrupt(f"the guest's blocks are not of one moment: they were written in the rounds {rounds}")
+    return rounds
+
+
+def _round(place: int, block: bytes) -> int:
+    if block == bytes(BLOCK_SIZE):
+        return 0
+    text, digest = block[:-32], block[-32:]
+    match = re.match(rb"HVMGR-BLOCK %d (\d{6})\n" % place, text)
+    if match is None or hashlib.md5(text, usedforsecurity=False).hexdigest().encode() != digest:
+        raise errors.Corrupt(f"block {place} of the guest's is not what its checksum says", block=block[:64].hex())
     return int(match[1])
 
 

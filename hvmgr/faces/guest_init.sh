@@ -10,7 +10,11 @@
 #   poweroff disk=000124                  after the power button: the last thing it says
 #
 # With hvmgr.load=MIB on the kernel's command line it also rewrites that much memory, with hvmgr.write=MIB as much of its
-# first disk behind the first 4 MiB, without end.
+# first disk behind the first 4 MiB, without end. With hvmgr.check=COUNT that many blocks of 64 KiB behind the counts are
+# written over and over, one after the other, each with a checksum of itself; what a block holds is read back before
+# it is written again, and when it is not what this memory wrote last, the ticks say MISMATCH as well.
+#
+#   HVMGR-BLOCK PLACE ROUND               line by line, cut off after 65504 bytes, then the MD5 of these as 32 digits
 #
 # Several disks are separated by commas; without any there is "-".
 #
@@ -111,6 +115,26 @@ rewrite_disk() { # DISK MIB: that much of it is written over and over, as fast a
     done
 }
 
+check_blocks() { # DISK COUNT: without end
+    mkdir /blocks
+    mount -t tmpfs -o size=$((64 * $2 + 256))k blocks /blocks
+    round=1000000
+    while :; do
+        round=$((round + 1))
+        place=0
+        while [ "$place" -lt "$2" ]; do
+            if [ -e "/blocks/$place" ]; then
+                dd if="$1" bs=64k count=1 skip=$((17 + place)) iflag=direct status=none | cmp -s - "/blocks/$place" || : > /run/broken
+            fi
+            yes "HVMGR-BLOCK $place ${round#1}" | head -c 65504 > /blocks/next
+            md5sum < /blocks/next | head -c 32 >> /blocks/next
+            dd if=/blocks/next of="$1" bs=64k count=1 seek=$((17 + place)) conv=notrunc oflag=direct status=none
+            mv /blocks/next "/blocks/$place"
+            place=$((place + 1))
+        done
+    done
+}
+
 # Virtio disks stand for all others: probing an IDE controller takes 0.3 s under TCG, and each PC has one.
 disks=''
 load virtio
@@ -128,6 +152,7 @@ for word in $(cat /proc/cmdline); do
     case $word in
         hvmgr.load=*) rewrite_memory "${word#*=}" & ;;
         hvmgr.write=*) for disk in $disks; do rewrite_disk "$disk" "${word#*=}" & break; done ;;
+        hvmgr.check=*) for disk in $disks; do check_blocks "$disk" "${word#*=}" & break; done ;;
     esac
 done
 
@@ -138,6 +163,7 @@ while [ ! -e /run/stop ]; do
     read_disks "$last" "$before"
     read -r kept < /run/count
     [ "$agree$kept" = "yes$last" ] || verdict=MISMATCH
+    [ ! -e /run/broken ] || verdict=MISMATCH
     echo "tick memory=${count#1} disk=$values $verdict"
     write_disks "${count#1}" $((count & 1))
     sleep 0.1

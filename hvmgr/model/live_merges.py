@@ -5,7 +5,10 @@ libvirt streams into the image that the guest writes and into no other; it commi
 - the image that the guest writes takes what its unnamed parent holds (``StreamLive``): nothing is renamed;
 - where that cannot be, because the parent is a base or hides a part of a longer image below it, where the child holds
   less, and between two images that nobody writes, the parent takes what the child holds and takes its place
-  (``CommitLive``). The parent has no other user then, and was made by hvmgr; the child is what goes.
+  (``CommitLive``). The parent has no other user then, and was made by hvmgr; the child is what goes. A parent that is
+  shorter grows first, and QEMU hides what is below it with zeros then; it is never made shorter.
+
+Where a security module keeps QEMU from writing below the guest's image, ``commits`` is false, and streams are all there is.
 
 Pure, like ``tree``, whose planner this is a part of.
 """
@@ -13,7 +16,7 @@ Pure, like ``tree``, whose planner this is a part of.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from hvmgr.model.tree import Image, Keeper, Tree
@@ -22,18 +25,22 @@ if TYPE_CHECKING:
     from hvmgr.model.plan import Step
 
 
-def fits(tree: Tree, parent: Image, child: Image) -> bool:
+_PATHS = ("child", "parent", "below", "path")  # what steps of merges call the images that they concern
+
+
+def fits(tree: Tree, parent: Image, child: Image, *, commits: bool = True) -> bool:
     """Whether a running VM can merge an unnamed image with its only child."""
-    return _can_stream(tree, parent, child) or _can_commit(tree, parent, child)
+    return _can_stream(tree, parent, child) or (commits and _can_commit(tree, parent, child))
 
 
-def merge(tree: Tree, parent: Image, child: Image) -> tuple[list[Step], Tree]:
+def merge(tree: Tree, parent: Image, child: Image, *, commits: bool = True) -> tuple[list[Step], Tree]:
     """The steps that merge the two, and the tree that is then true."""
     from hvmgr.model.plan import CommitLive, RemoveImage, StreamLive
 
     images = dict(tree.images)
     data = parent.data + child.data
-    if _can_stream(tree, parent, child) and not (_can_commit(tree, parent, child) and child.data < parent.data):
+    is_less = commits and child.data < parent.data and _can_commit(tree, parent, child)
+    if _can_stream(tree, parent, child) and not is_less:
         assert parent.parent is not None
         below = images[parent.parent]
         del images[parent.path]
@@ -45,12 +52,51 @@ def merge(tree: Tree, parent: Image, child: Image) -> tuple[list[Step], Tree]:
         path: dataclasses.replace(one, parent=parent.path) if one.parent == child.path else one
         for path, one in images.items()
     }
-    images[parent.path] = dataclasses.replace(parent, data=data)
+    images[parent.path] = dataclasses.replace(parent, data=data, size=child.size)
     writes = child.path in tree.present.disks.values()
     commit = CommitLive(child=child.path, parent=parent.path, writes=writes)
     return [commit, RemoveImage(path=child.path)], _renamed(
         dataclasses.replace(tree, images=images), child.path, parent.path
     )
+
+
+def together(steps: Sequence[Step]) -> list[Step]:
+    """The steps in an order in which guests leave images of several disks at the same moment.
+
+    What concerns one disk stays in its order. Before each round of the last parts stands the step that does them at once.
+    """
+    from hvmgr.model.plan import CommitLive, CommitTogether
+
+    queues = _by_disk(steps)
+    ordered: list[Step] = []
+    while queues:
+        for queue in queues:
+            while queue and not _is_pivot(queue[0]):
+                ordered.append(queue.pop(0))
+        queues = [queue for queue in queues if queue]
+        heads = [queue.pop(0) for queue in queues]
+        pairs = tuple((step.child, step.parent) for step in heads if isinstance(step, CommitLive))
+        ordered += [CommitTogether(pairs)] if len(pairs) > 1 else []
+        ordered += heads
+    return ordered
+
+
+def _is_pivot(step: Step) -> bool:
+    from hvmgr.model.plan import CommitLive
+
+    return isinstance(step, CommitLive) and step.writes
+
+
+def _by_disk(steps: Sequence[Step]) -> list[list[Step]]:
+    """The steps, those that have an image in common in one list."""
+    groups: list[tuple[set[str], list[Step]]] = []
+    for step in steps:
+        paths = {str(getattr(step, name)) for name in _PATHS if getattr(step, name, None) is not None}
+        mine = [group for group in groups if group[0] & paths]
+        others = [group for group in groups if not group[0] & paths]
+        joined = sorted((one for _, group in mine for one in group), key=steps.index)
+        groups = [*others, (paths.union(*(found for found, _ in mine)), [*joined, step])]
+    return [group for _, group in groups]
 
 
 def _can_stream(tree: Tree, parent: Image, child: Image) -> bool:
@@ -61,17 +107,14 @@ def _can_stream(tree: Tree, parent: Image, child: Image) -> bool:
 
 
 def _can_commit(tree: Tree, parent: Image, child: Image) -> bool:
-    """QEMU would make the parent longer before the child's data is in it, and never makes it shorter.
-
-    What stands on the child has to name the parent afterwards: an image that others made is not written for that.
-    """
+    """What stands on the child has to name the parent afterwards: an image that others made is not written for that."""
     above = [one for one in tree.images.values() if one.parent == child.path]
     return (
         all(one.keeper is Keeper.IMAGES for one in above)
         and parent.keeper is not Keeper.OUTSIDE
         and child.keeper is Keeper.IMAGES
         and parent.format == child.format == "qcow2"
-        and parent.size == child.size
+        and parent.size <= child.size
     )
 
 

@@ -226,23 +226,29 @@ def plan_delete(tree: Tree, snapshot_ids: Collection[str], *, busy: Collection[s
 
 
 def plan_merge(
-    tree: Tree, *, busy: Collection[str] = (), named: Collection[str] = (), live: Collection[str] = ()
+    tree: Tree,
+    *,
+    busy: Collection[str] = (),
+    named: Collection[str] = (),
+    live: Collection[str] = (),
+    commits: bool = True,
 ) -> Change:
     """Every unnamed image with exactly one child is merged with it, as far as none of them is ``busy``.
 
     Of several in a row the one nearest to the disk is merged first, so that no block is copied twice. ``named`` are
     differencing images that others made: this once they are written and removed as if they were ours. ``live`` are images
-    that the running VM has open: they are merged by it, where that can be (``live_merges``).
+    that the running VM has open: they are merged by it, where that can be (``live_merges``), without ``commits`` only
+    upwards.
     """
     from hvmgr.model import live_merges
     from hvmgr.model.plan import MergeUp, RemoveImage
 
     steps: list[Step] = []
-    while pairs := list(_mergeable(tree, busy, named, live)):
+    while pairs := list(_mergeable(tree, busy, named, live, commits=commits)):
         parents = {parent.path for parent, _ in pairs}
         parent, child = next(pair for pair in pairs if pair[1].path not in parents)
         if child.path in live:
-            done, tree = live_merges.merge(tree, parent, child)
+            done, tree = live_merges.merge(tree, parent, child, commits=commits)
             steps += done
             continue
         step, tree = _merge(tree, parent, child, named)
@@ -251,7 +257,7 @@ def plan_merge(
             steps.append(RemoveImage(path=step.parent))
             if step.parent in named and tree.images[step.child].keeper is not Keeper.IMAGES:
                 named = {*named, step.child}  # written once on request, it takes what is below as well
-    return Change(after=tree, finish=tuple(steps))
+    return Change(after=tree, finish=tuple(live_merges.together(steps) if live else steps))
 
 
 def pending(tree: Tree) -> list[tuple[str, str]]:
@@ -365,7 +371,7 @@ def may_be_written(tree: Tree, parent: Image, child: Image, named: Collection[st
 
 
 def _mergeable(
-    tree: Tree, busy: Collection[str], named: Collection[str], live: Collection[str]
+    tree: Tree, busy: Collection[str], named: Collection[str], live: Collection[str], *, commits: bool = True
 ) -> Iterator[tuple[Image, Image]]:
     """Pairs (unnamed image, its only child) that may be merged, in the order of the images."""
     from hvmgr.model import live_merges
@@ -380,7 +386,7 @@ def _mergeable(
         if image.path in closed or child.path in closed:
             continue
         if image.path in live or child.path in live:
-            fits = {image.path, child.path} <= {*live} and live_merges.fits(tree, image, child)
+            fits = {image.path, child.path} <= {*live} and live_merges.fits(tree, image, child, commits=commits)
         else:
             fits = _can_merge_up(image, named) or _can_merge_down(image, child)
         if fits and may_be_written(tree, image, child, named) and is_whole(tree, child.path):

@@ -26,13 +26,19 @@ from hvmgr.storage import frozen, images, transfers, vm_home
 _MERGES = (plan.MergeUp, plan.MergeDown, plan.StreamLive, plan.CommitLive)
 
 
-def plan_delete(session: Session, snapshot_ids: Sequence[str]) -> Plan:
-    """The snapshots go; their images go or are merged as far as nothing else needs them."""
+def plan_delete(session: Session, snapshot_ids: Sequence[str], *, merging: bool = True) -> Plan:
+    """The snapshots go; their images go or are merged as far as nothing else needs them.
+
+    Without ``merging`` what can be merged waits for a plan of its own, and needs no space now.
+    """
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
     _require_not_sent(before, snapshot_ids)
     live = session.busy_images()
     change = _merging_whole_images(session, lambda unfit: tree.plan_delete(before, snapshot_ids, busy=live | unfit))
+    if not merging:
+        kept = tuple(step for step in change.finish if not isinstance(step, plan.MergeUp | plan.MergeDown))
+        change = dataclasses.replace(change, finish=kept)
     _require_space(before, change.finish)
     change_id = session.new_id()
     present = home.present()
@@ -81,6 +87,20 @@ def merge_live(session: Session, deletion: Plan) -> None:
         return
     if one.finish:
         execution.run(session, one)
+    merge_upwards(session, one)
+
+
+def merge_upwards(session: Session, merged: Plan) -> None:
+    """Where a security module kept QEMU from writing below its image, that image takes in what it can, which is said."""
+    error, session.denied = session.denied, None
+    if error is None:
+        return
+    session.waiting.clear()
+    session.forget_uses()
+    one = plan_merge(session, deletion=merged, denied=error)
+    if one.finish:
+        session.say(f"{error}: images are merged upwards instead, where that can be")
+        execution.run(session, one)
 
 
 def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
@@ -104,10 +124,17 @@ def plan_delete_state(session: Session, snapshot_id: str) -> Plan:
     )
 
 
-def plan_merge(session: Session, names: Sequence[Path] = (), *, deletion: Plan | None = None) -> Plan:
+def plan_merge(
+    session: Session,
+    names: Sequence[Path] = (),
+    *,
+    deletion: Plan | None = None,
+    denied: errors.HvmgrError | None = None,
+) -> Plan:
     """Unnamed images that were left waiting are merged, and with them those of others that the user ``names``.
 
-    After a ``deletion``, which has merged what is open nowhere and said what waits, only by the running VM.
+    After a ``deletion``, which has merged what is open nowhere and said what waits, only by the running VM. Why QEMU was
+    ``denied`` to write below the image that its guest writes, where it was: it merges upwards only.
     """
     before = snapshots.whole_tree(session, outside=bool(names))
     named = _named(session, before, names)
@@ -116,11 +143,13 @@ def plan_merge(session: Session, names: Sequence[Path] = (), *, deletion: Plan |
     closed = (busy if deletion is None else {*before.images}) - live
     change = _merging_whole_images(
         session,
-        lambda unfit: tree.plan_merge(before, busy=closed | unfit, named=named, live=live - unfit),
+        lambda unfit: tree.plan_merge(
+            before, busy=closed | unfit, named=named, live=live - unfit, commits=denied is None
+        ),
         quiet=deletion is not None,
     )
     _require_space(before, change.finish)
-    _say_what_waits_for_the_end(session, change.after, live)
+    _say_what_waits_for_the_end(session, change.after, live, denied)
     return Plan(
         plan_id=session.new_id(),
         vm_id=session.home.vm_id,
@@ -245,14 +274,14 @@ def _merging_whole_images(session: Session, planned: Callable[[set[str]], Change
             session.say(f"{path} {reason}: it is not merged")
 
 
-def _say_what_waits_for_the_end(session: Session, after: Tree, live: set[str]) -> None:
+def _say_what_waits_for_the_end(
+    session: Session, after: Tree, live: set[str], denied: errors.HvmgrError | None
+) -> None:
     """Images that can be merged, but not by the running VM."""
     for parent, child in tree.pending(after):
         if {parent, child} <= live:
-            sizes = {
-                after.images[path].size for path in (parent, child, after.images[parent].parent) if path is not None
-            }
-            why = "their sizes differ" if len(sizes) > 1 else "what stands on them was made outside hvmgr"
+            shorter = after.images[child].size < after.images[parent].size
+            why = str(denied or ("the latter is shorter" if shorter else "what stands on them was made outside hvmgr"))
             session.say(
                 f"{parent} is merged with {child} when {session.home.name} is off, by 'hvmgr snapshot merge': {why}"
             )

@@ -104,6 +104,7 @@ class Session:
         self.waiting: set[str] = set()  # images whose merge has to wait: nothing may remove them
         self.arriving: Arriving | None = None  # the stream of a disk that is imported
         self.put_off: errors.HvmgrError | None = None  # why a merge was put off, said when all else is done
+        self.denied: errors.HvmgrError | None = None  # QEMU may not write below the image that its guest writes
         self.unwoken: errors.HvmgrError | None = None  # the guest's file systems may still be at rest
         self.bandwidth = 0  # what merges of a running VM may take, in bytes a second; 0 is no limit
         self.patient = True  # whether it waits for what a dead command left QEMU to do

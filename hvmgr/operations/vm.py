@@ -196,6 +196,7 @@ class VM:
             plan = merge.plan_merge(session, [Path(image) for image in images])
             if plan.finish:
                 self._run(session, plan)
+            merge.merge_upwards(session, plan)
         return bool(plan.finish)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import select
@@ -336,3 +337,18 @@ def test_modules_come_after_what_they_depend_on_and_once(tmp_path):
 def test_loaded_program_is_not_static(require_program):
     assert not guest.is_static(require_program("true").resolve().read_bytes())
     assert not guest.is_static(b"#!/bin/sh\n")
+
+
+def a_block(place: int, number: int) -> bytes:
+    line = b"HVMGR-BLOCK %d %06d\n" % (place, number)
+    text = (line * (guest.BLOCK_SIZE // len(line) + 1))[: guest.BLOCK_SIZE - 32]
+    return text + hashlib.md5(text, usedforsecurity=False).hexdigest().encode()
+
+
+def test_blocks_are_those_of_one_moment() -> None:
+    assert guest.block_rounds(a_block(0, 3) + a_block(1, 2) + a_block(2, 2)) == [3, 2, 2]
+    assert guest.block_rounds(a_block(0, 1) + bytes(guest.BLOCK_SIZE)) == [1, 0]
+    torn = a_block(0, 3)[:4096] + a_block(0, 2)[4096:]
+    for bad in (a_block(0, 2) + a_block(1, 3), a_block(0, 3) + a_block(1, 1), a_block(1, 1), torn):
+        with pytest.raises(errors.Corrupt):
+            guest.block_rounds(bad)

@@ -27,7 +27,17 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hvmgr.errors import HvmgrError, NotFound
 from hvmgr.model import live_merges, outside_images
 from hvmgr.model import tree as real_planner
-from hvmgr.model.plan import CommitLive, CreateImage, FreezeImage, MergeDown, MergeUp, RemoveImage, Step, StreamLive
+from hvmgr.model.plan import (
+    CommitLive,
+    CommitTogether,
+    CreateImage,
+    FreezeImage,
+    MergeDown,
+    MergeUp,
+    RemoveImage,
+    Step,
+    StreamLive,
+)
 from hvmgr.model.tree import Image, Keeper, Leaf, Tree
 
 Content = list[int]
@@ -376,6 +386,10 @@ class World:
                 self._stream_live(step)
             case CommitLive():
                 self._commit_live(step)
+            case CommitTogether(pairs=pairs):
+                assert len({child for child, _ in pairs}) > 1
+                assert {child for child, _ in pairs} <= {*self.present.disks.values()}
+                self.seen["left together"] += 1
             case RemoveImage(path=path):
                 self._remove_image(path, used)
             case _:
@@ -475,12 +489,18 @@ class World:
         """The parent grows into what the child is; then everybody names the parent."""
         self._require_open(step.parent, step.child)
         parent, child = self.files[step.parent], self.files[step.child]
-        assert parent.size == child.size, "QEMU makes a shorter one longer first, and never makes a longer one shorter"
+        assert parent.size <= child.size, "QEMU never makes the parent shorter"
         assert parent.format == child.format == "qcow2"
         assert parent.keeper is not Keeper.OUTSIDE
         assert child.keeper is Keeper.IMAGES
         assert step.writes == (step.child in self.present.disks.values())
         assert all(self.files[one].keeper is Keeper.IMAGES for one in self.children(step.child))
+        if parent.size < child.size:  # QEMU makes it longer first, and hides what is below it there
+            below = 0 if parent.parent is None else self.files[parent.parent].size
+            parent.own.update(dict.fromkeys(range(parent.size, min(below, child.size)), 0))
+            parent.size = child.size
+            self.seen["grown by a live commit"] += 1
+            self.check_contents()
         parent.own.update([*child.own.items()][::2])
         self.check_contents()
         parent.own.update(child.own)
@@ -564,7 +584,7 @@ class World:
         child = self.files[path]
         if parent.keeper is child.keeper is Keeper.IMAGES and parent.parent is not None:
             above = [self.files[one].keeper for one in self.children(path)]
-            assert parent.size != child.size or set(above) - {Keeper.IMAGES}
+            assert parent.size > child.size or set(above) - {Keeper.IMAGES}
             assert path not in self.present.disks.values() or self.files[parent.parent].size > parent.size
             self.seen["waits for its size"] += 1
 
@@ -777,6 +797,8 @@ INTERESTING = {
     "merged down live": 20,
     "merged down live into a working image": 5,
     "waits for its size": 1,
+    "grown by a live commit": 5,
+    "left together": 5,
     "own base merged down": 20,
     "hidden range": 20,
     "waits for the VM": 20,
@@ -814,7 +836,7 @@ MUTATIONS = {
     "merge down what others made": ("        and child.keeper is Keeper.IMAGES\n", ""),
     "merge away what others made": ("(parent.keeper is Keeper.IMAGES or parent.path in named)", "True"),
     "merge away a base that is named": (" and parent.parent is not None\n", "\n"),
-    "forget the names": ("_mergeable(tree, busy, named, live)", "_mergeable(tree, busy, (), live)"),
+    "forget the names": ("_mergeable(tree, busy, named, live, commits=", "_mergeable(tree, busy, (), live, commits="),
     "write what others made because its parent is named": ("parent.path in named and child.path in", "parent.path in named or child.path in"),
     "merge down into another format": ('parent.format == child.format == "qcow2"', "True"),
     "merge down whatever the size": ("        and parent.size == child.size\n", ""),
@@ -860,9 +882,11 @@ LIVE_MUTATIONS = {
     "stream into any image": ("return child.path in tree.present.disks.values() and ", "return "),
     "stream what was hidden": (".size <= parent.size", ".size <= parent.size + 9"),
     "never stream": ("return _can_stream(tree, parent, child) or ", "return "),
-    "never commit": (" or _can_commit(tree, parent, child)", ""),
+    "never commit": (" or (commits and _can_commit(tree, parent, child))", ""),
     "write the names into images of others": ("all(one.keeper is Keeper.IMAGES for one in above)", "True"),
-    "commit whatever the size": ("        and parent.size == child.size\n", ""),
+    "commit whatever the size": ("        and parent.size <= child.size\n", ""),
+    "forget that a parent grows": (", size=child.size)", ")"),
+    "forget one of those that go together": ("ordered += heads", "ordered += heads[:1]"),
     "commit into images of others": ("and parent.keeper is not Keeper.OUTSIDE\n", "\n"),
     "commit into another format": ('parent.format == child.format == "qcow2"', "True"),
     "keep what was committed": ("[commit, RemoveImage(path=child.path)]", "[commit]"),

@@ -154,6 +154,7 @@ class Kind:
     disks: int = 1
     memory: int | None = None
     tpm: bool = False
+    load: str = ""  # more words for the guest's kernel
 
 
 @dataclass
@@ -186,7 +187,7 @@ class Factory:
             tpm=kind.tpm,
             kernel=self.guest.kernel,
             initrd=self.guest.initrd,
-            cmdline=self.guest.command_line,
+            cmdline=f"{self.guest.command_line} {kind.load}".strip(),
         )
 
     def make(self, uri, kind=None, *, disks=None, running=True):

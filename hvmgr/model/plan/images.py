@@ -119,6 +119,20 @@ class CommitLive(Step):
 
 
 @dataclass(frozen=True, slots=True)
+class CommitTogether(Step):
+    """The first part of several ``CommitLive`` of images that the guest writes, ``pairs`` of child and parent.
+
+    All of them are copied at the same time, and the guest goes on in all parents at one moment: or in none, and all wait.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+
+    def describe(self) -> str:
+        names = ", ".join(name(parent) for _, parent in self.pairs)
+        return f"let the VM go on in {names}, all at the same moment"
+
+
+@dataclass(frozen=True, slots=True)
 class Flatten(Step):
     """Everything below ``path`` goes into it; it then stands alone."""
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host.domain import State, StopReason
-from hvmgr.model import plan, retention, tree
+from hvmgr.model import retention, tree
 from hvmgr.model.metadata import SnapshotRecord, SnapshotType
 from hvmgr.model.policy import Origin, Policy, SnapshotDefault
 from hvmgr.operations import merge, policies, replacement, vms
@@ -264,9 +264,7 @@ def _delete(one: VM, session: Session, gone: list[str], now: datetime) -> Iterat
         return
     require_rest(session, now)
     names = [f"'{one.home.entry(snapshot_id).record.name}'" for snapshot_id in gone]
-    deletion = merge.plan_delete(session, gone)
-    finish = tuple(step for step in deletion.finish if not isinstance(step, plan.MergeUp | plan.MergeDown))
-    one._run(session, dataclasses.replace(deletion, finish=finish))  # noqa: SLF001
+    one._run(session, merge.plan_delete(session, gone, merging=False))  # noqa: SLF001
     session.forget_uses()
     yield _deed(one, Action.DELETED, f"deleted {', '.join(names)} of {one.name}", *gone)
 

@@ -47,6 +47,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.MergeDown: image_steps.merge_down,
     plan.StreamLive: live_steps.stream,
     plan.CommitLive: live_steps.commit,
+    plan.CommitTogether: live_steps.together,
     plan.Flatten: image_steps.flatten,
     plan.RemoveImage: image_steps.remove,
     plan.CompleteImage: image_steps.complete,
@@ -188,7 +189,9 @@ def run(session: Session, one: Plan) -> None:
         raise
     if session.unwoken is not None:
         error, session.unwoken = session.unwoken, None
-        raise errors.HostFailed(f"{one.subject}: done, but {error}", hint=error.hint) from error
+        raise errors.HostFailed(
+            f"{one.subject}: done, but {error}", hint=error.hint, **{**error.facts, "done": True}
+        ) from error
 
 
 def recover(session: Session) -> bool:

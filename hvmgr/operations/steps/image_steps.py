@@ -291,8 +291,12 @@ def _note_known(session: Session, child: Path, parent: Path, known: str | None) 
 
 
 def commit_into(session: Session, child: Path, parent: Path) -> None:
-    """The parent shows what the child shows, and both keep their names; raises what keeps it from that."""
-    _require_same_size(child, parent)
+    """The parent shows what the child shows, and both keep their names; raises what keeps it from that.
+
+    A shorter parent grows, with zeros where what is below it would show.
+    """
+    if images.read(child, images.QCOW2).size < images.read(parent, images.QCOW2).size:
+        raise errors.Conflict(f"{child.name} has been made shorter")
     _commit(session, child, parent, rename=False)
 
 

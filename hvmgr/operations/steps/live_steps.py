@@ -13,6 +13,8 @@ QEMU itself no longer name it, and after what took its place is on disk.
 |                                        | same                                      |                                           |
 | the guest's image went into its base:  | the guest stands still; both show the     | the pivot, if it is missing, and the guest|
 | around the pivot                       | same                                      | goes on                                   |
+| between the pivots of several disks    | the same, for each disk                   | the pivots that are missing, or their     |
+|                                        |                                           | images wait, where one is refused         |
 | the host, just after the job           | the header may be on disk before the data | the header names the old parent again     |
 """
 
@@ -20,40 +22,32 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import os
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvmgr import errors, units
+from hvmgr import errors
 from hvmgr.host import qemu_img
-from hvmgr.host.domain import Domain, State
-from hvmgr.model import configuration, live_chain, plan
-from hvmgr.model.configuration import Configuration
+from hvmgr.host.domain import Domain
+from hvmgr.model import plan
 from hvmgr.model.plan import Plan
-from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Image, Keeper
 from hvmgr.operations import chains
 from hvmgr.operations.session import Session
-from hvmgr.operations.steps import domain_steps, image_steps
+from hvmgr.operations.steps import domain_steps, image_steps, live_images, live_jobs, live_pivot
+from hvmgr.operations.steps.live_images import Place
+from hvmgr.operations.steps.live_jobs import Job
+from hvmgr.operations.steps.live_pivot import Pivot
 from hvmgr.storage import durable, frozen, images, vm_home
-
-_POLL_S = 0.1
-_SETTLES_S = 20.0  # from the end of a job until libvirt's view and QEMU's files say so
-_SYNC_S = 5.0
-_LITTLE = 16 * units.MIB  # with so little left, a job that ended early had no space
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a pair of images is in the running VM: the disk, the names for block jobs, and what stands on the child."""
+class _Pair:
+    """Two images of the running VM that become one, and where it has them."""
 
-    slot: str
-    child: str
-    parent: str
-    above: str | None
+    child: Path
+    parent: Path
+    place: Place
 
 
 def is_live(one: Plan) -> bool:
@@ -70,15 +64,15 @@ def stream(session: Session, step: plan.StreamLive) -> None:
     if not parent.exists() or _has_to_wait(session, child, parent):
         return
     below = images.read(parent, images.QCOW2).parent  # another one than planned where an earlier merge had to wait
-    if below is not None and not _is_same(str(below), step.below):
+    if below is not None and not live_images.is_same(str(below), step.below):
         fmt = session.home.tree().images[vm_home.canonical(str(below))].format
         step = dataclasses.replace(step, below=vm_home.canonical(str(below)), below_format=fmt)
-    place = _find(session, child, parent)
+    place = live_images.find(session, child, parent)
     if place is not None and not _tried(
-        session, child, parent, child, lambda domain: _stream(session, domain, place, step)
+        session, [_Pair(child, parent, place)], [child], lambda domain: _stream(session, domain, place, step)
     ):
         return
-    if _stands_on(child, parent):  # the VM has ended; or it was started again, and then they wait
+    if live_images.stands_on(child, parent):  # the VM has ended; or it was started again, and then they wait
         image_steps.merge_up(session, plan.MergeUp(step.child, step.parent, step.below, step.below_format, hide=None))
     elif _holds_all(session, child, parent):
         durable.sync_file(child)
@@ -89,16 +83,21 @@ def stream(session: Session, step: plan.StreamLive) -> None:
     session.forget_uses()
 
 
-def _stream(session: Session, domain: Domain, place: _Place, step: plan.StreamLive) -> None:
-    name = image_steps.name_of_parent(session, Path(step.child), step.below)
-    base = next(one.name for one in _links(domain, place.slot) if _is_same(one.path, step.below))
+def _stream(session: Session, domain: Domain, place: Place, step: plan.StreamLive) -> None:
+    ours = live_jobs.left_over(session, domain, [place.slot])
+    with live_jobs.ending(domain, ours):
+        name = image_steps.name_of_parent(session, Path(step.child), step.below)
+        links = live_images.links(domain, place.slot)
+        base = next(one.name for one in links if live_images.is_same(one.path, step.below))
 
-    def start(*, relative: bool) -> None:
-        domain.start_stream(place.slot, base, relative=relative, bandwidth=session.bandwidth)
+        def begin(*, relative: bool, bandwidth: int) -> None:
+            domain.start_stream(place.slot, base, relative=relative, bandwidth=bandwidth)
 
-    _run(session, domain, place, start, relative=not Path(name).is_absolute(), job=_Job(step.parent, Path(step.child)))
-    _require_gone(domain, place.slot, step.parent)
-    _write_name(domain, Path(step.child), name)
+        job = Job(place.slot, step.parent, Path(step.child), not Path(name).is_absolute(), begin)
+        live_jobs.run(session, domain, [job], ours)
+    live_jobs.require_gone(domain, place.slot, step.parent)
+    with live_jobs.ended(domain):
+        live_jobs.write_name(domain, Path(step.child), name)
 
 
 def _holds_all(session: Session, child: Path, parent: Path) -> bool:
@@ -134,9 +133,12 @@ def _take_back(session: Session, child: Path, parent: Path) -> None:
 def commit(session: Session, step: plan.CommitLive) -> None:
     """The parent holds the child's data, and whoever named the child names the parent."""
     child, parent = Path(step.child), Path(step.parent)
-    if _has_to_wait(session, child, parent) or (child.exists() and not _brought_down(session, step, child, parent)):
+    is_done = step.writes and live_images.goes_on_in(session, child, parent)  # whatever else has to wait
+    if not is_done and (
+        _has_to_wait(session, child, parent) or (child.exists() and not _brought_down(session, step, child, parent))
+    ):
         _wait(session, child, parent)
-        _let_go_on(session)
+        live_pivot.let_go_on(session)
         return
     _go_by_the_parent(session, child, parent)
     if step.writes:
@@ -144,19 +146,36 @@ def commit(session: Session, step: plan.CommitLive) -> None:
         if session.recovering:
             _mend(session, parent)
         _write_present(session, child, parent)
-        _let_go_on(session)
+        live_pivot.let_go_on(session)
     session.forget_uses()
     if not step.writes:
         image_steps.settle(session, parent)
 
 
+def together(session: Session, step: plan.CommitTogether) -> None:
+    """The guest goes on in the parents, of all disks or of none; the steps that follow write down where it does."""
+    found = [
+        _Pair(child, parent, place)
+        for child, parent in ((Path(child), Path(parent)) for child, parent in step.pairs)
+        if (place := live_images.find(session, child, parent)) is not None
+    ]
+    if not found:
+        return  # done, or off
+    if not live_jobs.left_over(session, session.domain(), [one.place.slot for one in found]):
+        found = [one for one in found if not image_steps.has_to_wait(session, one.child, one.parent, when_open=False)]
+    if found:
+        written = [one.parent for one in found]
+        _tried(session, found, written, lambda domain: _commit_writing(session, domain, found))
+    live_pivot.let_go_on(session)
+
+
 def _brought_down(session: Session, step: plan.CommitLive, child: Path, parent: Path) -> bool:
     """Whether the parent shows what the child shows, and no running VM needs the child any more."""
-    place = _find(session, child, parent)
-    if place is not None and not _tried(
-        session, child, parent, parent, lambda domain: _commit(session, domain, place, child, parent)
-    ):
-        return False
+    place = live_images.find(session, child, parent)
+    if place is not None:
+        pair, act = _Pair(child, parent, place), _commit_writing if step.writes else _commit_inner
+        if not _tried(session, [pair], [parent], lambda domain: act(session, domain, [pair])):
+            return False
     if step.writes:  # once the guest has written the parent, the child must never be written into it again
         return _has_gone_on(session, child, parent)
     busy = session.busy_images()
@@ -166,15 +185,13 @@ def _brought_down(session: Session, step: plan.CommitLive, child: Path, parent: 
 
 
 def _has_gone_on(session: Session, child: Path, parent: Path) -> bool:
-    """Whether the parent is what the guest writes: by QEMU where it runs, else by what libvirt starts next."""
-    domain = session.domain()
-    if domain.is_active():
-        return str(parent) in {vm_home.canonical(str(path)) for path in domain.writable_files()}
-    if str(child) not in vm_home.disks_of(_inactive(session)).values():
+    """Whether the parent is what the guest writes; said when the VM ended before."""
+    if live_images.goes_on_in(session, child, parent):
         return True
-    session.say(
-        f"{session.home.name} ended before {child} was merged into {parent}: they wait for 'hvmgr snapshot merge'"
-    )
+    if not session.is_active():
+        session.say(
+            f"{session.home.name} ended before {child} was merged into {parent}: they wait for 'hvmgr snapshot merge'"
+        )
     return False
 
 
@@ -204,79 +221,51 @@ def _commit_off(session: Session, child: Path, parent: Path) -> bool:
     return True
 
 
-def _commit(session: Session, domain: Domain, place: _Place, child: Path, parent: Path) -> None:
-    above = None if place.above is None else Path(place.above)
-    written = [parent] if above is None else [parent, above]
-    for path in written:
-        frozen.make_writable(session.layout, path)
-    name = "" if above is None else image_steps.name_of_parent(session, above, str(parent))
-    top = None if above is None else place.child
-
-    def start(*, relative: bool) -> None:
-        domain.start_commit(place.slot, place.parent, top, relative=relative, bandwidth=session.bandwidth)
-
-    relative = above is not None and not Path(name).is_absolute()
-    _run(session, domain, place, start, relative=relative, job=_Job(str(child), parent))
-    if above is None:
-        _go_on_in(session, domain, place.slot, child, parent)
-    _require_gone(domain, place.slot, str(child))
-    if above is not None:
-        _write_name(domain, above, name)
-    domain.flush_disks()
-    for path in written:
-        durable.sync_file(path)
+def _commit_inner(session: Session, domain: Domain, pairs: Sequence[_Pair]) -> None:
+    """Between images that nobody writes: the job ends by itself."""
+    (pair,) = pairs
+    slot, above = pair.place.slot, Path(pair.place.above or "")
+    ours = live_jobs.left_over(session, domain, [slot])
+    with live_jobs.ending(domain, ours):
+        for path in (pair.parent, above):
+            frozen.make_writable(session.layout, path)
+        name = image_steps.name_of_parent(session, above, str(pair.parent))
+        job = _commit_job(domain, pair, top=pair.place.child, relative=not Path(name).is_absolute())
+        live_jobs.run(session, domain, [job], ours)
+    live_jobs.require_gone(domain, slot, str(pair.child))
+    with live_jobs.ended(domain):
+        live_jobs.write_name(domain, above, name)
+        domain.flush_disks()
+        for path in (pair.parent, above):
+            durable.sync_file(path)
 
 
-def _go_on_in(session: Session, domain: Domain, slot: str, child: Path, parent: Path) -> None:
-    """The guest writes to the parent from now on.
-
-    It stands still until libvirt's configuration says so: what it wrote before would hide what it writes then.
-    """
-    with session.interrupts.held_back():
-        with _ending_job(domain, slot):  # refused: the guest goes on where it was
-            if domain.state() is State.RUNNING:
-                durable.write_file(_stopped(session), b"")
-                domain.suspend()
-            try:
-                domain.end_block_job(slot, pivot=True)
-            except (errors.HostFailed, errors.Conflict):
-                if not _lives(domain) or _find(session, child, parent) is not None:
-                    raise  # otherwise it was done all the same
-        _require_path(domain, slot, parent)
-        durable.sync_file(parent)
-        _let_go_on(session)
-
-
-def _require_path(domain: Domain, slot: str, parent: Path) -> None:
-    """QEMU, libvirt's live and its inactive configuration agree."""
-    deadline = time.monotonic() + _SETTLES_S
-    while True:
-        texts = [domain.xml(live=live) for live in (True, False)]
-        said = {vm_home.disks_of(configuration.parse(text, source="libvirt")).get(slot) for text in texts}
-        writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
-        if said == {str(parent)} and str(parent) in writing:
-            return
-        if time.monotonic() > deadline:
-            raise errors.OutcomeUnknown(f"nobody can say whether disk {slot} of {domain.name} goes on in {parent}")
-        time.sleep(_POLL_S)
+def _commit_writing(session: Session, domain: Domain, pairs: Sequence[_Pair]) -> None:
+    """Of images that the guest writes, into which it goes on: all at once, when all jobs are ready."""
+    ours = live_jobs.left_over(session, domain, [one.place.slot for one in pairs])
+    with live_jobs.ending(domain, ours):
+        for one in pairs:
+            frozen.make_writable(session.layout, one.parent)
+        jobs = [_commit_job(domain, one, top=None, relative=False) for one in pairs]
+        live_jobs.run(session, domain, jobs, ours)
+        for one in pairs:
+            is_there = domain.block_job(one.place.slot) is not None
+            if not is_there and live_images.find(session, one.child, one.parent) is not None:
+                live_jobs.raise_early_end(str(one.child))
+    live_pivot.go_on(session, domain, [Pivot(one.place.slot, one.child, one.parent) for one in pairs])
+    with live_jobs.ended(domain):
+        for one in pairs:
+            live_jobs.require_gone(domain, one.place.slot, str(one.child))
+        domain.flush_disks()
+        for one in pairs:
+            durable.sync_file(one.parent)
 
 
-def _let_go_on(session: Session) -> None:
-    """A guest that was stopped for this goes on, unless it is not known where."""
-    note = _stopped(session)
-    if not note.exists():
-        return
-    try:
-        domain = session.find_domain()
-        if domain is not None and domain.is_active() and domain.state() is State.PAUSED:
-            domain.resume()
-    except errors.HvmgrError:
-        return  # libvirt is out of reach: the next command does it
-    durable.remove(note)
+def _commit_job(domain: Domain, pair: _Pair, *, top: str | None, relative: bool) -> Job:
+    def begin(*, relative: bool, bandwidth: int) -> None:
+        domain.start_commit(pair.place.slot, pair.place.parent, top, relative=relative, bandwidth=bandwidth)
 
-
-def _stopped(session: Session) -> Path:
-    return session.layout.private / "stopped"
+    return Job(pair.place.slot, str(pair.child), pair.parent, relative, begin)
 
 
 def _go_by_the_parent(session: Session, child: Path, parent: Path) -> None:
@@ -305,7 +294,7 @@ def _rename_in(file: Path, child: Path, parent: Path) -> None:
 def _write_present(session: Session, child: Path, parent: Path) -> None:
     """The home says what libvirt says; a chain that libvirt noted at the pivot would hide what later comes below the disk."""
     if str(child) in vm_home.disks_of(session.home.present()).values():
-        present = _inactive(session)
+        present = live_images.inactive(session)
         for slot, path in vm_home.disks_of(present).items():
             if path in (str(child), str(parent)):
                 present.set_disk_source(slot, parent, images.QCOW2)  # in the home's words, and without any chain
@@ -313,15 +302,7 @@ def _write_present(session: Session, child: Path, parent: Path) -> None:
         domain_steps.write_present(session, plan.WritePresent())
 
 
-# --- a job ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """What a job takes away, for people, and the image that it writes."""
-
-    source: str
-    written: Path
+# --- whether, and what if not ------------------------------------------------------------------------------------------
 
 
 def take_up(session: Session, domain: Domain, one: Plan) -> None:
@@ -329,7 +310,7 @@ def take_up(session: Session, domain: Domain, one: Plan) -> None:
 
     Nobody leaves a guest standing that was stopped for a pivot.
     """
-    if not session.patient and not _stopped(session).exists():
+    if not session.patient and not live_pivot.stopped(session).exists():
         raise errors.Busy(
             f"{session.home.name} still merges images: {one.subject}",
             hint="run it again when that is done",
@@ -341,43 +322,34 @@ def take_up(session: Session, domain: Domain, one: Plan) -> None:
 
 def _has_to_wait(session: Session, child: Path, parent: Path) -> bool:
     """Not before a job that a dead command left is followed, or ended: nobody would know of it without the journal."""
-    place = _find(session, child, parent) if session.recovering else None
+    place = live_images.find(session, child, parent) if session.recovering else None
     if place is not None and session.domain().block_job(place.slot) is not None:
         return False
     return image_steps.has_to_wait(session, child, parent, when_open=False)
 
 
-def _tried(session: Session, child: Path, parent: Path, written: Path, act: Callable[[Domain], None]) -> bool:
-    """Whether the VM merged them, or has ended; otherwise both wait, and why is said when all else is done."""
+def _tried(session: Session, pairs: Sequence[_Pair], written: Sequence[Path], act: Callable[[Domain], None]) -> bool:
+    """Whether the VM merged them, or has ended; otherwise those wait that it did not, and why is said when all is done."""
     domain = session.domain()
     try:
-        with _contact(domain), session.interrupts.let_through():
+        with live_jobs.contact(domain), session.interrupts.let_through():
             act(domain)
     except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Unsupported, errors.Cancelled) as error:
-        if isinstance(error, errors.Cancelled):
-            if _find(session, child, parent) is None and domain.is_active():
-                return True  # the job was quicker
-        elif not _lives(domain):
-            _mend(session, written)
+        if not isinstance(error, errors.Cancelled) and not live_images.lives(domain):
+            for path in written:
+                _mend(session, path)
             return True
+        left = [one for one in pairs if live_images.find(session, one.child, one.parent) is not None]
+        if isinstance(error, errors.Cancelled) and not left and domain.is_active():
+            return True  # the job was quicker
         if "Permission denied" in str(error):
-            session.say(f"{error}: {parent} waits until the VM is off, for its 'hvmgr snapshot merge' then")
+            session.denied = error
         else:
             session.put_off = error
-        image_steps.wait(session, child, parent)
+        for one in left or pairs:
+            image_steps.wait(session, one.child, one.parent)
         return False
     return True
-
-
-@contextlib.contextmanager
-def _contact(domain: Domain) -> Iterator[None]:
-    """Not being able to ask how a merge went is a state of its own."""
-    try:
-        yield
-    except errors.HostFailed as error:
-        if error.facts.get("lost"):
-            raise errors.OutcomeUnknown(f"lost contact with libvirt while {domain.name} merges images") from error
-        raise
 
 
 def _mend(session: Session, path: Path) -> None:
@@ -386,147 +358,3 @@ def _mend(session: Session, path: Path) -> None:
         if not session.is_active():
             frozen.make_writable(session.layout, path)
             qemu_img.check(path, images.QCOW2, repair_leaks=True)
-
-
-def _lives(domain: Domain) -> bool:
-    """Whether its QEMU is there; libvirt may hear of its end a little later."""
-    deadline = time.monotonic() + _SETTLES_S
-    while domain.is_active():
-        with contextlib.suppress(errors.HvmgrError):
-            domain.monitor("query-status")
-            return True
-        if time.monotonic() > deadline:
-            return True
-        time.sleep(_POLL_S)
-    return False
-
-
-def _run(
-    session: Session, domain: Domain, place: _Place, start: Callable[..., None], *, relative: bool, job: _Job
-) -> None:
-    """A job from its start, or from where a dead command left it, to its end."""
-    is_there = domain.block_job(place.slot) is not None
-    if not is_there:
-        _start(start, relative=relative)
-    elif not session.recovering or live_chain.mirror(_live(domain), place.slot) not in (None, "active-commit"):
-        raise errors.Busy(f"libvirt works on disk {place.slot} of {domain.name}", hint="run it again when that is done")
-    with _ending_job(domain, place.slot):
-        if is_there and session.bandwidth:
-            domain.throttle_block_job(place.slot, session.bandwidth)
-        _follow(session, domain, place.slot, job)
-
-
-@contextlib.contextmanager
-def _ending_job(domain: Domain, slot: str) -> Iterator[None]:
-    """Whatever goes wrong here ends the job, of which nobody would know later; OutcomeUnknown where that cannot be done."""
-    try:
-        yield
-    except errors.OutcomeUnknown:
-        raise
-    except errors.HvmgrError as error:
-        if error.facts.get("lost"):
-            raise
-        try:
-            domain.end_block_job(slot)
-        except errors.HvmgrError as second:  # or it came to its end by itself, or with the VM
-            if _lives(domain) and domain.block_job(slot) is not None:
-                raise errors.OutcomeUnknown(
-                    f"{error}; and the merge of disk {slot} of {domain.name} could not be ended ({second})"
-                ) from error
-        raise
-
-
-def _start(start: Callable[..., None], *, relative: bool) -> None:
-    """libvirt keeps names relative only where all of them are; the one that counts is written afterwards."""
-    try:
-        start(relative=relative)
-    except errors.HvmgrError as error:
-        if not relative or "relative" not in str(error):
-            raise
-        start(relative=False)
-
-
-def _follow(session: Session, domain: Domain, slot: str, job: _Job) -> None:
-    """Until the job is gone, or ready to end. Its counters are for people and prove nothing.
-
-    What it has written is brought to the disk now and then: its last act is a header, which should not come first.
-    """
-    synced = time.monotonic()
-    while (far := domain.block_job(slot)) is not None and not live_chain.is_ready(_live(domain), slot):
-        session.progress(Progress(*far, f"merge {Path(job.source).name}"))
-        if time.monotonic() - synced > _SYNC_S:
-            durable.sync_file(job.written)
-            synced = time.monotonic()
-        time.sleep(_POLL_S)
-
-
-def _require_gone(domain: Domain, slot: str, path: str) -> None:
-    """Neither libvirt's live configuration nor QEMU knows the image any more, and nothing copies the disk."""
-    deadline = time.monotonic() + _SETTLES_S
-    while True:
-        in_chain = any(_is_same(one.path, path) for one in _links(domain, slot))
-        is_open = any(_is_same(str(one), path) for one in domain.open_files())
-        if not in_chain and not is_open and live_chain.mirror(_live(domain), slot) is None:
-            return
-        if in_chain and domain.block_job(slot) is None and not domain.has_block_job():
-            _raise_early_end(path)
-        if time.monotonic() > deadline:
-            if in_chain:
-                raise errors.OutcomeUnknown(f"the merge of {path} does not come to its end")
-            raise errors.OutcomeUnknown(f"QEMU still has {path} open although its merge has ended")
-        time.sleep(_POLL_S)
-
-
-def _raise_early_end(path: str) -> None:
-    facts = os.statvfs(Path(path).parent)
-    if facts.f_bavail * facts.f_frsize < _LITTLE:
-        raise errors.NoSpace(f"there was no space left in {Path(path).parent} to merge {path}")
-    raise errors.HostFailed(f"the merge of {path} ended early: QEMU, or somebody else, stopped it")
-
-
-def _write_name(domain: Domain, child: Path, name: str) -> None:
-    """The header names the parent as the home does."""
-    if images.read(child, images.QCOW2).backing != name:
-        domain.name_parent(child, name)
-
-
-# --- looking ----------------------------------------------------------------------------------------------------------
-
-
-def _find(session: Session, child: Path, parent: Path) -> _Place | None:
-    """Where the running VM has the child on the parent; None when it has not, or is off."""
-    domain = session.find_domain()
-    if domain is None or not domain.is_active():
-        return None
-    live = _live(domain)
-    for slot in vm_home.disks_of(live):
-        found = live_chain.links(live, slot)
-        for number, (upper, lower) in enumerate(itertools.pairwise(found)):
-            if _is_same(upper.path, str(child)) and _is_same(lower.path, str(parent)):
-                above = vm_home.canonical(found[number - 1].path) if number else None
-                return _Place(slot, upper.name, lower.name, above)
-    return None
-
-
-def _links(domain: Domain, slot: str) -> tuple[live_chain.Link, ...]:
-    return live_chain.links(_live(domain), slot)
-
-
-def _is_same(one: str, other: str) -> bool:
-    if one == other:
-        return True
-    return Path(one).exists() and Path(other).exists() and images.identity(Path(one)) == images.identity(Path(other))
-
-
-def _stands_on(child: Path, parent: Path) -> bool:
-    below = images.read(child, images.QCOW2).parent
-    return below is not None and _is_same(str(below), str(parent))
-
-
-def _live(domain: Domain) -> Configuration:
-    return configuration.parse(domain.xml(live=True), source=f"libvirt's live XML of {domain.name}")
-
-
-def _inactive(session: Session) -> Configuration:
-    domain = session.domain()
-    return configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}")

@@ -317,9 +317,9 @@ def branch(host):
     write_off(host, 0x66, "128k")
 
 
-def single(host):
+def single(host, *, disks=1):
     """One snapshot, and an own present."""
-    off(host)
+    off(host, *[crash.DISK] * disks)
     take(host, "one", 0x20)
 
 
@@ -589,6 +589,7 @@ LIVE_MERGES = {
     "live-merge-inner": live_merge(branch, "two"),
     "live-merge-root": live_merge(line, "one"),
     "live-merge-only": live_merge(single, "one"),
+    "live-merge-together": live_merge(lambda host: single(host, disks=2), "one"),
     "live-merge-paused": live_merge(lambda host: line(host, disks=2), "two", live=paused),
 }
 

@@ -1,0 +1,99 @@
+"""The guest leaves images for the ones below them, which show the same: of all its disks at one moment.
+
+It stands still from before the first pivot until libvirt's configuration says where it goes on: what it wrote before would
+hide what it writes then. The first pivot that is refused leaves all disks where they were.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host.domain import Domain, State
+from hvmgr.model import configuration
+from hvmgr.operations.session import Session
+from hvmgr.operations.steps import live_images, live_jobs
+from hvmgr.operations.steps.live_images import POLL_S, SETTLES_S
+from hvmgr.storage import durable, vm_home
+
+
+@dataclass(frozen=True, slots=True)
+class Pivot:
+    """A disk whose guest goes on in ``parent``, where everything is that ``child`` holds."""
+
+    slot: str
+    child: Path
+    parent: Path
+
+
+def go_on(session: Session, domain: Domain, pivots: Sequence[Pivot]) -> None:
+    """The guest writes to the parents from now on; raises what keeps the disks that are left from that."""
+    done: list[Pivot] = []
+    with session.interrupts.held_back():
+        try:
+            _pivot(session, domain, pivots, done)
+        except errors.HvmgrError:
+            if done:
+                _settle(session, domain, done)
+            raise
+        _settle(session, domain, done)
+
+
+def _pivot(session: Session, domain: Domain, pivots: Sequence[Pivot], done: list[Pivot]) -> None:
+    left = [one.slot for one in pivots]
+    with live_jobs.ending(domain, left):  # refused: the guest goes on where it was
+        if domain.state() is State.RUNNING:
+            durable.write_file(stopped(session), b"")
+            domain.suspend()
+        for one in pivots:
+            try:
+                domain.end_block_job(one.slot, pivot=True)
+            except (errors.HostFailed, errors.Conflict):
+                if not live_images.lives(domain) or live_images.find(session, one.child, one.parent) is not None:
+                    raise  # otherwise it was done all the same
+            left.remove(one.slot)
+            done.append(one)
+
+
+def _settle(session: Session, domain: Domain, done: Sequence[Pivot]) -> None:
+    with live_jobs.ended(domain):
+        for one in done:
+            require_path(domain, one.slot, one.parent)
+            durable.sync_file(one.parent)
+        let_go_on(session)
+
+
+def require_path(domain: Domain, slot: str, parent: Path) -> None:
+    """QEMU, libvirt's live and its inactive configuration agree."""
+    deadline = time.monotonic() + SETTLES_S
+    while True:
+        texts = [domain.xml(live=live) for live in (True, False)]
+        said = {vm_home.disks_of(configuration.parse(text, source="libvirt")).get(slot) for text in texts}
+        writing = {vm_home.canonical(str(path)) for path in domain.writable_files()}
+        if said == {str(parent)} and str(parent) in writing:
+            return
+        if time.monotonic() > deadline:
+            raise errors.OutcomeUnknown(f"nobody can say whether disk {slot} of {domain.name} goes on in {parent}")
+        time.sleep(POLL_S)
+
+
+def let_go_on(session: Session) -> None:
+    """A guest that was stopped for this goes on, unless it is not known where."""
+    note = stopped(session)
+    if not note.exists():
+        return
+    try:
+        domain = session.find_domain()
+        if domain is not None and domain.is_active() and domain.state() is State.PAUSED:
+            domain.resume()
+    except errors.HvmgrError:
+        return  # libvirt is out of reach: the next command does it
+    durable.remove(note)
+
+
+def stopped(session: Session) -> Path:
+    """The note that we stopped the guest."""
+    return session.layout.private / "stopped"
