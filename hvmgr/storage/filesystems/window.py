@@ -64,29 +64,6 @@ class Mapped:
                 disk.read_into(start + first - at, part)
 
 
-class Patched:
-    """A disk some of whose blocks are other ones: a throw-away layer, in memory, over what is only read."""
-
-    def __init__(self, disk: Disk, block: int, patches: dict[int, bytes]) -> None:
-        self._disk, self._block, self._patches = disk, block, patches
-        self.size = disk.size
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        """The bytes from ``offset`` on."""
-        self._disk.read_into(offset, buffer)
-        first, last = offset // self._block, (offset + len(buffer) - 1) // self._block
-        numbers = range(first, last + 1)
-        found = (
-            [one for one in numbers if one in self._patches]
-            if len(numbers) < len(self._patches)
-            else [one for one in self._patches if first <= one <= last]
-        )
-        for number in found:
-            at = number * self._block
-            start, end = max(at, offset), min(at + self._block, offset + len(buffer))
-            buffer[start - offset : end - offset] = self._patches[number][start - at : end - at]
-
-
 class Cached:
     """A disk whose small reads are answered from whole pieces that were read before."""
 
