@@ -89,11 +89,11 @@ class Fat:
         length_16, large, length_32 = struct.unpack_from("<H8xII", boot, 22)
         if sector not in {512, 1024, 2048, 4096} or not per_cluster or per_cluster & (per_cluster - 1) or not copies:
             raise damaged("its boot sector makes no sense")
-        self._cluster = sector * per_cluster
+        self._cluster: int = sector * per_cluster
         length = length_16 or length_32
         self._root_start = (reserved + copies * length) * sector
         self._root_size = roots * 32
-        self._data = self._root_start + -(-self._root_size // sector) * sector
+        self._data: int = self._root_start + -(-self._root_size // sector) * sector
         count = ((small or large) * sector - self._data) // self._cluster
         if count < 1 or not length:
             raise damaged("its boot sector makes no sense")
@@ -184,8 +184,9 @@ class Fat:
 
 
 def _first_cluster(raw: bytes) -> int:
-    high, low = struct.unpack_from("<H4xH", raw, 20)
-    return int(high << 16 | low)
+    high: int = struct.unpack_from("<H", raw, 20)[0]
+    low: int = struct.unpack_from("<H", raw, 26)[0]
+    return high << 16 | low
 
 
 def _short_name(raw: bytes) -> str:

@@ -176,6 +176,10 @@ class Compressed:
                 yield offset, data[: self._end - offset]
             offset += self._unit
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """All of it: holes are found by reading only."""
+        return [(0, self._end)] if self._end else []
+
     def _units(self) -> Iterator[list[Run]]:
         unit: list[Run] = []
         left = self._unit

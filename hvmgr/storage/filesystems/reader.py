@@ -73,6 +73,9 @@ class Content(Protocol):
     def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
         """The data in order, each piece with its offset and valid until the next; what is left out reads as zeros."""
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where all of the data is: (start, end) of each stretch; ``pieces`` gives nothing outside."""
+
 
 class Reader(Protocol):
     """One file system. ``title`` says in a few words what reads it, ``notes`` what whoever reads should know."""
@@ -112,6 +115,10 @@ class Bytes:
         if self.data:
             yield 0, self.data
 
+    def ranges(self) -> list[tuple[int, int]]:
+        """All of it."""
+        return [(0, self.size)] if self.size else []
+
 
 class Runs:
     """A content that lies on the disk in runs; bytes from ``valid`` on read as zeros."""
@@ -135,6 +142,20 @@ class Runs:
             at += length
             if at >= self._end:
                 return
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """The runs that are not holes."""
+        found: list[tuple[int, int]] = []
+        at = 0
+        for length, start in joined(self._runs):
+            end = min(at + length, self._end)
+            if start is not None and at < end:
+                before = found.pop()[0] if found and found[-1][1] == at else at
+                found.append((before, end))
+            at += length
+            if at >= self._end:
+                break
+        return found
 
 
 def joined(runs: Sequence[Run]) -> Iterator[Run]:
