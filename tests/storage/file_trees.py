@@ -14,7 +14,16 @@ STRANGE = [
     b"$dollar `tick` *star* [brackets]", b"\xff\xfe not utf-8", "ünïcødé 文件".encode(), b"x" * 255, b"%41 percent",
     b" leading", b"trailing ", b"\x1b[31mred", b"colon:name", b"~", b"#hash", b"semi;colon",
 ]  # fmt: skip
-MODEST = [b"plain", b"with space", b"quote'single", "ünïcødé 文件".encode(), b"%41 percent", b"UPPER.TXT", b"y" * 200, b"$x `y`"]
+MODEST = [
+    b"plain",
+    b"with space",
+    b"quote'single",
+    "ünïcødé 文件".encode(),
+    b"%41 percent",
+    b"UPPER.TXT",
+    b"y" * 200,
+    b"$x `y`",
+]
 TIME = 1_600_000_000_123_456_700
 
 
@@ -31,12 +40,12 @@ def make(folder, names=STRANGE, *, special=True):
     write(root + b"/deep/er/est/bottom", b"bottom\n")
     many = root + b"/many"
     os.mkdir(many)
-    for number in range(600):
+    for number in range(600 if special else 100):
         write(many + b"/file number %04d" % number, b"%d\n" % number)
     if special:
         os.link(root + b"/deep/size4097", root + b"/hard")
         os.symlink(b"deep/size1", root + b"/short link")
-        os.symlink(b"/" + b"long/" * 40, root + b"/long link")
+        os.symlink(b"/long" * 40, root + b"/long link")
         os.symlink(b"t" * 59, root + b"/59")
         os.symlink(b"t" * 60, root + b"/60")
         os.mkfifo(root + b"/pipe")
@@ -114,12 +123,12 @@ def hash_of(reader, node, stream=""):
     return digest.hexdigest()
 
 
-def ext(image, tree, *options, size="48M"):
+def ext(image, tree, *options, size="24M"):
     run("mke2fs", "-q", "-F", "-d", tree, *options, image, size)
     return image
 
 
-def ntfs(image, tree, *, size=64 << 20):
+def ntfs(image, tree, *, size=24 << 20):
     """By wimlib, which writes folders without root."""
     wim = image.with_suffix(".wim")
     run("wimcapture", tree, wim, "--compress=none", "--unix-data")

@@ -110,10 +110,10 @@ class Ext:
         return self.stat(_ROOT)
 
     def names(self, folder: Node) -> Iterator[tuple[bytes, Any]]:
-        inode = self._inode(folder.ref)
-        if inode.flags & _FLAG_ENCRYPTED:
-            raise errors.Unsupported("this folder is encrypted (fscrypt), and its key is only in the guest")
         with reader.parsing(f"folder {folder.ref}"):
+            inode = self._inode(folder.ref)
+            if inode.flags & _FLAG_ENCRYPTED:
+                raise errors.Unsupported("this folder is encrypted (fscrypt), and its key is only in the guest")
             if inode.flags & _FLAG_INLINE:
                 rest = self._attributes(inode).get("system.data", b"")
                 for part in (inode.data[4:], rest):
@@ -139,9 +139,8 @@ class Ext:
             at += length
 
     def stat(self, ref: Any) -> Node:
-        inode = self._inode(ref)
         with reader.parsing(f"inode {ref}"):
-            return self._node(inode)
+            return self._node(self._inode(ref))
 
     def _node(self, inode: _Inode) -> Node:
         raw, number = inode.raw, inode.number
@@ -182,10 +181,10 @@ class Ext:
     def content(self, node: Node, stream: str = "") -> Content:
         if stream:
             raise errors.NotFound(f"ext file systems have no named streams, and so no '{stream}'")
-        inode = self._inode(node.ref)
-        if inode.flags & _FLAG_ENCRYPTED:
-            raise errors.Unsupported("this file is encrypted (fscrypt), and its key is only in the guest")
         with reader.parsing(f"inode {node.ref}"):
+            inode = self._inode(node.ref)
+            if inode.flags & _FLAG_ENCRYPTED:
+                raise errors.Unsupported("this file is encrypted (fscrypt), and its key is only in the guest")
             return self._content(inode)
 
     def _content(self, inode: _Inode) -> Content:
@@ -284,14 +283,20 @@ class Ext:
             yield at, 1, number or None
             at += 1
         per_block = self._super.block // 4
+        budget = [2 * self._super.block_count]  # no file has more blocks than there are
         for depth, number in enumerate(numbers[12:], 1):
             if at >= last:
                 return
-            yield from self._indirect(number, depth, at, last)
+            yield from self._indirect(number, depth, at, last, budget)
             at += per_block**depth
 
-    def _indirect(self, block: int, depth: int, at: int, last: int) -> Iterator[tuple[int, int, int | None]]:
+    def _indirect(
+        self, block: int, depth: int, at: int, last: int, budget: list[int]
+    ) -> Iterator[tuple[int, int, int | None]]:
         per_block = self._super.block // 4
+        budget[0] -= 1
+        if budget[0] < 0:
+            raise damaged("a file has more blocks than there are")
         if block == 0:
             yield at, per_block**depth, None
             return
@@ -301,7 +306,7 @@ class Ext:
         for number in struct.unpack(f"<{per_block}I", self._block(block)):
             if at >= last:
                 return
-            yield from self._indirect(number, depth - 1, at, last)
+            yield from self._indirect(number, depth - 1, at, last, budget)
             at += per_block ** (depth - 1)
 
     def _block(self, number: int) -> bytes:

@@ -21,6 +21,7 @@ _HEADER = struct.Struct(">III")
 _DESCRIPTOR, _COMMIT, _REVOKE = 1, 2, 5
 _64BIT, _CSUM_V2, _CSUM_V3, _FAST_COMMIT = 0x2, 0x8, 0x10, 0x20
 _KNOWN = 0x1 | _64BIT | 0x4 | _CSUM_V2 | _CSUM_V3 | _FAST_COMMIT
+_LARGEST = 64 << 30
 _ESCAPED, _SAME_UUID, _LAST = 1, 2, 8
 
 
@@ -74,6 +75,8 @@ def replayed(disk: Disk, runs: Sequence[Run], size: int, block: int) -> Replayed
 class _Journal:
     def __init__(self, disk: Disk, runs: Sequence[Run], size: int, block: int) -> None:
         self._disk, self._block = disk, block
+        if size > _LARGEST or len(runs) > size // block:
+            raise damaged("its journal makes no sense")
         self._places: list[int] = []  # of each block of the journal, on the disk
         for length, start in runs:
             if start is None:

@@ -319,21 +319,28 @@ class Ntfs:
             raise damaged(f"the index of record {record.number}")
         used = reader.whole(ntfs_data.content_of(self._disk, bitmap, self._about), _LIST_MAX)
         runs = ntfs_data.runs_of(more, self._about)
-        for number in range(more[0].size // size):
-            if number // 8 < len(used) and used[number // 8] >> number % 8 & 1:
-                raw = (
-                    self._read_runs(runs, number * size, size)
-                    if len(runs) > 1
-                    else self._in_one(runs, number * size, size)
-                )
-                if raw[:4] != b"INDX":
-                    raise damaged(f"the index of record {record.number}")
-                yield ntfs_data.fixed(raw)[24:]
+        for number in _bits(used):
+            if number >= more[0].size // size:
+                return
+            if len(runs) > 1:
+                raw = self._read_runs(runs, number * size, size)
+            else:
+                raw = self._in_one(runs, number * size, size)
+            if raw[:4] != b"INDX":
+                raise damaged(f"the index of record {record.number}")
+            yield ntfs_data.fixed(raw)[24:]
 
     def _in_one(self, runs: list[Run], offset: int, size: int) -> bytes:
         if not runs or runs[0].start is None or offset + size > runs[0].length:
             raise damaged("an index")
         return self._cached.read(runs[0].start + offset, size)
+
+
+def _bits(bitmap: bytes) -> Iterator[int]:
+    """The numbers of the bits that are set."""
+    for index, byte in enumerate(bitmap):
+        if byte:
+            yield from (8 * index + bit for bit in range(8) if byte >> bit & 1)
 
 
 def _entries(node: bytes) -> Iterator[bytes]:

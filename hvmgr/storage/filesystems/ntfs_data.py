@@ -166,7 +166,8 @@ class Compressed:
     def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
         """The data, unit by unit."""
         offset = 0
-        for unit in self._units():
+        for unit, empty in self._units():
+            offset += empty * self._unit
             if offset >= self._end:
                 return
             allocated = sum(one.length for one in unit if one.start is not None)
@@ -180,26 +181,26 @@ class Compressed:
         """All of it: holes are found by reading only."""
         return [(0, self._end)] if self._end else []
 
-    def _units(self) -> Iterator[list[Run]]:
+    def _units(self) -> Iterator[tuple[list[Run], int]]:
+        """Each unit with how many units of nothing lie in front of it."""
         unit: list[Run] = []
+        empty = 0
         left = self._unit
         for length, start in self._runs:
             at = 0
             while at < length:
                 if not unit and start is None and length - at >= self._unit:
-                    count = (length - at) // self._unit  # a hole of many units costs no more than one
-                    for _ in range(min(count, -(-self.size // self._unit))):
-                        yield []
-                    at += count * self._unit
+                    count = (length - at) // self._unit
+                    empty, at = empty + count, at + count * self._unit
                     continue
                 take = min(left, length - at)
                 unit.append(Run(take, None if start is None else start + at))
                 at, left = at + take, left - take
                 if not left:
-                    yield unit
-                    unit, left = [], self._unit
+                    yield unit, empty
+                    unit, left, empty = [], self._unit, 0
         if unit:
-            yield unit
+            yield unit, empty
 
 
 def expanded(raw: bytes, limit: int) -> bytes:
