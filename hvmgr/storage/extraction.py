@@ -27,6 +27,7 @@ _UNMADE = {
     Type.SOCKET: "sockets",
     Type.OTHER: "special files",
 }
+UNNAMEABLE = "names that cannot be names here"
 _NAME_MAX = 255
 _ROOT_ONLY = ("security.", "trusted.")
 
@@ -184,7 +185,7 @@ class Target:
     def _is_name(self, name: bytes) -> bool:
         if _is_safe(name):
             return True
-        self.leave_out("names that cannot be names here")
+        self.leave_out(UNNAMEABLE)
         return False
 
 

@@ -50,6 +50,7 @@ class Browser:
     def __init__(self, volume: Volume, opened: Reader) -> None:
         self.volume = volume
         self.reader = opened
+        self.unnameable = 0  # names that were left out because no path can have them
         self._known: dict[int, dict[bytes, Any]] = {}
         self._folded: dict[int, dict[str, bytes]] = {}
 
@@ -177,7 +178,12 @@ class Browser:
     def _entries(self, folder: Node) -> dict[bytes, Any]:
         found = self._known.get(folder.id)
         if found is None:
-            found = dict(self.reader.names(folder))
+            found = {}
+            for name, ref in self.reader.names(folder):
+                if b"/" in name or b"\0" in name or name in found:
+                    self.unnameable += 1
+                else:
+                    found[name] = ref
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
                 self._folded.clear()

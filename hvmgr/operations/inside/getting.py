@@ -42,6 +42,7 @@ class Gathered:
 
     items: list[_Item]
     size: int
+    left_out: dict[str, int]
 
     @property
     def files(self) -> int:
@@ -74,7 +75,8 @@ def gather(wanted: Sequence[tuple[Browser, Found]]) -> Gathered:
             parts = (*parts[:-1], one.name) if parts else ()
             items.append(_Item(browser, one, parts))
             size += one.size if one.node.type is Type.FILE or one.stream else 0
-    return Gathered(items, size)
+    unnameable = sum(browser.unnameable for browser in dict.fromkeys(browser for browser, _ in wanted))
+    return Gathered(items, size, {extraction.UNNAMEABLE: unnameable} if unnameable else {})
 
 
 def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bool, overwrite: bool) -> Outcome:
@@ -102,7 +104,7 @@ def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bo
                 target.leave_out("named streams (--streams writes them beside their files)")
         for item in reversed(folders):  # their times, when nothing is put into them any more
             target.settle(item.parts, item.found.node, item.browser.reader.extras(item.found.node))
-        outcome.left_out = target.left_out
+        outcome.left_out = target.left_out | gathered.left_out
     outcome.size = counting.done
     return outcome
 
@@ -146,7 +148,7 @@ def into_archive(gathered: Gathered, sink: Callable[[memoryview], None], report:
 
     A named stream is a member ``NAME:STREAM`` behind its file; a security descriptor the attribute ``system.ntfs_acl``.
     """
-    outcome = Outcome()
+    outcome = Outcome(left_out=dict(gathered.left_out))
     writer = tar.Writer(sink)
     counting = _Counting(report, gathered.size, f"get {gathered.files} files")
     written: dict[tuple[int, int], str] = {}

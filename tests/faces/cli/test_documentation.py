@@ -138,6 +138,10 @@ SHAPED = {
     "image check": ["image", "check", "FILES/torn.vhd", "--repair"],
     "image compact": ["image", "compact", "FILES/user.qcow2"],
     "image reparent": ["image", "reparent", "FILES/child.vhd", "FILES/base.vhd"],
+    "file list": ["file", "list", "/", "--image", "FILES/ext4.raw"],
+    "file volumes": ["file", "list", "--image", "FILES/ext4.raw"],
+    "file get": ["file", "get", "/a file", "--image", "FILES/ext4.raw", "--to", "FILES"],
+    "file hash": ["file", "hash", "/", "--image", "FILES/ext4.raw"],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -187,6 +191,9 @@ def files(hvmgr, tmp_path):
     with (folder / "torn.vhd").open("r+b") as file:
         file.seek(64)
         file.write(b"junk")
+    (folder / "tree").mkdir()
+    (folder / "tree" / "a file").write_text("text")
+    subprocess.run(["mke2fs", "-q", "-d", folder / "tree", folder / "ext4.raw", "2M"], check=True, timeout=60)
     return folder
 
 
