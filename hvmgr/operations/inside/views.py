@@ -114,12 +114,12 @@ def of_image(path: Path, fmt: str | None = None) -> Frozen:
 
     ``fmt`` (qcow2, raw, vhd, vhdx) where the content is not to decide. Conflict when a VM that runs writes it.
     """
-    from hvmgr.operations import attaching
+    from hvmgr.operations.images import links as image_links
 
-    attaching.require_image(path)
+    image_links.require_image(path)
     real = Path(os.path.realpath(path))
     stated = images.VPC if fmt == "vhd" else fmt
-    return Frozen(str(path), tuple(attaching.chain_of(real, stated or attaching.probe(real))))
+    return Frozen(str(path), tuple(image_links.chain_of(real, stated or image_links.probe(real))))
 
 
 def of_folder(
@@ -178,11 +178,11 @@ def _source_chain(source: SourceHome, path: str) -> list[tuple[Path, str]]:
 
 def _links(chain: Sequence[tuple[Path, str]]) -> Iterator[Link]:
     """A chain as ``image_export`` takes it: what QEMU does not read right is left to our own codec, with all below it."""
-    from hvmgr.operations import attaching
+    from hvmgr.operations.images import links as image_links
 
     for path, fmt in chain:
         if fmt == images.VPC:
-            yield from attaching.chain_of(path, fmt)
+            yield from image_links.chain_of(path, fmt)
             return
         yield Link(path, fmt)
 
