@@ -139,6 +139,29 @@ def ntfs(image, tree, *, size=24 << 20):
     return image
 
 
+def xfs(image, tree, *options, size="320M"):
+    """By a protofile, which knows neither blanks in names nor times."""
+    lines = ["boot", "0 0", "d--755 0 0", *_proto(tree), "$"]
+    proto = image.with_suffix(".proto")
+    proto.write_bytes(os.fsencode("\n".join(lines)) + b"\n")
+    run("mkfs.xfs", "-q", "-f", *options, "-p", proto, "-d", f"name={image},size={size},file")
+    return image
+
+
+def _proto(folder):
+    for entry in sorted(os.scandir(folder), key=lambda one: one.name):
+        facts = entry.stat(follow_symlinks=False)
+        kind = "d" if entry.is_dir(follow_symlinks=False) else "l" if entry.is_symlink() else "-"
+        bits = ("u" if facts.st_mode & stat.S_ISUID else "-") + ("g" if facts.st_mode & stat.S_ISGID else "-")
+        line = f"{entry.name} {kind}{bits}{facts.st_mode & 0o777:03o} 12 70000"
+        if kind == "d":
+            yield line
+            yield from _proto(entry.path)
+            yield "$"
+        else:
+            yield f"{line} {os.readlink(entry.path) if kind == 'l' else entry.path}"
+
+
 def run(*words, **more):
     done = subprocess.run([*map(os.fspath, words)], capture_output=True, timeout=120, check=False, **more)
     assert done.returncode == 0, (words, done.stdout[-2000:], done.stderr[-2000:])

@@ -275,6 +275,68 @@ class TestNtfs:
         assert found[b"sparse"] == file_trees.of_host(trees / "full")[b"sparse"]
 
 
+@pytest.fixture(scope="module")
+def blankless(tmp_path_factory):
+    """A tree for XFS' protofiles, with folders of each kind: in the inode, in one block, in many."""
+    tree = tmp_path_factory.mktemp("blankless") / "tree"
+    for name, count in (("few", 3), ("some", 60), ("many", 600)):
+        (tree / name).mkdir(parents=True)
+        for number in range(count):
+            (tree / name / f"a-file-ünder-number-{number:05}").write_bytes(b"%d" % number)
+    for size in (0, 1, 511, 4096, 1 << 20):
+        (tree / f"size{size}").write_bytes(file_trees.pattern(size))
+    (tree / "short").symlink_to("few/x")
+    (tree / "long").symlink_to("/" + "l" * 500)
+    (tree / "size1").chmod(0o4750)
+    return tree
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("-m", "crc=0"), ("-b", "size=1024", "-n", "size=8192"), ("-m", "bigtime=0"), ("-i", "size=2048")],
+    ids=["version 5", "version 4", "large folder blocks", "old times", "large inodes"],
+)
+def test_xfs_shows_the_tree(blankless, tmp_path, options, require_program):
+    require_program("mkfs.xfs")
+    image = file_trees.xfs(tmp_path / "image", blankless, *options)
+    assert seen(image) == file_trees.of_host(blankless)
+    with File(image) as disk:
+        reader = opened(disk)
+        node = dict(file_trees.walked(reader))[b"size1"]
+    assert (node.mode, node.uid, node.gid) == (0o4750, 12, 70000)
+    assert abs(node.modified - image.stat().st_mtime_ns) < 3600 * 10**9
+    assert reader.notes == []
+
+
+def test_xfs_of_a_mounted_volume(trees, tmp_path, require):
+    """What only a kernel makes: trees of extents, attributes in blocks, a log that was not replayed. As root only."""
+    require(
+        os.geteuid() == 0 and "\txfs\n" in Path("/proc/filesystems").read_text(), "only root can mount XFS, where it is"
+    )
+    image, place = tmp_path / "image", tmp_path / "mounted"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(320 << 20)
+    file_trees.run("mkfs.xfs", "-q", image)
+    script = (
+        'mount -o loop "$1" "$2" && cd "$2" && for i in $(seq 200); do '
+        'dd if="$3" of=pieces bs=4096 seek=$((2*i)) count=1 conv=notrunc status=none; done && '
+        "for i in 1 2 3 4 5 6 7 8; do setfattr -n user.n$i -v $(head -c 700 /dev/zero | tr '\\0' $i) pieces; done && "
+        'cp pieces "$4" && ln pieces other && cd / && sync -f "$2" && cp "$1" "$1.dirty" && umount "$2"'
+    )
+    source, copy = trees / "full/deep/size1048576", tmp_path / "copy"
+    file_trees.run("unshare", "-m", "sh", "-c", script, "sh", image, place, source, copy)
+    with File(image) as disk:
+        reader = opened(disk)
+        nodes = dict(file_trees.walked(reader))
+        assert reader.notes == []
+        assert nodes[b"pieces"].id == nodes[b"other"].id
+        assert file_trees.hash_of(reader, nodes[b"pieces"]) == sha256(copy.read_bytes())
+        assert reader.extras(nodes[b"pieces"]) == {f"user.n{one}": b"%d" % one * 700 for one in range(1, 9)}
+    with File(Path(f"{image}.dirty")) as disk:
+        assert "its log is not replayed" in opened(disk).notes[0]
+
+
 @pytest.mark.parametrize(
     ("size", "options"),
     [(4, ("-F", "12", "-s", "8")), (60, ("-F", "16")), (600, ("-F", "32", "-s", "1"))],

@@ -508,7 +508,7 @@ def _is_file(one: Found) -> bool:
 def _hash_of(content: Any, algorithm: str) -> str:
     digest, at = hashlib.new(algorithm, usedforsecurity=False), 0
     empty = bytes(1 << 20)
-    for offset, piece in [*_with_end(content)]:
+    for offset, piece in _with_end(content):
         for start in range(at, offset, len(empty)):
             digest.update(empty[: min(len(empty), offset - start)])
         digest.update(piece)

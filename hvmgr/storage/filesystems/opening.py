@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import cast
+
 from hvmgr.storage.filesystems.reader import Reader
 from hvmgr.storage.filesystems.signatures import Kind
 from hvmgr.storage.partitions import Disk
 
-READABLE = {Kind.EXT2, Kind.EXT3, Kind.EXT4, Kind.NTFS, Kind.FAT, Kind.EXFAT, Kind.ISO}
+# Imported when the first volume of the kind is met.
+_READERS = {
+    Kind.EXT2: "ext:Ext",
+    Kind.EXT3: "ext:Ext",
+    Kind.EXT4: "ext:Ext",
+    Kind.XFS: "xfs:Xfs",
+    Kind.NTFS: "ntfs:Ntfs",
+    Kind.FAT: "fat:Fat",
+    Kind.EXFAT: "exfat:ExFat",
+    Kind.ISO: "iso:Iso",
+}
+READABLE = frozenset(_READERS)
 
 
 def open_reader(kind: Kind, disk: Disk) -> Reader | None:
     """A reader of the file system that lies on the disk; None where there is none for its kind."""
-    if kind in {Kind.EXT2, Kind.EXT3, Kind.EXT4}:
-        from hvmgr.storage.filesystems.ext import Ext
-
-        return Ext(disk)
-    if kind is Kind.NTFS:
-        from hvmgr.storage.filesystems.ntfs import Ntfs
-
-        return Ntfs(disk)
-    if kind is Kind.FAT:
-        from hvmgr.storage.filesystems.fat import Fat
-
-        return Fat(disk)
-    if kind is Kind.EXFAT:
-        from hvmgr.storage.filesystems.exfat import ExFat
-
-        return ExFat(disk)
-    if kind is Kind.ISO:
-        from hvmgr.storage.filesystems.iso import Iso
-
-        return Iso(disk)
-    return None
+    if kind not in _READERS:
+        return None
+    module, _, name = _READERS[kind].partition(":")
+    found = importlib.import_module(f"hvmgr.storage.filesystems.{module}")
+    return cast("Reader", getattr(found, name)(disk))

@@ -162,6 +162,13 @@ class TestGet:
         assert (out / "sparse").stat().st_blocks * 512 < 1 << 20
         assert os.getxattr(out / "deep" / "size60", "user.word") == b"value"
 
+    def test_hashes_are_those_of_sha256sum(self, hvmgr, full):
+        image, tree = full
+        names = sorted(one.name for one in (tree / "deep").iterdir() if one.is_file())
+        said = file_trees.run("sha256sum", *(tree / "deep" / one for one in names), tree / "sparse").decode()
+        expected = said.replace(str(tree), "")
+        assert hvmgr.ok("file", "hash", "--image", image, "/deep/size*", "/sparse").out == expected
+
     def test_archive_holds_everything(self, hvmgr, full, tmp_path):
         image, tree = full
         hvmgr.ok("file", "get", "--image", image, "/", "--archive", "--to", tmp_path / "all.tar")
