@@ -13,7 +13,7 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.operations.inside import looking, views
-from hvmgr.storage.filesystems import opening, signatures
+from hvmgr.storage.filesystems import opening, signatures, window
 from hvmgr.storage.filesystems.reader import Type
 from hvmgr.storage.filesystems.signatures import Kind
 from hvmgr.storage.partitions import File
@@ -335,6 +335,84 @@ def test_xfs_of_a_mounted_volume(trees, tmp_path, require):
         assert reader.extras(nodes[b"pieces"]) == {f"user.n{one}": b"%d" % one * 700 for one in range(1, 9)}
     with File(Path(f"{image}.dirty")) as disk:
         assert "its log is not replayed" in opened(disk).notes[0]
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "4096", "-m", "single")], ids=["as usual", "small nodes"])
+def test_btrfs_shows_the_tree(trees, tmp_path, options, require_program):
+    require_program("mkfs.btrfs")
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    file_trees.run("mkfs.btrfs", "-q", "-f", *options, "--rootdir", trees / "full", image)
+    assert seen(image) == file_trees.of_host(trees / "full")
+    with File(image) as disk:
+        reader = opened(disk)
+        nodes = dict(file_trees.walked(reader))
+    assert {path.decode(): oct(nodes[path].mode) for path in nodes if path.startswith(b"mode")} == {
+        f"mode{mode}": f"0o{mode}" for mode in ("4755", "1777", "0", "640")
+    }
+    assert nodes[b"deep/size60"].modified // 10**9 == file_trees.TIME // 10**9
+
+
+def test_btrfs_of_a_mounted_volume(trees, tmp_path, require):
+    """Subvolumes, snapshots, all compressions: what only a kernel makes. As root only."""
+    require(os.geteuid() == 0 and "\tbtrfs\n" in Path("/proc/filesystems").read_text(), "only root can mount Btrfs")
+    image, place = tmp_path / "image", tmp_path / "mounted"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(128 << 20)
+    file_trees.run("mkfs.btrfs", "-q", "-f", image)
+    script = (
+        'mount -o loop "$1" "$2" && cd "$2" && btrfs subvolume create root && btrfs subvolume create root/inner && '
+        "echo inner >root/inner/file && for c in zlib lzo zstd; do mkdir root/$c && "
+        "btrfs property set root/$c compression $c && seq 1 60000 >root/$c/seq && seq 1 150 >root/$c/small && "
+        'cat root/$c/seq "$3" root/$c/seq >root/$c/mixed; done && setfattr -n user.word -v value root/zlib/seq && '
+        "btrfs subvolume snapshot root before && echo changed >root/zlib/small && "
+        'btrfs subvolume set-default "$(btrfs inspect-internal rootid root)" . && '
+        'cp root/zlib/mixed "$4" && cp root/zlib/seq "$5" && cd / && sync -f "$2" && umount "$2"'
+    )
+    words = ["unshare", "-m", "sh", "-c", script, "sh", image, place, trees / "full/deep/size1048576"]
+    file_trees.run(*words, tmp_path / "mixed", tmp_path / "seq")
+    mixed, seq = (sha256((tmp_path / name).read_bytes()) for name in ("mixed", "seq"))
+    with File(image) as disk:
+        reader = opened(disk)
+        nodes = dict(file_trees.walked(reader))
+        assert sorted(one for one in nodes if b"/" not in one) == [b"inner", b"lzo", b"zlib", b"zstd"]
+        for kind in (b"zlib", b"lzo", b"zstd"):
+            assert file_trees.hash_of(reader, nodes[kind + b"/mixed"]) == mixed
+            assert file_trees.hash_of(reader, nodes[kind + b"/seq"]) == seq
+            kinds = {one.compression for one in reader.content(nodes[kind + b"/seq"])._extents}
+            assert kinds == {{b"zlib": 1, b"lzo": 2, b"zstd": 3}[kind]}
+        assert file_trees.hash_of(reader, nodes[b"inner/file"]) == sha256(b"inner\n")
+        assert reader.extras(nodes[b"zlib/seq"])["user.word"] == b"value"
+        reader._start = 5  # the top, in which the default subvolume and its snapshot are
+        nodes = dict(file_trees.walked(reader))
+        assert file_trees.hash_of(reader, nodes[b"before/zlib/small"]) != sha256(b"changed\n")
+        assert file_trees.hash_of(reader, nodes[b"root/zlib/small"]) == sha256(b"changed\n")
+        assert b"before/inner" in nodes
+        assert b"before/inner/file" not in nodes
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_damage_of_others_is_an_error_and_no_hang(blankless, tmp_path, kind, require_program):
+    require_program(f"mkfs.{kind}")
+    image, chance = tmp_path / "image", random.Random(5)
+    if kind == "xfs":
+        file_trees.xfs(image, blankless)
+        ranges = [range(512), range(2048, 256 << 10), range(512 << 10, 1 << 20)]
+    else:
+        image.write_bytes(bytes(1))
+        os.truncate(image, 128 << 20)
+        file_trees.run("mkfs.btrfs", "-q", "-f", "-m", "single", "--rootdir", blankless, image)
+        with File(image) as disk:
+            super_block = window.read(disk, 64 << 10, 4096)
+        root = int.from_bytes(super_block[0x50:0x58], "little")
+        ranges = [range(64 << 10, (64 << 10) + 3000), range(root, root + (512 << 10))]
+    outcomes = {
+        outcome(image, [chance.choice(chance.choice(ranges)) for _ in range(60)], chance, tmp_path) for _ in range(12)
+    }
+    assert outcomes <= {"whole", "Corrupt", "Unsupported"}
+    assert outcomes - {"whole"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ _READERS = {
     Kind.EXT3: "ext:Ext",
     Kind.EXT4: "ext:Ext",
     Kind.XFS: "xfs:Xfs",
+    Kind.BTRFS: "btrfs:Btrfs",
     Kind.NTFS: "ntfs:Ntfs",
     Kind.FAT: "fat:Fat",
     Kind.EXFAT: "exfat:ExFat",
