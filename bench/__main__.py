@@ -13,6 +13,7 @@ from bench import (
     harness,
     hook,
     http,
+    inside,
     live,
     live_merge,
     snapshots,
@@ -32,6 +33,7 @@ SUITES = {
     "vhd": vhd.measure,
     "transfer": transfer.measure,
     "http": http.measure,
+    "inside": inside.measure,
     "ansible": ansible.measure,
 }
 
