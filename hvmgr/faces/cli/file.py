@@ -52,7 +52,7 @@ class Where:
     words: tuple[str, ...]
     snapshot: str | None
     slot: str | None
-    partition: int | None
+    partition: str | None
     image: Path | None
     home: Path | None
     fmt: str | None
@@ -111,7 +111,10 @@ def _options(metavar: str) -> list[Callable[[Any], Any]]:
         click.argument("words", metavar=metavar, nargs=-1, type=_VmThenPaths()),
         click.option("--snapshot", metavar="SNAP", type=arguments.SnapshotName(), help="As the disks were at this snapshot."),
         click.option("--disk", "slot", metavar="SLOT", help="On this disk only."),
-        click.option("--partition", metavar="N", type=click.IntRange(min=1), help="On the partition with this number only."),
+        click.option(
+            "--partition", metavar="N|GROUP/VOLUME",
+            help="On the partition with this number, or the logical volume of this name, only.",
+        ),
         click.option(
             "--image", metavar="FILE", type=click.Path(path_type=Path), help="The disk in an image file; no VM is named."
         ),

@@ -84,6 +84,7 @@ def volume(one: Volume) -> dict[str, Any]:
     return {
         "disk": one.disk.slot,
         "partition": one.number,
+        "logical": one.logical or None,
         "start": one.start,
         "size": one.size,
         "holds": None if one.kind is None else one.kind.value,
@@ -117,7 +118,7 @@ def _moment(nanoseconds: int | None) -> datetime | None:
 def volume_row(one: Volume) -> tuple[str, ...]:
     """A line of the table of file systems."""
     readable = "yes" if looking.is_readable(one) else looking.why_not(one)
-    number = "-" if one.number is None else str(one.number)
+    number = one.logical or ("-" if one.number is None else str(one.number))
     holds = one.kind.value if one.kind is not None else "-"
     return (one.disk.slot or "-", number, holds, one.label or one.name or "-", units.format_size(one.size), readable)
 

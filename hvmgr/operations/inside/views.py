@@ -53,7 +53,7 @@ class Volume:
     """A place on a disk that may hold a file system: a partition, or the whole disk (``number`` None).
 
     ``kind`` is None where nothing known was found; ``start`` and ``size`` are bytes of the disk; ``type`` is the
-    partition table's own word.
+    partition table's own word. ``logical`` is the name of a logical volume (LVM), which may lie on several disks.
     """
 
     disk: Frozen
@@ -65,10 +65,14 @@ class Volume:
     uuid: str = ""
     type: str = ""
     name: str = ""
+    logical: str = ""
+    why_not: str = ""  # nobody can read a logical volume
 
     @property
     def title(self) -> str:
         """What people call it."""
+        if self.logical:
+            return f"volume {self.logical}"
         place = self.disk.slot or Path(self.disk.links[0].path).name
         return place if self.number is None else f"{place} partition {self.number}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -53,7 +54,10 @@ class Mapped:
         end = offset + len(buffer)
         if offset < 0 or end > self.size:
             raise errors.Corrupt(f"the file system reaches to byte {end}, its volume ends at {self.size}")
-        for at, disk, start, length in self._parts:
+        index = bisect.bisect_right(self._parts, offset, key=lambda one: one[0]) - 1
+        for at, disk, start, length in self._parts[max(0, index) :]:
+            if at >= end:
+                break
             first, last = max(at, offset), min(at + length, end)
             if first >= last:
                 continue
