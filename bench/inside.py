@@ -27,11 +27,14 @@ set -e
 touch "$1/disk"
 qemu-storage-daemon --daemonize --pidfile "$1/pid" --blockdev driver=file,node-name=f,filename="$3",read-only=on \
   --blockdev driver=qcow2,node-name=q,file=f,read-only=on --export type=fuse,id=e,node-name=q,mountpoint="$1/disk"
+end() {
+    umount "$2" || true
+    kill "$(cat "$1/pid")"
+    for _ in $(seq 2000); do mountpoint -q "$1/disk" || break; sleep 0.005; done
+}
+trap 'end "$@"' EXIT
 mount -o loop,ro "$1/disk" "$2"
 {work}
-umount "$2"
-kill "$(cat "$1/pid")"
-while mountpoint -q "$1/disk"; do sleep 0.001; done
 """
 _HVMGR = [sys.executable, "-P", "-m", "hvmgr", "file"]
 

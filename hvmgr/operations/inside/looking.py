@@ -60,9 +60,17 @@ class Inside:
             raise self._nothing_readable()
         if len(readable) == 1:
             return self.browser(readable[0])
-        having = [one for one in readable if self.browser(one).has(path)]
+        having: list[Volume] = []
+        broken: list[errors.HvmgrError] = []
+        for one in readable:
+            try:
+                having += [one] if self.browser(one).has(path) else []
+            except (errors.Corrupt, errors.Unsupported) as error:
+                broken.append(error)  # the path may well be on another one
         if len(having) == 1:
             return self.browser(having[0])
+        if not having and broken:
+            raise broken[0]
         if not having:
             where = ", ".join(one.title for one in readable)
             others = [one for one in self.volumes if not is_readable(one) and one.kind not in {None, Kind.SWAP}]

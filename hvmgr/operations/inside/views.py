@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.host import image_export, image_locks
 from hvmgr.host.image_export import Link
-from hvmgr.storage import images, partitions
+from hvmgr.storage import frozen, images, partitions
 from hvmgr.storage.filesystems import signatures
 from hvmgr.storage.filesystems.signatures import Kind
 from hvmgr.storage.filesystems.window import Window
@@ -106,7 +106,17 @@ def of_vm(vm: VM, *, snapshot: str | None = None, slot: str | None = None) -> li
         chosen, moment = vm.snapshot(snapshot), None
     forest = vm.home.tree()
     slots = [slot] if slot is not None else sorted(forest.nodes[chosen.id].disks)
-    return [_of_point(points.of_snapshot(vm.home, chosen.id, one, forest), moment) for one in slots]
+    found = [points.of_snapshot(vm.home, chosen.id, one, forest) for one in slots]
+    return [_of_point(one, _with_doubt(vm, one, moment)) for one in found]
+
+
+def _with_doubt(vm: VM, point: Point, moment: str | None) -> str | None:
+    """What somebody wrote to since it was frozen is shown all the same, for there may be something to save, and told."""
+    for path, _ in point.chain:
+        if frozen.is_changed(vm.home.layout, path):
+            doubt = f"{path} was changed by others since the snapshot was taken: what is shown may be wrong"
+            return doubt if moment is None else f"{moment}; {doubt}"
+    return moment
 
 
 def _of_point(point: Point, moment: str | None) -> Frozen:

@@ -77,9 +77,15 @@ def test_every_moment_of_a_chain_is_seen_and_nothing_written(hvmgr, web, root, m
     assert images_of(root) == before
 
 
-def test_volumes_of_a_vm(hvmgr, web):
+def test_volumes_of_a_vm_and_a_snapshot_that_was_changed(hvmgr, web):
     (row,) = hvmgr.ok("file", "list", web).lines
     assert row == ["vda", "1", "ext4", "root", "20 MiB", "yes"]
+    (image,) = hvmgr.ok("snapshot", "list", web, "--json").json["snapshots"][0]["disks"].values()
+    with Path(image).open("r+b") as file:
+        file.truncate(Path(image).stat().st_size + 512)
+    answer = hvmgr("file", "cat", web, "/etc/passwd", "--snapshot", "a")
+    assert (answer.code, answer.out) == (0, "root of moment 0\n")
+    assert "was changed by others" in answer.err
 
 
 def test_exports_and_homes_are_seen_wherever_they_lie(hvmgr, web, root, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from hvmgr import errors
 from hvmgr.model.metadata import SnapshotType
 from hvmgr.model.specification import DiskSpecification
-from hvmgr.operations.inside import looking, views
+from hvmgr.operations.inside import views
 from tests.storage import file_trees
 
 pytestmark = pytest.mark.guest
@@ -46,7 +46,7 @@ def test_the_latest_snapshot_of_a_running_vm_is_seen(counting):
     (disk,) = views.of_vm(machine.vm)
     assert disk.moment == f"{machine.vm.name} runs: this is its latest snapshot 'latest'"
     assert len(disk.links) >= 2
-    with looking.opened([disk]) as inside:
+    with machine.vm.look_inside() as inside:
         browser = inside.choose(b"/etc")
         for one in browser.children(browser.find(b"/etc")):
             expected = files[one.name.decode()]
