@@ -13,6 +13,7 @@ from bench import (
     harness,
     hook,
     http,
+    inside,
     live,
     live_merge,
     running_backup,
@@ -36,6 +37,7 @@ SUITES = {
     "transfer": transfer.measure,
     "running_backup": running_backup.measure,
     "http": http.measure,
+    "inside": inside.measure,
     "ansible": ansible.measure,
 }
 

@@ -23,6 +23,8 @@ from hvmgr.storage import journal, locks, vm_home
 from hvmgr.storage.vm_home import SnapshotEntry, VmHome
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.image_format import ImageFormat
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.exchange.finding_exports import Found
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.inside.looking import Inside
     from hvmgr.operations.session import Session
     from hvmgr.operations.snapshots import Wish
     from hvmgr.operations.transfer.outgoing import Outgoing
@@ -355,6 +358,17 @@ class VM:
         older = None if base is None else points.named(self, slot, base)
         point, kind = points.named(self, slot, snapshot), format or ImageFormat.VHD
         return recurrence.find(self, Path(file), point, older, kind, compare=compare)
+
+    def look_inside(
+        self, *, snapshot: str | None = None, slot: str | None = None, partition: str | None = None
+    ) -> AbstractContextManager[Inside]:
+        """The file systems on the disks, to be read inside the block; the VM may run, and is then seen at its latest snapshot.
+
+        ``partition`` is a number, or the name ``GROUP/VOLUME`` of a logical volume. Nothing is written.
+        """
+        from hvmgr.operations.inside import looking, views
+
+        return looking.opened(views.of_vm(self, snapshot=snapshot, slot=slot), partition=partition)
 
     def import_disk(
         self,

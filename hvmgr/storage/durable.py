@@ -287,6 +287,12 @@ def remove(path: Path) -> None:
         sync_folder(path.parent)
 
 
+def remove_at(folder: int, name: bytes) -> None:
+    """There is no file of this name in an open folder; for what is no state of ours, and so not synced."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
 def remove_folder(path: Path) -> None:
     """The folder and all in it are not there; it need not have been."""
     with explained(path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hvmgr import errors
@@ -60,6 +60,42 @@ class Writer:
             self._put(bytes(-data % _BLOCK))
             return digest.finish(size)
 
+    def content(
+        self,
+        info: tarfile.TarInfo,
+        size: int,
+        ranges: list[tuple[int, int]],
+        pieces: Iterator[tuple[int, bytes | memoryview]],
+    ) -> None:
+        """A file described by ``info`` (with pax headers, if it likes): its data in ``ranges`` comes in ``pieces``."""
+        data = sum(end - start for start, end in ranges)
+        table = b"" if data == size else _table(ranges, size)
+        if table:
+            own = info.pax_headers
+            _make_sparse(info, size)
+            info.pax_headers = {**own, **info.pax_headers}
+        info.size = data + len(table)
+        self.header(info)
+        self._put(table)
+        bounds = [(start, end) for start, end in ranges if start < end]
+        at = bounds[0][0] if bounds else 0
+        for offset, piece in pieces:
+            for start, end in _between(bounds, at, offset):
+                self._zeros(end - start)
+            self._sink(memoryview(piece))
+            at = offset + len(piece)
+        for start, end in _between(bounds, at, size):
+            self._zeros(end - start)
+        self._put(bytes(-info.size % _BLOCK))
+
+    def header(self, info: tarfile.TarInfo) -> None:
+        """An entry that has no data of its own: a folder, a link, a device."""
+        self._put(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+
+    def _zeros(self, count: int) -> None:
+        for at in range(0, count, 1 << 20):
+            self._put(bytes(min(1 << 20, count - at)))
+
     def end(self) -> None:
         """The archive is complete."""
         self._put(_END)
@@ -73,6 +109,13 @@ class Writer:
     def _put(self, data: bytes) -> None:
         if data:
             self._sink(memoryview(data))
+
+
+def _between(bounds: list[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The parts of the stretches that lie between two places."""
+    for first, last in bounds:
+        if max(first, start) < min(last, end):
+            yield max(first, start), min(last, end)
 
 
 def _table(ranges: list[tuple[int, int]], size: int) -> bytes:

@@ -15,6 +15,7 @@ from bench import (
     harness,
     hook,
     http,
+    inside,
     running_backup,
     snapshots,
     transfer,
@@ -172,3 +173,14 @@ def test_ansible_is_measured():
         pytest.skip("needs root and libvirtd")
     results = ansible.measure(lambda _: None, ansible.Scale(rounds=1, hosts=(1, 2)))
     assert [one.ratio is not None for one in results] == [True, True]
+
+
+def test_files_inside_disks_are_measured(require_program):
+    require_program("mke2fs")
+    scale = inside.Scale(
+        rounds=1, warm_up=0, files=20, large=units.MIB, small_disk=16 * units.MIB, large_disk=32 * units.MIB
+    )
+    results = inside.measure(lambda _: None, scale)
+    assert all(result.ours > 0 for result in results)
+    assert {result.aim for result in results} >= {1.2}
+    assert any(result.limit == 0.3 for result in results)

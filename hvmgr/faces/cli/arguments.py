@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -31,6 +32,21 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
             return value if isinstance(value, int) else units.parse_size(value)
         except errors.UsageError as error:
             self.fail(f"{error.message}; {error.hint}", param, ctx)
+
+
+def moment(text: str, option: str) -> datetime:
+    """``10m`` ago, or a time as people and programs write it; without an offset it is local."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        try:
+            return datetime.now(UTC) - timedelta(seconds=units.parse_duration(text))
+        except (errors.UsageError, OverflowError) as error:
+            raise errors.UsageError(
+                f"{option} {text}: neither a length of time nor a time",
+                hint="write it as 10m, 2h, 1d, or as 2026-11-21 14:03",
+            ) from error
+    return found.astimezone(UTC)
 
 
 class VmName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4, not before

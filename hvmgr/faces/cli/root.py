@@ -44,6 +44,10 @@ COMMANDS = {
     "image": (f"{_HERE}.image:command", "Work on image files, each named by its path: VHD, VHDX, qcow2, raw."),
     "wim": (f"{_HERE}.wim:command", "Work on WIM files: what is in one, capture into one, apply one to a disk image."),
     "catalog": (f"{_HERE}.catalog:command", "Keep images in a catalog, and make disks and VMs of them."),
+    "file": (
+        f"{_HERE}.file:command",
+        "Look at and take out files inside the disks of VMs, snapshots, exports and images.",
+    ),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import select
 import sys
-from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import click
 
-from hvmgr import errors, units
+from hvmgr import units
 from hvmgr.faces.cli import arguments, json_out, render
 from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
@@ -30,7 +29,7 @@ def command(request: Request, vms: tuple[str, ...], since: str | None) -> None:
     Without VM it follows all. What others do with virsh is there as libvirt tells it; a libvirt that is restarted is waited
     for. With --json each line is a document.
     """
-    start = None if since is None else _moment(since)
+    start = None if since is None else arguments.moment(since, "--since")
     with request.host() as host:
         happenings = host.watch(*vms, since=start)
         try:
@@ -59,21 +58,6 @@ def _show(request: Request, one: Happening) -> None:
         else:
             render.put("\t".join(map(render.clean, columns)) + "\n")
     sys.stdout.flush()
-
-
-def _moment(text: str) -> datetime:
-    """``10m`` ago, or a time as people and programs write it; without an offset it is local."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        try:
-            return datetime.now(UTC) - timedelta(seconds=units.parse_duration(text))
-        except (errors.UsageError, OverflowError) as error:
-            raise errors.UsageError(
-                f"--since {text}: neither a length of time nor a time",
-                hint="write it as 10m, 2h, 1d, or as 2026-11-21 14:03",
-            ) from error
-    return moment.astimezone(UTC)
 
 
 def _is_reader_gone() -> bool:

@@ -155,6 +155,10 @@ SHAPED = {
         "--catalog",
         "FILES-catalog",
     ],
+    "file list": ["file", "list", "/", "--image", "FILES/ext4.raw"],
+    "file volumes": ["file", "list", "--image", "FILES/ext4.raw"],
+    "file get": ["file", "get", "/a file", "--image", "FILES/ext4.raw", "--to", "FILES"],
+    "file hash": ["file", "hash", "/", "--image", "FILES/ext4.raw"],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -207,6 +211,8 @@ def files(hvmgr, tmp_path):
     (folder / "answer").write_text("#cloud-config")
     (folder / "tree" / "etc").mkdir(parents=True)
     (folder / "tree" / "etc" / "machine-id").write_text("0123456789abcdef")
+    (folder / "tree" / "a file").write_text("text")
+    subprocess.run(["mke2fs", "-q", "-d", folder / "tree", folder / "ext4.raw", "2M"], check=True, timeout=60)
     return folder
 
 

@@ -1,0 +1,169 @@
+"""The file systems of some disks at one moment, opened as they are needed; and which of them a path means.
+
+with looking.opened(views.of_vm(vm)) as inside:
+    browser = inside.choose(b"/etc/passwd")
+    print(browser.find(b"/etc/passwd").node.size)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from hvmgr import errors, units
+from hvmgr.operations.inside import views
+from hvmgr.operations.inside.browsing import Browser, shown
+from hvmgr.operations.inside.views import Frozen, Volume
+from hvmgr.storage.filesystems import opening
+from hvmgr.storage.filesystems.signatures import Kind
+from hvmgr.storage.partitions import Disk
+from hvmgr.vhd.source import Source
+
+_HINTS = {
+    Kind.LUKS: "it is encrypted (LUKS), and its key is only in the guest",
+    Kind.BITLOCKER: "it is encrypted (BitLocker), and its key is only in the guest",
+    Kind.SWAP: "it is swap space",
+    Kind.LVM: "its logical volumes (LVM) are told on their own",
+}
+
+
+@dataclass(slots=True)
+class Inside:
+    """Disks with what lies on them. ``volumes`` are all places, those that nothing can read included."""
+
+    disks: list[Frozen]
+    volumes: list[Volume]
+    _sources: dict[int, Source]
+    _logical: dict[str, Disk] = field(default_factory=dict)
+    _browsers: dict[tuple[int, int, str], Browser] = field(default_factory=dict)
+
+    def browser(self, volume: Volume) -> Browser:
+        """The volume's file system; Unsupported, with the reason, where there is none that can be read."""
+        index = next(at for at, one in enumerate(self.disks) if one is volume.disk)
+        key = (index, volume.start, volume.logical)
+        if key not in self._browsers:
+            disk = self._logical[volume.logical] if volume.logical else views.window(volume, self._sources[index])
+            opened = None if volume.kind is None else opening.open_reader(volume.kind, disk)
+            if opened is None:
+                raise errors.Unsupported(f"{volume.title} of {volume.disk.name} cannot be read: {why_not(volume)}")
+            self._browsers[key] = Browser(volume, opened)
+        return self._browsers[key]
+
+    def choose(self, path: bytes) -> Browser:
+        """The file system that a path is looked for in: the only one, or the only one that has it.
+
+        UsageError with the choice where several have it; NotFound where none has.
+        """
+        readable = [one for one in self.volumes if is_readable(one)]
+        if not readable:
+            raise self._nothing_readable()
+        if len(readable) == 1:
+            return self.browser(readable[0])
+        having: list[Volume] = []
+        broken: list[errors.HvmgrError] = []
+        for one in readable:
+            try:
+                having += [one] if self.browser(one).has(path) else []
+            except (errors.Corrupt, errors.Unsupported) as error:
+                broken.append(error)  # the path may well be on another one
+        if len(having) == 1:
+            return self.browser(having[0])
+        if not having and broken:
+            raise broken[0]
+        if not having:
+            where = ", ".join(one.title for one in readable)
+            others = [one for one in self.volumes if not is_readable(one) and one.kind not in {None, Kind.SWAP}]
+            more = "".join(f"; {one.title} cannot be read: {why_not(one)}" for one in others)
+            raise errors.NotFound(f"there is no {shown(path)} in {where}{more}", hint=_CHOOSE)
+        raise errors.UsageError(f"{shown(path)} is in {len(having)} file systems: {described(having)}", hint=_CHOOSE)
+
+    def _nothing_readable(self) -> errors.HvmgrError:
+        what = self.disks[0].name if len(self.disks) == 1 else f"{len(self.disks)} disks"
+        known = [one for one in self.volumes if one.kind is not None]
+        if known:
+            said = "; ".join(f"{one.title}: {why_not(one)}" for one in known)
+            return errors.Unsupported(f"{what} holds no file system that can be read ({said})")
+        places = [one for one in self.volumes if one.number is not None]
+        if places:
+            return errors.Unsupported(f"nothing that is known lies on the {len(places)} partitions of {what}")
+        return errors.Unsupported(f"{what} has neither a partition table nor a file system that is known")
+
+
+_CHOOSE = "choose one with --disk SLOT and --partition N or GROUP/VOLUME; all of them: hvmgr file list without a path"
+
+
+def is_readable(volume: Volume) -> bool:
+    """Whether there is a reader for what lies there."""
+    return volume.kind in opening.READABLE and not volume.why_not
+
+
+def why_not(volume: Volume) -> str:
+    """Why a volume has no files for us."""
+    if volume.why_not:
+        return volume.why_not
+    if volume.kind is None:
+        return "nothing that is known lies there"
+    return _HINTS.get(volume.kind) or f"no reader here knows {volume.kind.value}"
+
+
+def described(volumes: Sequence[Volume]) -> str:
+    """Volumes in a sentence."""
+    return ", ".join(
+        f"{one.title} ({' '.join(filter(None, (one.kind and one.kind.value, one.label, units.format_size(one.size))))})"
+        for one in volumes
+    )
+
+
+@contextlib.contextmanager
+def opened(disks: Sequence[Frozen], *, partition: str | None = None) -> Iterator[Inside]:
+    """The disks with all their volumes, or with those of a number or with the name ``GROUP/VOLUME`` only.
+
+    NotFound when no disk has such a partition.
+    """
+    with contextlib.ExitStack() as stack:
+        sources = {index: stack.enter_context(views.opened(disk)) for index, disk in enumerate(disks)}
+        volumes = [one for index, disk in enumerate(disks) for one in views.volumes(disk, sources[index])]
+        logical = dict(_logical(disks, sources, volumes))
+        volumes += logical
+        if partition is not None:
+            chosen = [one for one in volumes if partition in {str(one.number), one.logical}]
+            if not chosen:
+                there = described(volumes) or "none"
+                raise errors.NotFound(f"there is no partition {partition}", hint=f"there are: {there}")
+            volumes = chosen
+        places = {volume.logical: disk for volume, disk in logical.items() if disk is not None}
+        yield Inside(list(disks), volumes, sources, places)
+
+
+def _logical(
+    disks: Sequence[Frozen], sources: dict[int, Source], volumes: Sequence[Volume]
+) -> Iterator[tuple[Volume, Disk | None]]:
+    """The logical volumes of all physical ones among the volumes."""
+    physical = [one for one in volumes if one.kind is Kind.LVM]
+    if not physical:
+        return
+    from hvmgr.storage.filesystems import lvm, signatures
+
+    windows = [
+        views.window(one, sources[next(at for at, disk in enumerate(disks) if disk is one.disk)]) for one in physical
+    ]
+    for one in lvm.volumes(windows):
+        found = None if one.disk is None else signatures.recognise(one.disk)
+        kind, label, uuid = (None, "", one.uuid) if found is None else (found.kind, found.label, found.uuid)
+        yield (
+            Volume(
+                physical[0].disk,
+                None,
+                0,
+                one.size,
+                kind,
+                label,
+                uuid,
+                "lvm",
+                one.name,
+                logical=one.name,
+                why_not=one.why,
+            ),
+            one.disk,
+        )

@@ -1,0 +1,225 @@
+"""Files of a strange file system written below a folder of this host: nothing ever lands outside of it.
+
+Every step is taken from an open folder (``openat``) and never through a link, every name is one that cannot lead away, and
+what is there already is never followed or replaced, except by ``overwrite``, which removes the name first. Device nodes are
+not made. A file that was not completed does not stay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.storage import durable
+from hvmgr.storage.filesystems.reader import Content, Node, Type
+from hvmgr.write_behind import WriteBehind
+
+_FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_UNMADE = {
+    Type.BLOCK: "device nodes",
+    Type.CHARACTER: "device nodes",
+    Type.SOCKET: "sockets",
+    Type.OTHER: "special files",
+}
+UNNAMEABLE = "names that cannot be names here"
+_NAME_MAX = 255
+_ROOT_ONLY = ("security.", "trusted.")
+
+
+@dataclass(slots=True)
+class Target:
+    """The folder that everything goes to, open. ``left_out`` counts what was not made, by the reason.
+
+    ``as_owner``: files get the owners that they have inside, which only root can give.
+    """
+
+    path: Path
+    descriptor: int
+    overwrite: bool = False
+    as_owner: bool = False
+    left_out: dict[str, int] = field(default_factory=dict)
+    _linked: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+
+    def leave_out(self, why: str) -> None:
+        """One thing more that was not made."""
+        self.left_out[why] = self.left_out.get(why, 0) + 1
+
+    # -- what is made --------------------------------------------------------------------------------------------
+
+    def folder(self, parts: tuple[bytes, ...]) -> bool:
+        """The folder is there, with a mode that lets us write into it; False where its name cannot be one here."""
+        if not self._is_name(parts[-1]):
+            return False
+        with self._parent(parts) as parent:
+            try:
+                os.mkdir(parts[-1], 0o700, dir_fd=parent)
+            except FileExistsError:
+                facts = os.lstat(parts[-1], dir_fd=parent)
+                if not stat.S_ISDIR(facts.st_mode):
+                    if not self.overwrite:
+                        raise
+                    self._remove(parent, parts[-1])
+                    os.mkdir(parts[-1], 0o700, dir_fd=parent)
+        return True
+
+    def file(self, parts: tuple[bytes, ...], node: Node, content: Content, report: Callable[[int], None]) -> int | None:
+        """The file with its bytes, holes as holes; its descriptor, for what else is to be set, or None if left out."""
+        if not self._is_name(parts[-1]):
+            return None
+        with self._parent(parts) as parent:
+            descriptor = self._created(parent, parts[-1])
+            try:
+                _fill(descriptor, content, report)
+            except BaseException:
+                os.close(descriptor)
+                self._remove(parent, parts[-1])
+                raise
+            if node.links > 1:
+                self._linked.setdefault(node.id, parts)
+            return descriptor
+
+    def hard_link(self, parts: tuple[bytes, ...], node: Node) -> bool:
+        """Another name of a file that was made already; False when it was not."""
+        first = self._linked.get(node.id)
+        if first is None or not self._is_name(parts[-1]):
+            return False
+        with self._parent(first) as source, self._parent(parts) as parent:
+            if self.overwrite:
+                self._remove(parent, parts[-1])
+            os.link(first[-1], parts[-1], src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
+        return True
+
+    def special(self, parts: tuple[bytes, ...], node: Node) -> bool:
+        """A symbolic link, which leads wherever it does inside, or a pipe; False for what is not made here."""
+        if node.type in _UNMADE:
+            self.leave_out(_UNMADE[node.type])
+            return False
+        if not self._is_name(parts[-1]):
+            return False
+        with self._parent(parts) as parent:
+            if self.overwrite:
+                self._remove(parent, parts[-1])
+            if node.type is Type.PIPE:
+                os.mkfifo(parts[-1], 0o600, dir_fd=parent)
+            elif not node.target or b"\0" in node.target or len(node.target) > 4095:
+                self.leave_out("links whose target is none here")
+                return False
+            else:
+                os.symlink(node.target, parts[-1], dir_fd=parent)
+        return True
+
+    def settle(self, parts: tuple[bytes, ...], node: Node, extras: Mapping[str, bytes]) -> None:
+        """Owner, mode, attributes and times of what was made."""
+        with self._parent(parts) as parent:
+            name = parts[-1]
+            is_link = node.type is Type.LINK
+            if self.as_owner and node.uid is not None and node.gid is not None:
+                os.chown(name, node.uid, node.gid, dir_fd=parent, follow_symlinks=False)
+            if not is_link:
+                with self._opened(parent, name, node) as descriptor:
+                    if descriptor is not None:
+                        self._set_extras(descriptor, extras)
+                        os.fchmod(descriptor, _mode(node, as_owner=self.as_owner))
+                    else:
+                        os.chmod(name, _mode(node, as_owner=self.as_owner), dir_fd=parent)
+            if node.modified is not None:
+                times = (node.accessed if node.accessed is not None else node.modified, node.modified)
+                with contextlib.suppress(OverflowError):
+                    os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+
+    def _set_extras(self, descriptor: int, extras: Mapping[str, bytes]) -> None:
+        for name, value in extras.items():
+            if name.startswith(_ROOT_ONLY) and not self.as_owner:
+                continue
+            if name.startswith("system.ntfs"):
+                continue  # nobody but NTFS can hold them
+            try:
+                os.setxattr(descriptor, name, value)
+            except OSError:
+                self.leave_out("extended attributes that this file system does not take")
+
+    # -- ways ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _parent(self, parts: tuple[bytes, ...]) -> Iterator[int]:
+        """The open folder that the last part is a name in: reached step by step, no step through a link."""
+        with durable.explained(self.path / os.fsdecode(b"/".join(parts))), contextlib.ExitStack() as stack:
+            here = self.descriptor
+            for part in parts[:-1]:
+                if not _is_safe(part):
+                    raise errors.Corrupt(f"the name {os.fsdecode(part)} leads out of its folder")
+                here = os.open(part, _FOLDER_FLAGS, dir_fd=here)
+                stack.callback(os.close, here)
+            yield here
+
+    @contextlib.contextmanager
+    def _opened(self, parent: int, name: bytes, node: Node) -> Iterator[int | None]:
+        if node.type not in {Type.FILE, Type.FOLDER}:
+            yield None
+            return
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _created(self, parent: int, name: bytes) -> int:
+        try:
+            return os.open(name, _FILE_FLAGS, 0o600, dir_fd=parent)
+        except FileExistsError:
+            if not self.overwrite or stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
+                raise
+        self._remove(parent, name)
+        return os.open(name, _FILE_FLAGS, 0o600, dir_fd=parent)
+
+    def _remove(self, parent: int, name: bytes) -> None:
+        """The name is gone, unless it is a folder's."""
+        durable.remove_at(parent, name)
+
+    def _is_name(self, name: bytes) -> bool:
+        if _is_safe(name):
+            return True
+        self.leave_out(UNNAMEABLE)
+        return False
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, overwrite: bool = False) -> Iterator[Target]:
+    """The folder, made if only its last part is missing."""
+    with durable.explained(path):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield Target(path, descriptor, overwrite, as_owner=os.geteuid() == 0)
+        finally:
+            os.close(descriptor)
+
+
+def _is_safe(name: bytes) -> bool:
+    return name not in {b"", b".", b".."} and b"/" not in name and b"\0" not in name and len(name) <= _NAME_MAX
+
+
+def _mode(node: Node, *, as_owner: bool) -> int:
+    if node.mode is None:
+        return 0o755 if node.is_folder else 0o644
+    # For another owner than the one inside these bits would mean something else.
+    return node.mode if as_owner else node.mode & 0o1777
+
+
+def _fill(descriptor: int, content: Content, report: Callable[[int], None]) -> None:
+    behind = WriteBehind(descriptor)
+    for offset, piece in content.pieces():
+        view, at = memoryview(piece), offset
+        while view:
+            count = os.pwrite(descriptor, view, at)
+            view, at = view[count:], at + count
+        behind.wrote(offset, len(piece))
+        report(len(piece))
+    os.ftruncate(descriptor, content.size)

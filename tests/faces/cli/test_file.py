@@ -1,0 +1,373 @@
+"""``hvmgr file``: files inside disks, by the command line; chains, exports and homes, hostile images, bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.storage import file_trees
+
+
+def raw_disk(folder, name, tree, *, table="gpt", label="root"):
+    """A disk with one partition, and ext4 with the tree on it."""
+    image, part = folder / name, folder / f"{name}.part"
+    file_trees.ext(part, tree, "-t", "ext4", "-L", label, size="20M")
+    with image.open("wb") as file:
+        file.truncate(24 << 20)
+    file_trees.run("sfdisk", "-q", image, input=f"label: {table}\nstart=2048,size=40960\n".encode())
+    with image.open("r+b") as file:
+        file.seek(1 << 20)
+        file.write(part.read_bytes())
+    part.unlink()
+    return image
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Trees of three moments of a server, and a disk with each."""
+    folder = tmp_path_factory.mktemp("made")
+    for number in range(3):
+        tree = folder / f"tree{number}"
+        (tree / "etc").mkdir(parents=True)
+        (tree / "etc" / "passwd").write_text(f"root of moment {number}\n")
+        (tree / "etc" / f"only{number}.conf").write_text("x" * number)
+        (tree / "var").mkdir()
+        (tree / "var" / "etc").symlink_to("/etc")
+        (tree / "loop").symlink_to("loop")
+        raw_disk(folder, f"disk{number}", tree)
+    return folder
+
+
+@pytest.fixture
+def web(hvmgr, root, made):
+    """A VM with two snapshots: a chain of three links, each with another moment."""
+    name = "web"
+    words = ["--memory", "64M", "--disk", made / "disk0", "--network", "none", "--accel", "tcg"]
+    hvmgr.ok("vm", "create", name, *words)
+    for number, snapshot in ((1, "a"), (2, "b")):
+        hvmgr.ok("snapshot", "create", name, snapshot)
+        (image,) = hvmgr.ok("vm", "show", name, "--json").json["now"]["disks"].values()
+        file_trees.run("qemu-img", "convert", "-n", "-f", "raw", "-O", "qcow2", made / f"disk{number}", image)
+    return name
+
+
+def images_of(folder):
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file() and path.name != "lock"}
+
+
+def test_every_moment_of_a_chain_is_seen_and_nothing_written(hvmgr, web, root, made):
+    before = images_of(root)
+    for number, words in ((0, ["--snapshot", "a"]), (1, ["--snapshot", "b"]), (2, [])):
+        assert hvmgr.ok("file", "cat", web, "/etc/passwd", *words).out == f"root of moment {number}\n"
+        listed = hvmgr.ok("file", "list", web, "/etc", *words).lines
+        assert listed == [[f"only{number}.conf"], ["passwd"]]
+        hashes = hvmgr.ok("file", "hash", web, "/etc/*", *words).out
+        expected = [made / f"tree{number}" / "etc" / one for (one,) in listed]
+        assert hashes == "".join(
+            f"{hashlib.sha256(one.read_bytes()).hexdigest()}  /etc/{one.name}\n" for one in expected
+        )
+    assert images_of(root) == before
+
+
+def test_volumes_of_a_vm_and_a_snapshot_that_was_changed(hvmgr, web):
+    (row,) = hvmgr.ok("file", "list", web).lines
+    assert row == ["vda", "1", "ext4", "root", "20 MiB", "yes"]
+    (image,) = hvmgr.ok("snapshot", "list", web, "--json").json["snapshots"][0]["disks"].values()
+    with Path(image).open("r+b") as file:
+        file.truncate(Path(image).stat().st_size + 512)
+    answer = hvmgr("file", "cat", web, "/etc/passwd", "--snapshot", "a")
+    assert (answer.code, answer.out) == (0, "root of moment 0\n")
+    assert "was changed by others" in answer.err
+
+
+def test_exports_and_homes_are_seen_wherever_they_lie(hvmgr, web, root, tmp_path):
+    hvmgr.ok("export", web, tmp_path / "out", "--no-checksums")
+    moved = tmp_path / "moved home"
+    shutil.copytree(root / web, moved)
+    for one in [moved, *moved.rglob("*")]:
+        one.chmod(0o555 if one.is_dir() else 0o444)
+    before = images_of(moved) | images_of(tmp_path / "out")
+    for folder in (tmp_path / "out", moved):
+        for number, words in ((0, ["--snapshot", "a"]), (1, ["--snapshot", "b"]), (2, [])):
+            answer = hvmgr.ok("file", "cat", "--home", folder, "/etc/passwd", *words)
+            assert answer.out == f"root of moment {number}\n"
+    assert images_of(moved) | images_of(tmp_path / "out") == before
+    assert hvmgr("file", "list", "--home", moved, "/", "--snapshot", "c").code == 3
+    for one in [moved, *moved.rglob("*")]:
+        one.chmod(0o755)
+
+
+def test_a_chain_of_differencing_vhds(hvmgr, made, tmp_path):
+    parent = None
+    for number in range(3):
+        child = tmp_path / f"link{number}.vhd"
+        words = [] if parent is None else ["--parent", parent]
+        hvmgr.ok("image", "convert", made / f"disk{number}", child, *words)
+        parent = child
+    for number in range(3):
+        said = hvmgr.ok("file", "cat", "--image", tmp_path / f"link{number}.vhd", "/etc/passwd").out
+        assert said == f"root of moment {number}\n"
+
+
+def test_links_patterns_and_conditions(hvmgr, made):
+    image = ["--image", made / "disk2"]
+    assert hvmgr.ok("file", "cat", *image, "/var/etc/passwd").out == "root of moment 2\n"
+    assert hvmgr.ok("file", "cat", *image, "/var/../etc/./passwd").out == "root of moment 2\n"
+    assert hvmgr.ok("file", "list", *image, "/**/pass*").lines == [["passwd"]]
+    assert hvmgr.ok("file", "find", *image, "/", "--name", "*.conf").lines == [["/etc/only2.conf"]]
+    assert hvmgr.ok("file", "find", *image, "/", "--type", "l").lines == [["/loop"], ["/var/etc"]]
+    assert hvmgr.ok("file", "find", *image, "/etc", "--smaller", "3", "--type", "f").lines == [["/etc/only2.conf"]]
+    assert hvmgr.ok("file", "find", *image, "/", "--older", "2001-01-01").out == ""
+    assert hvmgr.ok("file", "find", *image, "/etc", "--type", "f", "--null").out == "/etc/only2.conf\0/etc/passwd\0"
+    drawn = hvmgr.ok("file", "tree", *image, "/").out.splitlines()
+    assert drawn == [
+        "/",
+        "├── etc/",
+        "│   ├── only2.conf",
+        "│   └── passwd",
+        "├── loop -> loop",
+        "├── lost+found/",
+        "└── var/",
+        "    └── etc -> /etc",
+    ]
+    (entry,) = hvmgr.ok("file", "stat", *image, "/var/etc", "--json").json["entries"]
+    assert (entry["type"], entry["target"], entry["mode"]) == ("link", "/etc", "0777")
+
+
+class TestGet:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def full(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("full")
+        tree = file_trees.make(folder / "tree")
+        image = file_trees.ext(folder / "image", tree)
+        for one in ("ea_set /deep/size60 user.word value", "mknod disk b 8 0", "mknod tty c 5 1"):
+            subprocess.run(["debugfs", "-w", "-R", one, image], check=True, capture_output=True, timeout=60)
+        return image, tree
+
+    def test_keeps_everything(self, hvmgr, full, tmp_path):
+        image, tree = full
+        answer = hvmgr("file", "get", "--image", image, "/", "--to", tmp_path / "out")
+        assert (answer.code, "2 left out: device nodes" in answer.err) == (0, True), answer
+        out = tmp_path / "out"
+        found = {path: what for path, what in file_trees.of_host(out).items() if path != b"lost+found"}
+        assert found == file_trees.of_host(tree)
+        for path in found:
+            mine, theirs = (os.lstat(os.fsencode(one) + b"/" + path) for one in (out, tree))
+            assert (path, mine.st_mode) == (path, theirs.st_mode)
+            assert (path, mine.st_mtime_ns // 10**9) == (path, theirs.st_mtime_ns // 10**9)
+        assert (out / "hard").stat().st_ino == (out / "deep" / "size4097").stat().st_ino
+        assert (out / "sparse").stat().st_blocks * 512 < 1 << 20
+        assert os.getxattr(out / "deep" / "size60", "user.word") == b"value"
+
+    def test_hashes_are_those_of_sha256sum(self, hvmgr, full):
+        image, tree = full
+        names = sorted(one.name for one in (tree / "deep").iterdir() if one.is_file())
+        said = file_trees.run("sha256sum", *(tree / "deep" / one for one in names), tree / "sparse").decode()
+        expected = said.replace(str(tree), "")
+        assert hvmgr.ok("file", "hash", "--image", image, "/deep/size*", "/sparse").out == expected
+
+    def test_archive_holds_everything(self, hvmgr, full, tmp_path):
+        image, tree = full
+        hvmgr.ok("file", "get", "--image", image, "/", "--archive", "--to", tmp_path / "all.tar")
+        assert (tmp_path / "all.tar").stat().st_size < 4 << 20  # holes take nothing
+        (tmp_path / "out").mkdir()
+        words = [
+            "tar",
+            "-x",
+            "--xattrs",
+            "--xattrs-include=*",
+            "--exclude=disk",
+            "--exclude=tty",
+            "-f",
+            tmp_path / "all.tar",
+        ]
+        file_trees.run(*words, "-C", tmp_path / "out")
+        found = {path: what for path, what in file_trees.of_host(tmp_path / "out").items() if path != b"lost+found"}
+        assert found == file_trees.of_host(tree)
+        assert os.getxattr(tmp_path / "out" / "deep" / "size60", "user.word") == b"value"
+        with tarfile.open(tmp_path / "all.tar") as archive:
+            assert archive.getmember("disk").type == tarfile.BLKTYPE
+            assert archive.getmember("mode4755").mode == 0o4755
+
+    def test_nothing_is_replaced_unasked(self, hvmgr, made, tmp_path):
+        words = ["file", "get", "--image", made / "disk0", "/etc/passwd", "--to", tmp_path]
+        hvmgr.ok(*words)
+        (tmp_path / "passwd").write_text("mine")
+        answer = hvmgr(*words)
+        assert (answer.code, "exists already" in answer.err) == (4, True)
+        assert (tmp_path / "passwd").read_text() == "mine"
+        hvmgr.ok(*words, "--overwrite")
+        assert (tmp_path / "passwd").read_text() == "root of moment 0\n"
+
+    def test_to_stdout_as_an_ordinary_user(self, made, tmp_path, require):
+        """A process of its own, without any right but to read the image."""
+        from tests import ordinary_user
+
+        require(os.geteuid() == 0, "root makes a user of no rights")
+        python = ordinary_user.find_python()
+        require(python is not None, "no Python of this version that every user may run: install python3")
+        place = Path("/tmp") / f"hvfile{os.getpid()}"
+        place.mkdir()
+        try:
+            place.chmod(0o755)
+            image = place / "top.qcow2"
+            shutil.copyfile(made / "disk1", place / "base.raw")
+            file_trees.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", "base.raw", image)
+            path = os.pathsep.join(
+                [str(Path(__file__).parents[3]), *(one for one in sys.path if one.endswith("-packages"))]
+            )
+            words = [
+                "setpriv",
+                "--reuid=65534",
+                "--regid=65534",
+                "--clear-groups",
+                "env",
+                "-i",
+                f"PATH={os.environ['PATH']}",
+                f"PYTHONPATH={path}",
+                "HOME=/tmp",
+            ]
+            words += [python, "-m", "hvmgr", "file", "get", "--image", image, "/etc/passwd", "--to", "-"]
+            assert file_trees.run(*words, cwd="/") == b"root of moment 1\n"
+        finally:
+            shutil.rmtree(place)
+
+    def test_a_hostile_image_never_leaves_the_folder(self, hvmgr, tmp_path):
+        """Names with slashes, names that are links and folders at once, links to everywhere, devices."""
+        tree = tmp_path / "tree"
+        (tree / "linX").mkdir(parents=True)
+        (tree / "linX" / "evil").write_text("evil")
+        (tree / "link").symlink_to(tmp_path / "outside")
+        (tree / "absolute").symlink_to("/etc")
+        (tree / "AAAevilname").write_text("evil")
+        (tree / "BBBBBB").write_text("evil")
+        (tmp_path / "outside").mkdir()
+        image = file_trees.ext(tmp_path / "image", tree, "-O", "^metadata_csum", size="4M")
+        for node in ("mknod disk b 8 0", "mknod null c 1 3"):
+            subprocess.run(["debugfs", "-w", "-R", node, image], check=True, capture_output=True, timeout=60)
+        data = image.read_bytes()
+        for old, new in ((b"linX", b"link"), (b"AAAevilname", b"../evilname"), (b"BBBBBB", b"/BBBBB")):
+            assert data.count(old) == 1
+            data = data.replace(old, new)
+        image.write_bytes(data)
+        before = sorted(os.listdir(tmp_path))
+        answer = hvmgr("file", "get", "--image", image, "/", "--to", tmp_path / "out")
+        assert (answer.code, "3 left out: names that cannot be names here" in answer.err) == (0, True), answer
+        assert sorted(os.listdir(tmp_path)) == sorted([*before, "out"])
+        assert os.listdir(tmp_path / "outside") == []
+        assert not Path("/BBBBB").exists()
+        for one in (tmp_path / "out").rglob("*"):
+            assert one.is_symlink() or one.is_dir() or one.is_file(), one
+        assert (tmp_path / "out" / "absolute").is_symlink()
+
+    def test_a_folder_that_is_a_link_here_is_not_followed(self, hvmgr, made, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "outside").mkdir()
+        (tmp_path / "out" / "etc").symlink_to(tmp_path / "outside")
+        answer = hvmgr("file", "get", "--image", made / "disk0", "/etc", "--to", tmp_path / "out")
+        assert answer.code == 4
+        assert os.listdir(tmp_path / "outside") == []
+
+    def test_streams_of_ntfs(self, hvmgr, tmp_path, require_program):
+        require_program("ntfscp")
+        image = tmp_path / "image"
+        with image.open("wb") as file:
+            file.truncate(8 << 20)
+        (tmp_path / "main").write_text("main\n")
+        (tmp_path / "beside").write_text("beside\n")
+        file_trees.run("mkntfs", "-q", "-F", "-Q", "-L", "win", image)
+        file_trees.run("ntfscp", "-q", image, tmp_path / "main", "Report.txt")
+        file_trees.run("ntfscp", "-q", "-N", "Zone", image, tmp_path / "beside", "Report.txt")
+        source = ["--image", image]
+        assert hvmgr.ok("file", "cat", *source, "\\report.TXT:zone").out == "beside\n"
+        assert hvmgr.ok("file", "cat", *source, "C:\\REPORT.txt").out == "main\n"
+        answer = hvmgr("file", "get", *source, "/Report.txt", "--to", tmp_path / "plain")
+        assert "named streams" in answer.err
+        hvmgr.ok("file", "get", *source, "/Report.txt", "--to", tmp_path / "both", "--streams")
+        assert {one.name: one.read_text() for one in (tmp_path / "both").iterdir()} == {
+            "Report.txt": "main\n",
+            "Report.txt:Zone": "beside\n",
+        }
+        hvmgr.ok("file", "get", *source, "/Report.txt", "--archive", "--to", tmp_path / "t.tar")
+        with tarfile.open(tmp_path / "t.tar") as archive:
+            assert archive.getnames() == ["Report.txt", "Report.txt:Zone"]
+            assert "SCHILY.xattr.system.ntfs_acl" in archive.getmember("Report.txt").pax_headers
+
+
+class TestBadInput:
+    def test_each_is_a_sentence_and_a_code(self, hvmgr, made, tmp_path):
+        image = ["--image", made / "disk0"]
+        empty, locked = tmp_path / "empty.raw", tmp_path / "locked.raw"
+        empty.write_bytes(bytes(1 << 20))
+        locked.write_bytes(bytes(3) + b"-FVE-FS-" + bytes(1 << 20))
+        cases = [
+            (3, "did you mean 'passwd'", ["cat", *image, "/etc/paswd"]),
+            (3, "that is no folder", ["cat", *image, "/etc/passwd/x"]),
+            (3, "nothing in", ["list", *image, "/etc/*.nothing"]),
+            (2, "round in a circle", ["cat", *image, "/loop"]),
+            (2, "is a folder", ["cat", *image, "/etc"]),
+            (2, "no path is given", ["cat", *image]),
+            (2, "neither snapshots nor slots", ["list", *image, "/", "--snapshot", "a"]),
+            (2, "two different things", ["list", *image, "--home", tmp_path, "/"]),
+            (2, "no VM is named", ["list"]),
+            (3, "there is no partition 7", ["list", *image, "/", "--partition", "7"]),
+            (3, "there is no", ["list", "--image", tmp_path / "nothing", "/"]),
+            (5, "neither a partition table nor a file system", ["list", "--image", empty, "/"]),
+            (5, "encrypted (BitLocker)", ["list", "--image", locked, "/"]),
+            (3, "", ["list", "--home", tmp_path, "/"]),
+            (2, "--newer never", ["find", *image, "/", "--newer", "never"]),
+            (2, "as a tar archive", ["get", *image, "/etc", "--to", "-"]),
+        ]
+        for code, words, line in cases:
+            answer = hvmgr("file", *line)
+            assert (answer.code, answer.out) == (code, ""), (line, answer)
+            assert words in answer.err, (line, answer)
+
+    def test_of_several_file_systems_the_path_decides(self, hvmgr, made, tmp_path):
+        """Two partitions, of which one has the path; where both have it the choice is shown."""
+        tree = tmp_path / "boot"
+        (tree / "grub").mkdir(parents=True)
+        (tree / "grub" / "grub.cfg").write_text("menu")
+        root, boot = (
+            raw_disk(tmp_path, "root", made / "tree0"),
+            file_trees.ext(tmp_path / "part", tree, "-t", "ext4", size="8M"),
+        )
+        image = tmp_path / "image"
+        with image.open("wb") as file:
+            file.truncate(34 << 20)
+        table = b"label: dos\nstart=2048,size=40960,type=83\nstart=43008,type=5\nstart=45056,size=16384\n"
+        file_trees.run("sfdisk", "-q", image, input=table)
+        with image.open("r+b") as file:
+            file.seek(1 << 20)
+            file.write(root.read_bytes()[1 << 20 : 21 << 20])
+            file.seek(45056 * 512)
+            file.write(boot.read_bytes())
+        source = ["--image", image]
+        assert [row[1:3] for row in hvmgr.ok("file", "list", *source).lines] == [["1", "ext4"], ["5", "ext4"]]
+        assert hvmgr.ok("file", "cat", *source, "/grub/grub.cfg").out == "menu"
+        assert hvmgr.ok("file", "cat", *source, "/etc/passwd").out == "root of moment 0\n"
+        answer = hvmgr("file", "list", *source, "/")
+        assert (answer.code, "image partition 1 (ext4" in answer.err) == (2, True)
+        assert hvmgr.ok("file", "list", *source, "/", "--partition", "5").lines == [["grub"], ["lost+found"]]
+
+
+def test_json_says_who_read_it_and_gives_the_bytes_of_names(hvmgr, tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    file_trees.write(os.fsencode(tree) + b"/\xff\n", b"x")
+    image = file_trees.ext(tmp_path / "image", tree, size="4M")
+    answer = hvmgr.ok("file", "list", "--image", image, "/", "--json")
+    document = json.loads(answer.out)
+    assert document["sources"][0]["reader"] == "hvmgr's own reader of ext2/3/4"
+    (entry,) = (one for one in document["entries"] if "path_base64" in one)
+    assert entry["path_base64"] == "L/8K"
+    assert "read by hvmgr's own reader of ext2/3/4" in hvmgr("-v", "file", "list", "--image", image, "/").err
