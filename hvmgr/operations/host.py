@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.occasions import Occasions
     from hvmgr.operations.session import Session
+    from hvmgr.operations.standstill import Outcome
     from hvmgr.operations.transfer.vdis import Disks
     from hvmgr.operations.watching import Happening
     from hvmgr.storage.attachments import Attachment
@@ -255,6 +256,19 @@ class Host:
             with occasions.operation(session, plan, name=domain.name):
                 execution.run(session, plan)
         return VM(self, home)
+
+    def freeze(
+        self, vms: Sequence[VM], argv: Sequence[str], *, limit_s: float | None = None, stdout: int | None = None
+    ) -> Outcome:
+        """A command of the host's has run while the guests of these VMs stood still; they run again, whatever happened.
+
+        HostFailed with the fact ``exit_code`` when it failed or took longer than ``limit_s`` seconds. It writes to our stdout,
+        or to the descriptor ``stdout``.
+        """
+        from hvmgr.operations import standstill
+
+        limit = standstill.LIMIT_S if limit_s is None else limit_s
+        return standstill.run(self, vms, argv, limit_s=limit, stdout=stdout)
 
     def attach_image(self, path: Path | str, *, read_only: bool = False, format: str | None = None) -> Shown:
         """The disk in an image file is a block device until ``detach_image``; its attachment, with device and partitions.

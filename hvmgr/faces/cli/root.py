@@ -25,6 +25,10 @@ COMMANDS = {
     ),
     "import": (f"{_HERE}.import_:import_command", "Make a VM out of an export, a VM home, or a domain's XML."),
     "compare": (f"{_HERE}.import_:compare", "Report what an import would find in its way, and change nothing."),
+    "freeze": (
+        f"{_HERE}.freeze:command",
+        "Run a command of the host's own while the guests' file systems are at rest.",
+    ),
     "disk": (f"{_HERE}.disk:command", "Work on the disks of a VM, each named by its slot."),
     "vdi-list": (
         f"{_HERE}.vdi:vdi_list",
