@@ -1,0 +1,1 @@
+"""What lies inside disks: file systems recognised and read from bytes; nothing is mounted, run or written."""

@@ -1,0 +1,133 @@
+"""Parts of a disk that are read like disks themselves: a partition, and any other list of ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hvmgr import errors
+from hvmgr.storage.partitions import Disk
+
+_ZEROS = bytes(64 << 10)
+
+
+class Run(NamedTuple):
+    """Bytes of a file or a volume: ``length`` of them, from ``start`` of what is below; zeros where that is None."""
+
+    length: int
+    start: int | None
+
+
+class Window:
+    """The range of a disk from ``start`` on as a disk of its own."""
+
+    def __init__(self, disk: Disk, start: int, size: int) -> None:
+        self._disk = disk
+        self._start = start
+        self.size = size
+        self._there = max(0, min(size, disk.size - start))
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The bytes from ``offset`` on; Corrupt where a table promises more disk than there is."""
+        if offset < 0 or offset + len(buffer) > self._there:
+            raise errors.Corrupt(
+                f"the file system reaches to byte {offset + len(buffer)}, its place ends at {self._there}"
+            )
+        self._disk.read_into(self._start + offset, buffer)
+
+
+class Mapped:
+    """Ranges of other disks, one after the other, as one disk."""
+
+    def __init__(self, parts: Sequence[tuple[Disk | None, int, int]]) -> None:
+        """``parts``: the disk (None: zeros), where in it, and how many bytes."""
+        self._parts: list[tuple[int, Disk | None, int, int]] = []
+        at = 0
+        for disk, start, length in parts:
+            self._parts.append((at, disk, start, length))
+            at += length
+        self.size = at
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The bytes from ``offset`` on."""
+        end = offset + len(buffer)
+        if offset < 0 or end > self.size:
+            raise errors.Corrupt(f"the file system reaches to byte {end}, its volume ends at {self.size}")
+        for at, disk, start, length in self._parts:
+            first, last = max(at, offset), min(at + length, end)
+            if first >= last:
+                continue
+            part = buffer[first - offset : last - offset]
+            if disk is None:
+                part[:] = bytes(len(part))
+            else:
+                disk.read_into(start + first - at, part)
+
+
+class Patched:
+    """A disk some of whose blocks are other ones: a throw-away layer, in memory, over what is only read."""
+
+    def __init__(self, disk: Disk, block: int, patches: dict[int, bytes]) -> None:
+        self._disk, self._block, self._patches = disk, block, patches
+        self.size = disk.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The bytes from ``offset`` on."""
+        self._disk.read_into(offset, buffer)
+        first, last = offset // self._block, (offset + len(buffer) - 1) // self._block
+        numbers = range(first, last + 1)
+        found = (
+            [one for one in numbers if one in self._patches]
+            if len(numbers) < len(self._patches)
+            else [one for one in self._patches if first <= one <= last]
+        )
+        for number in found:
+            at = number * self._block
+            start, end = max(at, offset), min(at + self._block, offset + len(buffer))
+            buffer[start - offset : end - offset] = self._patches[number][start - at : end - at]
+
+
+class Cached:
+    """A disk whose small reads are answered from whole pieces that were read before."""
+
+    PIECE = 64 << 10
+    _PIECES = 1024
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._pieces: dict[int, bytes] = {}
+        self.size = disk.size
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes; they end where the disk does."""
+        length = max(0, min(length, self.size - offset))
+        if length > self.PIECE:
+            buffer = bytearray(length)
+            self._disk.read_into(offset, memoryview(buffer))
+            return bytes(buffer)
+        number, inside = divmod(offset, self.PIECE)
+        found = self._piece(number)[inside : inside + length]
+        return found if len(found) == length else found + self._piece(number + 1)[: length - len(found)]
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Large reads, past what is remembered."""
+        self._disk.read_into(offset, buffer)
+
+    def _piece(self, number: int) -> bytes:
+        found = self._pieces.get(number)
+        if found is None:
+            if len(self._pieces) >= self._PIECES:
+                self._pieces.clear()
+            at = number * self.PIECE
+            buffer = bytearray(max(0, min(self.PIECE, self.size - at)))
+            self._disk.read_into(at, memoryview(buffer))
+            found = self._pieces[number] = bytes(buffer)
+        return found
+
+
+def read(disk: Disk, offset: int, length: int) -> bytes:
+    """Bytes of a disk; they end where the disk does."""
+    buffer = bytearray(max(0, min(length, disk.size - offset)))
+    if buffer:
+        disk.read_into(offset, memoryview(buffer))
+    return bytes(buffer)
