@@ -31,7 +31,9 @@ _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin",
 
 # Debian's names; Fedora and RHEL carry most of them in a package of the program's own name.
 _PACKAGES = {
+    "mount": "mount",
     "nbdinfo": "libnbd-bin",
+    "ntfs-3g": "ntfs-3g",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.images.image_files import Images
+    from hvmgr.operations.mounting import Mounted, Wanted
     from hvmgr.operations.occasions import Occasions
     from hvmgr.operations.session import Session
     from hvmgr.operations.standstill import Outcome
@@ -303,7 +304,43 @@ class Host:
         from hvmgr.operations import attaching
         from hvmgr.storage import attachments
 
-        return [attaching.shown(one) for one in attachments.all_records()]
+        return [attaching.shown(one) for one in attachments.all_records() if one.mount is None]
+
+    def mount(self, directory: Path | str, wanted: Wanted) -> Mounted:
+        """The file system on a disk of a VM, a snapshot, an export or an image is in an empty directory, until ``unmount``.
+
+        To be read only, unless ``wanted`` says otherwise; its images are not written in any case.
+        """
+        from hvmgr.operations import mounting
+        from hvmgr.operations.images import changes
+        from hvmgr.storage import attachments
+
+        mounting.require()
+        real = mounting.require_directory(Path(directory))
+        volume, place = mounting.choose(self, wanted, real)
+        paths = [link.path for link in volume.disk.links]
+        with attachments.locked(wait_s=self.wait_s), self._locked(paths):
+            changes.require_settled(paths)
+            mounting.require_directory(real)
+            if not self.reporter.dry_run:
+                mounting.forget_kept()
+            return mounting.mount(self, volume, real, place)
+
+    def unmount(self, directory: Path | str, *, keep: Path | str | None = None) -> Attachment:
+        """What ``mount`` put up is gone. What was written goes with it, or is the image ``keep``, a child of what was mounted."""
+        from hvmgr.operations import mounting
+        from hvmgr.storage import attachments
+
+        with attachments.locked(wait_s=self.wait_s):
+            if not self.reporter.dry_run:
+                mounting.forget_kept()
+            return mounting.unmount(self, Path(directory), None if keep is None else Path(keep))
+
+    def mounts(self) -> list[Mounted]:
+        """What ``mount`` has put up on this host, and what is left over of that; nothing is cleaned up."""
+        from hvmgr.operations import mounting
+
+        return mounting.listed()
 
     def verify(self, folder: Path | str) -> list[Finding]:
         """What is wrong with an export or its archive, the worst first; nothing when it is whole. It needs no libvirt."""

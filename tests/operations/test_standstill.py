@@ -133,7 +133,7 @@ def test_agent_that_is_gone_when_it_should_wake_them(machine, freeze, monkeypatc
 
 
 @pytest.mark.libvirtd
-def test_killed_with_kill_9(agents, libvirtd, tmp_path):
+def test_killed_with_kill_9(agents, libvirtd, tmp_path, monkeypatch):
     """A process that waits for just that wakes the guest; were it killed too, the next command would, by the note."""
     machine = agents.make(libvirtd.uri)
     options = ["-c", libvirtd.uri, "--root", str(machine.host.root)]
@@ -144,7 +144,8 @@ def test_killed_with_kill_9(agents, libvirtd, tmp_path):
         wait_for(begun.exists)
         assert machine.agent.is_frozen()
         assert running_qemu.is_noted(machine.layout.guest_at_rest)
-        with pytest.raises(errors.Busy):
+        with monkeypatch.context() as patch, pytest.raises(errors.Busy):
+            patch.setattr(machine.host, "wait_s", 0)
             machine.host.vm(machine.vm.name).create_snapshot("now")  # nobody works on a VM that is held still
         command.kill()
         command.wait(60)

@@ -46,6 +46,15 @@ COMMANDS = {
     ),
     "vdi-destroy": (f"{_HERE}.vdi:vdi_destroy", "Remove a free disk, or a snapshot of one disk alone."),
     "image": (f"{_HERE}.image:command", "Work on image files, each named by its path: VHD, VHDX, qcow2, raw."),
+    "mount": (
+        f"{_HERE}.mount:mount",
+        "Mount a file system of a VM, of a snapshot, an export or an image in an empty directory.",
+    ),
+    "unmount": (
+        f"{_HERE}.mount:unmount",
+        "Unmount what 'mount' has mounted; what was written is thrown away, unless it is kept.",
+    ),
+    "mounts": (f"{_HERE}.mount:mounts", "List what 'mount' has mounted on this host, and what is left over of that."),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),
