@@ -47,6 +47,8 @@ T = TypeVar("T")
 LIMIT_S = 60.0
 GRACE_S = 30.0  # a command that is asked to end may have devices to resume
 
+_PAUSE_S = 0.5
+
 _STILL = (State.OFF, State.SAVED)
 
 
@@ -247,7 +249,7 @@ def _wake_all(host: Host, guests: Sequence[_Guest]) -> None:
             stack.enter_context(one.session.interrupts.held_back())
         _each(guests, wake)
         for one in guests:
-            if isinstance(one.unwoken, errors.OutcomeUnknown):
+            if one.unwoken is not None and not one.session.connection.is_alive():
                 _wake_anew(host, one)
             if one.unwoken is None:
                 durable.remove(one.session.layout.guest_at_rest)
@@ -269,22 +271,30 @@ def _why_awake(one: _Guest) -> str | None:
 
 
 def _wake_anew(host: Host, one: _Guest) -> None:
-    """The same by a connection of its own: libvirt's daemon has ended, the guest has not."""
-    try:
-        domain = host.connection.find_domain(one.session.home.vm_id)
-        if domain is not None and domain.is_active():
-            guest_agent.thaw(domain)
-        one.unwoken = None
-    except errors.HvmgrError as error:
-        one.unwoken = error
+    """The same by a new connection: libvirt's daemon has ended, and is started again perhaps; the guest has not."""
+    deadline = time.monotonic() + guest_agent.THAW_S
+    while one.unwoken is not None:
+        try:
+            domain = host.connection.find_domain(one.session.home.vm_id)
+            if domain is not None and domain.is_active():
+                guest_agent.thaw(domain)
+            one.unwoken = None
+        except errors.HvmgrError as error:
+            one.unwoken = error
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(_PAUSE_S)
 
 
 def _require_woken(guests: Sequence[_Guest], argv: Sequence[str], code: int | None) -> None:
     for one in guests:
         if one.unwoken is not None:
             how = "was stopped" if code is None else f"ended with code {code}"
+            words = str(one.unwoken)
+            if "at rest" not in words:
+                words = f"the file systems of {one.name} may still be at rest: {words}"
             raise errors.HostFailed(
-                f"'{shlex.join(argv)}' {how}, but {one.unwoken}",
+                f"'{shlex.join(argv)}' {how}, but {words}",
                 hint=one.unwoken.hint or f"every command on this VM tries again: hvmgr vm show {one.name}",
                 exit_code=code,
                 vm=one.name,

@@ -154,6 +154,17 @@ def test_killed_with_kill_9(agents, libvirtd, tmp_path, monkeypatch):
     wait_for(lambda: not machine.layout.guest_at_rest.exists())
     assert is_awake(machine)
 
+    def restarted(one):
+        libvirtd.stop(signal_=signal.SIGKILL)
+        libvirtd.start()
+        return real(one)
+
+    real = standstill._why_awake
+    with monkeypatch.context() as patch:
+        patch.setattr(standstill, "_why_awake", restarted)
+        machine.host.freeze([machine.vm], ["true"])  # libvirt's daemon was another one in the end
+    assert is_awake(machine)
+
     resting_guest.announce(session := Noted(machine))
     guest_agent.freeze(machine.domain)
     assert not resting_guest._was_silent(session), "whoever wakes it next is patient"
