@@ -76,6 +76,41 @@ def unmount(directory: str, *, lazily: bool = False) -> None:
     raise errors.HostFailed(f"{directory} cannot be unmounted: {words}", path=directory)
 
 
+def replay(file: Path) -> None:
+    """The journal of the ext3 or ext4 in a file that can be written is replayed; nothing else is put right. Refused."""
+    done = process.run(["e2fsck", "-p", "-E", "journal_only", "--", file], timeout_s=_MOUNT_S, ok_codes=range(256))
+    if done.code not in (0, 1):
+        words = " ".join((done.stdout.decode("utf-8", "replace") + done.stderr).split())
+        raise Refused(words or f"e2fsck ended with code {done.code}")
+
+
+def mount_as_user(file: Path, directory: Path, *, writable: bool) -> None:
+    """The ext2, ext3 or ext4 in a file is in the directory, by fuse2fs; Refused with its words.
+
+    The user sees all of it, whoever its files belong to in the guest.
+    """
+    options = ["rw" if writable else "ro", "fakeroot", *_SAFE]
+    argv = ["fuse2fs", "-o", ",".join(options), os.fspath(file), os.fspath(directory)]
+    done = process.run(argv, timeout_s=_MOUNT_S, ok_codes=range(256))
+    if done.code != 0 or at(os.fspath(directory)) is None:
+        words = " ".join((done.stderr + done.stdout.decode("utf-8", "replace")).split())
+        raise Refused(words or f"fuse2fs ended with code {done.code}")
+
+
+def unmount_as_user(directory: str, *, lazily: bool) -> None:
+    """What this user has mounted by FUSE is not any more; Conflict while a program uses it."""
+    argv = ["fusermount3", "-u", *(["-z"] if lazily else []), "--", directory]
+    done = process.run(argv, timeout_s=_UNMOUNT_S, ok_codes=range(256))
+    if done.code == 0:
+        return
+    words = " ".join(done.stderr.split())
+    if "busy" in words:
+        raise errors.Conflict(
+            f"a program uses {directory}", hint=f"see which one: fuser --verbose --mount '{directory}'", path=directory
+        )
+    raise errors.HostFailed(f"{directory} cannot be unmounted: {words}", path=directory)
+
+
 def at(directory: str) -> Point | None:
     """What is mounted at a directory now, the last one on top; it is not touched: a dead one may let nobody go."""
     return next((one for one in reversed(list(points())) if one.directory == directory), None)

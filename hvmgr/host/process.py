@@ -31,6 +31,9 @@ _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin",
 
 # Debian's names; Fedora and RHEL carry most of them in a package of the program's own name.
 _PACKAGES = {
+    "e2fsck": "e2fsprogs",
+    "fuse2fs": "fuse2fs",
+    "fusermount3": "fuse3",
     "mount": "mount",
     "nbdinfo": "libnbd-bin",
     "ntfs-3g": "ntfs-3g",

@@ -31,7 +31,7 @@ from hvmgr import errors, settings, units
 from hvmgr.host import file_systems, image_export, loop, qemu_img
 from hvmgr.host.image_export import Link
 from hvmgr.model.plan import Plan
-from hvmgr.operations import attaching
+from hvmgr.operations import attaching, user_mounting
 from hvmgr.operations.inside import views, volumes
 from hvmgr.storage import attachments, durable, images, index
 from hvmgr.storage.attachments import Attachment, Mount, Phase
@@ -84,13 +84,11 @@ class Wanted:
 
 def require() -> None:
     """Unsupported where nothing can be mounted."""
-    if os.geteuid() != 0:
-        raise errors.Unsupported(
-            "only root can mount a guest's file system",
-            hint="run the command as root; hvmgr file list and hvmgr file get need no root",
-        )
-    image_export.require()
-    loop.require()
+    if settings.is_root():
+        image_export.require()
+        loop.require()
+    else:
+        user_mounting.require()
 
 
 def require_directory(directory: Path) -> Path:
@@ -136,6 +134,7 @@ def choose(host: Host, wanted: Wanted, directory: Path) -> tuple[Volume, Mount]:
         slot=volume.disk.slot,
         partition=volume.number,
         writable=wanted.writable,
+        by_user=not settings.is_root(),
     )
     return volume, place
 
@@ -143,7 +142,9 @@ def choose(host: Host, wanted: Wanted, directory: Path) -> tuple[Volume, Mount]:
 def mount(host: Host, volume: Volume, directory: Path, place: Mount) -> Mounted:
     """The volume's file system is in the directory; the caller holds the locks of images and attachments."""
     assert volume.kind is not None
-    driver = file_systems.require(volume.kind)
+    if place.by_user:
+        user_mounting.require_kind(volume.kind)
+    driver = None if place.by_user else file_systems.require(volume.kind)
     one = _record(volume, place)
     if not host.reporter.approve(Plan(str(uuid.uuid4()), "", "mount", f"mount {place.title} at {directory}")):
         raise errors.Declined(f"mount {place.title} at {directory}: not done")
@@ -170,7 +171,7 @@ def _record(volume: Volume, place: Mount) -> Attachment:
         format=links[0].format,
         read_only=True,  # as far as these images are concerned
         images=tuple(str(link.path) for link in links),
-        folder=str(settings.runtime_folder() / uuid.uuid4().hex[:12]),
+        folder=str(settings.own_runtime_folder() / uuid.uuid4().hex[:12]),
         boot=attachments.boot_id(),
         since=units.to_rfc3339(datetime.now(UTC)),
         file=images.identity(links[0].path),
@@ -178,7 +179,7 @@ def _record(volume: Volume, place: Mount) -> Attachment:
     )
 
 
-def _put_up(one: Attachment, volume: Volume, driver: str, *, with_overlay: bool) -> Mounted:
+def _put_up(one: Attachment, volume: Volume, driver: str | None, *, with_overlay: bool) -> Mounted:
     assert one.mount is not None
     scratch = settings.index_folder() / _FOLDER / one.id
     if with_overlay:
@@ -188,16 +189,20 @@ def _put_up(one: Attachment, volume: Volume, driver: str, *, with_overlay: bool)
         links = list(volume.disk.links)
         if with_overlay:
             links.insert(0, _make_overlay(scratch, links, volume))
-        one = attaching.set_up(one, links, writable=with_overlay)
-        assert one.device is not None and one.mount is not None  # noqa: PT018
-        device = Path(one.device) if volume.number is None else loop.node(Path(one.device), volume.number)
-        file_systems.mount(device, Path(one.mount.directory), driver, writable=one.mount.writable)
+        if driver is None:
+            one = user_mounting.put_up(one, links, volume, with_overlay=with_overlay)
+        else:
+            one = attaching.set_up(one, links, writable=with_overlay)
+            assert one.device is not None and one.mount is not None  # noqa: PT018
+            device = Path(one.device) if volume.number is None else loop.node(Path(one.device), volume.number)
+            file_systems.mount(device, Path(one.mount.directory), driver, writable=one.mount.writable)
     except BaseException as error:
         with contextlib.suppress(errors.HvmgrError):  # 'unmount' tries again; why it came to this is told first
             _take_down(one)
         if with_overlay and isinstance(error, file_systems.Refused):
             raise _explained(error, volume) from error
         raise
+    assert one.mount is not None
     return Mounted(one, one.mount, State.MOUNTED)
 
 
@@ -290,7 +295,9 @@ def _end(one: Attachment) -> None:
     """Not mounted, no device, no process; the image on top and the record are there still."""
     assert one.mount is not None
     directory = one.mount.directory
-    if _is_mounted(one):
+    if one.mount.by_user:
+        user_mounting.end(one)
+    elif _is_mounted(one):
         is_dead = not one.is_alive
         file_systems.unmount(directory, lazily=is_dead)
     deadline = time.monotonic() + _END_S
@@ -326,7 +333,7 @@ def _keep(one: Attachment, target: Path, *, was_alive: bool) -> Attachment:
     if not _is_overlay(target, one.mount.overlay):
         durable.link_or_copy(overlay, target)
     kept = dataclasses.replace(
-        one, phase=Phase.DETACHING, device=None, mount=dataclasses.replace(one.mount, kept=str(target))
+        one, phase=Phase.DETACHING, device=None, processes=(), mount=dataclasses.replace(one.mount, kept=str(target))
     )
     attachments.write(kept)
     durable.remove_folder(settings.index_folder() / _FOLDER / one.id)
@@ -343,10 +350,12 @@ def listed() -> list[Mounted]:
 
 def state_of(one: Attachment) -> State:
     """What became of a mount; one that another mount namespace has counts as mounted."""
-    if not one.is_alive or one.device is None:
+    if not one.is_alive:
         return State.LEFT_OVER
     if _is_mounted(one):
         return State.MOUNTED
+    if one.device is None:
+        return State.UNMOUNTED
     try:
         with loop.claimed(Path(one.device)):
             return State.UNMOUNTED
@@ -387,6 +396,8 @@ def forget_kept() -> None:
 def _is_mounted(one: Attachment) -> bool:
     """Whether what is mounted at its directory is it, and not another thing by now."""
     assert one.mount is not None
+    if one.mount.by_user:
+        return user_mounting.is_mounted(one)
     if one.boot != attachments.boot_id() or one.device is None or loop.life_of(Path(one.device)) != one.life:
         return False
     here = file_systems.at(one.mount.directory)

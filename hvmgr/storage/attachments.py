@@ -49,6 +49,7 @@ class Mount:
     slot: str | None = None
     partition: int | None = None
     writable: bool = False
+    by_user: bool = False  # by FUSE alone, without a device
     overlay: str | None = None
     kept: str | None = None
 
@@ -87,10 +88,15 @@ class Attachment:
         """Whether everything that makes it work is there."""
         from hvmgr.host import image_export, loop, process
 
-        return (
+        runs = (
             self.phase is Phase.ATTACHED
             and self.boot == boot_id()
             and all(process.is_running(*one) for one in self.processes)
+        )
+        if self.mount is not None and self.mount.by_user:
+            return runs
+        return (
+            runs
             and self.device is not None
             and loop.backing(Path(self.device)) == str(image_export.file_of(Path(self.folder)))
         )

@@ -301,10 +301,56 @@ def test_bad_input(hvmgr, web, space, at, tmp_path):
     assert help_.is_clean()
 
 
-def test_ordinary_user_gets_a_sentence(monkeypatch):
-    from hvmgr import errors
-    from hvmgr.operations import mounting as operation
+def test_ordinary_user_mounts_by_fuse_alone(user, space, disk, require_program):
+    """A user who may open /dev/fuse; what fuse2fs shows him is all of it, whoever it belongs to in the guest."""
+    for name in ("fuse2fs", "fusermount3", "debugfs"):
+        require_program(name)
+    folder = user.home / "mounting"
+    at, image, kept = folder / "at", folder / "disk.raw", folder / "kept.qcow2"
+    at.mkdir(parents=True)
+    shutil.copy(disk, image)
+    help_.run("debugfs", "-w", "-R", "set_inode_field hello mode 0100600", f"{image}?offset={mounting.START}")
+    user.owns(folder)
+    space.sh(f"mknod {folder}/fuse c 10 229; chmod 0600 {folder}/fuse; mount --bind {folder}/fuse /dev/fuse")
+    space.user = user
+    assert "this user may not open /dev/fuse" in space.fails("mount", "--image", image, at, code=5)
+    space.sh("chmod 0666 /dev/fuse")
+    before = mounting.hashes(folder)
 
-    monkeypatch.setattr("os.geteuid", lambda: 1000)
-    with pytest.raises(errors.Unsupported, match="only root can mount"):
-        operation.require()
+    def read(name):
+        return space.run(*user.command("cat", at / name)).stdout
+
+    made = space.hvmgr("mount", "--image", image, at)
+    assert keys(made) == keys(SHAPES["mount"])
+    assert (made["mount"]["device"], made["mount"]["state"]) == (None, "mounted")
+    assert {"nosuid", "nodev", "noexec"} <= space.options(at)
+    assert "Read-only" in space.run(*user.command("touch", at / "new"), ok=False).stderr
+    assert read("hello") == "hello\n"
+    assert space.hvmgr("mounts")["mounts"] == [made["mount"]]
+    space.hvmgr("unmount", at)
+    space.hvmgr("mount", "--image", image, at, "--writable")
+    space.run(*user.command("sh", "-c", f"echo new > {at}/hello"))
+    space.hvmgr("unmount", at, "--keep", kept)
+    assert before.items() <= mounting.hashes(folder).items()
+    made = space.hvmgr("mount", "--image", kept, at)
+    assert read("hello") == "new\n"
+    records = [json.loads(one.read_text()) for one in (user.root / ".index" / "attachments").glob("*.json")]
+    assert len(records) == 2, "the kept image has one, too"
+    for pid, _ in [process for one in records for process in one["processes"]]:
+        os.kill(pid, signal.SIGKILL)
+    assert [one["state"] for one in space.hvmgr("mounts")["mounts"]] == ["left over"]
+    space.hvmgr("unmount", at)
+    assert space.hvmgr("mounts")["mounts"] == []
+    assert space.options(at) is None
+    assert not list((user.folder / "run" / "hvmgr").iterdir())
+
+    dirty = folder / "dirty.raw"
+    space.sh(f"mount -o loop,offset={mounting.START},sizelimit={15 * MIB} {image} {at}; echo late > {at}/late; sync -f {at};"
+             f" cp {image} {dirty}; umount {at}")  # fmt: skip
+    user.owns(folder)
+    before = mounting.hashes(folder)
+    space.hvmgr("mount", "--image", dirty, at)
+    assert "its journal is replayed in a throw-away image" in space.said
+    assert read("late") == "late\n"
+    space.hvmgr("unmount", at)
+    assert mounting.hashes(folder) == before

@@ -21,6 +21,7 @@ class Space:
 
     def __init__(self, pid):
         self.pid = pid
+        self.user = None  # whose hvmgr it is; root's without one
 
     def run(self, *words, ok=True, timeout=120):
         """A program in it."""
@@ -34,7 +35,8 @@ class Space:
 
     def hvmgr(self, *words, code=0):
         """hvmgr in it; its document."""
-        done = self.run(sys.executable, "-m", "hvmgr", "--json", *words, ok=False)
+        argv = [sys.executable] if self.user is None else self.user.command(self.user.python)
+        done = self.run(*argv, "-m", "hvmgr", "--json", *words, ok=False)
         assert done.returncode == code, (words, done.stdout, done.stderr)
         self.said = done.stderr
         return json.loads(done.stdout)
