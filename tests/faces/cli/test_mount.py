@@ -198,8 +198,9 @@ def test_left_over_mounts_are_listed_and_cleaned(hvmgr, web, space, at, tmp_path
         for pid, _ in record.processes:
             os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 40
-        while space.hvmgr("mounts")["mounts"][0]["state"] != "left over":
+        while attachments.all_records()[0].is_alive:
             assert time.monotonic() < deadline
+        assert [one["state"] for one in hvmgr.ok("mounts", "--json").json["mounts"]] == ["left over"]
         return one
 
     before = mounting.hashes(web)
@@ -248,7 +249,8 @@ def test_bad_input(hvmgr, web, space, at, tmp_path):
     (full / "file").touch()
 
     def refuse(code, words, *arguments):
-        assert words in space.fails("mount", *arguments, code=code)
+        answer = hvmgr("mount", *arguments, "--json")  # before anything is mounted: no namespace is needed
+        assert (answer.code, words in answer.json["error"]["message"]) == (code, True), answer
 
     refuse(3, "no directory", "web", tmp_path / "nowhere")
     refuse(2, "is no directory", "web", full / "file")
@@ -297,7 +299,7 @@ def test_bad_input(hvmgr, web, space, at, tmp_path):
     damaged = bytearray(two.read_bytes())
     damaged[MIB + 1024 + 0x18 : MIB + 1024 + 0x1C] = b"\xff" * 4  # the size of a block
     two.write_bytes(damaged)
-    refuse(8, "cannot be mounted", "--image", two, at, "--partition", "1")
+    assert "cannot be mounted" in space.fails("mount", "--image", two, at, "--partition", "1", code=8)
     assert help_.is_clean()
 
 
