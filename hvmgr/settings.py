@@ -143,6 +143,14 @@ def runtime_folder() -> Path:
     return Path(os.environ.get("HVMGR_RUN", "/run/hvmgr"))
 
 
+def own_runtime_folder() -> Path:
+    """The same for what an ordinary user has mounted; root's is that of the host."""
+    if is_root() or "HVMGR_RUN" in os.environ:
+        return runtime_folder()
+    folder = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(folder) / "hvmgr" if folder else _user_data() / "hvmgr" / ".run"
+
+
 def config_folders() -> tuple[Path, ...]:
     """Where the configuration file and the hooks of the system are, then those of the user, when he has any.
 

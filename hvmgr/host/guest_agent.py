@@ -79,14 +79,15 @@ def is_frozen(domain: Domain) -> bool:
     return bool(domain.ask_agent("guest-fsfreeze-status", timeout_s=ANSWER_S) == "frozen")
 
 
-def freeze(domain: Domain) -> int:
+def freeze(domain: Domain, *, limit_s: float | None = None) -> int:
     """Puts the guest's file systems to rest; how many. After an error some may be, and ``thaw`` is called for."""
+    seconds = FREEZE_S if limit_s is None else max(1, min(FREEZE_S, int(limit_s)))
     try:
-        count = domain.ask_agent("guest-fsfreeze-freeze", timeout_s=FREEZE_S)
+        count = domain.ask_agent("guest-fsfreeze-freeze", timeout_s=seconds)
     except errors.OutcomeUnknown:
         raise
     except errors.HvmgrError as error:
-        within = f" within {FREEZE_S} s" if is_silence(error) else ""
+        within = f" within {seconds} s" if is_silence(error) else ""
         raise errors.HostFailed(
             f"the guest agent of {domain.name} did not put its file systems to rest{within}: {_words(error)}"
         ) from error
@@ -95,12 +96,14 @@ def freeze(domain: Domain) -> int:
     return count
 
 
-def thaw(domain: Domain, *, once: bool = False) -> None:
+def thaw(domain: Domain, *, once: bool = False) -> str | None:
     """The guest's file systems take writes; fine when they did. HostFailed when the agent stays silent for ``THAW_S``.
 
-    ``once`` asks a single time, for ``ANSWER_S`` at most: libvirt greets an agent for that long whatever it is told.
+    ``once`` asks a single time, for ``ANSWER_S`` at most: libvirt greets an agent for that long whatever it is told. What
+    the agent said before it obeyed is returned: that of Windows says there that they rest no longer (VSS allows 10 s).
     """
     limit = ANSWER_S if once else THAW_S
+    refusal: str | None = None
     deadline = time.monotonic() + (0 if once else limit)
     while True:
         try:
@@ -109,7 +112,9 @@ def thaw(domain: Domain, *, once: bool = False) -> None:
             raise
         except errors.HvmgrError as error:  # libvirt may just have lost sight of it, or it is still busy freezing
             if not domain.is_active():
-                return
+                return refusal
+            if not is_silence(error):
+                refusal = _words(error)
             if time.monotonic() >= deadline:
                 raise errors.HostFailed(
                     f"the file systems of {domain.name} may still be at rest: its agent did not wake them within"
@@ -118,4 +123,4 @@ def thaw(domain: Domain, *, once: bool = False) -> None:
                 ) from error
             time.sleep(_PAUSE_S)
         else:
-            return
+            return refusal

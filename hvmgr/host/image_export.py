@@ -54,6 +54,17 @@ def require() -> None:
         process.require(program)
 
 
+def require_for_users() -> None:
+    """Unsupported where an ordinary user cannot export an image."""
+    if not _FUSE.exists():
+        raise errors.Unsupported("this host has no FUSE (there is no /dev/fuse)", hint="load the module: modprobe fuse")
+    if not os.access(_FUSE, os.R_OK | os.W_OK):
+        raise errors.Unsupported(
+            f"this user may not open {_FUSE}", hint="run the command as root, or let users have it: chmod 666 /dev/fuse"
+        )
+    process.require(PROGRAM)
+
+
 def serve(folder: Path, path: Path, *, writable: bool) -> None:
     """Our own codec serves the VHD at ``path``, with its parents, on a socket in the folder, until it is ended."""
     words = ["--writable"] if writable else []
@@ -69,8 +80,10 @@ def serve(folder: Path, path: Path, *, writable: bool) -> None:
         raise error(why or said or f"{path} cannot be served: the server ended without a word", path=str(path))
 
 
-def start(folder: Path, links: Sequence[Link], *, writable: bool) -> None:
+def start(folder: Path, links: Sequence[Link], *, writable: bool, part: tuple[int, int] | None = None) -> None:
     """The disk of a chain (top first) is a file in the folder's namespace, until ``end``.
+
+    A ``part`` of it (start, size) is a file that this user's programs see, in the folder itself: no root is needed.
 
     Raises Conflict when another process has an image open in a way that forbids it, Unsupported without FUSE.
     """
@@ -79,17 +92,14 @@ def start(folder: Path, links: Sequence[Link], *, writable: bool) -> None:
     file = folder / _FILE
     file.touch(0o600)
     nodes = _nodes(folder, links, writable=writable)
-    export = {"type": "fuse", "id": "disk", "node-name": nodes[-1]["node-name"], "mountpoint": os.fspath(file)}
-    argv: list[str | Path] = [
-        "unshare",
-        "--mount",
-        "--propagation",
-        "slave",
-        PROGRAM,
-        "--daemonize",
-        "--pidfile",
-        folder / _PID,
-    ]
+    export = {"type": "fuse", "id": "disk", "mountpoint": os.fspath(file)}
+    apart = ["unshare", "--mount", "--propagation", "slave"]
+    if part is not None:
+        apart, export["allow-other"] = [], "off"
+        window = {"driver": "raw", "node-name": "part", "file": nodes[-1]["node-name"], "read-only": not writable}
+        nodes.append(window | {"offset": part[0], "size": part[1]})
+    export["node-name"] = str(nodes[-1]["node-name"])
+    argv: list[str | Path] = [*apart, PROGRAM, "--daemonize", "--pidfile", folder / _PID]
     argv += [word for node in nodes for word in ("--blockdev", json.dumps(node))]
     argv += ["--export", json.dumps({**export, "writable": writable, "growable": False})]
     try:

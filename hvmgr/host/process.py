@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -32,12 +33,16 @@ _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin",
 _PACKAGES = {
     "debugfs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
+    "fuse2fs": "fuse2fs",
+    "fusermount3": "fuse3",
     "mke2fs": "e2fsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "mkfs.fat": "dosfstools",
     "mkfs.xfs": "xfsprogs",
     "mkntfs": "ntfs-3g",
+    "mount": "mount",
     "nbdinfo": "libnbd-bin",
+    "ntfs-3g": "ntfs-3g",
     "ntfscat": "ntfs-3g",
     "ntfscp": "ntfs-3g",
     "ntfsls": "ntfs-3g",
@@ -56,6 +61,7 @@ _PACKAGES = {
     "zstd": "zstd",
 }
 
+_LOOK_MS = 100  # how soon a command that runs is ended when somebody wants that
 _PIPE = 1 << 20  # what an ordinary user may have
 _PIECE = 64 << 10
 
@@ -193,6 +199,66 @@ def spawned(
         program = Spawned(process, command, stderr)
         stack.callback(program.end)
         yield program
+
+
+class Attended:
+    """A command of the user's while it runs: its own streams, his environment, a process group of its own."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def wait(self, *, until: Callable[[], bool]) -> int | None:
+        """Its exit code, negative for a signal; None when it still runs and ``until`` says that nobody waits any longer."""
+        descriptor = os.pidfd_open(self._process.pid)  # still ours: nobody else collects it
+        try:
+            poller = select.poll()
+            poller.register(descriptor, select.POLLIN)
+            while not poller.poll(_LOOK_MS):
+                if until():
+                    return None
+        finally:
+            os.close(descriptor)
+        return self._process.wait()
+
+    def ask_to_end(self) -> None:
+        """It and its children have heard that they should end; what they still have to put right they may."""
+        if self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGTERM)
+
+    def end(self, grace_s: float) -> None:
+        """It has ended: asked first, killed with its children after ``grace_s``."""
+        self.ask_to_end()
+        deadline = time.monotonic() + grace_s
+        if self._process.poll() is None and self.wait(until=lambda: time.monotonic() >= deadline) is None:
+            _kill_group(self._process)
+        self._process.wait()
+
+
+@contextlib.contextmanager
+def attended(
+    argv: Sequence[str], *, environment: Mapping[str, str], stdout: int | None = None, grace_s: float = TERMINATE_S
+) -> Iterator[Attended]:
+    """A command of the user's, ended at the end of the block, and asked to end when we are killed.
+
+    It has our stdout (or the descriptor ``stdout``) and stderr, and nothing to read: nobody answers a question meanwhile.
+    """
+    require(argv[0])
+    require("setpriv")
+    surroundings = {**os.environ, "PATH": _environment()["PATH"], **environment}
+    try:
+        process = subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", "--", *argv], stdin=subprocess.DEVNULL, stdout=stdout, process_group=0,
+            env=surroundings,
+        )  # fmt: skip
+    except OSError as error:
+        raise errors.HostFailed(f"cannot start '{argv[0]}': {error.strerror}") from error
+    with process:
+        command = Attended(process)
+        try:
+            yield command
+        finally:
+            command.end(grace_s)
 
 
 class _EndedEarly(Exception):

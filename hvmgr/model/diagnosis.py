@@ -34,6 +34,7 @@ class Code(StrEnum):
     INDEX_STALE = "index-stale"
     INDEX_MISSING = "index-missing"
     ATTACHMENT_LEFT = "attachment-left"
+    MOUNT_LEFT = "mount-left"
 
     # Image files outside all homes
     IMAGE_CHANGE_OPEN = "image-change-open"
@@ -132,6 +133,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.INDEX_MISSING: _WARNING,
     Code.IMAGE_CHANGE_OPEN: _CONFLICT,
     Code.ATTACHMENT_LEFT: _WARNING,
+    Code.MOUNT_LEFT: _WARNING,
     Code.OPERATION_RUNNING: _INFO,
     Code.OPERATION_OPEN: _CONFLICT,
     Code.JOURNAL_DAMAGED: _CORRUPT,

@@ -91,7 +91,7 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
         host.reporter.notice(f"{path} is attached read-only: {reason}")
     attachments.write(one)
     try:
-        return shown(_set_up(one, links))
+        return shown(set_up(one, links, writable=not one.read_only))
     except BaseException:
         with contextlib.suppress(errors.HvmgrError):  # the next command tries again; why it came to this is told first
             take_down(one)
@@ -101,6 +101,12 @@ def attach(host: Host, path: Path, *, read_only: bool, fmt: str | None) -> Shown
 def detach(host: Host, reference: str) -> Attachment:
     """Nothing of an attachment is left, and what was written to the device is in the image."""
     one = _find(reference)
+    if one.mount is not None:
+        raise errors.Conflict(
+            f"{one.device or one.path} belongs to the mount at {one.mount.directory}",
+            hint=attachments.use_of(one)[1],
+            device=one.device,
+        )
     _approve(host, "detach", f"detach {one.path} from {one.device or 'nothing'}")
     is_alive = one.is_alive
     if is_alive:
@@ -158,7 +164,9 @@ def clean(host: Host) -> list[Attachment]:
 
 def left_over() -> list[Attachment]:
     """Attachments that do not work any more, or were never complete; none while another command is at work on them."""
-    return [] if attachments.is_busy() else [one for one in attachments.all_records() if not one.is_alive]
+    if attachments.is_busy():
+        return []
+    return [one for one in attachments.all_records() if one.mount is None and not one.is_alive]
 
 
 _LEFT_OVER = "its attachment was broken off and is cleaned up; what had not been written out then is lost"
@@ -195,8 +203,9 @@ def _require_free(users: Sequence[User], path: Path) -> None:
 # --- up and down ----------------------------------------------------------------------------------------------------
 
 
-def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
-    folder, writable = Path(one.folder), not one.read_only
+def set_up(one: Attachment, links: Sequence[Link], *, writable: bool) -> Attachment:
+    """The disk of a chain is a block device, with its partitions; the record, which is there already, says so."""
+    folder = Path(one.folder)
     folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700)
     codec = next((number for number, link in enumerate(links) if link.format == image_export.CODEC), None)
@@ -206,7 +215,7 @@ def _set_up(one: Attachment, links: Sequence[Link]) -> Attachment:
     image_export.start(folder, links, writable=writable)
     with image_export.opened(folder, writable=writable) as file:
         size = os.fstat(file).st_size
-        device = loop.attach(file, read_only=one.read_only, name=one.path)
+        device = loop.attach(file, read_only=not writable, name=one.path)
     served_by = tuple(image_export.processes(folder))
     one = dataclasses.replace(one, size=size, device=str(device), life=loop.life_of(device), processes=served_by)
     attachments.write(one)
@@ -225,6 +234,12 @@ def _to_kernel(part: Partition) -> loop.Partition:
 
 def take_down(one: Attachment) -> None:
     """Device, then daemon, then record: each is gone afterwards, and may have been before."""
+    end(one)
+    attachments.remove(one)
+
+
+def end(one: Attachment) -> None:
+    """The same, but for the record."""
     folder = Path(one.folder)
     if one.boot == attachments.boot_id():
         served = image_export.is_served(folder)
@@ -235,7 +250,6 @@ def take_down(one: Attachment) -> None:
         with contextlib.suppress(FileNotFoundError):
             durable.sync_file(Path(one.path))
     durable.remove_folder(folder)
-    attachments.remove(one)
 
 
 def _devices(one: Attachment) -> list[Path]:
@@ -250,7 +264,7 @@ def _sync_nothing(_: Path) -> None:
 
 
 def _find(reference: str) -> Attachment:
-    records = attachments.all_records()
+    records = [one for one in attachments.all_records() if one.mount is None or one.device is not None]
     path = Path(os.path.realpath(reference))
     whole = str(path).rpartition("p")[0] if path.name.startswith("loop") else str(path)
     for is_meant in _ways(reference, path, whole):

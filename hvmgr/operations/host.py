@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -40,8 +40,10 @@ if TYPE_CHECKING:
     from hvmgr.operations.images import cataloguing as catalogs
     from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.images.wims import Wims
+    from hvmgr.operations.mounting import Mounted, Wanted
     from hvmgr.operations.occasions import Occasions
     from hvmgr.operations.session import Session
+    from hvmgr.operations.standstill import Outcome
     from hvmgr.operations.transfer.vdis import Disks
     from hvmgr.operations.watching import Happening
     from hvmgr.storage.attachments import Attachment
@@ -271,6 +273,19 @@ class Host:
                 execution.run(session, plan)
         return VM(self, home)
 
+    def freeze(
+        self, vms: Sequence[VM], argv: Sequence[str], *, limit_s: float | None = None, stdout: int | None = None
+    ) -> Outcome:
+        """A command of the host's has run while the guests of these VMs stood still; they run again, whatever happened.
+
+        HostFailed with the fact ``exit_code`` when it failed or took longer than ``limit_s`` seconds. It writes to our stdout,
+        or to the descriptor ``stdout``.
+        """
+        from hvmgr.operations import standstill
+
+        limit = standstill.LIMIT_S if limit_s is None else limit_s
+        return standstill.run(self, vms, argv, limit_s=limit, stdout=stdout)
+
     def attach_image(self, path: Path | str, *, read_only: bool = False, format: str | None = None) -> Shown:
         """The disk in an image file is a block device until ``detach_image``; its attachment, with device and partitions.
 
@@ -304,7 +319,43 @@ class Host:
         from hvmgr.operations import attaching
         from hvmgr.storage import attachments
 
-        return [attaching.shown(one) for one in attachments.all_records()]
+        return [attaching.shown(one) for one in attachments.all_records() if one.mount is None]
+
+    def mount(self, directory: Path | str, wanted: Wanted) -> Mounted:
+        """The file system on a disk of a VM, a snapshot, an export or an image is in an empty directory, until ``unmount``.
+
+        To be read only, unless ``wanted`` says otherwise; its images are not written in any case.
+        """
+        from hvmgr.operations import mounting
+        from hvmgr.operations.images import changes
+        from hvmgr.storage import attachments
+
+        mounting.require()
+        real = mounting.require_directory(Path(directory))
+        volume, place = mounting.choose(self, wanted, real)
+        paths = [link.path for link in volume.disk.links]
+        with attachments.locked(wait_s=self.wait_s), self._locked(paths):
+            changes.require_settled(paths)
+            mounting.require_directory(real)
+            if not self.reporter.dry_run:
+                mounting.forget_kept()
+            return mounting.mount(self, volume, real, place)
+
+    def unmount(self, directory: Path | str, *, keep: Path | str | None = None) -> Attachment:
+        """What ``mount`` put up is gone. What was written goes with it, or is the image ``keep``, a child of what was mounted."""
+        from hvmgr.operations import mounting
+        from hvmgr.storage import attachments
+
+        with attachments.locked(wait_s=self.wait_s):
+            if not self.reporter.dry_run:
+                mounting.forget_kept()
+            return mounting.unmount(self, Path(directory), None if keep is None else Path(keep))
+
+    def mounts(self) -> list[Mounted]:
+        """What ``mount`` has put up on this host, and what is left over of that; nothing is cleaned up."""
+        from hvmgr.operations import mounting
+
+        return mounting.listed()
 
     def verify(self, folder: Path | str) -> list[Finding]:
         """What is wrong with an export or its archive, the worst first; nothing when it is whole. It needs no libvirt."""

@@ -21,7 +21,7 @@ from hvmgr.model.tree import Change, Tree
 from hvmgr.operations import chains, snapshots, undo_slot
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
-from hvmgr.storage import frozen, images, transfers, vm_home
+from hvmgr.storage import attachments, frozen, images, transfers, vm_home
 
 _MERGES = (plan.MergeUp, plan.MergeDown, plan.StreamLive, plan.CommitLive)
 
@@ -34,6 +34,7 @@ def plan_delete(session: Session, snapshot_ids: Sequence[str], *, merging: bool 
     home, layout = session.home, session.layout
     before = snapshots.whole_tree(session)
     _require_not_sent(before, snapshot_ids)
+    _require_not_mounted(session, before, snapshot_ids)
     live = session.busy_images()
     change = _merging_whole_images(session, lambda unfit: tree.plan_delete(before, snapshot_ids, busy=live | unfit))
     if not merging:
@@ -73,6 +74,25 @@ def _require_not_sent(before: Tree, snapshot_ids: Sequence[str]) -> None:
     children = before.children()
     named = [path for one in snapshot_ids if one in before.nodes for path in before.nodes[one].disks.values()]
     transfers.require_none(path for path in named if not children.get(path))
+
+
+def _require_not_mounted(session: Session, before: Tree, snapshot_ids: Sequence[str]) -> None:
+    """What is mounted of a snapshot that goes: Conflict. What is mounted above it only keeps its images, which is said."""
+    named = [path for one in snapshot_ids if one in before.nodes for path in before.nodes[one].disks.values()]
+    for path, users in attachments.users(named).items():
+        for one in (user for user in users if user.mount is not None):
+            sentence, hint = attachments.use_of(one)
+            if (
+                one.mount is not None
+                and one.mount.kept is None
+                and one.is_in_place
+                and vm_home.canonical(one.path) == path
+            ):
+                raise errors.Conflict(f"{path} is {sentence}", hint=hint, path=path)
+            if session.layout.owns(path):
+                session.say(
+                    f"{path} stays as it is: {attachments.name_of(one)} needs it; afterwards: hvmgr snapshot merge"
+                )
 
 
 def merge_live(session: Session, deletion: Plan) -> None:

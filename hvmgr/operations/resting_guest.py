@@ -2,6 +2,9 @@
 
 Its programs stand still at their next write, and nobody but its agent can end that. So every command on the VM asks
 again, once, since that agent is known to hang, says so, and goes on. ``.hvmgr/guest-at-rest`` is the note of its QEMU.
+
+The same note, with a word in it, is written before a guest is put to rest without a journal (``standstill``): whatever
+becomes of the command, the next one wakes the guest, and is patient, for this agent has not been silent yet.
 """
 
 from __future__ import annotations
@@ -12,6 +15,13 @@ from hvmgr.operations import running_qemu
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable
 
+_MEANT = "meant"
+
+
+def announce(session: Session) -> None:
+    """The home knows that the guest is about to be at rest: should nobody wake it, the next command does."""
+    running_qemu.note(session, session.layout.guest_at_rest, _MEANT)
+
 
 def wake(session: Session) -> bool:
     """The guest's file systems take writes, or the session and the home know that its agent stayed silent; which.
@@ -21,7 +31,7 @@ def wake(session: Session) -> bool:
     domain = session.find_domain()
     if domain is not None and domain.is_active():
         try:
-            guest_agent.thaw(domain, once=running_qemu.is_noted(session.layout.guest_at_rest))
+            guest_agent.thaw(domain, once=_was_silent(session))
         except errors.HostFailed as error:
             running_qemu.note(session, session.layout.guest_at_rest)
             session.unwoken = error
@@ -29,6 +39,11 @@ def wake(session: Session) -> bool:
     session.unwoken = None
     durable.remove(session.layout.guest_at_rest)
     return True
+
+
+def _was_silent(session: Session) -> bool:
+    note = session.layout.guest_at_rest
+    return running_qemu.is_noted(note) and running_qemu.word_of(note) != _MEANT
 
 
 def try_again(session: Session) -> None:

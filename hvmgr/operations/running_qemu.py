@@ -1,4 +1,7 @@
-"""Notes about the QEMU that runs a VM now; what they say ends with that QEMU. Each holds its pid and start time."""
+"""Notes about the QEMU that runs a VM now; what they say ends with that QEMU. Each holds its pid and start time.
+
+A word may follow, which says more.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,25 @@ from hvmgr.operations.session import Session
 from hvmgr.storage import durable
 
 
-def note(session: Session, file: Path) -> None:
+def note(session: Session, file: Path, word: str = "") -> None:
     """What the file stands for is true of the VM's present QEMU, which need not be there any more."""
     found = process.find(session.home.vm_id)
     if found is not None:
-        durable.write_file(file, f"{found[0]} {found[1]}\n".encode())
+        durable.write_file(file, f"{found[0]} {found[1]} {word}".rstrip().encode() + b"\n")
 
 
 def is_noted(file: Path) -> bool:
     """Whether the QEMU that the note is about still runs; changes nothing."""
     try:
-        pid, started = map(int, file.read_text().split())
+        pid, started = map(int, file.read_text().split()[:2])
     except (OSError, ValueError):
         return False
     return process.start_time(pid) == started
+
+
+def word_of(file: Path) -> str:
+    """What the note says besides; nothing where there is no note."""
+    try:
+        return " ".join(file.read_text().split()[2:])
+    except (OSError, ValueError):
+        return ""

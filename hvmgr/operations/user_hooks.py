@@ -30,6 +30,8 @@ FOLDER = "hooks.d"
 _RUNNING = "HVMGR_HOOK"  # the events whose hooks are being run, the innermost last
 _HELD = "HVMGR_HOOK_HOLDS"  # the VMs whose operations wait for these hooks
 
+FROZEN = "HVMGR_FROZEN"  # the VMs whose guests are at rest while the command of 'hvmgr freeze' runs
+
 _WORDS_MAX = 500
 _LEFT_BEHIND = ("~", ".bak", ".rpmnew", ".rpmorig", ".rpmsave", ".dpkg-dist", ".dpkg-new", ".dpkg-old", ".swp")
 _WRITABLE = stat.S_IWGRP | stat.S_IWOTH
@@ -96,6 +98,11 @@ def require_not_inside(vm_id: str, name: str) -> None:
         raise errors.Busy(
             f"a {event} hook of {name} runs this command, and the operation on {name} waits for that hook",
             hint="let the hook work on other VMs, or use a hook for what comes after the operation",
+        )
+    if vm_id in os.environ.get(FROZEN, "").split(","):
+        raise errors.Busy(
+            f"hvmgr freeze holds {name} still for this very command, which would wait for itself",
+            hint="run what works on the VM before or after hvmgr freeze; listing and showing it is fine",
         )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -33,6 +34,27 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Mount:
+    """What an attachment was made for: the file system on it is mounted at ``directory``.
+
+    ``overlay`` is a throw-away image on top, which takes all writes; ``keeps_overlay`` says that a user wrote to it.
+    ``kept`` is where that image went when it was kept: nothing else is left of the mount then.
+    """
+
+    directory: str
+    title: str
+    file_system: str
+    vm: str | None = None
+    snapshot: str | None = None
+    slot: str | None = None
+    partition: int | None = None
+    writable: bool = False
+    by_user: bool = False  # by FUSE alone, without a device
+    overlay: str | None = None
+    kept: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Attachment:
     """An image as a block device; ``images`` are all of its chain, top first, ``processes`` (pid, start time)."""
 
@@ -51,6 +73,7 @@ class Attachment:
     life: str | None = None  # which use of the device it is, as ``loop.life_of`` tells
     processes: tuple[tuple[int, int], ...] = ()
     file: tuple[int, int] = (0, 0)  # device and inode of the image when it was attached
+    mount: Mount | None = None
 
     @property
     def is_in_place(self) -> bool:
@@ -65,19 +88,27 @@ class Attachment:
         """Whether everything that makes it work is there."""
         from hvmgr.host import image_export, loop, process
 
-        return (
+        runs = (
             self.phase is Phase.ATTACHED
             and self.boot == boot_id()
             and all(process.is_running(*one) for one in self.processes)
+        )
+        if self.mount is not None and self.mount.by_user:
+            return runs
+        return (
+            runs
             and self.device is not None
             and loop.backing(Path(self.device)) == str(image_export.file_of(Path(self.folder)))
         )
 
     @property
     def holds_images(self) -> bool:
-        """Whether a process may still read or write its images."""
+        """Whether a process may still read or write its images, or what was written on top of them needs them unchanged."""
         from hvmgr.host import image_export
 
+        if self.mount is not None and self.mount.writable:
+            child = self.mount.kept or self.mount.overlay
+            return child is not None and Path(child).exists()
         return self.boot == boot_id() and bool(image_export.processes(Path(self.folder)))
 
 
@@ -122,9 +153,10 @@ def users(paths: Iterable[str]) -> dict[str, tuple[Attachment, ...]]:
 def require_free(paths: Iterable[str]) -> None:
     """Nobody builds on an image that somebody writes, or holds open, as a block device: Conflict."""
     for path, (one, *_) in users(paths).items():
+        sentence, hint = use_of(one)
         raise errors.Conflict(
-            f"{path} is attached as {one.device or 'a block device'}",
-            hint=f"hvmgr image detach {one.device or one.path}",
+            f"{path} is {sentence}",
+            hint=hint,
             path=path,
             device=one.device,
         )
@@ -137,7 +169,23 @@ def is_busy() -> bool:
 
 def name_of(one: Attachment) -> str:
     """How an attachment is called as the user of an image."""
-    return f"the attachment {one.device or one.id}"
+    if one.mount is None:
+        return f"the attachment {one.device or one.id}"
+    if one.mount.kept is not None:
+        return f"the image {one.mount.kept}"
+    return f"the mount at {one.mount.directory}"
+
+
+def use_of(one: Attachment) -> tuple[str, str]:
+    """What an image is to an attachment of it, to follow "is"; and the command that ends that."""
+    if one.mount is None:
+        return (
+            f"attached as {one.device or 'a block device'}",
+            f"hvmgr image detach {shlex.quote(one.device or one.path)}",
+        )
+    if one.mount.kept is not None:
+        return f"what {one.mount.kept} stands on", f"remove {one.mount.kept}, or give it another parent first"
+    return f"mounted at {one.mount.directory}", f"hvmgr unmount {shlex.quote(one.mount.directory)}"
 
 
 @contextlib.contextmanager
@@ -153,6 +201,8 @@ def _read(file: Path) -> Attachment | None:
         facts["images"] = tuple(map(str, facts["images"]))
         facts["processes"] = tuple((int(pid), int(started)) for pid, started in facts["processes"])
         facts["file"] = (int(facts["file"][0]), int(facts["file"][1]))
+        mount = facts.get("mount")
+        facts["mount"] = None if mount is None else Mount(**mount)
         return Attachment(**{**facts, "phase": Phase(facts["phase"])})
     except (OSError, ValueError, KeyError, TypeError):
         return None

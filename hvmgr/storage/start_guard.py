@@ -198,9 +198,8 @@ class _Case:
     def _attached(self, path: str, *, is_written: bool) -> Iterator[Finding]:
         for one in attachments.users([path]).get(path, ()):
             if is_written or not one.read_only:
-                sentence = f"{path} is attached as {one.device or 'a block device'}"
-                detach = f"hvmgr image detach {one.device or shlex.quote(one.path)}"
-                yield Finding("image-attached", Severity.ERROR, sentence, path, detach)
+                sentence, end = attachments.use_of(one)
+                yield Finding("image-attached", Severity.ERROR, f"{path} is {sentence}", path, end)
 
     def _is_frozen(self, path: str) -> bool:
         """By the home's records; in a home that came without them by its mode; outside by any VM of this host."""

@@ -25,6 +25,10 @@ COMMANDS = {
     ),
     "import": (f"{_HERE}.import_:import_command", "Make a VM out of an export, a VM home, or a domain's XML."),
     "compare": (f"{_HERE}.import_:compare", "Report what an import would find in its way, and change nothing."),
+    "freeze": (
+        f"{_HERE}.freeze:command",
+        "Run a command of the host's own while the guests' file systems are at rest.",
+    ),
     "disk": (f"{_HERE}.disk:command", "Work on the disks of a VM, each named by its slot."),
     "vdi-list": (
         f"{_HERE}.vdi:vdi_list",
@@ -48,6 +52,15 @@ COMMANDS = {
         f"{_HERE}.file:command",
         "Look at and take out files inside the disks of VMs, snapshots, exports and images.",
     ),
+    "mount": (
+        f"{_HERE}.mount:mount",
+        "Mount a file system of a VM, of a snapshot, an export or an image in an empty directory.",
+    ),
+    "unmount": (
+        f"{_HERE}.mount:unmount",
+        "Unmount what 'mount' has mounted; what was written is thrown away, unless it is kept.",
+    ),
+    "mounts": (f"{_HERE}.mount:mounts", "List what 'mount' has mounted on this host, and what is left over of that."),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),

@@ -21,7 +21,7 @@ from hvmgr.model.diagnosis import Code
 from hvmgr.model.finding import Finding
 from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan
-from hvmgr.operations import attaching, chains, reconcile
+from hvmgr.operations import attaching, chains, mounting, reconcile
 from hvmgr.operations.chains import Deed
 from hvmgr.operations.doctor import domain_checks, image_checks, surroundings
 from hvmgr.operations.doctor.cure import Case, Cure, keep_copy, set_aside
@@ -339,6 +339,23 @@ def attachments_left(host: Host, found: tuple[Finding, ...]) -> Iterator[Cure]:
     for one in found:
         if one.code == Code.ATTACHMENT_LEFT:
             yield Cure(one, f"clean up the attachment of {one.where}", partial(_take_down, host, one.where))
+
+
+def mounts_left(host: Host, found: tuple[Finding, ...]) -> Iterator[Cure]:
+    """What broken off mounts left over is cleaned up, unless a user wrote to one: what becomes of that he says himself."""
+    worthless = {
+        one.mount.directory for one in mounting.left_over() if one.mount and not mounting.is_worth_keeping(one)
+    }
+    for one in found:
+        if one.code == Code.MOUNT_LEFT and one.where in worthless:
+            yield Cure(one, f"clean up the mount at {one.where}", partial(_clean_up, host, one.where))
+
+
+def _clean_up(host: Host, directory: str) -> None:
+    with attachments.locked(wait_s=host.wait_s):
+        for one in mounting.left_over():
+            if one.mount is not None and one.mount.directory == directory:
+                mounting.clean_up(one)
 
 
 def _take_down(host: Host, path: str) -> None:

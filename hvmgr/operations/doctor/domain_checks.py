@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from hvmgr.operations import running_qemu, strangers, stuck_memory
 from hvmgr.operations.doctor import image_checks, surroundings
 from hvmgr.operations.doctor.surroundings import Known, Surroundings
 from hvmgr.operations.session import open_images
-from hvmgr.storage import images, start_guard, survey, vm_home
+from hvmgr.storage import images, locks, start_guard, survey, vm_home
 from hvmgr.storage.survey import Part, Survey
 
 # What the start guard of the hook finds and no other check here does.
@@ -73,12 +74,17 @@ def memory(seen: Survey) -> Iterator[Finding]:
         sentence = f"QEMU failed to save the memory of {seen.name} in the background, and cannot save it any more"
         repair = "restart the VM: hvmgr vm stop, then vm start; until then: snapshot create --type disk-only"
         yield finding(Code.MEMORY_STUCK, sentence, seen.home.path, repair=repair)
-    if running_qemu.is_noted(seen.home.layout.guest_at_rest):
+    if running_qemu.is_noted(seen.home.layout.guest_at_rest) and not _is_meant(seen):
         sentence = (
             f"the file systems of {seen.name}'s guest may be at rest: its agent stayed silent when it was to wake them"
         )
         repair = f"see to its agent; every command on the VM asks it again; virsh destroy {seen.name} ends the guest"
         yield finding(Code.GUEST_AT_REST, sentence, seen.home.path, repair=repair)
+
+
+def _is_meant(seen: Survey) -> bool:
+    """Whether another command, which is there to wake the guest, has put it to rest."""
+    return locks.holder(seen.home.layout.lock) not in {None, os.getpid()}
 
 
 def domain(seen: Survey, present: Part, around: Surroundings) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from hvmgr.host import confinement, process, userfault
 from hvmgr.host.hypervisor import Capabilities, Connection, Driver
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
-from hvmgr.operations import attaching, roles, start_hook
+from hvmgr.operations import attaching, mounting, roles, start_hook
 from hvmgr.operations.doctor.surroundings import Surroundings, is_home_like
 from hvmgr.storage import index, journal
 
@@ -154,6 +154,14 @@ def _attachments() -> Iterator[Finding]:
     for one in attaching.left_over():
         sentence = f"an attachment of {one.path} was broken off, and something of it may be left"
         yield finding(Code.ATTACHMENT_LEFT, sentence, one.path, repair="doctor --repair cleans it up")
+    for one in mounting.left_over():
+        assert one.mount is not None
+        where = one.mount.directory
+        sentence = f"the mount of {one.mount.title} at {where} was broken off, and something of it is left"
+        repair = "doctor --repair cleans it up"
+        if mounting.is_worth_keeping(one):
+            repair = f"hvmgr unmount '{where}' throws away what was written, with --keep FILE it is kept"
+        yield finding(Code.MOUNT_LEFT, sentence, where, repair=repair)
 
 
 def _put_back(home: Path) -> str:

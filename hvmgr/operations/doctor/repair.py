@@ -94,6 +94,7 @@ def _host(host: Host, around: Surroundings, wish: Wish) -> Iterator[Repaired]:
     cures = (
         *cure_homes.index_notes(around, found),
         *cure_homes.attachments_left(host, found),
+        *cure_homes.mounts_left(host, found),
         *cure_host.userfaultfd(found, wish.change_host),
     )
     for cure in cures:

@@ -133,6 +133,7 @@ SHAPED = {
     "snapshot merge": ["snapshot", "merge", "VM"],
     "export": ["export", "VM", "OUT", "--no-checksums"],
     "verify": ["verify", "OUT"],
+    "freeze": ["freeze", "VM", "--", "true"],
     "image create": ["image", "create", "FILES/child.vhd", "--parent", "FILES/base.vhd"],
     "image info": ["image", "info", "FILES/used.qcow2"],
     "image check": ["image", "check", "FILES/torn.vhd", "--repair"],
@@ -230,7 +231,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
     words_in = {"FILES": str(files), "FREE": free, "SNAPPED": snapped}
     for name, words in SHAPED.items():
         said = [meant.get(word, re.sub("|".join(words_in), lambda found: words_in[found[0]], word)) for word in words]
-        answer = hvmgr(*said, "--json")
+        answer = hvmgr("--json", *said)
         assert keys(answer.json) == keys(SHAPES[name]), name
 
 
