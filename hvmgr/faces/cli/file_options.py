@@ -1,0 +1,165 @@
+"""Which files inside which disks a command of ``hvmgr file`` means: arguments and options that all of them share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hvmgr import errors
+from hvmgr.faces.cli import arguments, file_render, render
+from hvmgr.faces.cli.groups import READS
+from hvmgr.faces.cli.request import Request
+
+if TYPE_CHECKING:
+    from hvmgr.operations.host import Host
+    from hvmgr.operations.inside.browsing import Browser, Found
+    from hvmgr.operations.inside.looking import Inside
+    from hvmgr.operations.inside.views import Frozen
+
+CODES = (*READS[:4], 4, 5, *READS[4:])
+_FORMATS = ("vhd", "vhdx", "qcow2", "raw")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Where:
+    """Which disks, at which moment; ``words`` are the arguments, of which the first may name the VM."""
+
+    words: tuple[str, ...]
+    snapshot: str | None
+    slot: str | None
+    partition: str | None
+    image: Path | None
+    home: Path | None
+    fmt: str | None
+
+    @property
+    def paths(self) -> tuple[bytes, ...]:
+        """The paths inside."""
+        words = self.words if self.image is not None or self.home is not None else self.words[1:]
+        return tuple(os.fsencode(one) for one in words)
+
+    def check(self) -> None:
+        """UsageError for what does not fit together."""
+        if self.image is not None and self.home is not None:
+            raise errors.UsageError("--image and --home name two different things", hint="give one of them")
+        if self.image is not None and (self.snapshot is not None or self.slot is not None):
+            raise errors.UsageError(
+                "an image file has neither snapshots nor slots", hint="leave out --snapshot and --disk"
+            )
+        if self.fmt is not None and self.image is None:
+            raise errors.UsageError("--format says what the file of --image is", hint="leave it out")
+        if self.image is None and self.home is None and not self.words:
+            raise errors.UsageError("no VM is named", hint="name a VM, or give --image FILE or --home DIR")
+
+    def disks(self, host: Host) -> list[Frozen]:
+        """The disks, frozen."""
+        from hvmgr.operations.inside import views
+
+        if self.image is not None:
+            return [views.of_image(self.image, self.fmt)]
+        if self.home is not None:
+            return views.of_folder(self.home, snapshot=self.snapshot, slot=self.slot)
+        return views.of_vm(host.vm(self.words[0]), snapshot=self.snapshot, slot=self.slot)
+
+
+def where(metavar: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The arguments and options that say which disks; the command gets them as ``where``."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(request: Request, **given: Any) -> Any:
+            own = {name: given.pop(name) for name in ("words", "snapshot", "slot", "partition", "image", "home", "fmt")}
+            which = Where(**own)
+            which.check()
+            return function(request, where=which, **given)
+
+        called.__doc__, called.__name__ = function.__doc__, function.__name__
+        called.__click_params__ = list(getattr(function, "__click_params__", []))  # type: ignore[attr-defined]
+        for option in reversed(_options(metavar)):
+            called = option(called)
+        return click.pass_obj(called)
+
+    return decorate
+
+
+def _options(metavar: str) -> list[Callable[[Any], Any]]:
+    return [
+        click.argument("words", metavar=metavar, nargs=-1, type=_VmThenPaths()),
+        click.option("--snapshot", metavar="SNAP", type=arguments.SnapshotName(), help="As the disks were at this snapshot."),
+        click.option("--disk", "slot", metavar="SLOT", help="On this disk only."),
+        click.option(
+            "--partition", metavar="N|GROUP/VOLUME",
+            help="On the partition with this number, or the logical volume of this name, only.",
+        ),
+        click.option(
+            "--image", metavar="FILE", type=click.Path(path_type=Path), help="The disk in an image file; no VM is named."
+        ),
+        click.option(
+            "--home", metavar="DIR", type=click.Path(path_type=Path),
+            help="The disks of an export, or of a VM home wherever it lies now; no VM is named.",
+        ),
+        click.option(
+            "--format", "fmt", type=click.Choice(_FORMATS), help="The format of --image, if it is not to be found out."
+        ),
+    ]  # fmt: skip
+
+
+class _VmThenPaths(arguments.VmName):
+    """The first word names a VM, the others are paths."""
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+        """The names of VMs, for the first word."""
+        return [] if ctx.params.get("words") else super().shell_complete(ctx, param, incomplete)
+
+
+@contextlib.contextmanager
+def opened(request: Request, where: Where) -> Iterator[Inside]:
+    """The disks, open; which moment they show, and what whoever reads should know, is said."""
+    from hvmgr.operations.inside import looking
+
+    with request.host() as host:
+        disks = where.disks(host)
+        for moment in dict.fromkeys(one.moment for one in disks if one.moment is not None):
+            render.notice(moment)
+        with looking.opened(disks, partition=where.partition) as inside:
+            yield inside
+
+
+def found(
+    request: Request, inside: Inside, paths: Sequence[bytes], *, follow: bool = True
+) -> list[tuple[Browser, Found]]:
+    """What the paths mean, in order; what is to be known of the file systems is told once."""
+    those: list[tuple[Browser, Found]] = []
+    told: list[Browser] = []
+    for path in paths:
+        browser = inside.choose(path)
+        if browser not in told:
+            told.append(browser)
+            _tell(request, browser)
+        those += [(browser, one) for one in browser.expand(path, follow=follow)]
+    return those
+
+
+def _tell(request: Request, browser: Browser) -> None:
+    for note in browser.reader.notes:
+        render.notice(f"{browser.volume.title}: {note}")
+    if request.verbose:
+        render.notice(f"{browser.volume.title}: {browser.volume.kind}, read by {browser.reader.title}")
+
+
+def require_paths(where: Where) -> None:
+    """UsageError where nothing inside is named."""
+    if not where.paths:
+        raise errors.UsageError(
+            "no path is given", hint="name one, such as /; which file systems there are: hvmgr file list"
+        )
+
+
+def sources(browsers: Sequence[Browser]) -> list[dict[str, Any]]:
+    """The file systems that something was found in, each once, for JSON."""
+    return [file_render.source(one) for one in dict.fromkeys(browsers)]

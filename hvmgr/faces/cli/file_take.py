@@ -1,0 +1,217 @@
+"""``hvmgr file cat``, ``get`` and ``hash``: what is in files inside disks, taken out."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hvmgr import errors, units
+from hvmgr.faces.cli import file_options as options
+from hvmgr.faces.cli import file_render, json_out, render
+from hvmgr.faces.cli.file_options import CODES
+from hvmgr.faces.cli.groups import Command, Group
+from hvmgr.faces.cli.request import Request
+
+if TYPE_CHECKING:
+    from hvmgr.operations.inside.browsing import Browser, Found
+
+_GETS = (*CODES[:-2], 7, *CODES[-2:])
+_STANDARD = "-"
+
+
+def register(group: Group) -> None:
+    """The commands are commands of the group."""
+    for one in (cat, get, hash_):
+        group.add_command(one)
+
+
+@click.command("cat", cls=Command, codes=CODES, examples=["hvmgr file cat web /etc/fstab --snapshot before"])
+@options.where("VM PATH...")
+def cat(request: Request, where: options.Where) -> None:
+    """Write what is in files to stdout, one after the other.
+
+    FILE:STREAM is a named stream of a file on NTFS.
+    """
+    options.require_paths(where)
+    if request.json:
+        raise errors.UsageError(
+            "what is in files is no JSON", hint="leave out --json, or take the file: hvmgr file get"
+        )
+    with options.opened(request, where) as inside:
+        found = options.found(request, inside, where.paths)
+        contents = [browser.content(one) for browser, one in found]
+        for content in contents:
+            _pour(content)
+
+
+def _pour(content: Any) -> None:
+    at = 0
+    for offset, piece in content.pieces():
+        _zeros(offset - at)
+        _out(piece)
+        at = offset + len(piece)
+    _zeros(content.size - at)
+
+
+def _zeros(count: int) -> None:
+    empty = memoryview(bytes(min(count, 1 << 20)))
+    for at in range(0, count, 1 << 20):
+        _out(empty[: min(1 << 20, count - at)])
+
+
+def _out(piece: bytes | memoryview) -> None:
+    """Bytes to stdout; HostFailed when they cannot be written."""
+    try:
+        sys.stdout.buffer.write(piece)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise errors.HostFailed(f"cannot write the output: {error.strerror}") from error
+
+
+@click.command(
+    "get",
+    cls=Command,
+    codes=_GETS,
+    examples=[
+        "hvmgr file get web /etc/passwd --snapshot before --to -",
+        "hvmgr file get web '/var/log/*.log' --to /tmp/logs",
+        "hvmgr file get web /srv --archive --to srv.tar",
+        "hvmgr file get --image disk.vhd /Users --archive --to - | zstd >users.tar.zst",
+    ],
+)
+@options.where("VM PATH...")
+@click.option(
+    "--to", metavar="DIR|FILE|-", default=".", help="The folder to put them in; - for stdout. Else the present one."
+)
+@click.option("--archive", is_flag=True, help="One tar archive: owners, ACLs, attributes and streams are kept too.")
+@click.option("--streams", is_flag=True, help="Named streams become files NAME:STREAM beside theirs.")
+@click.option("--overwrite", is_flag=True, help="Files that are there already are replaced.")
+def get(request: Request, where: options.Where, *, to: str, archive: bool, streams: bool, overwrite: bool) -> None:
+    """Copy files and folders out of a disk, with their times, modes, links and holes.
+
+    As root they also keep their owners. Nothing is ever written outside the folder, whatever names and links the disk holds; device
+    nodes are not made. With --to - a single file goes to stdout, or with --archive the tar archive does.
+    """
+    options.require_paths(where)
+    if to == _STANDARD and request.json:
+        raise errors.UsageError("--json and the files would both go to stdout", hint="name a folder with --to")
+    with options.opened(request, where) as inside:
+        found = options.found(request, inside, where.paths, follow=False)
+        if to == _STANDARD and not archive:
+            _get_one(found)
+            return
+        from hvmgr.operations.inside import getting
+
+        gathered = getting.gather(found)
+        sources = options.sources([one for one, _ in found])
+        if request.dry_run:
+            _show_gathered(request, gathered, sources, to)
+            return
+        if archive:
+            outcome = _get_archive(request, gathered, to, overwrite=overwrite)
+        else:
+            outcome = getting.into_folder(gathered, Path(to), request.report, streams=streams, overwrite=overwrite)
+        for why, count in sorted(outcome.left_out.items()):
+            render.notice(f"{count} left out: {why}")
+        if to != _STANDARD:
+            facts = {"to": to, "files": outcome.files, "size": outcome.size, "left_out": outcome.left_out}
+            sentence = f"{outcome.files} files, {units.format_size(outcome.size)}, are in {to}"
+            request.done(sentence, {**facts, "sources": sources})
+
+
+def _show_gathered(request: Request, gathered: Any, sources: list[dict[str, Any]], to: str) -> None:
+    if request.json:
+        json_out.show({"plan": None, "files": gathered.files, "size": gathered.size, "to": to, "sources": sources})
+    else:
+        render.say(f"{gathered.files} files, {units.format_size(gathered.size)}, would be written to {to}")
+
+
+def _get_one(found: list[tuple[Browser, Found]]) -> None:
+    if len(found) != 1:
+        raise errors.UsageError(
+            f"{len(found)} files cannot go to stdout one by one", hint="as a tar archive: --archive"
+        )
+    browser, one = found[0]
+    if one.node.is_folder:
+        raise errors.UsageError("a folder cannot go to stdout as it is", hint="as a tar archive: --archive")
+    _pour(browser.content(browser.find(one.path) if not one.stream else one))
+
+
+def _get_archive(request: Request, gathered: Any, to: str, *, overwrite: bool) -> Any:
+    from hvmgr.operations.inside import getting
+    from hvmgr.os_errors import explained
+    from hvmgr.storage import durable
+
+    if to == _STANDARD:
+        if sys.stdout.isatty():
+            raise errors.UsageError("an archive is nothing for a terminal", hint="pipe it on, or name a file with --to")
+        return getting.into_archive(gathered, _out, request.report)
+    path = Path(to)
+    if path.is_dir():
+        raise errors.UsageError(f"{to} is a folder", hint=f"name the archive: --to {path / 'files.tar'}")
+    if path.exists() and not overwrite:
+        raise errors.Conflict(f"{to} exists already", hint="give it another name, or --overwrite")
+    with (
+        explained(path),
+        durable.replacing(path, 0o600, None) as descriptor,
+        open(descriptor, "wb", closefd=False) as file,
+    ):
+        return getting.into_archive(gathered, lambda piece: _write(file, piece), request.report)
+
+
+def _write(file: Any, piece: memoryview) -> None:
+    file.write(piece)
+
+
+@click.command(
+    "hash", cls=Command, codes=CODES, examples=["hvmgr file hash web /etc", "hvmgr file hash web /srv --algorithm md5"]
+)
+@options.where("VM PATH...")
+@click.option("--algorithm", type=click.Choice(("sha256", "sha512", "sha1", "md5", "blake2b")), default="sha256",
+              help="The kind of hash (sha256).")  # fmt: skip
+def hash_(request: Request, where: options.Where, *, algorithm: str) -> None:
+    """Print the hashes of files, and of all files in folders, as sha256sum does."""
+    options.require_paths(where)
+    with options.opened(request, where) as inside:
+        tops = options.found(request, inside, where.paths)
+        hashes = []
+        for browser, top in tops:
+            for _, one in [(0, top)] if top.stream else browser.walk(top):
+                if _is_file(one):
+                    hashes.append((browser, one, _hash_of(browser.content(one), algorithm)))
+                    if not request.json:
+                        file_render.show_hash(hashes[-1][2], one)
+        if request.json:
+            files = [{**file_render.name_of(one.path), "size": one.size, "hash": value} for _, one, value in hashes]
+            json_out.show(
+                {"sources": options.sources([one for one, _ in tops]), "algorithm": algorithm, "files": files}
+            )
+
+
+def _is_file(one: Found) -> bool:
+    from hvmgr.storage.filesystems.reader import Type
+
+    return one.node.type is Type.FILE or bool(one.stream)
+
+
+def _hash_of(content: Any, algorithm: str) -> str:
+    digest, at = hashlib.new(algorithm, usedforsecurity=False), 0
+    empty = bytes(1 << 20)
+    for offset, piece in _with_end(content):
+        for start in range(at, offset, len(empty)):
+            digest.update(empty[: min(len(empty), offset - start)])
+        digest.update(piece)
+        at = offset + len(piece)
+    return digest.hexdigest()
+
+
+def _with_end(content: Any) -> Iterator[tuple[int, bytes | memoryview]]:
+    yield from content.pieces()
+    yield content.size, b""
