@@ -149,14 +149,16 @@ def cut_downloads(server, session, targets, fmt, length, whole):
                 one.settimeout(120)
                 one.connect(server.address)
                 one.sendall(f"GET {link.removeprefix(server.url)} HTTP/1.1\r\nHost: h\r\n\r\n".encode())
-                got = b""
-                while b"\r\n\r\n" not in got or len(parse_answer(got).body) < cut:
-                    got += one.recv(min(65536, cut))
+                got = bytearray()
+                while (head := got.find(b"\r\n\r\n")) < 0 or len(got) < head + 4 + cut:
+                    piece = one.recv(1000 if head < 0 else min(65536, head + 4 + cut - len(got)))
+                    assert piece, "the answer is short"
+                    got += piece
                 end(one)
             record = settled(session, task)  # the kernel may have taken all of it already
             assert record["status"] == "success" or record["error_info"][0] == "CLIENT_ERROR", (cut, record)
             if whole is not None:  # what is missing can be asked for
-                have = parse_answer(got).body
+                have = parse_answer(bytes(got)).body
                 rest = server.curl("-r", f"{len(have)}-", link.replace(f"&task_id={task.replace(':', '%3A')}", ""))
                 if len(have) < len(whole):
                     assert (rest.status, have + rest.body) == (206, whole)
