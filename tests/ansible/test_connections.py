@@ -129,6 +129,7 @@ def test_ordinary_user_by_ssh_becomes_root_and_need_not_wait(installed, ansible_
         "ansible_port": port,
         "ansible_user": USER,
         "ansible_ssh_private_key_file": str(key),
+        "ansible_ssh_args": "-o ControlMaster=no",  # nothing lives on when the test is over
         "ansible_ssh_common_args": "-F none -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null",
         "ansible_python_interpreter": "/usr/bin/python3",
         "hvmgr_executable": str(kvm1.executable),
