@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hvmgr.operations import mounting as operation
 from hvmgr.storage import attachments
 from tests.faces.cli.test_documentation import PAGE, keys
 from tests.operations.images import attaching as help_
@@ -32,8 +33,10 @@ def space(root, require_program):
     help_.skip_where_impossible()
     for name in ("mke2fs", "nsenter", "unshare"):
         require_program(name)
-    with help_.taken_down(), mounting.space() as made:
+    with mounting.space() as made:
         yield made
+    for one in attachments.all_records():  # of a test that failed
+        operation._take_down(one)
 
 
 @pytest.fixture
