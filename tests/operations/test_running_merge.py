@@ -723,7 +723,7 @@ def test_images_of_different_sizes(machine, tmp_path):
     machine.vm.create_snapshot("two", type=DISKS)
     machine.vm.resize_disk("vda", 4 << 20)
     machine.vm.create_snapshot("three", type=DISKS)
-    machine.boot()
+    machine.domain.start(paused=True)  # its images are open, which is all that counts here
     before = contents(machine, tmp_path)
     machine.vm.snapshot("short").delete()
     require_whole(machine, 4)
@@ -733,18 +733,16 @@ def test_images_of_different_sizes(machine, tmp_path):
     machine.vm.snapshot("two").delete()
     require_whole(machine, 2)
     assert contents(machine, tmp_path) == without(before, "one", "short", "two")
-    machine.tick()
 
     machine.vm.stop(force=True)
     machine.vm.create_snapshot("four", type=DISKS)
     machine.vm.resize_disk("vda", 2 << 20, shrink=True)
     machine.vm.create_snapshot("five", type=DISKS)
-    machine.boot()
+    machine.domain.start(paused=True)
     before = contents(machine, tmp_path)
     machine.vm.snapshot("four").delete()
     assert sum("the latter is shorter" in one for one in machine.said) == 1
     assert len(tree.pending(machine.vm.tree())) == 1
-    machine.tick()
     machine.check()
     machine.vm.stop(force=True)
     assert machine.vm.merge()
