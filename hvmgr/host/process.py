@@ -30,11 +30,17 @@ _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin",
 
 # Debian's names; Fedora and RHEL carry most of them in a package of the program's own name.
 _PACKAGES = {
+    "dmsetup": "dmsetup",
+    "grub-mkimage": "grub-common",
+    "ldd": "libc-bin",
+    "mke2fs": "e2fsprogs",
     "nbdinfo": "libnbd-bin",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "ntfs-3g": "ntfs-3g",
     "qemu-storage-daemon": "qemu-system-common",
+    "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
     "setsid": "util-linux",
     "swtpm": "swtpm",
@@ -376,6 +382,12 @@ def require(program: str) -> None:
         package = _PACKAGES.get(Path(program).name)
         hint = f"install it, on Debian with: apt install {package}" if package else f"install '{program}'"
         raise errors.Unsupported(f"the program '{program}' is not installed", hint=hint, program=program)
+
+
+def path_of(program: str) -> Path:
+    """Where an installed program is; Unsupported as ``require``."""
+    require(program)
+    return Path(str(shutil.which(program, path=_environment()["PATH"])))
 
 
 def _environment() -> dict[str, str]:

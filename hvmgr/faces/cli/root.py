@@ -42,6 +42,10 @@ COMMANDS = {
     ),
     "vdi-destroy": (f"{_HERE}.vdi:vdi_destroy", "Remove a free disk, or a snapshot of one disk alone."),
     "image": (f"{_HERE}.image:command", "Work on image files, each named by its path: VHD, VHDX, qcow2, raw."),
+    "boot": (
+        f"{_HERE}.boot:command",
+        "Let a physical machine boot from VHDs: entries of its boot menu, and what the systems wrote.",
+    ),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),
