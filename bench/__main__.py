@@ -8,6 +8,7 @@ import time
 from bench import (
     ansible,
     beside_libvirt,
+    boot,
     exchange,
     exchange_import,
     harness,
@@ -33,6 +34,7 @@ SUITES = {
     "transfer": transfer.measure,
     "http": http.measure,
     "ansible": ansible.measure,
+    "boot": boot.measure,
 }
 
 
