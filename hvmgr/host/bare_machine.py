@@ -16,11 +16,6 @@ _PROGRAMS = (PROGRAM, "/usr/libexec/qemu-kvm", "qemu-kvm")
 _FIRMWARE = ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_CODE.fd", "/usr/share/edk2/ovmf/OVMF_CODE.fd")
 _POLL_S = 0.05
 _PROMPTS = (b"login: ", b"(initramfs) ")  # lines that nobody ends
-_DISKS = {
-    "virtio": ("virtio-blk-pci,drive=disk{}",),
-    "nvme": ("nvme,serial=disk{0},drive=disk{0}",),
-    "sata": ("ide-hd,drive=disk{0},bus=ide.{0}",),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +27,6 @@ class Machine:
     uefi: bool = False
     loader_folder: Path | None = None
     kernel: tuple[Path, Path, str] | None = None  # started directly: kernel, initramfs, arguments
-    bus: str = "virtio"
 
 
 def lines(machine: Machine, work: Path, *, time_s: float) -> Iterator[str]:
@@ -110,7 +104,7 @@ def _command(machine: Machine, log: Path, accelerator: str) -> list[str | Path]:
     for number, (path, fmt, written) in enumerate(machine.disks):
         keep = "off" if written else "on"
         argv += ["-drive", f"if=none,id=disk{number},format={fmt},snapshot={keep},file={_escaped(path)}"]
-        argv += ["-device", _DISKS[machine.bus][0].format(number)]
+        argv += ["-device", f"virtio-blk-pci,drive=disk{number}"]
     if machine.kernel is not None:
         kernel, initrd, arguments = machine.kernel
         argv += ["-kernel", kernel, "-initrd", initrd, "-append", arguments]

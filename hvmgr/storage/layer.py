@@ -7,6 +7,7 @@ of zeros is an empty store.
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -34,8 +35,6 @@ def size_for(disk: int) -> int:
 def make(path: Path, disk: int) -> None:
     """An empty store for a disk, all of it a hole; takes the place of one that is there."""
     with durable.replacing(path, 0o600, None) as descriptor:
-        import os
-
         os.ftruncate(descriptor, size_for(disk))
 
 

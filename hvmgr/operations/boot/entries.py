@@ -163,7 +163,7 @@ class BootMenu:
         host = self._host
         found = requirements.look(path, wish.folders)
         has_layer = making.wants_layer(found, wish)
-        for note in requirements.require_free(host, path, writes=not has_layer):
+        for note in requirements.require_free(host, path, wish.folders, writes=not has_layer):
             host.reporter.notice(note)
         with changes.locked(host, [path], seen=[found]):
             made = making.prepare(path, found, wish, old, entry_id=old.id if old else uuid.uuid4().hex[:12])

@@ -17,10 +17,11 @@ from hvmgr.host import bare_machine, grub, process
 from hvmgr.model import boot_map, boot_menu
 from hvmgr.model.boot_entry import BootEntry, Volume
 from hvmgr.operations.boot import guest_system, layers, making, requirements, supplement
-from hvmgr.storage import durable
+from hvmgr.storage import durable, locks
 
 START = 1 << 20  # where the volume begins; GRUB stands in front of it
 _SECTOR = 512
+_WORK = ".hvmgr-test-"
 _PROGRAM_S = 3600.0
 _PREFIX = "(hd0,msdos1)/boot/grub"
 _SERIAL = "serial --unit=0 --speed=115200\nterminal_input serial\nterminal_output serial\n"
@@ -103,7 +104,9 @@ def listen(lines: Iterator[str], until: str | None, on_line: Callable[[str], Non
 def _workshop(entry: BootEntry) -> Iterator[Path]:
     """A folder beside the VHD, where its files can have a second name instead of a copy."""
     folder = Path(entry.folder)
-    durable.sweep(folder)
+    for left in folder.glob(f"{_WORK}*"):  # of commands that were killed
+        if not locks.is_held(left / ".lock"):
+            durable.remove_folder(left)
     taken = sum(one.stat().st_blocks * 512 for one in _sources(entry).values())
     free = shutil.disk_usage(folder).free
     if free < taken + START:
@@ -112,10 +115,11 @@ def _workshop(entry: BootEntry) -> Iterator[Path]:
             f" {units.format_size(free)} free",
             hint="free space there",
         )
-    work = folder / f"{durable.TEMPORARY}{uuid.uuid4().hex}"
+    work = folder / f"{_WORK}{uuid.uuid4().hex}"
     durable.make_folder(work, mode=0o700)
     try:
-        yield work
+        with locks.held(work / ".lock", wait_s=0, what="the machine"):
+            yield work
     finally:
         durable.remove_folder(work)
 

@@ -17,7 +17,7 @@ from hvmgr import errors, units
 from hvmgr.host import volumes
 from hvmgr.model.boot_entry import BootEntry, ImageFile, Volume
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.model.image_info import Use
+from hvmgr.model.image_info import Use, User
 from hvmgr.operations import image_users
 from hvmgr.operations.images import changes, recognition
 from hvmgr.operations.images.recognition import Recognised
@@ -107,7 +107,7 @@ def look(path: Path, folders: Sequence[Path]) -> Recognised:
     return found
 
 
-def require_free(host: Host, path: Path, *, writes: bool) -> list[str]:
+def require_free(host: Host, path: Path, folders: Sequence[Path], *, writes: bool) -> list[str]:
     """Nobody uses the VHD now; what is worth knowing about those who do at other times.
 
     ``writes``: the system is going to write the file itself, so that nobody may need it as it is.
@@ -115,11 +115,11 @@ def require_free(host: Host, path: Path, *, writes: bool) -> list[str]:
     changes.complete(host, [path])
     changes.require_closed([path])
     notes = []
-    for user in image_users.of(host, path):
-        if user.use in _BUSY:
-            raise errors.Conflict(
-                f"{path} is in use by {user.name}, {_BUSY[user.use]}", hint="let that end first", user=user.name
-            )
+    for parent in recognition.known_chain(path, folders)[1:]:
+        _require_idle(parent, image_users.of(host, parent))
+    users = image_users.of(host, path)
+    _require_idle(path, users)
+    for user in users:
         if user.use in _BLOCKS_USE and writes:
             raise errors.Conflict(
                 f"{path} is needed as it is by {user.name}, and a system that boots from it would write it",
@@ -133,6 +133,14 @@ def require_free(host: Host, path: Path, *, writes: bool) -> list[str]:
     if not image_users.is_libvirt_there(host):
         notes.append("libvirt could not be asked whether one of its VMs needs the VHD")
     return notes
+
+
+def _require_idle(path: Path, users: Sequence[User]) -> None:
+    for user in users:
+        if user.use in _BUSY:
+            raise errors.Conflict(
+                f"{path} is in use by {user.name}, {_BUSY[user.use]}", hint="let that end first", user=user.name
+            )
 
 
 def require_space(path: Path, chain: Chain, *, has_layer: bool) -> None:
