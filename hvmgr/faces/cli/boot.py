@@ -145,9 +145,9 @@ def remove(request: Request, name: str, boot_dir: Path) -> None:
         menu = host.boot_menu(boot_dir)
         entry = menu.entry(name)
         written = next(one.written for one in menu.shown() if one.entry.id == entry.id)
-        if written:
-            what = f"{units.format_size(written)} that '{entry.title}' wrote into its layer go"
-            request.require_consent(what, always=True)
+        if written or (written is None and Path(entry.layer_file).exists()):  # one that is damaged holds something, too
+            size = "what" if written is None else f"{units.format_size(written)} that"
+            request.require_consent(f"{size} '{entry.title}' wrote into its layer is thrown away", always=True)
         menu.remove(entry.id)
         request.done(f"the boot menu has no '{entry.title}' any more", {"entry": _document(entry)})
 

@@ -342,6 +342,7 @@ class TestLayer:
             file.seek(4)
             file.write(b"\0")
         refused(hvmgr("boot", "merge", "Blue", *written.boot_dir), 6, "ran out of space", "boot revert")
+        refused(hvmgr("boot", "remove", "Blue", *written.boot_dir), 2, "--yes")
 
     def test_remove_asks_for_it(self, written, hvmgr):
         before = state(written)
