@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ from hvmgr.faces.guest import Guest
 from hvmgr.storage import initramfs
 
 HERE = Path(__file__).parent
+WITH_SBIN = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
 SIZE = 48 << 20
 START = 1 << 20
 VOLUME = "6f1e2d3c-0000-4000-8000-00000000b007"
@@ -50,7 +52,7 @@ def write_partitioned(path: Path, tree: Path, size: int) -> None:
         entry = struct.pack("<B3sB3sII", 0x80, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", START // 512, count)
         disk.write(bytes(446) + entry.ljust(64, b"\0") + b"\x55\xaa")
     command = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-d", tree, "-E", f"offset={START},root_owner=0:0"]
-    subprocess.run([*command, path, f"{(size - START) // 1024}k"], check=True, capture_output=True)
+    subprocess.run([*command, path, f"{(size - START) // 1024}k"], check=True, capture_output=True, env=WITH_SBIN)
 
 
 def initrd(guest: Guest) -> bytes:

@@ -70,7 +70,8 @@ class Physical:
 
 def is_clean(disk: Path, start: int) -> bool:
     """Whether e2fsck finds nothing to do in the file system there."""
-    told = subprocess.run(["e2fsck", "-fn", f"{disk}?offset={start}"], capture_output=True, text=True, check=False)
+    command = ["e2fsck", "-fn", f"{disk}?offset={start}"]
+    told = subprocess.run(command, capture_output=True, text=True, check=False, env=mini.WITH_SBIN)
     return told.returncode == 0 and "recovering journal" not in told.stdout + told.stderr
 
 
