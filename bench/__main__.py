@@ -8,6 +8,7 @@ import time
 from bench import (
     ansible,
     beside_libvirt,
+    boot,
     exchange,
     exchange_import,
     harness,
@@ -39,6 +40,7 @@ SUITES = {
     "http": http.measure,
     "inside": inside.measure,
     "ansible": ansible.measure,
+    "boot": boot.measure,
 }
 
 

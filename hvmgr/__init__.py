@@ -17,6 +17,8 @@ TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know t
 if TYPE_CHECKING:
     from hvmgr import errors
     from hvmgr.host.domain import State
+    from hvmgr.model.boot_entry import BootEntry
+    from hvmgr.model.boot_options import BootOptions
     from hvmgr.model.disk_layout import FileSystem, Layout, LayoutWish, TableKind
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.finding import Finding, Severity
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from hvmgr.model.wim_options import WimApplyOptions, WimCaptureOptions, WimCompression
     from hvmgr.operations.adopt.adoption import AdoptOptions
     from hvmgr.operations.adopt.release import Release
+    from hvmgr.operations.boot.entries import BootMenu
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.exchange.importing import CloneOptions
@@ -47,6 +50,9 @@ if TYPE_CHECKING:
 __all__ = [
     "VM",
     "AdoptOptions",
+    "BootEntry",
+    "BootMenu",
+    "BootOptions",
     "CloneOptions",
     "DiskSpecification",
     "Disks",
@@ -96,6 +102,9 @@ __all__ = [
 _HOMES = {
     "VM": "hvmgr.operations.vm",
     "AdoptOptions": "hvmgr.operations.adopt.adoption",
+    "BootEntry": "hvmgr.model.boot_entry",
+    "BootMenu": "hvmgr.operations.boot.entries",
+    "BootOptions": "hvmgr.model.boot_options",
     "CloneOptions": "hvmgr.operations.exchange.importing",
     "DiskSpecification": "hvmgr.model.specification",
     "Disks": "hvmgr.operations.transfer.vdis",

@@ -191,6 +191,13 @@ def units_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "share" / "systemd"
 
 
+def native_boot_folder() -> Path:
+    """The shipped parts of an initramfs that boots from a VHD: found as the units are."""
+    package = Path(__file__).resolve().parent
+    inside = package / "native-boot"
+    return inside if inside.is_dir() else package.parent / "share" / "native-boot"
+
+
 def _preferences(folder: Path) -> Mapping[str, Preference]:
     """What the folder's file says; where there is none, nothing is imported for it."""
     file = folder / CONFIG_FILE

@@ -18,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The promise to importers: a name that is added or taken away is a line of CHANGELOG.md.
 PUBLIC = [
     "AdoptOptions",
+    "BootEntry",
+    "BootMenu",
+    "BootOptions",
     "CloneOptions",
     "DiskSpecification",
     "Disks",
@@ -106,11 +109,12 @@ def test_nothing_else_is_exposed() -> None:
     assert exposed - set(hvmgr.__all__) == set()
 
 
-def test_wheel_holds_the_package_its_templates_units_and_the_selinux_module_only(wheel: Path) -> None:
+def test_wheel_holds_the_package_its_templates_units_scripts_and_the_selinux_module_only(wheel: Path) -> None:
     sources = [path for path in (ROOT / "hvmgr").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     expected = {str(path.relative_to(ROOT)) for path in sources}
     expected |= {f"hvmgr/templates/{name}" for name in template_names(ROOT / "templates")}
     expected |= {f"hvmgr/systemd/{name}" for name in template_names(ROOT / "share" / "systemd")}
+    expected |= {f"hvmgr/native-boot/{name}" for name in template_names(ROOT / "share" / "native-boot")}
     expected.add(f"hvmgr-{hvmgr.__version__}.data/data/share/hvmgr/selinux/hvmgr.cil")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}

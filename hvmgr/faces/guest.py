@@ -20,16 +20,18 @@ import hashlib
 import lzma
 import platform
 import re
-import struct
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors, settings, units
 from hvmgr.host import process
 from hvmgr.storage import durable, locks
+from hvmgr.storage.initramfs import BUSYBOX
+from hvmgr.storage.initramfs import is_static as is_static  # noqa: PLC0414 - part of what this module gives
+from hvmgr.storage.initramfs import pack as pack  # noqa: PLC0414
 
 # Boots in two seconds under TCG, where the kernel's own tests, code patching and mitigations take another one.
 # Serial output is left to the counter: nothing may break its lines.
@@ -48,7 +50,6 @@ _COUNTER = re.compile(rb"HVMGR-COUNT (\d{6})\n\0*")
 
 KERNEL_PACKAGE = "linux-image-cloud-amd64"
 _INIT = Path(__file__).with_name("guest_init.sh")
-_BUSYBOX = Path("/bin/busybox")
 # What the init script loads as one; a module that the kernel has built in, or not at all, is left out.
 _MODULES = {
     "virtio": ("virtio_pci", "virtio_blk"),
@@ -56,6 +57,8 @@ _MODULES = {
     "power": ("evdev", "button"),
     "port": ("virtio_console",),  # not loaded by the init script: for a guest that has an agent besides
 }
+# What is kept beside the guest besides, for guests that boot from a file on a volume (native boot of VHDs).
+_KEPT = ("virtio_pci", "virtio_blk", "ext4", "loop", "dm_mod", "dm_snapshot", "dm_zero")
 _DOWNLOAD_S = 600.0
 _PROGRAM_S = 120.0
 
@@ -68,6 +71,11 @@ class Guest:
     initrd: Path
     command_line: str = COMMAND_LINE
     memory_size: int = MEMORY_SIZE
+
+    @property
+    def modules(self) -> Path:
+        """A folder as ``/lib/modules`` of such a kernel, with the modules of virtio disks, ext4, loop and device mapper."""
+        return self.kernel.parent / "modules"
 
 
 def build(folder: Path | None = None) -> Guest:
@@ -136,29 +144,12 @@ def _round(place: int, block: bytes) -> int:
     return int(match[1])
 
 
-def pack(entries: Iterable[tuple[str, int, bytes]]) -> bytes:
-    """A cpio archive of names, modes and contents as the kernel unpacks it: "newc", all of root.
-
-    Source: Documentation/driver-api/early-userspace/buffer-format.rst of Linux.
-    """
-    console = 5 << 8 | 1  # the one device node that we need, before devtmpfs is there
-    archive = bytearray()
-    for name, mode, data in [*entries, ("TRAILER!!!", 0, b"")]:
-        encoded = name.encode() + b"\0"
-        device = console if mode & 0o170000 == 0o020000 else 0
-        fields = (0, mode, 0, 0, 1, 0, len(data), 0, 0, device >> 8, device & 0xFF, len(encoded), 0)
-        archive += b"070701" + b"".join(b"%08X" % field for field in fields) + encoded
-        archive += bytes(-len(archive) % 4) + data
-        archive += bytes(-len(archive) % 4)
-    return bytes(archive)
-
-
 def _cache() -> Path:
     return settings.cache_folder() / "guest"
 
 
 def _recipe() -> str:
-    return hashlib.sha256(repr(_MODULES).encode() + _INIT.read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(repr((_MODULES, _KEPT)).encode() + _INIT.read_bytes()).hexdigest()[:12]
 
 
 def _find(folder: Path, recipe: str) -> Guest | None:
@@ -178,6 +169,7 @@ def _build(folder: Path, recipe: str) -> Guest:
         durable.make_folder(part, mode=0o755)
         durable.copy_file(kernel, part / "vmlinuz", mode=0o644)
         durable.write_file(part / "initrd", initrd, mode=0o644)
+        _keep_modules(files, part / "modules" / kernel.name.removeprefix("vmlinuz-"))
     target = folder / f"{version}-{recipe}"
     durable.rename(part, target)
     return Guest(target / "vmlinuz", target / "initrd")
@@ -217,18 +209,9 @@ def _unpacked(package: str, folder: Path) -> Path:
 
 def _busybox(folder: Path) -> bytes:
     """A static busybox: the installed one, or that of Debian's package."""
-    if _BUSYBOX.is_file() and is_static(data := _BUSYBOX.read_bytes()):
+    if BUSYBOX.is_file() and is_static(data := BUSYBOX.read_bytes()):
         return data
     return (_unpacked("busybox-static", folder) / "bin/busybox").read_bytes()
-
-
-def is_static(program: bytes) -> bool:
-    """Whether a 64-bit ELF program runs without a loader: it has no program header PT_INTERP (elf(5))."""
-    if not program.startswith(b"\x7fELF\x02"):
-        return False
-    (table,) = struct.unpack_from("<Q", program, 32)
-    size, count = struct.unpack_from("<HH", program, 54)
-    return all(struct.unpack_from("<I", program, table + size * number) != (3,) for number in range(count))
 
 
 def _contents(files: Path, busybox: bytes) -> Iterator[tuple[str, int, bytes]]:
@@ -238,13 +221,35 @@ def _contents(files: Path, busybox: bytes) -> Iterator[tuple[str, int, bytes]]:
     yield "dev/console", 0o020600, b""
     yield "bin/busybox", 0o100755, busybox
     yield "init", 0o100755, _INIT.read_bytes()
-    paths = {path.name.partition(".")[0].replace("-", "_"): path for path in files.rglob("*.ko*")}
+    paths = _module_paths(files)
     packed: dict[str, bytes] = {}
     for group, wanted in _MODULES.items():
         order = list(_ordered(wanted, paths, packed))
         yield f"modules/{group}", 0o100644, "".join(f"{name}\n" for name in order).encode()
     for name, data in packed.items():
         yield f"modules/{name}.ko", 0o100644, data
+
+
+def _keep_modules(files: Path, folder: Path) -> None:
+    """Modules and the list of what each needs, as depmod writes it."""
+    paths = _module_paths(files)
+    folder.mkdir(parents=True)
+    known: dict[str, bytes] = {}
+    list(_ordered(_KEPT, paths, known))
+    lines = []
+    for name, data in known.items():
+        durable.write_file(folder / f"{name}.ko", data, mode=0o644)
+        needed = list(_ordered([name], paths, {}))[:-1]
+        lines.append(f"{name}.ko:" + "".join(f" {one}.ko" for one in reversed(needed)) + "\n")
+    durable.write_file(folder / "modules.dep", "".join(lines).encode(), mode=0o644)
+    built_in = next(files.rglob("modules.builtin"))
+    durable.copy_file(built_in, folder / "modules.builtin", mode=0o644)
+    folder.parent.chmod(0o755)
+    folder.chmod(0o755)
+
+
+def _module_paths(files: Path) -> dict[str, Path]:
+    return {path.name.partition(".")[0].replace("-", "_"): path for path in files.rglob("*.ko*")}
 
 
 def _ordered(wanted: Sequence[str], paths: dict[str, Path], packed: dict[str, bytes]) -> Iterator[str]:

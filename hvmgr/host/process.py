@@ -32,9 +32,12 @@ _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin",
 # Debian's names; Fedora and RHEL carry most of them in a package of the program's own name.
 _PACKAGES = {
     "debugfs": "e2fsprogs",
+    "dmsetup": "dmsetup",
     "e2fsck": "e2fsprogs",
     "fuse2fs": "fuse2fs",
     "fusermount3": "fuse3",
+    "grub-mkimage": "grub-common",
+    "ldd": "libc-bin",
     "mke2fs": "e2fsprogs",
     "mkfs.btrfs": "btrfs-progs",
     "mkfs.fat": "dosfstools",
@@ -50,6 +53,7 @@ _PACKAGES = {
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
+    "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
     "setsid": "util-linux",
     "sfdisk": "fdisk",
@@ -475,6 +479,12 @@ def require(program: str) -> None:
         package = _PACKAGES.get(Path(program).name)
         hint = f"install it, on Debian with: apt install {package}" if package else f"install '{program}'"
         raise errors.Unsupported(f"the program '{program}' is not installed", hint=hint, program=program)
+
+
+def path_of(program: str) -> Path:
+    """Where an installed program is; Unsupported as ``require``."""
+    require(program)
+    return Path(str(shutil.which(program, path=_environment()["PATH"])))
 
 
 def _environment() -> dict[str, str]:

@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from hvmgr.host.hypervisor import Connection
+    from hvmgr.model.boot_windows import Kind as BootKind
     from hvmgr.model.finding import Finding
     from hvmgr.model.import_options import ImportOptions
     from hvmgr.model.specification import Specification
     from hvmgr.operations.adopt.adoption import AdoptOptions
     from hvmgr.operations.attaching import Shown
+    from hvmgr.operations.boot.entries import BootMenu
     from hvmgr.operations.doctor.repair import Repaired
     from hvmgr.operations.exchange.import_plan import ImportPlan
     from hvmgr.operations.images import cataloguing as catalogs
@@ -182,6 +184,24 @@ class Host:
         from hvmgr.operations.images import cataloguing
 
         return cataloguing.Images(self, Path(folder))
+
+    def boot_menu(self, folder: Path | str = "/boot") -> BootMenu:
+        """The boot menu of a machine, by the folder that holds its GRUB: VHDs that it boots from."""
+        from hvmgr.operations.boot.entries import BootMenu
+
+        return BootMenu(self, folder)
+
+    def windows_boot_script(
+        self, path: Path | str, title: str | None = None, *, kind: BootKind | None = None, drive: str = "C:",
+        volume: Path | None = None, write_to: Path | None = None,
+    ) -> str:  # fmt: skip
+        """The batch file that adds a VHD with Windows to Windows' own boot menu; also as the new file ``write_to``.
+
+        ``volume`` is the folder that is the root of the VHD's volume, where it is not the one that it lies on now.
+        """
+        from hvmgr.operations.boot import windows
+
+        return windows.script(Path(path), title, kind=kind, drive=drive, volume=volume, write_to=write_to)
 
     def plan_import(self, source: Path | str, options: ImportOptions | None = None) -> ImportPlan:
         """An import of an export, a home or a domain's XML, to look at and change before it happens."""

@@ -61,6 +61,10 @@ COMMANDS = {
         "Unmount what 'mount' has mounted; what was written is thrown away, unless it is kept.",
     ),
     "mounts": (f"{_HERE}.mount:mounts", "List what 'mount' has mounted on this host, and what is left over of that."),
+    "boot": (
+        f"{_HERE}.boot:command",
+        "Let a physical machine boot from VHDs: entries of its boot menu, and what the systems wrote.",
+    ),
     "space": (f"{_HERE}.space:command", "Show what VMs take on disk, and what would give it back."),
     "doctor": (f"{_HERE}.doctor:command", "Say what is wrong with this host and its VMs, and put it right."),
     "hook": (f"{_HERE}.hook:command", "Let libvirt ask hvmgr before it starts a VM."),
