@@ -1,11 +1,16 @@
-"""A libvirtd for the crash tests of one worker, and the program that runs them below it."""
+"""A libvirtd for the crash tests of one worker, and the programs that run below it."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -20,27 +25,60 @@ def crash_run(new_embed_root):
     """``crash_run(shape, …)``: runs ``crash.py`` inside a libvirtd of its own; fails with what it found."""
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         pytest.skip("needs root and libvirtd")
-    with private_libvirt.daemon(new_embed_root()) as daemon:
-        yield lambda *arguments, **more: run_inside(daemon, *arguments, **more)
+    with private_libvirt.daemon(new_embed_root()) as daemon, server(daemon.root, before=daemon.enter) as run:
+        yield run
 
 
-def run_inside(daemon, *arguments, **more):
-    """What the program wrote below a daemon; it has to end with 0."""
-    return run_program(daemon.root, *arguments, before=daemon.enter, **more)
-
-
-def run_program(root, *arguments, program="crash.py", timeout_s=280, before=(), environment=None):
-    """What the program wrote, with its homes in ``root``; it has to end with 0."""
+@contextlib.contextmanager
+def server(root, *, before=(), environment=None):
+    """A Server whose programs have their homes in ``root``."""
     folder = root / "homes"
     folder.mkdir(mode=0o711, exist_ok=True)
-    variables = os.environ | {"PYTHONPATH": str(HERE.parents[2]), "HVMGR_CRASH_FOLDER": str(folder)}
-    command = [*before, sys.executable, str(HERE / program), *map(str, arguments)]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=timeout_s, env=variables | (environment or {})
-    )
-    print(done.stdout[-20000:], done.stderr[-5000:])
-    assert done.returncode == 0, done.stdout[:6000] + done.stderr[-4000:]
-    return done.stdout
+    variables = {"PYTHONPATH": str(HERE.parents[2]), "HVMGR_CRASH_FOLDER": str(folder), **(environment or {})}
+    command = [*before, sys.executable, str(HERE / "server.py")]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, env=os.environ | variables, stdin=pipe, stdout=pipe, bufsize=0) as process:
+        try:
+            yield Server(process, root / "said")
+        finally:
+            process.stdin.close()
+
+
+@dataclass
+class Server:
+    """Runs programs of this folder: ``run(shape, …)``; fails with what they found."""
+
+    process: subprocess.Popen
+    output: Path
+
+    def __call__(self, *arguments, program="crash", timeout_s=280):
+        names = ("HVMGR_ROOT", "HVMGR_INDEX", "HVMGR_RUN", "HVMGR_CONFIG")  # each test has its own
+        request = {
+            "program": program,
+            "arguments": [str(one) for one in arguments],
+            "environment": {name: os.environ[name] for name in names},
+            "output": str(self.output),
+        }
+        self.process.stdin.write(json.dumps(request).encode() + b"\n")
+        pid = self._answer(timeout_s)
+        try:
+            code = self._answer(timeout_s)
+        except TimeoutError:
+            os.kill(pid, signal.SIGKILL)
+            self._answer(timeout_s)
+            code = f"no end within {timeout_s} s"
+        said = self.output.read_text(errors="replace")
+        print(said[-25000:])
+        assert code == 0, f"{code}: {said[:6000]}\n...\n{said[-4000:]}"
+        return said
+
+    def _answer(self, timeout_s):
+        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
+        if not ready:
+            raise TimeoutError
+        line = self.process.stdout.readline()
+        assert line, "the server ended"
+        return int(line)
 
 
 @pytest.fixture(scope="session")
