@@ -24,6 +24,11 @@ from pathlib import Path
 # A QEMU that keeps root's rights gets userfaultfd whatever the host's setting is. The files of others stay theirs.
 WITH_RIGHTS = 'user = "root"\ngroup = "root"\nclear_emulator_capabilities = 0\ndynamic_ownership = 0\n'
 
+PLAIN = 'stdio_handler = "file"\n'
+# Without a /dev of its own for each QEMU, the embedded driver needs a fifth less for a start: for each look
+# into such a /dev libvirt forks the test process, which is large. A daemon's QEMUs have them, as on a host.
+SIMPLE = "namespaces = []\n"
+
 
 def has_userfaultfd():
     """Whether a process with our rights gets userfaultfd with write protection: not in every container (x86-64)."""
@@ -61,7 +66,7 @@ def roots(capability_cache):
         root = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
         root.chmod(0o711)
         (root / "etc").mkdir()
-        (root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
+        (root / "etc" / "qemu.conf").write_text(PLAIN + SIMPLE)
         shutil.copytree(capability_cache, root / "cache" / "qemu" / "capabilities")
         made.append(root)
         return root
@@ -123,8 +128,8 @@ def daemon(root, *, qemu_conf="", libvirtd_conf="", own_network=False, host_name
     (root / "etc" / "libvirtd.conf").write_text(
         f'auth_unix_rw = "none"\nauth_unix_ro = "none"\nlog_outputs = "3:file:{root}/libvirtd.log"\n{libvirtd_conf}'
     )
-    with (root / "etc" / "qemu.conf").open("a") as file:
-        file.write(qemu_conf)
+    conf = root / "etc" / "qemu.conf"
+    conf.write_text(conf.read_text().replace(SIMPLE, "") + qemu_conf)
     process = start_libvirtd(root, own_network=own_network, host_name=host_name)
     running = Libvirtd(root, process, own_network, host_name)
     try:

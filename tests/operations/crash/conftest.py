@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import select
 import shutil
-import signal
-import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests import private_libvirt
+from tests import forking, private_libvirt
 
 HERE = Path(__file__).resolve().parent
 
@@ -31,54 +26,21 @@ def crash_run(new_embed_root):
 
 @contextlib.contextmanager
 def server(root, *, before=(), environment=None):
-    """A Server whose programs have their homes in ``root``."""
+    """``run(shape, …)``: runs a program of this folder, with its homes in ``root``; fails with what it found."""
     folder = root / "homes"
     folder.mkdir(mode=0o711, exist_ok=True)
-    variables = {"PYTHONPATH": str(HERE.parents[2]), "HVMGR_CRASH_FOLDER": str(folder), **(environment or {})}
-    command = [*before, sys.executable, str(HERE / "server.py")]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, env=os.environ | variables, stdin=pipe, stdout=pipe, bufsize=0) as process:
-        try:
-            yield Server(process, root / "said")
-        finally:
-            process.stdin.close()
+    variables = {"HVMGR_CRASH_FOLDER": str(folder), **(environment or {})}
+    paths = {"PYTHONPATH": f"{HERE.parents[2]}{os.pathsep}{HERE}"}
+    # The shapes import what all the programs do, and all of hvmgr.
+    with forking.opened(["shapes"], command=[*before, sys.executable], environment=os.environ | paths) as programs:
 
+        def run(*arguments, program="crash", timeout_s=280):
+            done = programs.run(program, *arguments, timeout_s=timeout_s, environment=forking.own() | variables)
+            print(done.stdout[-20000:], done.stderr[-5000:])
+            assert done.returncode == 0, done.stdout[:6000] + done.stderr[-4000:]
+            return done.stdout
 
-@dataclass
-class Server:
-    """Runs programs of this folder: ``run(shape, …)``; fails with what they found."""
-
-    process: subprocess.Popen
-    output: Path
-
-    def __call__(self, *arguments, program="crash", timeout_s=280):
-        names = ("HVMGR_ROOT", "HVMGR_INDEX", "HVMGR_RUN", "HVMGR_CONFIG")  # each test has its own
-        request = {
-            "program": program,
-            "arguments": [str(one) for one in arguments],
-            "environment": {name: os.environ[name] for name in names},
-            "output": str(self.output),
-        }
-        self.process.stdin.write(json.dumps(request).encode() + b"\n")
-        pid = self._answer(timeout_s)
-        try:
-            code = self._answer(timeout_s)
-        except TimeoutError:
-            os.kill(pid, signal.SIGKILL)
-            self._answer(timeout_s)
-            code = f"no end within {timeout_s} s"
-        said = self.output.read_text(errors="replace")
-        print(said[-25000:])
-        assert code == 0, f"{code}: {said[:6000]}\n...\n{said[-4000:]}"
-        return said
-
-    def _answer(self, timeout_s):
-        ready, _, _ = select.select([self.process.stdout], [], [], timeout_s)
-        if not ready:
-            raise TimeoutError
-        line = self.process.stdout.readline()
-        assert line, "the server ended"
-        return int(line)
+        yield run
 
 
 @pytest.fixture(scope="session")
