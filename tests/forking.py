@@ -11,6 +11,7 @@ It holds neither libvirt nor a thread, and ends with its stdin. Each process sta
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -124,4 +125,6 @@ if __name__ == "__main__":
     del sys.path[0]  # this folder
     for _name in sys.argv[1:]:
         _import_all(_name)
+    gc.freeze()  # a child that looks for garbage would copy all of it
+    gc.set_threshold(50_000)  # as the command itself has it
     _serve()
