@@ -17,7 +17,7 @@ import pytest
 from hvmgr import errors, units
 from hvmgr.faces import console, guest
 
-BOOT_S = 40.0  # two seconds when the machine has nothing else to do
+BOOT_S = 120.0  # two seconds when the machine has nothing else to do
 DISK_SIZE = 4 * units.MIB
 
 
