@@ -24,7 +24,6 @@ from pathlib import Path
 # A QEMU that keeps root's rights gets userfaultfd whatever the host's setting is. The files of others stay theirs.
 WITH_RIGHTS = 'user = "root"\ngroup = "root"\nclear_emulator_capabilities = 0\ndynamic_ownership = 0\n'
 
-PLAIN = 'stdio_handler = "file"\n'
 # Without a /dev of its own for each QEMU, the embedded driver needs a fifth less for a start: for each look
 # into such a /dev libvirt forks the test process, which is large. A daemon's QEMUs have them, as on a host.
 SIMPLE = "namespaces = []\n"
@@ -66,8 +65,10 @@ def roots(capability_cache):
         root = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
         root.chmod(0o711)
         (root / "etc").mkdir()
-        (root / "etc" / "qemu.conf").write_text(PLAIN + SIMPLE)
+        (root / "etc" / "qemu.conf").write_text('stdio_handler = "file"\n')
         shutil.copytree(capability_cache, root / "cache" / "qemu" / "capabilities")
+        with (root / "etc" / "qemu.conf").open("a") as conf:
+            conf.write(SIMPLE)
         made.append(root)
         return root
 
