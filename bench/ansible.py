@@ -20,6 +20,7 @@ class Scale:
     """How much is measured; the tests take next to nothing."""
 
     rounds: int = 5
+    warm_up: int = 1
     hosts: tuple[int, ...] = (2, 4, 8)
 
 
@@ -80,6 +81,7 @@ def _module(runner: _Runner, scale: Scale) -> Result:
             "command": lambda: runner.run("ansible", *local, "ansible.builtin.command", "-a", bare),
         },
         rounds=scale.rounds,
+        warm_up=scale.warm_up,
     )
     return Result("ansible snapshot_info", found["module"], found["command"], "command: hvmgr --json", aim=1.5)
 
@@ -99,7 +101,8 @@ def _rollout(runner: _Runner, export: Path, scale: Scale) -> Iterator[Result]:
     def contender(count: int) -> Callable[[], None]:
         return lambda: once(count)
 
-    found = harness.in_turns({str(count): contender(count) for count in scale.hosts}, rounds=max(1, scale.rounds // 2))
+    contenders = {str(count): contender(count) for count in scale.hosts}
+    found = harness.in_turns(contenders, rounds=max(1, scale.rounds // 2), warm_up=scale.warm_up)
     least = scale.hosts[0]
     for count in scale.hosts[1:]:
         each, first = found[str(count)] / count, found[str(least)] / least

@@ -25,6 +25,10 @@ from pathlib import Path
 # A QEMU that keeps root's rights gets userfaultfd whatever the host's setting is. The files of others stay theirs.
 WITH_RIGHTS = 'user = "root"\ngroup = "root"\nclear_emulator_capabilities = 0\ndynamic_ownership = 0\n'
 
+# Without a /dev of its own for each QEMU, the embedded driver needs a fifth less for a start: for each look
+# into such a /dev libvirt forks the test process, which is large. A daemon's QEMUs have them, as on a host.
+SIMPLE = "namespaces = []\n"
+
 
 def has_userfaultfd():
     """Whether a process with our rights gets userfaultfd with write protection: not in every container (x86-64)."""
@@ -66,6 +70,8 @@ def roots(capability_cache):
         port = 5900 + 64 * random.randrange(400)
         (root / "etc" / "qemu.conf").write_text(f'stdio_handler = "file"\nremote_display_port_min = {port}\n')
         shutil.copytree(capability_cache, root / "cache" / "qemu" / "capabilities")
+        with (root / "etc" / "qemu.conf").open("a") as conf:
+            conf.write(SIMPLE)
         made.append(root)
         return root
 
@@ -126,8 +132,8 @@ def daemon(root, *, qemu_conf="", libvirtd_conf="", own_network=False, host_name
     (root / "etc" / "libvirtd.conf").write_text(
         f'auth_unix_rw = "none"\nauth_unix_ro = "none"\nlog_outputs = "3:file:{root}/libvirtd.log"\n{libvirtd_conf}'
     )
-    with (root / "etc" / "qemu.conf").open("a") as file:
-        file.write(qemu_conf)
+    conf = root / "etc" / "qemu.conf"
+    conf.write_text(conf.read_text().replace(SIMPLE, "") + qemu_conf)
     process = start_libvirtd(root, own_network=own_network, host_name=host_name)
     running = Libvirtd(root, process, own_network, host_name)
     try:

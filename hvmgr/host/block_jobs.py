@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvmgr.errors import HvmgrError
 from hvmgr.host import libvirt_door
 
 if TYPE_CHECKING:
@@ -115,17 +116,24 @@ class BlockJobs(ABC):
 
         A file that QEMU has open for a switch that never came is none of them.
         """
-        if not self.is_active():
-            return set()
-        attached = _nodes_below(self.monitor("query-blockstats"))
-        return _writable(self.monitor("query-named-block-nodes", flat=True), attached)
+        attached = _nodes_below(self._ask_unless_off("query-blockstats"))
+        return _writable(self._ask_unless_off("query-named-block-nodes", flat=True), attached)
 
     def open_files(self) -> set[Path]:
         """All files that its QEMU has open as images, whoever uses them; empty when it is off."""
-        if not self.is_active():
-            return set()
-        nodes = self.monitor("query-named-block-nodes", flat=True)
+        nodes = self._ask_unless_off("query-named-block-nodes", flat=True)
         return {_path(node["file"]) for node in nodes if node["drv"] in {"file", "host_device"}}
+
+    def _ask_unless_off(self, command: str, **arguments: Any) -> Any:
+        """What the monitor answers; nothing of a guest that is off, or ends just now."""
+        if not self.is_active():
+            return []
+        try:
+            return self.monitor(command, **arguments)
+        except HvmgrError:
+            if self.is_active():
+                raise
+            return []
 
     def close_unused(self, path: Path) -> None:
         """Makes QEMU close a file that no disk of its guest uses: libvirt died between opening and switching to it.

@@ -27,7 +27,7 @@ def test_tick_is_read_from_a_pty(pty):
     end, path = pty
     with Console(path) as screen:
         os.write(end, b"tick memory=000123 disk=000122 ok\r\n")
-        assert screen.next_tick(1) == Tick(123, (122,), ok=True)
+        assert screen.next_tick(60) == Tick(123, (122,), ok=True)
 
 
 def test_old_output_and_half_lines_are_dropped_at_open(pty):
@@ -35,17 +35,17 @@ def test_old_output_and_half_lines_are_dropped_at_open(pty):
     os.write(end, b"tick memory=000001 disk=000000 ok\r\ntick memory=0000")
     with Console(path) as screen:
         os.write(end, b"02 disk=000001 ok\r\ntick memory=000003 disk=000002 ok\r\n")
-        assert screen.next_tick(1).memory == 3
+        assert screen.next_tick(60).memory == 3
 
 
 def test_drain_drops_what_was_said_meanwhile(pty):
     end, path = pty
     with Console(path) as screen:
         os.write(end, b"tick memory=000001 disk=000000 ok\r\ntick memory=000002 disk=000001 ok\r\n")
-        assert screen.next_tick(1).memory == 1
+        assert screen.next_tick(60).memory == 1
         screen.drain()
         os.write(end, b"tick memory=000003 disk=000002 ok\r\n")
-        assert screen.next_tick(1).memory == 3
+        assert screen.next_tick(60).memory == 3
 
 
 def test_line_that_comes_in_pieces_is_one_line(pty):
@@ -54,7 +54,7 @@ def test_line_that_comes_in_pieces_is_one_line(pty):
         os.write(end, b"tick memory=000001 di")
         late = threading.Timer(0.1, os.write, (end, b"sk=000000,000007 MISMATCH\r\n"))
         late.start()
-        assert screen.next_tick(5) == Tick(1, (0, 7), ok=False)
+        assert screen.next_tick(60) == Tick(1, (0, 7), ok=False)
         late.join()
 
 
@@ -100,7 +100,7 @@ def test_log_file_is_followed_from_its_end(tmp_path):
     log.write_bytes(b"tick memory=000001 disk=000000 ok\r\n")
     with Console(log) as screen, log.open("ab", buffering=0) as writer:
         writer.write(b"tick memory=000002 disk=000001 ok\r\n")
-        assert screen.next_tick(1).memory == 2
+        assert screen.next_tick(60).memory == 2
         with pytest.raises(errors.HostFailed):
             screen.next_tick(0.1)
 
@@ -111,24 +111,24 @@ def test_log_file_is_read_from_its_start_on_request(tmp_path):
         b"\x1bc\r\nboot disk=000005,000004\r\ntick memory=000006 disk=000005,000005 ok\r\npoweroff disk=000006\r\n"
     )
     with Console(log, from_start=True) as screen:
-        assert screen.next_boot(1) == (5, 4)
-        assert screen.wait_for("poweroff", 1) == "poweroff disk=000006"
+        assert screen.next_boot(60) == (5, 4)
+        assert screen.wait_for("poweroff", 60) == "poweroff disk=000006"
 
 
 def test_tick_behind_a_line_that_was_cut_off_is_read(tmp_path):
     log = tmp_path / "serial.log"
     log.write_bytes(b"tick memory=0000tick memory=000031 disk=000030 ok\r\ntick mboot disk=000007\r\n")
     with Console(log, from_start=True) as screen:
-        assert screen.next_tick(1) == Tick(31, (30,), ok=True)
-        assert screen.next_boot(1) == (7,)
+        assert screen.next_tick(60) == Tick(31, (30,), ok=True)
+        assert screen.next_boot(60) == (7,)
 
 
 def test_guest_without_disks_has_no_disk_count(tmp_path):
     log = tmp_path / "serial.log"
     log.write_bytes(b"boot disk=-\r\ntick memory=000001 disk=- ok\r\n")
     with Console(log, from_start=True) as screen:
-        assert screen.next_boot(1) == ()
-        assert screen.next_tick(1).disk == -1
+        assert screen.next_boot(60) == ()
+        assert screen.next_tick(60).disk == -1
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ import pytest
 from hvmgr import errors, units
 from hvmgr.faces import console, guest
 
-BOOT_S = 40.0  # two seconds when the machine has nothing else to do
+BOOT_S = 120.0  # two seconds when the machine has nothing else to do
 DISK_SIZE = 4 * units.MIB
 
 
@@ -276,11 +276,10 @@ def test_bytes_without_a_counter_are_refused(data):
 
 
 @pytest.mark.guest
-def test_second_build_is_quick_and_asks_nobody(counting_guest, monkeypatch):
+def test_second_build_makes_nothing_and_asks_nobody(counting_guest, monkeypatch):
     monkeypatch.setattr(guest, "_build", lambda *_: pytest.fail("built again"))
-    begin = time.monotonic()
+    monkeypatch.setattr(guest.process, "run", lambda *_, **__: pytest.fail("asked a program"))
     assert guest.build() == counting_guest
-    assert time.monotonic() - begin < 0.05
 
 
 def test_build_without_package_lists_says_what_to_do(tmp_path, fake_program):

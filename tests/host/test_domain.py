@@ -214,7 +214,16 @@ def test_memory_without_any_disk(connection, make_xml, folder):
 
 
 def test_writable_files_of_a_stopped_domain_are_none(domain):
-    assert domain.writable_files() == set()
+    assert (domain.writable_files(), domain.open_files()) == (set(), set())
+
+
+def test_running_domain_that_does_not_say_its_files_is_an_error(domain, monkeypatch):
+    """As against one that ended after somebody saw it running."""
+    monkeypatch.setattr(type(domain), "is_active", lambda _: True)
+    with pytest.raises(Conflict, match="query-blockstats"):
+        domain.writable_files()
+    with pytest.raises(Conflict, match="query-named-block-nodes"):
+        domain.open_files()
 
 
 def test_writable_files_of_a_long_chain(connection, make_xml, make_image):

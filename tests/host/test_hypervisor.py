@@ -123,7 +123,7 @@ def test_process_with_a_connection_left_open_ends_silently(root):
 def test_second_process_waits_for_the_root(root):
     first = python(OPEN_AND_START, uri(root))
     assert first.stdout.readline() == "up\n"
-    second = python(OPEN_AND_LIST, uri(root), 20)
+    second = python(OPEN_AND_LIST, uri(root), 60)
     time.sleep(1)
     assert second.poll() is None
     first.communicate("\n", timeout=60)
@@ -147,8 +147,8 @@ def test_guests_of_a_killed_process_are_attached_and_dead_ones_are_off(root, mak
     first.kill()
     first.communicate(timeout=60)
     os.kill(int((root / "run/qemu/b.pid").read_text()), 9)
-    second = python(OPEN_AND_LIST, uri(root), 20)
-    assert second.communicate(timeout=30) == ("a=running b=off c=running\n", "")
+    second = python(OPEN_AND_LIST, uri(root), 60)
+    assert second.communicate(timeout=90) == ("a=running b=off c=running\n", "")
 
 
 def test_guest_that_libvirt_cannot_attach_is_an_error(root, make_xml):
@@ -158,7 +158,7 @@ def test_guest_that_libvirt_cannot_attach_is_an_error(root, make_xml):
     first.communicate(timeout=60)
     (root / "run/qemu/a.xml").write_text("<damaged/>")
     second = python(OPEN_AND_LIST, uri(root), 0.5)
-    assert "does not attach these running guests again: a" in second.communicate(timeout=30)[1]
+    assert "does not attach these running guests again: a" in second.communicate(timeout=90)[1]
 
 
 def test_private_root_is_refused(folder):

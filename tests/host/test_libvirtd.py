@@ -84,7 +84,7 @@ def test_question_to_a_dead_daemon_fails(libvirtd, daemon_connection):
 def test_daemon_that_dies_during_a_change_leaves_the_outcome_unknown(libvirtd, daemon_connection, make_xml):
     domain = daemon_connection.define(make_xml("guest"))
     libvirtd.process.send_signal(signal.SIGSTOP)  # it gets the request and cannot answer
-    killer = threading.Thread(target=lambda: (time.sleep(0.5), libvirtd.stop(signal_=signal.SIGKILL)))
+    killer = threading.Thread(target=lambda: (time.sleep(2), libvirtd.stop(signal_=signal.SIGKILL)))
     killer.start()
     with pytest.raises(OutcomeUnknown, match="start guest"):
         domain.start()

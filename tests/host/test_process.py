@@ -24,7 +24,7 @@ def is_gone(pid):
         return True
 
 
-def wait_until(condition, *, timeout_s=5.0):
+def wait_until(condition, *, timeout_s=60.0):
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -33,76 +33,83 @@ def wait_until(condition, *, timeout_s=5.0):
 
 class TestRun:
     def test_output_messages_and_code(self):
-        completed = process.run(["sh", "-c", "printf out; printf said >&2; exit 3"], timeout_s=10, ok_codes=(0, 3))
+        completed = process.run(["sh", "-c", "printf out; printf said >&2; exit 3"], timeout_s=60, ok_codes=(0, 3))
         assert completed == process.Completed(b"out", "said", 3)
 
     def test_input_arrives_and_without_it_stdin_is_empty(self):
-        assert process.run(["cat"], input=b"\0bytes", timeout_s=10).stdout == b"\0bytes"
-        assert process.run(["cat"], timeout_s=10).stdout == b""
+        assert process.run(["cat"], input=b"\0bytes", timeout_s=60).stdout == b"\0bytes"
+        assert process.run(["cat"], timeout_s=60).stdout == b""
 
     def test_much_input_and_output_do_not_block_each_other(self):
         data = os.urandom(1 << 20)
-        assert process.run(["cat"], input=data, timeout_s=10).stdout == data
+        assert process.run(["cat"], input=data, timeout_s=60).stdout == data
 
     def test_environment_is_short(self, monkeypatch):
         monkeypatch.setenv("SECRET", "x")
         monkeypatch.setenv("LC_ALL", "de_DE")
         monkeypatch.setenv("PATH", "/usr/bin")
-        names = process.run(["env"], timeout_s=10).stdout.decode().splitlines()
+        names = process.run(["env"], timeout_s=60).stdout.decode().splitlines()
         assert sorted(name.partition("=")[0] for name in names) == ["HOME", "LANG", "PATH"]
         assert "LANG=C.UTF-8" in names
         assert "/usr/sbin" in next(name for name in names if name.startswith("PATH=")).split(":")
 
     def test_failure_shows_a_command_to_paste_and_the_last_words(self):
         with pytest.raises(errors.HostFailed) as caught:
-            process.run(["sh", "-c", "echo 'it broke' >&2; exit 4", "a b"], timeout_s=10)
+            process.run(["sh", "-c", "echo 'it broke' >&2; exit 4", "a b"], timeout_s=60)
         assert "sh -c 'echo '\"'\"'it broke'\"'\"' >&2; exit 4' 'a b'" in caught.value.message
         assert caught.value.message.endswith("failed with code 4: it broke")
         assert caught.value.facts["code"] == 4
 
     def test_last_words_on_stdout_count_when_stderr_is_silent(self):
         with pytest.raises(errors.HostFailed, match="spoke here"):
-            process.run(["sh", "-c", "echo spoke here; exit 1"], timeout_s=10)
+            process.run(["sh", "-c", "echo spoke here; exit 1"], timeout_s=60)
 
     def test_signal_is_named(self):
         with pytest.raises(errors.HostFailed, match="was ended by SIGSEGV"):
-            process.run(["sh", "-c", "kill -SEGV $$"], timeout_s=10)
+            process.run(["sh", "-c", "kill -SEGV $$"], timeout_s=60)
 
     def test_missing_program_names_its_package(self, monkeypatch):
         monkeypatch.setenv("PATH", "/nowhere")
         monkeypatch.setattr(process, "_SYSTEM_FOLDERS", ())
         with pytest.raises(errors.Unsupported) as caught:
-            process.run(["qemu-img", "info"], timeout_s=10)
+            process.run(["qemu-img", "info"], timeout_s=60)
         assert "qemu-utils" in caught.value.hint
 
     def test_program_that_may_not_run_is_missing(self, tmp_path):
         program = tmp_path / "tool"
         program.write_text("no program")
         with pytest.raises(errors.Unsupported):
-            process.run([program], timeout_s=10)
+            process.run([program], timeout_s=60)
 
     def test_program_that_is_none(self, tmp_path):
         program = tmp_path / "tool"
         program.write_bytes(b"\x7fELF")
         program.chmod(0o700)
         with pytest.raises(errors.HostFailed, match="cannot start"):
-            process.run([program], timeout_s=10)
+            process.run([program], timeout_s=60)
 
     def test_time_limit_kills_children_too(self, tmp_path):
-        begun = time.monotonic()
-        with pytest.raises(errors.HostFailed, match=r"within 0\.3 s"):
-            process.run(["sh", "-c", f"sleep 60 & echo $! > {tmp_path}/pid; wait"], timeout_s=0.3)
-        assert time.monotonic() - begun < 5
-        wait_until(lambda: is_gone(int((tmp_path / "pid").read_text())))
+        pid = tmp_path / "pid"
+        for limit in (0.3, 3, 30):  # on a busy machine it takes a while until the shell has said its child
+            with pytest.raises(errors.HostFailed, match=rf"within {limit} s"):
+                process.run(["sh", "-c", f"sleep 600 & echo $! > {pid}; wait"], timeout_s=limit)
+            if pid.exists() and pid.read_text():
+                break
+        wait_until(lambda: is_gone(int(pid.read_text())))
 
     def test_interrupt_kills_and_passes_through(self, tmp_path):
         script = textwrap.dedent(f"""
-            import os, signal, threading
+            import os, signal, threading, time
+            from pathlib import Path
             from hvmgr.host import process
-            threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT]).start()
+            def interrupt():
+                while not (Path("{tmp_path}/pid").exists() and Path("{tmp_path}/pid").read_text()):
+                    time.sleep(0.02)
+                os.kill(os.getpid(), signal.SIGINT)
+            threading.Thread(target=interrupt, daemon=True).start()
             process.run(["sh", "-c", "echo $$ > {tmp_path}/pid; exec sleep 60"], timeout_s=50)
         """)
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=20, check=False)
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
         assert ended.returncode == -signal.SIGINT
         assert is_gone(int((tmp_path / "pid").read_text()))
 
@@ -134,7 +141,7 @@ class TestSpawned:
             wait_until(lambda: program.stderr_text() == "first\n")
         with (tmp_path / "log").open("w+b") as log:
             with process.spawned(["sh", "-c", "echo second >&2"], stderr_to=log) as program:
-                assert program.wait(5) == 0
+                assert program.wait(60) == 0
             assert (tmp_path / "log").read_text() == "second\n"
 
     def test_missing_program_is_told_before_anything_starts(self):
@@ -149,14 +156,14 @@ class TestSpawned:
                 print(program.pid, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
         """)
-        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=20, check=False)
+        ended = subprocess.run([sys.executable, "-c", script], capture_output=True, timeout=60, check=False)
         assert ended.returncode == -signal.SIGKILL
         wait_until(lambda: is_gone(int(ended.stdout)))
 
     def test_never_starts_when_the_parent_is_gone_already(self, tmp_path):
         # As if we had been killed between fork and prctl: the parent is not the one that the guard was told.
         guarded = [*process._GUARD, "1", "touch", tmp_path / "ran"]
-        assert subprocess.run(guarded, check=False, timeout=10).returncode == 125
+        assert subprocess.run(guarded, check=False, timeout=60).returncode == 125
         assert not (tmp_path / "ran").exists()
 
 
@@ -164,7 +171,7 @@ class TestEndLeftOver:
     def test_ends_the_very_process(self):
         with process.spawned(["sleep", "60"]) as program:
             assert process.end_left_over(program.pid, program.start_time)
-            assert program.wait(5) == -signal.SIGKILL
+            assert program.wait(60) == -signal.SIGKILL
 
     def test_spares_another_with_the_same_pid(self):
         with process.spawned(["sleep", "60"]) as program:
@@ -173,7 +180,7 @@ class TestEndLeftOver:
 
     def test_nobody_there(self):
         with process.spawned(["true"]) as program:
-            program.wait(5)
+            program.wait(60)
         assert not process.end_left_over(program.pid, 1)
 
 

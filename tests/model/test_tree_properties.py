@@ -127,12 +127,15 @@ class World:
 
     def read(self, path: str, block: int) -> int:
         """QEMU's rule: beyond an image's end there are zeros, whatever a longer image below it holds."""
-        file = self.files[path]
-        if block >= file.size:
-            return 0
-        if block in file.own:
-            return file.own[block]
-        return 0 if file.parent is None else self.read(file.parent, block)
+        step: str | None = path
+        while step is not None:
+            file = self.files[step]
+            if block >= file.size:
+                return 0
+            if block in file.own:
+                return file.own[block]
+            step = file.parent
+        return 0
 
     def visible(self, path: str) -> Content:
         return [self.read(path, block) for block in range(self.files[path].size)]
@@ -153,6 +156,16 @@ class World:
 
     def users(self, path: str) -> list[str]:
         return self.children(path) + self.names(path) + list(self.strangers.get(path, ()))
+
+    def used(self) -> set[str]:
+        """The images that have a user, all at once."""
+        holders = [self.present, *self.nodes.values(), *([] if self.undo is None else [self.undo])]
+        named = {path for one in holders for path in one.disks.values()}
+        return (
+            {file.parent or "" for file in self.files.values()}
+            | named
+            | {one for one, by in self.strangers.items() if by}
+        )
 
     def busy(self) -> set[str]:
         return {path for top in self.present.disks.values() for path in self.chain(top)} if self.running else set()
@@ -612,7 +625,7 @@ class World:
         for path in self.present.disks.values():
             assert self.users(path) == ["now"]
             assert not self.files[path].frozen
-        lonely = {path for path, file in self.files.items() if not self.users(path)}
+        lonely = set(self.files) - self.used()
         assert set(self.planner.detached(self.tree())) == {
             path for path in lonely if self.files[path].keeper is not Keeper.OUTSIDE
         }

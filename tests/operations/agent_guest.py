@@ -145,7 +145,7 @@ def build(counting, folder):
 
 def _contents(agent):
     """Names, modes, bytes: the agent, the libraries that this host's loader finds for it, and an init around ours."""
-    shown = subprocess.run(["ldd", agent], check=True, capture_output=True, text=True, timeout=20).stdout
+    shown = subprocess.run(["ldd", agent], check=True, capture_output=True, text=True, timeout=60).stdout
     libraries = [Path(name) for name in re.findall(r"(/\S+) \(0x", shown)]
     folders = {"agent", "files"}
     for name in libraries:
@@ -168,8 +168,8 @@ def make_disk(path):
         file.write(bytes(446) + entry + bytes(48) + b"\x55\xaa")
     blocks = (_SIZE - _FILES_AT) // 1024
     command = ["mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-E", f"offset={_FILES_AT},lazy_journal_init=1"]
-    subprocess.run([*command, raw, f"{blocks}"], check=True, timeout=20)
-    subprocess.run(["qemu-img", "convert", "-q", "-O", "qcow2", raw, path], check=True, timeout=20)
+    subprocess.run([*command, raw, f"{blocks}"], check=True, timeout=60)
+    subprocess.run(["qemu-img", "convert", "-q", "-O", "qcow2", raw, path], check=True, timeout=60)
     raw.unlink()
     return path
 
@@ -177,7 +177,7 @@ def make_disk(path):
 def was_at_rest(image, fmt="qcow2"):
     """Whether the ext4 on a disk's image was at rest when nobody wrote to the image any more."""
     command = ["qemu-io", "-r", "-U", "-f", fmt, "-c", f"read -v {_FEATURES_AT} 4", str(image)]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=20).stdout
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     found = re.search(r"^[0-9a-f]{8}:  ((?:[0-9a-f]{2} ){4})", shown, re.MULTILINE)
     features = int.from_bytes(bytes.fromhex(found[1]), "little")
     assert features & 0x40, "no ext4 with extents is there"

@@ -27,7 +27,7 @@ from hvmgr.storage import vm_home
 from tests import told
 from tests.operations import agent_guest
 
-BOOT_S = 120
+BOOT_S = 250  # a UEFI beside other tests
 TICK_S = 60
 DISK = 2 << 20
 

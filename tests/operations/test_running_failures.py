@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -214,11 +215,19 @@ def power_off(machine):
     def press():
         with machine.screen() as screen:
             machine.domain.shutdown()
-            screen.wait_for("poweroff", 20)
+            screen.wait_for("poweroff", 60)
         while machine.domain.is_active():
             pass
 
     return press
+
+
+def await_end(machine):
+    """libvirt hears a little later that a QEMU is gone."""
+    deadline = time.monotonic() + 60
+    while machine.domain.is_active():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("end", [end_qemu, power_off])
@@ -226,6 +235,7 @@ def test_guest_that_ends_before_the_switch_leaves_no_snapshot(machine, at_step, 
     at_step(plan.SwitchDisks, before=end(machine))
     with pytest.raises(errors.HvmgrError):
         machine.vm.create_snapshot("one")
+    await_end(machine)
     assert machine.vm.snapshots() == []
     assert machine.state() == "off"
     machine.check()
@@ -237,6 +247,7 @@ def test_guest_that_ends_after_the_switch_leaves_a_whole_snapshot(machine, at_st
     late = machine.tick()
     at_step(plan.SwitchDisks, after=end(machine))
     snapshot = machine.vm.create_snapshot("one")
+    await_end(machine)
     assert snapshot.state is SavedState.RUNNING
     machine.check()
     assert machine.held() >= late.disk

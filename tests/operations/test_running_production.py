@@ -127,11 +127,12 @@ def test_agent_that_is_gone_when_it_should_wake_them(machine, fate, at_step, mon
         machine.agent.nudge()
         machine.agent.await_silence()
 
-    monkeypatch.setattr(guest_agent, "THAW_S", 2)
     getattr(machine.agent, fate)()
     at_step(plan.SwitchDisks, before=gone)
-    with pytest.raises(errors.HostFailed, match=r"done, but .* may still be at rest: .* within 2 s") as failure:
-        take(machine)
+    with monkeypatch.context() as hasty:
+        hasty.setattr(guest_agent, "THAW_S", 2)
+        with pytest.raises(errors.HostFailed, match=r"done, but .* may still be at rest: .* within 2 s") as failure:
+            take(machine)
     assert "virsh destroy" in failure.value.hint
     assert not journal.is_open(machine.layout.journal)
     (snapshot,) = machine.vm.snapshots()  # which asks again, and is told the same

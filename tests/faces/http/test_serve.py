@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 import time
@@ -144,7 +145,8 @@ class TestUserCommand:
             heard = b""
             while question not in heard:
                 heard += os.read(terminal, 1000)
-            time.sleep(0.1)  # echo is off by then
+            while termios.tcgetattr(terminal)[3] & termios.ECHO:
+                time.sleep(0.02)
             os.write(terminal, b"correct horse\n")
         with contextlib.suppress(OSError):
             while more := os.read(terminal, 1000):

@@ -233,8 +233,11 @@ def test_trouble_with_one_vm_holds_up_no_other(host, ahead, monkeypatch):
     vms["broken"].home.layout.configuration.write_text("<domain>")
     shutil.rmtree(vms["gone"].path)
     open_home, dead = vm_home.open_home, vms["dead"].path
-    monkeypatch.setattr(worker, "_ANSWER_S", 0.5)
-    monkeypatch.setattr(vm_home, "open_home", lambda path: time.sleep(3) if Path(path) == dead else open_home(path))
+    monkeypatch.setattr(worker, "_ANSWER_S", 3.0)  # the others answer in this time on a busy machine, too
+    end = threading.Event()
+    monkeypatch.setattr(
+        vm_home, "open_home", lambda path: open_home(path) if Path(path) != dead else (end.wait(60) and None)
+    )
     on_schedule, defect = acts.on_schedule, vms["defect"].id
     monkeypatch.setattr(acts, "on_schedule", lambda one, now: 1 / 0 if one.id == defect else on_schedule(one, now))
     ahead(2)
@@ -248,6 +251,7 @@ def test_trouble_with_one_vm_holds_up_no_other(host, ahead, monkeypatch):
     assert "a defect in hvmgr: ZeroDivisionError" in failed["defect"].message
     assert [(name, error.code) for name, error in outcome.put_off] == [("busy", "Busy")]
     assert done(work()[0]) == [("busy", Action.SNAPSHOT)]
+    end.set()
 
 
 def test_full_disk_leaves_the_vm_as_it_was(host, folder, ahead):

@@ -1,16 +1,16 @@
-"""A libvirtd for the crash tests of one worker, and the program that runs them below it."""
+"""A libvirtd for the crash tests of one worker, and the programs that run below it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests import private_libvirt
+from tests import forking, private_libvirt
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,27 +20,27 @@ def crash_run(new_embed_root):
     """``crash_run(shape, …)``: runs ``crash.py`` inside a libvirtd of its own; fails with what it found."""
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         pytest.skip("needs root and libvirtd")
-    with private_libvirt.daemon(new_embed_root()) as daemon:
-        yield lambda *arguments, **more: run_inside(daemon, *arguments, **more)
+    with private_libvirt.daemon(new_embed_root()) as daemon, server(daemon.root, before=daemon.enter) as run:
+        yield run
 
 
-def run_inside(daemon, *arguments, **more):
-    """What the program wrote below a daemon; it has to end with 0."""
-    return run_program(daemon.root, *arguments, before=daemon.enter, **more)
-
-
-def run_program(root, *arguments, program="crash.py", timeout_s=280, before=(), environment=None):
-    """What the program wrote, with its homes in ``root``; it has to end with 0."""
+@contextlib.contextmanager
+def server(root, *, before=(), environment=None):
+    """``run(shape, …)``: runs a program of this folder, with its homes in ``root``; fails with what it found."""
     folder = root / "homes"
     folder.mkdir(mode=0o711, exist_ok=True)
-    variables = os.environ | {"PYTHONPATH": str(HERE.parents[2]), "HVMGR_CRASH_FOLDER": str(folder)}
-    command = [*before, sys.executable, str(HERE / program), *map(str, arguments)]
-    done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=timeout_s, env=variables | (environment or {})
-    )
-    print(done.stdout[-20000:], done.stderr[-5000:])
-    assert done.returncode == 0, done.stdout[:6000] + done.stderr[-4000:]
-    return done.stdout
+    variables = {"HVMGR_CRASH_FOLDER": str(folder), **(environment or {})}
+    paths = {"PYTHONPATH": f"{HERE.parents[2]}{os.pathsep}{HERE}"}
+    # The shapes import what all the programs do, and all of hvmgr.
+    with forking.opened(["shapes"], command=[*before, sys.executable], environment=os.environ | paths) as programs:
+
+        def run(*arguments, program="crash", timeout_s=280):
+            done = programs.run(program, *arguments, timeout_s=timeout_s, environment=forking.own() | variables)
+            print(done.stdout[-20000:], done.stderr[-5000:])
+            assert done.returncode == 0, done.stdout[:6000] + done.stderr[-4000:]
+            return done.stdout
+
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -682,5 +682,11 @@ CASES = {
     )
 }  # fmt: skip
 
+
+def main():
+    case, *arguments = sys.argv[1:]
+    CASES[case](*arguments)
+
+
 if __name__ == "__main__":
-    CASES[sys.argv[1]](*sys.argv[2:])
+    main()

@@ -74,7 +74,7 @@ def partitioned(host):
         for start, length in ((0, 34 * 512), (crash.DISK - 33 * 512, 33 * 512)):
             Path(table.name).write_bytes(disk.data[start : start + length])
             command = ["qemu-io", "-f", "qcow2", "-c", f"write -s {table.name} {start} {length}"]
-            subprocess.run([*command, vm(host).now().disks["hda"]], check=True, capture_output=True, timeout=20)
+            subprocess.run([*command, vm(host).now().disks["hda"]], check=True, capture_output=True, timeout=60)
 
 
 def big(host, *, below, above):

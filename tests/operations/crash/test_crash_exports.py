@@ -24,4 +24,4 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
 def test_killed_export_goes_on(crash_run, shape, every):
     stride = every(STRIDES[shape])
     first = 1 + (13 * list(STRIDES).index(shape)) % stride
-    crash_run(shape, stride, first, program="exports.py", timeout_s=580)
+    crash_run(shape, stride, first, program="exports", timeout_s=580)

@@ -38,9 +38,9 @@ pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
 
 @pytest.mark.parametrize("case", CASES)
 def test_fault_leaves_a_whole_state(crash_run, case):
-    crash_run(case, program="faults.py")
+    crash_run(case, program="faults")
 
 
 @pytest.mark.parametrize("shape", STARTED)
 def test_vm_started_by_others_between_two_steps(crash_run, shape):
-    crash_run("started_between_steps", shape, program="faults.py")
+    crash_run("started_between_steps", shape, program="faults")

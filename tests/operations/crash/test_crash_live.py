@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from tests import private_libvirt
-from tests.operations.crash.conftest import run_inside
+from tests.operations.crash.conftest import server
 
 EVERY = os.environ.get("HVMGR_CRASH") == "all"
 LIMIT_S = 3600 if EVERY else 600
@@ -26,8 +26,11 @@ def live_run(new_embed_root):
         pytest.skip("needs root and libvirtd")
     if not private_libvirt.has_userfaultfd():
         pytest.skip("no userfaultfd that write-protects here")
-    with private_libvirt.daemon(new_embed_root(), qemu_conf=private_libvirt.WITH_RIGHTS) as daemon:
-        yield lambda *arguments, **more: run_inside(daemon, *arguments, **more)
+    with (
+        private_libvirt.daemon(new_embed_root(), qemu_conf=private_libvirt.WITH_RIGHTS) as daemon,
+        server(daemon.root, before=daemon.enter) as run,
+    ):
+        yield run
 
 
 @pytest.mark.parametrize("shape", SHAPES)

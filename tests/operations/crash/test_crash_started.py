@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from tests.operations.crash.conftest import run_program
+from tests.operations.crash.conftest import server
 
 # How many of its acts are killed, unless HVMGR_CRASH is ``all``.
 SHAPES = {
@@ -50,4 +50,5 @@ def test_killed_then_started_by_a_daemon(crash_run, shape, how_many):
 def test_killed_then_started_by_the_embedded_driver(new_embed_root, shape, how_many):
     root = new_embed_root()
     uri = f"qemu:///embed?root={root}"
-    run_program(root, shape, "start", how_many(EMBEDDED[shape]), environment={"HVMGR_CRASH_URI": uri}, timeout_s=580)
+    with server(root, environment={"HVMGR_CRASH_URI": uri}) as run:
+        run(shape, "start", how_many(EMBEDDED[shape]), timeout_s=580)

@@ -18,7 +18,7 @@ import pytest
 import hvmgr
 from hvmgr.host import hypervisor
 from hvmgr.model.specification import DiskSpecification
-from tests import private_libvirt
+from tests import forking, private_libvirt
 from tests.conftest import remove_domains
 from tests.operations.conftest import DISK, Factory, Kind, Machine, without_screen
 
@@ -33,6 +33,7 @@ class Site:
     libvirtd: private_libvirt.Libvirtd
     folder: Path
     connection: hypervisor.Connection
+    commands: forking.Forking  # inside the host's namespaces
     hosts: list[hvmgr.Host] = field(default_factory=list)
 
     @property
@@ -59,13 +60,17 @@ class Site:
 
     def run(self, *words, code=0):
         """What the command says, as JSON; it runs inside the host's namespaces."""
-        return json.loads(
-            self.python("-m", "hvmgr", "-c", "qemu:///system", "--root", self.root, "--json", *words, code=code)
-        )
+        line = ("-c", "qemu:///system", "--root", self.root, "--json", *words)
+        done = self.commands.run("hvmgr.__main__", *line, environment=self._environment(), timeout_s=200)
+        assert done.returncode == code, done
+        return json.loads(done.stdout)
+
+    def _environment(self):
+        return {**forking.own(), "HVMGR_INDEX": str(self.folder / "index")}
 
     def python(self, *words, code=0):
         """What a Python inside the host's namespaces prints."""
-        environment = {**os.environ, "HVMGR_INDEX": str(self.folder / "index")}
+        environment = {**os.environ, **self._environment()}
         done = subprocess.run(
             [*self.libvirtd.enter, sys.executable, *map(str, words)],
             check=False, capture_output=True, text=True, timeout=200, env=environment,
@@ -109,8 +114,9 @@ def site(name, root):
     with (
         private_libvirt.daemon(root, own_network=True) as libvirtd,
         hypervisor.opened(libvirtd.uri, wait_s=30) as connection,
+        forking.opened(["hvmgr"], command=[*libvirtd.enter, sys.executable]) as commands,
     ):
-        made = Site(name, libvirtd, folder, connection)
+        made = Site(name, libvirtd, folder, connection, commands)
         try:
             yield made
         finally:

@@ -44,7 +44,7 @@ with hvmgr.Host.open("qemu:///system", root=Path(root)) as host:
 
 def test_ten_vms_of_one_read_only_gold_run_at_once(a, gold):
     """From saved memory, so that ten guests take no longer than one that boots."""
-    subprocess.run(["chmod", "-R", "a-w", gold.saved], check=True, timeout=20)
+    subprocess.run(["chmod", "-R", "a-w", gold.saved], check=True, timeout=60)
     with a.mounted_read_only(gold.saved) as place, contextlib.ExitStack() as stack:
         a.python("-c", TEN, a.root, place)
         machines = [a.machine(f"vm{number}") for number in range(10)]

@@ -8,22 +8,32 @@ CREATE = ("--disk", "8M", "--template", "generation1", "--memory", "64M", "--acc
 
 
 class Person:
-    """Somebody at a shell: ``run(*words)`` carries out a command line in the right place, as the right user."""
+    """Somebody at a shell: ``run(*words)`` carries out a command line in the right place, as the right user.
 
-    def __init__(self, run, python, uri):
+    With ``commands``, a Forking there, hvmgr's are forked from that.
+    """
+
+    def __init__(self, run, python, uri, commands=None):
         self.run = run
         self.python = python
         self.uri = uri
+        self.commands = commands
+
+    def _hvmgr(self, *words):
+        line = ("-c", self.uri, *words, "--json")
+        if self.commands is not None:
+            return self.commands.run("hvmgr.__main__", *line)
+        return self.run(self.python, "-m", "hvmgr", *line)
 
     def hvmgr(self, *words, code=0):
         """The document that a command gives."""
-        done = self.run(self.python, "-m", "hvmgr", "-c", self.uri, *words, "--json")
+        done = self._hvmgr(*words)
         assert done.returncode == code, f"{words}: {done.stderr}{done.stdout}"
         return json.loads(done.stdout)
 
     def refused(self, *words):
         """The error of a command that is refused, with its exit code."""
-        done = self.run(self.python, "-m", "hvmgr", "-c", self.uri, *words, "--json")
+        done = self._hvmgr(*words)
         assert done.returncode not in {0, 1}, f"{words}: {done.stderr}{done.stdout}"
         return done.returncode, json.loads(done.stdout)["error"]
 

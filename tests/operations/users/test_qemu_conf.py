@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import os
 import pwd
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import private_libvirt
+from tests import forking, private_libvirt
 from tests.operations.users.conftest import CREATE, Person
 
 pytestmark = pytest.mark.libvirtd
@@ -47,15 +48,14 @@ SIMPLER = {
 class Shell(Person):
     """Root at a shell of the host: what it runs sees the private libvirt under its usual names."""
 
-    def __init__(self, daemon, place):
+    def __init__(self, daemon, place, commands):
         self.daemon = daemon
         self.place = place
-        super().__init__(self._run, sys.executable, "qemu:///system")
+        super().__init__(self._run, sys.executable, "qemu:///system", commands)
 
     def _run(self, *words):
-        environment = {**os.environ, "HVMGR_ROOT": str(self.place / "homes"), "HVMGR_INDEX": str(self.place / "index")}
         command = [*self.daemon.enter, *map(str, words)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
     def home(self, name):
         return self.place / "homes" / name
@@ -70,19 +70,19 @@ def place():
 
 
 @pytest.fixture
-def make_shell(new_embed_root, place):
+def make_shell(new_embed_root, place, monkeypatch):
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:
         pytest.skip("needs root and libvirtd")
-    open_ones = []
+    monkeypatch.setenv("HVMGR_ROOT", str(place / "homes"))
+    monkeypatch.setenv("HVMGR_INDEX", str(place / "index"))
+    with contextlib.ExitStack() as stack:
 
-    def make(conf):
-        daemon = private_libvirt.daemon(new_embed_root(), qemu_conf=conf)
-        open_ones.append(daemon)
-        return Shell(daemon.__enter__(), place)
+        def make(conf):
+            daemon = stack.enter_context(private_libvirt.daemon(new_embed_root(), qemu_conf=conf))
+            inside = [*daemon.enter, sys.executable]
+            return Shell(daemon, place, stack.enter_context(forking.opened(["hvmgr"], command=inside)))
 
-    yield make
-    for daemon in open_ones:
-        daemon.__exit__(None, None, None)
+        yield make
 
 
 def files_of(home, *patterns):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests import forking
 from tests.operations.users.conftest import CREATE, Person
 
 pytestmark = pytest.mark.libvirtd
@@ -11,7 +12,8 @@ pytestmark = pytest.mark.libvirtd
 
 @pytest.fixture
 def person(user):
-    return Person(user.run, user.python, "qemu:///session")
+    with forking.opened(["hvmgr"], command=user.command(user.python)) as commands:
+        yield Person(user.run, user.python, "qemu:///session", commands)
 
 
 def test_life_of_a_vm_from_its_creation_to_its_deletion(user, person):
