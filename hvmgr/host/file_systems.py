@@ -32,8 +32,8 @@ class Point(NamedTuple):
     source: str
 
 
-class Refused(errors.HostFailed):
-    """The kernel, or ntfs-3g, did not mount it; its words are the message."""
+class Refused(Exception):
+    """The kernel, or a program, did not mount it; its words are the message. Whoever asked for it says what was asked."""
 
 
 def require(kind: str) -> str:
@@ -59,7 +59,7 @@ def mount(device: Path, directory: Path, driver: str, *, writable: bool) -> None
         raise errors.Unsupported(
             f"this host's kernel cannot mount {driver}", hint="without mounting it: hvmgr file list, hvmgr file get"
         )
-    raise Refused(words, device=str(device))
+    raise Refused(words)
 
 
 def unmount(directory: str, *, lazily: bool = False) -> None:
