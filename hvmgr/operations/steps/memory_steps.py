@@ -265,6 +265,8 @@ def _followed(session: Session, domain: Domain, memory: Path) -> Stream:
 def compress(session: Session, step: memory_plan.CompressMemory) -> None:
     """The stream is compressed, if it is complete and was not; where that fails it stays as it is."""
     memory = Path(step.path)
+    if session.recovering:
+        durable.sweep(memory.parent)  # what a command had written of it that died before it was whole
     if session.interrupts.wanted or not saved_state.is_complete(memory):
         return
     if saved_state.read(memory).compression is not Compression.RAW:
