@@ -13,6 +13,15 @@ import pytest
 from tests import forking, private_libvirt
 
 HERE = Path(__file__).resolve().parent
+EVERY_ACT = os.environ.get("HVMGR_CRASH") == "all"
+LIMIT_S = 3600 if EVERY_ACT else 280  # of one program
+
+
+def pytest_collection_modifyitems(items):
+    """Whoever wants each act killed has the time for it."""
+    for item in items:
+        if EVERY_ACT and HERE in item.path.parents:
+            item.add_marker(pytest.mark.timeout(LIMIT_S))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +43,7 @@ def server(root, *, before=(), environment=None):
     # The shapes import what all the programs do, and all of hvmgr.
     with forking.opened(["shapes"], command=[*before, sys.executable], environment=os.environ | paths) as programs:
 
-        def run(*arguments, program="crash", timeout_s=280):
+        def run(*arguments, program="crash", timeout_s=LIMIT_S):
             done = programs.run(program, *arguments, timeout_s=timeout_s, environment=forking.own() | variables)
             print(done.stdout[-20000:], done.stderr[-5000:])
             assert done.returncode == 0, done.stdout[:6000] + done.stderr[-4000:]
@@ -49,7 +58,7 @@ def every():
 
     With the name of a long shape, fewer.
     """
-    return lambda stride, shape="": 1 if os.environ.get("HVMGR_CRASH") == "all" else THIN * stride * LONG.get(shape, 1)
+    return lambda stride, shape="": 1 if EVERY_ACT else THIN * stride * LONG.get(shape, 1)
 
 
 # Some fifty shapes share the minutes that the whole check may take.
@@ -70,4 +79,4 @@ LONG = {
 @pytest.fixture(scope="session")
 def random_kills():
     """How many kills at random moments: 200 when HVMGR_CRASH is ``all``, else 12 in all."""
-    return 100 if os.environ.get("HVMGR_CRASH") == "all" else 6
+    return 100 if EVERY_ACT else 6
