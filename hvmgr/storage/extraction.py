@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,7 +28,9 @@ _UNMADE = {
     Type.OTHER: "special files",
 }
 UNNAMEABLE = "names that cannot be names here"
+UNLINKABLE = "links whose target is none here"
 _NAME_MAX = 255
+_SIZE_MAX = (1 << 63) - 1
 _ROOT_ONLY = ("security.", "trusted.")
 
 
@@ -44,7 +46,8 @@ class Target:
     overwrite: bool = False
     as_owner: bool = False
     left_out: dict[str, int] = field(default_factory=dict)
-    _linked: dict[int, tuple[bytes, ...]] = field(default_factory=dict)
+    _linked: dict[Hashable, tuple[bytes, ...]] = field(default_factory=dict)
+    _closed: set[tuple[bytes, ...]] = field(default_factory=set)  # folders that were left out
 
     def leave_out(self, why: str) -> None:
         """One thing more that was not made."""
@@ -54,7 +57,8 @@ class Target:
 
     def folder(self, parts: tuple[bytes, ...]) -> bool:
         """The folder is there, with a mode that lets us write into it; False where its name cannot be one here."""
-        if not self._is_name(parts[-1]):
+        if not self._has_place(parts):
+            self._closed.add(parts)
             return False
         with self._parent(parts) as parent:
             try:
@@ -68,9 +72,17 @@ class Target:
                     os.mkdir(parts[-1], 0o700, dir_fd=parent)
         return True
 
-    def file(self, parts: tuple[bytes, ...], node: Node, content: Content, report: Callable[[int], None]) -> int | None:
-        """The file with its bytes, holes as holes; its descriptor, for what else is to be set, or None if left out."""
-        if not self._is_name(parts[-1]):
+    def file(
+        self, parts: tuple[bytes, ...], content: Content, report: Callable[[int], None], key: Hashable = None
+    ) -> int | None:
+        """The file with its bytes, holes as holes; its descriptor, for what else is to be set, or None if left out.
+
+        ``key`` says for ``hard_link`` which file of which file system it is, where it has more names.
+        """
+        if not self._has_place(parts):
+            return None
+        if content.size > _SIZE_MAX:
+            self.leave_out("files larger than a file can be")
             return None
         with self._parent(parts) as parent:
             descriptor = self._created(parent, parts[-1])
@@ -80,14 +92,14 @@ class Target:
                 os.close(descriptor)
                 self._remove(parent, parts[-1])
                 raise
-            if node.links > 1:
-                self._linked.setdefault(node.id, parts)
+            if key is not None:
+                self._linked.setdefault(key, parts)
             return descriptor
 
-    def hard_link(self, parts: tuple[bytes, ...], node: Node) -> bool:
-        """Another name of a file that was made already; False when it was not."""
-        first = self._linked.get(node.id)
-        if first is None or not self._is_name(parts[-1]):
+    def hard_link(self, parts: tuple[bytes, ...], key: Hashable) -> bool:
+        """Another name of a file that was made already; False when it was not, or this name cannot be made."""
+        first = self._linked.get(key)
+        if first is None or not self._is_possible(parts):
             return False
         with self._parent(first) as source, self._parent(parts) as parent:
             if self.overwrite:
@@ -100,7 +112,7 @@ class Target:
         if node.type in _UNMADE:
             self.leave_out(_UNMADE[node.type])
             return False
-        if not self._is_name(parts[-1]):
+        if not self._has_place(parts):
             return False
         with self._parent(parts) as parent:
             if self.overwrite:
@@ -108,7 +120,7 @@ class Target:
             if node.type is Type.PIPE:
                 os.mkfifo(parts[-1], 0o600, dir_fd=parent)
             elif not node.target or b"\0" in node.target or len(node.target) > 4095:
-                self.leave_out("links whose target is none here")
+                self.leave_out(UNLINKABLE)
                 return False
             else:
                 os.symlink(node.target, parts[-1], dir_fd=parent)
@@ -120,7 +132,8 @@ class Target:
             name = parts[-1]
             is_link = node.type is Type.LINK
             if self.as_owner and node.uid is not None and node.gid is not None:
-                os.chown(name, node.uid, node.gid, dir_fd=parent, follow_symlinks=False)
+                with contextlib.suppress(OverflowError):
+                    os.chown(name, node.uid, node.gid, dir_fd=parent, follow_symlinks=False)
             if not is_link:
                 with self._opened(parent, name, node) as descriptor:
                     if descriptor is not None:
@@ -141,7 +154,7 @@ class Target:
                 continue  # nobody but NTFS can hold them
             try:
                 os.setxattr(descriptor, name, value)
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a zero byte in the name, or what is no text
                 self.leave_out("extended attributes that this file system does not take")
 
     # -- ways ----------------------------------------------------------------------------------------------------
@@ -149,14 +162,18 @@ class Target:
     @contextlib.contextmanager
     def _parent(self, parts: tuple[bytes, ...]) -> Iterator[int]:
         """The open folder that the last part is a name in: reached step by step, no step through a link."""
-        with durable.explained(self.path / os.fsdecode(b"/".join(parts))), contextlib.ExitStack() as stack:
-            here = self.descriptor
-            for part in parts[:-1]:
-                if not _is_safe(part):
-                    raise errors.Corrupt(f"the name {os.fsdecode(part)} leads out of its folder")
-                here = os.open(part, _FOLDER_FLAGS, dir_fd=here)
-                stack.callback(os.close, here)
-            yield here
+        with durable.explained(self.path / os.fsdecode(b"/".join(parts))):
+            here = os.dup(self.descriptor)
+            try:
+                for part in parts[:-1]:
+                    if not _is_safe(part):
+                        raise errors.Corrupt(f"the name {os.fsdecode(part)} leads out of its folder")
+                    below = os.open(part, _FOLDER_FLAGS, dir_fd=here)
+                    here, above = below, here  # however deep it goes, two are open
+                    os.close(above)
+                yield here
+            finally:
+                os.close(here)
 
     @contextlib.contextmanager
     def _opened(self, parent: int, name: bytes, node: Node) -> Iterator[int | None]:
@@ -182,11 +199,14 @@ class Target:
         """The name is gone, unless it is a folder's."""
         durable.remove_at(parent, name)
 
-    def _is_name(self, name: bytes) -> bool:
-        if _is_safe(name):
+    def _has_place(self, parts: tuple[bytes, ...]) -> bool:
+        if self._is_possible(parts):
             return True
         self.leave_out(UNNAMEABLE)
         return False
+
+    def _is_possible(self, parts: tuple[bytes, ...]) -> bool:
+        return _is_safe(parts[-1]) and parts[:-1] not in self._closed
 
 
 @contextlib.contextmanager
@@ -202,8 +222,13 @@ def opened(path: Path, *, overwrite: bool = False) -> Iterator[Target]:
             os.close(descriptor)
 
 
+def stays(name: bytes) -> bool:
+    """Whether a name means something in its own folder, and nothing elsewhere."""
+    return name not in {b"", b".", b".."} and b"/" not in name and b"\0" not in name
+
+
 def _is_safe(name: bytes) -> bool:
-    return name not in {b"", b".", b".."} and b"/" not in name and b"\0" not in name and len(name) <= _NAME_MAX
+    return stays(name) and len(name) <= _NAME_MAX
 
 
 def _mode(node: Node, *, as_owner: bool) -> int:

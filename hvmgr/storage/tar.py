@@ -5,6 +5,7 @@ GNU tar, bsdtar and Python's tarfile read it; nothing is held in memory and noth
 
 from __future__ import annotations
 
+import itertools
 import os
 import tarfile
 import time
@@ -16,6 +17,7 @@ from hvmgr.storage import copy, durable, holes
 
 _BLOCK = 512
 _END = bytes(2 * _BLOCK)
+_SIZE_MAX = (1 << 63) - 1
 
 Sink = Callable[[memoryview], None]
 
@@ -67,7 +69,16 @@ class Writer:
         ranges: list[tuple[int, int]],
         pieces: Iterator[tuple[int, bytes | memoryview]],
     ) -> None:
-        """A file described by ``info`` (with pax headers, if it likes): its data in ``ranges`` comes in ``pieces``."""
+        """A file described by ``info`` (with pax headers, if it likes): its data in ``ranges`` comes in ``pieces``.
+
+        Whatever cannot be read is known before the header is written where that is possible, and then nothing is. Behind the
+        header it is HostFailed: the archive has no end.
+        """
+        if size > _SIZE_MAX:
+            raise errors.Unsupported("files larger than a file can be")
+        name = info.name
+        first = next(pieces, None)
+        pieces = pieces if first is None else itertools.chain((first,), pieces)
         data = sum(end - start for start, end in ranges)
         table = b"" if data == size else _table(ranges, size)
         if table:
@@ -77,20 +88,38 @@ class Writer:
         info.size = data + len(table)
         self.header(info)
         self._put(table)
+        try:
+            written = self._data(size, ranges, pieces)
+        except (errors.Unsupported, errors.Corrupt) as error:
+            raise _torn(name, error.message) from error
+        if written != data:
+            raise _torn(name, f"it has {written} bytes where {data} were expected")
+        self._put(bytes(-info.size % _BLOCK))
+
+    def _data(self, size: int, ranges: list[tuple[int, int]], pieces: Iterator[tuple[int, bytes | memoryview]]) -> int:
+        """The bytes in the stretches, those that no piece has as zeros; how many these were."""
         bounds = [(start, end) for start, end in ranges if start < end]
         at = bounds[0][0] if bounds else 0
+        written = 0
         for offset, piece in pieces:
             for start, end in _between(bounds, at, offset):
                 self._zeros(end - start)
+                written += end - start
             self._sink(memoryview(piece))
+            written += len(piece)
             at = offset + len(piece)
         for start, end in _between(bounds, at, size):
             self._zeros(end - start)
-        self._put(bytes(-info.size % _BLOCK))
+            written += end - start
+        return written
 
     def header(self, info: tarfile.TarInfo) -> None:
-        """An entry that has no data of its own: a folder, a link, a device."""
-        self._put(info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"))
+        """An entry that has no data of its own: a folder, a link, a device. Unsupported for what no header can say."""
+        try:
+            found = info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        except ValueError as error:  # a number too large for its field, a word that is no text
+            raise errors.Unsupported("what the header of a tar archive cannot say") from error
+        self._put(found)
 
     def _zeros(self, count: int) -> None:
         for at in range(0, count, 1 << 20):
@@ -109,6 +138,13 @@ class Writer:
     def _put(self, data: bytes) -> None:
         if data:
             self._sink(memoryview(data))
+
+
+def _torn(name: str, why: str) -> errors.HostFailed:
+    return errors.HostFailed(
+        f"{name}: {why}: the archive is not whole",
+        hint="take the others without it, or into a folder, without --archive",
+    )
 
 
 def _between(bounds: list[tuple[int, int]], start: int, end: int) -> Iterator[tuple[int, int]]:

@@ -18,6 +18,7 @@ from hvmgr.operations.inside.views import Volume
 from hvmgr.storage.filesystems import reader
 from hvmgr.storage.filesystems.reader import Content, Node, Reader, Type
 
+DAMAGED = "what is damaged in the file system"
 _LINKS_MAX = 40
 _DEPTH_MAX = 4096
 _REMEMBERED = 64

@@ -10,13 +10,13 @@ import contextlib
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from hvmgr import errors, units
 from hvmgr.model.progress import Progress
-from hvmgr.operations.inside.browsing import Browser, Found, shown
+from hvmgr.operations.inside.browsing import DAMAGED, Browser, Found, shown
 from hvmgr.storage import extraction, tar
 from hvmgr.storage.extraction import Target
 from hvmgr.storage.filesystems.reader import Content, Type
@@ -34,6 +34,7 @@ class _Item:
     browser: Browser
     found: Found
     parts: tuple[bytes, ...]
+    named: bool = False  # on its own, not as one of many in a folder
 
 
 @dataclass(slots=True)
@@ -58,6 +59,10 @@ class Outcome:
     size: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
 
+    def leave_out(self, why: str, count: int = 1) -> None:
+        """So many things more that were not taken along."""
+        self.left_out[why] = self.left_out.get(why, 0) + count
+
 
 def gather(wanted: Sequence[tuple[Browser, Found]]) -> Gathered:
     """Each file, or folder with all in it; UsageError when two of them would have one name."""
@@ -73,7 +78,7 @@ def gather(wanted: Sequence[tuple[Browser, Found]]) -> Gathered:
         for _, one in browser.walk(top) if not top.stream else [(0, top)]:
             parts = tuple(part for part in one.path.split(b"/") if part)[base:]
             parts = (*parts[:-1], one.name) if parts else ()
-            items.append(_Item(browser, one, parts))
+            items.append(_Item(browser, one, parts, named=one is top))
             size += one.size if one.node.type is Type.FILE or one.stream else 0
     unnameable = sum(browser.unnameable for browser in dict.fromkeys(browser for browser, _ in wanted))
     return Gathered(items, size, {extraction.UNNAMEABLE: unnameable} if unnameable else {})
@@ -93,18 +98,22 @@ def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bo
             if not item.parts:
                 continue  # the root itself: what is in it goes into the folder
             if item.found.node.is_folder and not item.found.stream:
-                if target.folder(item.parts):
-                    folders.append(item)
-                    outcome.files += 1
-            elif _put(target, item, counting):
-                outcome.files += 1
+                made = target.folder(item.parts)
+                folders += [item] if made else []
+            else:
+                made = _put(target, item, counting)
+            if not made:
+                continue
+            outcome.files += 1
             if streams and item.found.node.streams and not item.found.stream:
                 _put_streams(target, item, counting)
             elif item.found.node.streams and not item.found.stream:
                 target.leave_out("named streams (--streams writes them beside their files)")
         for item in reversed(folders):  # their times, when nothing is put into them any more
-            target.settle(item.parts, item.found.node, item.browser.reader.extras(item.found.node))
-        outcome.left_out = target.left_out | gathered.left_out
+            target.settle(item.parts, item.found.node, _extras(item, target.leave_out))
+        outcome.left_out = target.left_out
+        for why, count in gathered.left_out.items():
+            outcome.leave_out(why, count)
     outcome.size = counting.done
     return outcome
 
@@ -114,30 +123,45 @@ def _put(target: Target, item: _Item, counting: _Counting) -> bool:
     browser, found, node = item.browser, item.found, item.found.node
     if node.type is not Type.FILE and not found.stream:
         made = target.special(item.parts, node)
-    elif node.links > 1 and not found.stream and target.hard_link(item.parts, node):
+    elif node.links > 1 and not found.stream and target.hard_link(item.parts, (id(browser), node.id)):
         counting.add(node.size)
         return True
     else:
         try:
             content = browser.content(found)
-        except errors.Unsupported as error:
-            target.leave_out(error.message.partition(": ")[2] or error.message)
+            key = (id(browser), node.id) if node.links > 1 and not found.stream else None
+            with counting.of(content):
+                descriptor = target.file(item.parts, content, counting.add, key)
+        except (errors.Unsupported, errors.Corrupt) as error:
+            if item.named and isinstance(error, errors.Corrupt):
+                raise
+            target.leave_out(_why(error))
             return False
-        with counting.of(content):
-            descriptor = target.file(item.parts, node, content, counting.add)
         if descriptor is not None:
             os.close(descriptor)
         made = descriptor is not None
     if made:
-        target.settle(item.parts, node, browser.reader.extras(node))
+        target.settle(item.parts, node, _extras(item, target.leave_out))
     return made
+
+
+def _why(error: errors.HvmgrError) -> str:
+    """Why one thing was left out, without its name: the reasons are counted."""
+    if isinstance(error, errors.Corrupt):
+        return DAMAGED
+    cause = error.__cause__  # the browser puts the path in front
+    return cause.message if isinstance(cause, errors.HvmgrError) else error.message
 
 
 def _put_streams(target: Target, item: _Item, counting: _Counting) -> None:
     for name, _ in item.found.node.streams:
         one = Found(item.found.path, item.found.node, name)
         parts = (*item.parts[:-1], one.name)
-        descriptor = target.file(parts, item.found.node, item.browser.content(one), lambda _: None)
+        try:
+            descriptor = target.file(parts, item.browser.content(one), lambda _: None)
+        except (errors.Unsupported, errors.Corrupt) as error:
+            target.leave_out(_why(error))
+            continue
         if descriptor is not None:
             os.close(descriptor)
             counting.add(0)
@@ -156,20 +180,26 @@ def into_archive(gathered: Gathered, sink: Callable[[memoryview], None], report:
         if not item.parts:
             continue
         try:
-            _archive(writer, item, counting, written)
-        except errors.Unsupported as error:
-            why = error.message.partition(": ")[2] or error.message
-            outcome.left_out[why] = outcome.left_out.get(why, 0) + 1
+            _archive(writer, item, counting, written, outcome)
+        except (errors.Unsupported, errors.Corrupt) as error:
+            if item.named and isinstance(error, errors.Corrupt):
+                raise
+            outcome.leave_out(_why(error))
             continue
         outcome.files += 1
+        if not item.found.stream:
+            _archive_streams(writer, item, outcome)
     writer.end()
     outcome.size = counting.done
     return outcome
 
 
-def _archive(writer: tar.Writer, item: _Item, counting: _Counting, written: dict[tuple[int, int], str]) -> None:
+def _archive(
+    writer: tar.Writer, item: _Item, counting: _Counting, written: dict[tuple[int, int], str], outcome: Outcome
+) -> None:
+    """One member; Unsupported or Corrupt only where nothing of it was written."""
     browser, found, node = item.browser, item.found, item.found.node
-    info = _described(item)
+    info = _described(item, outcome)
     key = (id(browser), node.id)
     if node.type is Type.FILE or found.stream:
         if node.links > 1 and key in written and not found.stream:
@@ -184,7 +214,9 @@ def _archive(writer: tar.Writer, item: _Item, counting: _Counting, written: dict
         info.type = tarfile.DIRTYPE
         writer.header(info)
     elif node.type is Type.LINK:
-        info.type, info.linkname = tarfile.SYMTYPE, shown(node.target or b"")
+        if not node.target or b"\0" in node.target:
+            raise errors.Unsupported(extraction.UNLINKABLE)
+        info.type, info.linkname = tarfile.SYMTYPE, shown(node.target)
         writer.header(info)
     elif node.type in _NAMES:
         info.type = _NAMES[node.type]
@@ -192,11 +224,16 @@ def _archive(writer: tar.Writer, item: _Item, counting: _Counting, written: dict
         writer.header(info)
     else:
         raise errors.Unsupported(f"a tar archive has no {node.type.value}")
-    if not found.stream:
-        for name, _ in node.streams:
-            one = Found(found.path, node, name)
-            beside = _described(_Item(browser, one, (*item.parts[:-1], one.name)))
-            _archive_content(writer, beside, browser.content(one), _Counting(lambda _: None, 0, ""))
+
+
+def _archive_streams(writer: tar.Writer, item: _Item, outcome: Outcome) -> None:
+    for name, _ in item.found.node.streams:
+        one = Found(item.found.path, item.found.node, name)
+        try:
+            beside = _described(_Item(item.browser, one, (*item.parts[:-1], one.name)), outcome)
+            _archive_content(writer, beside, item.browser.content(one), _Counting(lambda _: None, 0, ""))
+        except (errors.Unsupported, errors.Corrupt) as error:
+            outcome.leave_out(_why(error))
 
 
 def _archive_content(writer: tar.Writer, info: tarfile.TarInfo, content: Content, counting: _Counting) -> None:
@@ -210,8 +247,11 @@ def _counted(content: Content, counting: _Counting) -> Iterator[tuple[int, bytes
         counting.add(len(piece))
 
 
-def _described(item: _Item) -> tarfile.TarInfo:
+def _described(item: _Item, outcome: Outcome) -> tarfile.TarInfo:
+    """The member's header; Unsupported for a name that would lead out of the folder that it is unpacked in."""
     node = item.found.node
+    if not all(extraction.stays(part) for part in item.parts):
+        raise errors.Unsupported(extraction.UNNAMEABLE)
     info = tarfile.TarInfo(shown(b"/".join(item.parts)))
     info.mode = node.mode if node.mode is not None else 0o755 if node.is_folder else 0o644
     info.uid, info.gid = node.uid or 0, node.gid or 0
@@ -222,11 +262,32 @@ def _described(item: _Item) -> tarfile.TarInfo:
     if node.accessed is not None:
         headers["atime"] = _seconds(node.accessed)
     if not item.found.stream:
-        for name, value in item.browser.reader.extras(node).items():
+        for name, value in _extras(item, outcome.leave_out).items():
+            if not _is_keyword(name):
+                outcome.leave_out("extended attributes whose names a tar archive cannot hold")
+                continue
             # Python writes these records as UTF-8 with surrogates as the bytes that they stand for.
             headers[f"SCHILY.xattr.{name}"] = value.decode("utf-8", "surrogateescape")
     info.pax_headers = headers
     return info
+
+
+def _extras(item: _Item, leave_out: Callable[[str], None]) -> Mapping[str, bytes]:
+    """The extended attributes; none, which is told, where they are damaged: the file itself need not be."""
+    try:
+        return item.browser.reader.extras(item.found.node)
+    except (errors.Unsupported, errors.Corrupt):
+        leave_out("extended attributes that are damaged")
+        return {}
+
+
+def _is_keyword(name: str) -> bool:
+    """Whether a record of a pax header can have the name."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return bool(name) and not any(bad in name for bad in "=\n\0")
 
 
 def _seconds(nanoseconds: int) -> str:
