@@ -58,9 +58,9 @@ def list_(request: Request, where: options.Where, *, long: bool, null: bool) -> 
             return
         found = options.found(request, inside, where.paths)
         entries = [(browser, one) for browser, top in found for one in _listed(browser, top)]
+        about = options.about([one for one, _ in found])
         if request.json:
-            document = {"sources": options.sources([one for one, _ in found])}
-            json_out.show({**document, "entries": [file_render.entry(*one) for one in entries]})
+            json_out.show({**about, "entries": [file_render.entry(*one) for one in entries]})
         else:
             file_render.show_list([one for _, one in entries], long=long, null=null, whole=len(found) > 1)
 
@@ -90,11 +90,12 @@ def tree(request: Request, where: options.Where, *, depth: int | None) -> None:
         found = options.found(request, inside, where.paths)
         if request.json:
             walked = [(browser, one) for browser, top in found for _, one in browser.walk(top, depth=depth)]
-            document = {"sources": options.sources([one for one, _ in found])}
-            json_out.show({**document, "entries": [file_render.entry(*one) for one in walked]})
+            about = options.about([one for one, _ in found])
+            json_out.show({**about, "entries": [file_render.entry(*one) for one in walked]})
             return
         for browser, top in found:
             file_render.draw_tree(browser.walk(top, depth=depth))
+        options.about([one for one, _ in found])
 
 
 @command.command(
@@ -151,9 +152,9 @@ def find(request: Request, where: options.Where, *, long: bool, null: bool, dept
         found = [
             (browser, one) for browser, top in tops for _, one in browser.walk(top, depth=depth) if fits(browser, one)
         ]
+        about = options.about([one for one, _ in tops])
         if request.json:
-            document = {"sources": options.sources([one for one, _ in tops])}
-            json_out.show({**document, "entries": [file_render.entry(*one) for one in found]})
+            json_out.show({**about, "entries": [file_render.entry(*one) for one in found]})
         else:
             file_render.show_list([one for _, one in found], long=long, null=null, whole=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,3 +163,18 @@ def require_paths(where: Where) -> None:
 def sources(browsers: Sequence[Browser]) -> list[dict[str, Any]]:
     """The file systems that something was found in, each once, for JSON."""
     return [file_render.source(one) for one in dict.fromkeys(browsers)]
+
+
+def tell_left_out(left_out: Mapping[str, int]) -> None:
+    """What a command came by and could not show or take along."""
+    for why, count in sorted(left_out.items()):
+        render.notice(f"{count} left out: {why}")
+
+
+def about(browsers: Sequence[Browser]) -> dict[str, Any]:
+    """Where a list comes from, and what is not in it, for JSON; the latter is told besides."""
+    from hvmgr.operations.inside import browsing
+
+    left_out = browsing.left_out(browsers)
+    tell_left_out(left_out)
+    return {"sources": sources(browsers), "left_out": left_out}

@@ -118,8 +118,7 @@ def get(request: Request, where: options.Where, *, to: str, archive: bool, strea
             outcome = _get_archive(request, gathered, to, overwrite=overwrite)
         else:
             outcome = getting.into_folder(gathered, Path(to), request.report, streams=streams, overwrite=overwrite)
-        for why, count in sorted(outcome.left_out.items()):
-            render.notice(f"{count} left out: {why}")
+        options.tell_left_out(outcome.left_out)
         if to != _STANDARD:
             facts = {"to": to, "files": outcome.files, "size": outcome.size, "left_out": outcome.left_out}
             sentence = f"{outcome.files} files, {units.format_size(outcome.size)}, are in {to}"
@@ -127,8 +126,10 @@ def get(request: Request, where: options.Where, *, to: str, archive: bool, strea
 
 
 def _show_gathered(request: Request, gathered: Any, sources: list[dict[str, Any]], to: str) -> None:
+    options.tell_left_out(gathered.left_out)
     if request.json:
-        json_out.show({"plan": None, "files": gathered.files, "size": gathered.size, "to": to, "sources": sources})
+        document = {"plan": None, "files": gathered.files, "size": gathered.size, "left_out": gathered.left_out}
+        json_out.show({**document, "to": to, "sources": sources})
     else:
         render.say(f"{gathered.files} files, {units.format_size(gathered.size)}, would be written to {to}")
 
@@ -188,11 +189,10 @@ def hash_(request: Request, where: options.Where, *, algorithm: str) -> None:
                     hashes.append((browser, one, _hash_of(browser.content(one), algorithm)))
                     if not request.json:
                         file_render.show_hash(hashes[-1][2], one)
+        about = options.about([one for one, _ in tops])
         if request.json:
             files = [{**file_render.name_of(one.path), "size": one.size, "hash": value} for _, one, value in hashes]
-            json_out.show(
-                {"sources": options.sources([one for one, _ in tops]), "algorithm": algorithm, "files": files}
-            )
+            json_out.show({**about, "algorithm": algorithm, "files": files})
 
 
 def _is_file(one: Found) -> bool:

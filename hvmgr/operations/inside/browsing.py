@@ -7,20 +7,23 @@ a damaged file system has it, is Corrupt.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hvmgr import errors
 from hvmgr.model import names
 from hvmgr.operations.inside.views import Volume
+from hvmgr.storage.extraction import UNNAMEABLE
 from hvmgr.storage.filesystems import reader
 from hvmgr.storage.filesystems.reader import Content, Node, Reader, Type
 
 DAMAGED = "what is damaged in the file system"
 _LINKS_MAX = 40
 _DEPTH_MAX = 4096
+_PATH_MAX = 64 << 10
 _REMEMBERED = 64
 _GLOB = frozenset(b"*?[")
 
@@ -51,9 +54,16 @@ class Browser:
     def __init__(self, volume: Volume, opened: Reader) -> None:
         self.volume = volume
         self.reader = opened
-        self.unnameable = 0  # names that were left out because no path can have them
+        self._unnameable: dict[int, int] = {}  # names that no path can have, by their folder
+        self._damaged: set[bytes] = set()
         self._known: dict[int, dict[bytes, Any]] = {}
         self._folded: dict[int, dict[str, bytes]] = {}
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """What was come by and is not shown, by the reason."""
+        found = {UNNAMEABLE: sum(self._unnameable.values()), DAMAGED: len(self._damaged)}
+        return {why: count for why, count in found.items() if count}
 
     # -- paths ---------------------------------------------------------------------------------------------------
 
@@ -64,7 +74,7 @@ class Browser:
     def find(self, path: bytes, *, follow: bool = True) -> Found:
         """What has the path; NotFound with near names. ``follow``: what a link at its end leads to."""
         parts = self._parts(path)
-        found = self._walk_to(parts, follow=follow, links=0)
+        found = self._walk_to(parts, follow=follow)
         if found is not None:
             return found
         streamed = self._find_stream(parts)
@@ -76,10 +86,12 @@ class Browser:
         """All that a path with ``*``, ``?``, ``[…]`` and ``**`` means; one without, or that exists as it is, means itself."""
         if not _GLOB & set(path):
             return [self.find(path, follow=follow)]
-        exact = self._walk_to(self._parts(path), follow=follow, links=0)
+        exact = self._walk_to(self._parts(path), follow=follow)
         if exact is not None:
             return [exact]
         matches = {one.path: one for one in self._match([self.root()], self._parts(path), follow=follow)}
+        if not matches and self._damaged:
+            raise reader.damaged(f"nothing that can be read matches {shown(path)}")
         if not matches:
             raise errors.NotFound(f"nothing in {self.volume.title} matches {shown(path)}")
         return [matches[key] for key in sorted(matches)]
@@ -97,7 +109,9 @@ class Browser:
             path = path.replace(b"\\", b"/") if not _GLOB & set(path) or path.startswith(b"\\") else path
         return [one for one in path.split(b"/") if one not in {b"", b"."}]
 
-    def _walk_to(self, parts: list[bytes], *, follow: bool, links: int) -> Found | None:
+    def _walk_to(self, parts: list[bytes], *, follow: bool, budget: Iterator[int] | None = None) -> Found | None:
+        """What has the path. ``budget``: as many links may yet be followed for it, wherever on the way they lie."""
+        budget = iter(range(_LINKS_MAX)) if budget is None else budget
         trail = [self.root()]
         for index, part in enumerate(parts):
             if part == b"..":
@@ -110,19 +124,21 @@ class Browser:
             if child is None:
                 return None
             if child.node.type is Type.LINK and (follow or index < len(parts) - 1):
-                child = self._follow(child, trail, links)
+                child = self._follow(child, trail, budget)
                 if child is None:
                     return None
             trail.append(child)
         return trail[-1]
 
-    def _follow(self, link: Found, trail: list[Found], links: int) -> Found | None:
-        if links >= _LINKS_MAX:
-            raise errors.UsageError(f"{shown(link.path)} is a link that leads round in a circle")
+    def _follow(self, link: Found, trail: list[Found], budget: Iterator[int]) -> Found | None:
+        if next(budget, None) is None:
+            raise errors.UsageError(
+                f"{shown(link.path)} is a link that leads round in a circle, or over more than {_LINKS_MAX} links"
+            )
         target = link.node.target or b""
         base = [] if target.startswith(b"/") else [part for part in trail[-1].path.split(b"/") if part]
         return self._walk_to(
-            [*base, *(one for one in target.split(b"/") if one not in {b"", b"."})], follow=True, links=links + 1
+            [*base, *(one for one in target.split(b"/") if one not in {b"", b"."})], follow=True, budget=budget
         )
 
     def _find_stream(self, parts: list[bytes]) -> Found | None:
@@ -130,7 +146,7 @@ class Browser:
         if not parts or b":" not in parts[-1]:
             return None
         name, _, stream = parts[-1].partition(b":")
-        found = self._walk_to([*parts[:-1], name], follow=True, links=0)
+        found = self._walk_to([*parts[:-1], name], follow=True)
         wanted = stream.decode("utf-8", "surrogateescape").removesuffix(":$DATA")
         if found is None or not wanted:
             return found
@@ -142,7 +158,7 @@ class Browser:
     def _not_found(self, parts: list[bytes]) -> errors.HvmgrError:
         here = self.root()
         for index, part in enumerate(parts):
-            step = self._walk_to(parts[: index + 1], follow=True, links=0)
+            step = self._walk_to(parts[: index + 1], follow=True)
             if step is None:
                 where = f"in {shown(here.path)} of {self.volume.title} ({self.volume.disk.name})"
                 if not here.node.is_folder:
@@ -171,20 +187,33 @@ class Browser:
         return Found(_join(folder.path, name), self.reader.stat(entries[name]))
 
     def children(self, folder: Found) -> Iterator[Found]:
-        """All that is in a folder, by name."""
+        """All that is in a folder, by name; what is damaged is left out and counted."""
         entries = self._entries(folder.node)
         for name in sorted(entries):
-            yield Found(_join(folder.path, name), self.reader.stat(entries[name]))
+            found = self._sound(folder, name, entries[name])
+            if found is not None:
+                yield found
+
+    def _sound(self, folder: Found, name: bytes, ref: Any) -> Found | None:
+        path = _join(folder.path, name)
+        try:
+            if len(path) <= _PATH_MAX:
+                return Found(path, self.reader.stat(ref))
+        except errors.Corrupt:
+            pass  # the other names may be sound
+        self._damaged.add(path if len(path) <= _PATH_MAX else hashlib.sha256(path).digest())
+        return None
 
     def _entries(self, folder: Node) -> dict[bytes, Any]:
         found = self._known.get(folder.id)
         if found is None:
-            found = {}
+            found, unnameable = {}, 0
             for name, ref in self.reader.names(folder):
                 if b"/" in name or b"\0" in name or name in found:
-                    self.unnameable += 1
+                    unnameable += 1
                 else:
                     found[name] = ref
+            self._unnameable[folder.id] = unnameable
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
                 self._folded.clear()
@@ -193,14 +222,20 @@ class Browser:
 
     def walk(self, top: Found, *, depth: int | None = None) -> Iterator[tuple[int, Found]]:
         """``top`` and all below it, each folder before what is in it, with how deep it lies."""
-        trail: list[tuple[Iterator[Found], int]] = []
+        trail: list[tuple[Iterator[Found], Found]] = []
         seen: set[int] = set()
         yield 0, top
         if top.node.is_folder and depth != 0:
-            trail.append((self.children(top), top.node.id))
+            trail.append((self.children(top), top))
             seen.add(top.node.id)
         while trail:
-            one = next(trail[-1][0], None)
+            try:
+                one = next(trail[-1][0], None)
+            except errors.Corrupt:
+                if len(trail) == 1:
+                    raise
+                self._damaged.add(trail[-1][1].path)  # this folder cannot be read, and the others may be
+                one = None
             if one is None:
                 trail.pop()
                 continue
@@ -209,7 +244,7 @@ class Browser:
                 if one.node.id in seen or len(trail) > _DEPTH_MAX:
                     raise reader.damaged(f"the folder {shown(one.path)} is in two places, or in itself")
                 seen.add(one.node.id)
-                trail.append((self.children(one), one.node.id))
+                trail.append((self.children(one), one))
 
     def _match(self, places: list[Found], parts: list[bytes], *, follow: bool) -> Iterator[Found]:
         if not parts:
@@ -219,24 +254,35 @@ class Browser:
         for place in places:
             here = place
             if here.node.type is Type.LINK:
-                step = self._walk_to([one for one in here.path.split(b"/") if one], follow=True, links=0)
+                step = self._walk_to([one for one in here.path.split(b"/") if one], follow=True)
                 here = Found(here.path, step.node) if step is not None else here
             if not here.node.is_folder:
                 continue
-            if part == b"**":
-                below = [one for _, one in self.walk(here) if one.node.is_folder]
-                yield from self._match(below, rest, follow=follow) if rest else iter(below)
-            elif _GLOB & set(part):
-                yield from self._match(list(self._matching(here, part)), rest, follow=follow)
-            elif (one := self.child(here, part)) is not None:
-                yield from self._match([one], rest, follow=follow)
+            try:
+                below = list(self._step(here, part))
+            except errors.Corrupt:
+                if len(places) == 1:
+                    raise
+                self._damaged.add(here.path)  # the others may be sound
+                continue
+            yield from self._match(below, rest, follow=follow)
+
+    def _step(self, folder: Found, part: bytes) -> Iterator[Found]:
+        """What one part of a pattern means in a folder."""
+        if part == b"**":
+            yield from (one for _, one in self.walk(folder) if one.node.is_folder)
+        elif _GLOB & set(part):
+            yield from self._matching(folder, part)
+        elif (one := self.child(folder, part)) is not None:
+            yield one
 
     def _matching(self, folder: Found, pattern: bytes) -> Iterator[Found]:
-        for name in sorted(self._entries(folder.node)):
+        entries = self._entries(folder.node)
+        for name in sorted(entries):
             if name.startswith(b".") and not pattern.startswith((b".", b"[")):
                 continue  # as in a shell, such a dot has to be meant
             if fits(name, pattern, ignoring_case=self.reader.ignores_case):
-                child = self.child(folder, name)
+                child = self._sound(folder, name, entries[name])
                 if child is not None:
                     yield child
 
@@ -252,6 +298,15 @@ class Browser:
             return self.reader.content(found.node, found.stream)
         except errors.HvmgrError as error:
             raise type(error)(f"{shown(found.path)}: {error.message}", hint=error.hint, **error.facts) from error
+
+
+def left_out(browsers: Sequence[Browser]) -> dict[str, int]:
+    """What is not shown of several file systems, by the reason."""
+    found: dict[str, int] = {}
+    for browser in dict.fromkeys(browsers):
+        for why, count in browser.left_out.items():
+            found[why] = found.get(why, 0) + count
+    return found
 
 
 def fits(name: bytes, pattern: bytes, *, ignoring_case: bool = False) -> bool:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hvmgr import errors, units
 from hvmgr.model.progress import Progress
+from hvmgr.operations.inside import browsing
 from hvmgr.operations.inside.browsing import DAMAGED, Browser, Found, shown
 from hvmgr.storage import extraction, tar
 from hvmgr.storage.extraction import Target
@@ -80,8 +81,7 @@ def gather(wanted: Sequence[tuple[Browser, Found]]) -> Gathered:
             parts = (*parts[:-1], one.name) if parts else ()
             items.append(_Item(browser, one, parts, named=one is top))
             size += one.size if one.node.type is Type.FILE or one.stream else 0
-    unnameable = sum(browser.unnameable for browser in dict.fromkeys(browser for browser, _ in wanted))
-    return Gathered(items, size, {extraction.UNNAMEABLE: unnameable} if unnameable else {})
+    return Gathered(items, size, browsing.left_out([browser for browser, _ in wanted]))
 
 
 def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bool, overwrite: bool) -> Outcome:

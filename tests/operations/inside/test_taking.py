@@ -223,3 +223,67 @@ def test_deep_folders_need_few_descriptors(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert outcome.files == 399
+
+
+class TestFolders:
+    def browser(self, reader):
+        return browsing.Browser(SimpleNamespace(title="a volume", disk=SimpleNamespace(name="a disk")), reader)
+
+    def names(self, found):
+        return [one.path for one in found]
+
+    def test_show_what_is_sound_beside_what_is_damaged(self, tmp_path):
+        reader = Reader(
+            {1: {b"a": folder(2), b"stale": damaged("x"), **CLEAR}, 2: {b"gone": damaged("x"), b"b": file(3)}}
+        )
+        browser = self.browser(reader)
+        assert self.names(browser.children(browser.root())) == [b"/a", b"/clear"]
+        for _ in range(2):  # what is damaged is counted once, however often it is come by
+            assert self.names(one for _, one in browser.walk(browser.root())) == [b"/", b"/a", b"/a/b", b"/clear"]
+        assert self.names(browser.expand(b"/*/*")) == [b"/a/b"]
+        assert browser.left_out == {browsing.DAMAGED: 2}
+        with pytest.raises(errors.Corrupt):
+            browser.find(b"/stale")
+        with pytest.raises(errors.Corrupt):
+            browser.expand(b"/st*")
+        for outcome in (taken(gathered(reader), tmp_path), archived(gathered(reader))[0]):
+            assert (outcome.files, outcome.left_out) == (3, {browsing.DAMAGED: 2})
+
+    def test_that_are_damaged_cost_themselves_alone(self):
+        class Damaged(Reader):
+            def names(self, folder):
+                if folder.id == 2:
+                    raise damaged("x")
+                return super().names(folder)
+
+        browser = self.browser(Damaged({1: {b"a": folder(2), b"c": folder(4), **CLEAR}, 4: {b"x": file(5)}}))
+        assert self.names(one for _, one in browser.walk(browser.root())) == [b"/", b"/a", b"/c", b"/c/x", b"/clear"]
+        assert self.names(browser.expand(b"/*/x")) == [b"/c/x"]
+        assert browser.left_out == {browsing.DAMAGED: 1}
+        with pytest.raises(errors.Corrupt):
+            list(browser.walk(browser.find(b"/a")))
+
+    def test_that_lie_too_deep_are_left_out(self):
+        long = b"n" * 250
+        browser = self.browser(Reader({number: {long: folder(number + 1)} for number in range(1, 400)}))
+        paths = self.names(one for _, one in browser.walk(browser.root()))
+        assert max(len(one) for one in paths) <= 65536
+        assert browser.left_out == {browsing.DAMAGED: 1}
+
+    def test_links_are_followed_forty_times_in_all(self):
+        asked = []
+
+        class Counting(Reader):
+            def stat(self, ref):
+                asked.append(ref)
+                assert len(asked) < 5000
+                return super().stat(ref)
+
+        def link(number, target):
+            return Node(number, number, Type.LINK, 0, target=target)
+
+        links = {b"l%d" % number: link(number + 10, b"l%d/l%d" % (number + 1, number + 1)) for number in range(30)}
+        browser = self.browser(Counting({1: {**links, b"l30": link(50, b"."), b"f": file(2)}}))
+        assert browser.find(b"/l29/l29/f").node.id == 2
+        with pytest.raises(errors.UsageError, match="more than 40 links"):
+            browser.find(b"/l0")
