@@ -162,3 +162,22 @@ def test_volumes_that_lvm_made(tmp_path, require, require_program):
         striped = inside._logical["vg-0/wide"]
         assert {window.read(striped, at << 16, 11) for at in (2, 3)} == {b"stripe of 0", b"stripe of 1"}
         assert window.read(striped, 0, 11) == bytes(11)
+
+
+def test_damaged_metadata_costs_its_own_volumes_alone(tmp_path):
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "file").write_text("sound")
+    part = file_trees.ext(tmp_path / "part", tree, "-t", "ext4", size="8M")
+    sound = bytearray(physical(UUID, METADATA.encode()).data)
+    sound[2 << 20 :] = bytes(8 << 20)
+    good, bad, plain = (tmp_path / name for name in ("good", "bad", "plain"))
+    good.write_bytes(sound)
+    bad.write_bytes(physical("B" * 32, METADATA.replace("group {", "broken { = =").encode()).data)
+    plain.write_bytes(part.read_bytes())
+    with looking.opened([views.of_image(one) for one in (bad, good, plain)]) as inside:
+        assert inside.choose(b"/file").volume.disk.name == str(plain)
+        assert [one.logical for one in inside.volumes if one.logical] == ["group/whole", "group/torn", "group/thin"]
+        assert "damaged" in looking.why_not(inside.volumes[0])
+    with looking.opened([views.of_image(bad)]) as inside, pytest.raises(errors.Unsupported, match="damaged"):
+        inside.choose(b"/file")

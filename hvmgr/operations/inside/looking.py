@@ -8,7 +8,8 @@ with looking.opened(views.of_vm(vm)) as inside:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvmgr import errors, units
@@ -124,7 +125,9 @@ def opened(disks: Sequence[Frozen], *, partition: str | None = None) -> Iterator
     with contextlib.ExitStack() as stack:
         sources = {index: stack.enter_context(views.opened(disk)) for index, disk in enumerate(disks)}
         volumes = [one for index, disk in enumerate(disks) for one in views.volumes(disk, sources[index])]
-        logical = dict(_logical(disks, sources, volumes))
+        physical, bad = _physical(disks, sources, volumes)
+        volumes = [dataclasses.replace(one, why_not=bad[one]) if one in bad else one for one in volumes]
+        logical = dict(_logical(physical))
         volumes += logical
         if partition is not None:
             chosen = [one for one in volumes if partition in {str(one.number), one.logical}]
@@ -136,34 +139,48 @@ def opened(disks: Sequence[Frozen], *, partition: str | None = None) -> Iterator
         yield Inside(list(disks), volumes, sources, places)
 
 
-def _logical(
+def _physical(
     disks: Sequence[Frozen], sources: dict[int, Source], volumes: Sequence[Volume]
-) -> Iterator[tuple[Volume, Disk | None]]:
-    """The logical volumes of all physical ones among the volumes."""
-    physical = [one for one in volumes if one.kind is Kind.LVM]
+) -> tuple[dict[Volume, Disk], dict[Volume, str]]:
+    """The physical volumes (LVM) that can be read; and those whose metadata is damaged, with what is wrong."""
+    windows: dict[Volume, Disk] = {
+        one: views.window(one, sources[next(at for at, disk in enumerate(disks) if disk is one.disk)])
+        for one in volumes
+        if one.kind is Kind.LVM
+    }
+    bad: dict[Volume, str] = {}
+    if not windows:
+        return {}, bad
+    from hvmgr.storage.filesystems import lvm
+
+    for one, disk in windows.items():
+        try:
+            lvm.volumes([disk])
+        except errors.Corrupt as error:
+            bad[one] = error.message  # what lies on the others can be read all the same
+    good = {one: disk for one, disk in windows.items() if one not in bad}
+    try:
+        lvm.volumes(list(good.values()))
+    except errors.Corrupt as error:  # they are sound, and make no sense together
+        return {}, bad | dict.fromkeys(good, error.message)
+    return good, bad
+
+
+def _logical(physical: Mapping[Volume, Disk]) -> Iterator[tuple[Volume, Disk | None]]:
+    """The logical volumes of all physical ones."""
     if not physical:
         return
     from hvmgr.storage.filesystems import lvm, signatures
 
-    windows = [
-        views.window(one, sources[next(at for at, disk in enumerate(disks) if disk is one.disk)]) for one in physical
-    ]
-    for one in lvm.volumes(windows):
-        found = None if one.disk is None else signatures.recognise(one.disk)
+    first = next(iter(physical)).disk
+    for one in lvm.volumes(list(physical.values())):
+        why_not = one.why
+        try:
+            found = None if one.disk is None else signatures.recognise(one.disk)
+        except errors.Corrupt as error:
+            found, why_not = None, error.message
         kind, label, uuid = (None, "", one.uuid) if found is None else (found.kind, found.label, found.uuid)
         yield (
-            Volume(
-                physical[0].disk,
-                None,
-                0,
-                one.size,
-                kind,
-                label,
-                uuid,
-                "lvm",
-                one.name,
-                logical=one.name,
-                why_not=one.why,
-            ),
+            Volume(first, None, 0, one.size, kind, label, uuid, "lvm", one.name, logical=one.name, why_not=why_not),
             one.disk,
         )
