@@ -371,3 +371,21 @@ def test_json_says_who_read_it_and_gives_the_bytes_of_names(hvmgr, tmp_path):
     (entry,) = (one for one in document["entries"] if "path_base64" in one)
     assert entry["path_base64"] == "L/8K"
     assert "read by hvmgr's own reader of ext2/3/4" in hvmgr("-v", "file", "list", "--image", image, "/").err
+
+
+def test_a_stale_entry_is_left_out_and_told(hvmgr, made, tmp_path):
+    image = tmp_path / "disk"
+    file_trees.ext(image, made / "tree0", "-t", "ext4", "-L", "root", size="20M")
+    data = bytearray(image.read_bytes())
+    entry = data.index(b"\x06\x01passwd")  # behind the lengths of the entry and its name stands the type
+    data[entry - 6 : entry - 2] = b"\xff\xff\xff\x7f"  # no such inode
+    image.write_bytes(data)
+    where = ["--image", image]
+    for words in (["list", "/etc"], ["find", "/", "--name", "only*"]):
+        answer = hvmgr("file", *words, *where)
+        assert (answer.code, "only0.conf" in answer.out, "passwd" in answer.out) == (0, True, False), answer
+        assert "1 left out: what is damaged" in answer.err
+    for words in (["list", "/etc"], ["tree", "/"], ["hash", "/"], ["get", "/etc", "--to", tmp_path / "to"]):
+        assert list(hvmgr("file", *words, *where, "--json").json["left_out"].values()) == [1]
+    assert os.listdir(tmp_path / "to" / "etc") == ["only0.conf"]
+    assert hvmgr("file", "cat", "/etc/passwd", *where).code == 6
