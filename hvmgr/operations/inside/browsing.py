@@ -213,7 +213,8 @@ class Browser:
                     unnameable += 1
                 else:
                     found[name] = ref
-            self._unnameable[folder.id] = unnameable
+            if unnameable:
+                self._unnameable[folder.id] = unnameable
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
                 self._folded.clear()
