@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import shutil
 import struct
 import zlib
 
 import pytest
 
 from hvmgr import errors
-from hvmgr.storage.filesystems import btrfs, btrfs_data, opening, signatures, window
+from hvmgr.storage.filesystems import btrfs, btrfs_data, fat, opening, signatures, window, xfs_attributes
 from hvmgr.storage.filesystems.reader import Bytes, Runs
 from hvmgr.storage.partitions import File
 from tests.storage import file_trees
@@ -26,7 +26,7 @@ def opened(disk):
 def patched(image, folder, *changes):
     """A copy of an image with other bytes: (place, bytes)."""
     copy = folder / "patched"
-    shutil.copyfile(image, copy)
+    file_trees.run("cp", "--sparse=always", image, copy)
     with copy.open("r+b") as file:
         for place, data in changes:
             file.seek(place)
@@ -213,3 +213,215 @@ def test_no_content_has_a_size_that_no_system_knows():
         Runs(disk, [], 1 << 63)
     assert Runs(disk, [], (1 << 63) - 1).size == (1 << 63) - 1
     assert Bytes(b"").size == 0
+
+
+BLOCK = 1024
+
+
+def tree_of(folder, files):
+    folder.mkdir()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def block_of(reader, node):
+    """The block in which a content begins."""
+    return reader.content(node)._runs[0].start // reader._super.block
+
+
+class TestExt:
+    LEAF = struct.pack("<HHHHI", 0xF30A, 0, 84, 0, 0)  # a block of extents without one
+
+    def inode(self, reader, number):
+        """Where the 60 bytes of an inode are that lead to its content."""
+        group, index = divmod(number - 1, reader._super.inodes_per_group)
+        return reader._table(group) * BLOCK + index * reader._super.inode_size + 40
+
+    @pytest.mark.parametrize("wrong", ["a block in two places", "an extent of nothing"])
+    def test_extents_that_have_no_end(self, tmp_path, wrong):
+        tree = tree_of(tmp_path / "tree", {"file": bytes(50_000), "leaf": self.LEAF.ljust(BLOCK, b"\0")})
+        image = file_trees.ext(tmp_path / "image", tree, "-t", "ext4", "-b", str(BLOCK), size="2M")
+        with File(image) as disk:
+            reader = opened(disk)
+            nodes = dict(file_trees.walked(reader))
+            place = self.inode(reader, nodes[b"file"].id)
+            leaf = block_of(reader, nodes[b"leaf"])
+        if wrong == "an extent of nothing":
+            data = struct.pack("<HHHHI", 0xF30A, 4, 4, 0, 0) + struct.pack("<IHHI", 0, 0, 0, leaf) * 4
+        else:
+            data = struct.pack("<HHHHI", 0xF30A, 4, 4, 1, 0) + struct.pack("<IIHH", 0, leaf, 0, 0) * 4
+        with File(patched(image, tmp_path, (place, data))) as disk:
+            reader = opened(disk)
+            node = reader.stat(nodes[b"file"].ref)
+            with pytest.raises(errors.Corrupt, match="in two places" if "two" in wrong else wrong):
+                reader.content(node)
+
+    def test_a_block_of_block_numbers_is_in_one_place(self, tmp_path):
+        tree = tree_of(tmp_path / "tree", {"file": b"", "nothing": bytes(BLOCK - 1) + b"\0", "twice": b"x" * BLOCK})
+        with (tree / "file").open("wb") as file:
+            file.truncate(5_000_000)
+            file.write(b"begin")
+        (tree / "nothing").write_bytes(b"n" * BLOCK)
+        image = file_trees.ext(tmp_path / "image", tree, "-t", "ext2", "-b", str(BLOCK), size="2M")
+        with File(image) as disk:
+            reader = opened(disk)
+            nodes = dict(file_trees.walked(reader))
+            place = self.inode(reader, nodes[b"file"].id)
+            nothing, twice = block_of(reader, nodes[b"nothing"]), block_of(reader, nodes[b"twice"])
+        changes = [
+            (place + 4 * 13, struct.pack("<I", twice)),
+            (twice * BLOCK, struct.pack("<I", nothing) * (BLOCK // 4)),
+            (nothing * BLOCK, bytes(BLOCK)),
+        ]
+        with File(patched(image, tmp_path, *changes)) as disk, pytest.raises(errors.Corrupt, match="in two places"):
+            reader = opened(disk)
+            reader.content(reader.stat(nodes[b"file"].ref))
+
+    def test_holes_are_no_blocks(self, tmp_path):
+        """A file may have more of them than its file system has blocks."""
+        tree = tree_of(tmp_path / "tree", {})
+        with (tree / "file").open("wb") as file:
+            for one in range(40):
+                file.seek(one * (BLOCK << 8) + 12 * BLOCK)
+                file.write(b"%d" % one)
+        image = file_trees.ext(tmp_path / "image", tree, "-t", "ext2", "-b", str(BLOCK), size="2M")
+        with File(image) as disk:
+            assert file_trees.of_reader(opened(disk))[b"file"] == file_trees.of_host(tree)[b"file"]
+
+
+@pytest.fixture(scope="module")
+def xfs_image(tmp_path_factory, require_program):
+    require_program("mkfs.xfs")
+    folder = tmp_path_factory.mktemp("xfs")
+    leaf = struct.pack(">4sHHQQ", b"BMAP", 0, 1, 0, 0)  # of extents: one, of one block
+    files = {
+        "file": bytes(50_000),
+        "leaf": (leaf + struct.pack(">QQ", 0, 100 << 21 | 1)).ljust(4096, b"\0"),
+        "empty": leaf.replace(b"\0\1", b"\0\0").ljust(4096, b"\0"),
+        "nothing": (leaf + struct.pack(">QQ", 0, 100 << 21)).ljust(4096, b"\0"),
+    }
+    return file_trees.xfs(folder / "image", tree_of(folder / "tree", files))
+
+
+class TestXfs:
+    @pytest.fixture
+    def image(self, xfs_image):
+        return xfs_image
+
+    @pytest.mark.parametrize(
+        ("leaves", "match"),
+        [(("leaf",), None), (("leaf", "leaf"), "two places"), (("empty",), "no sense"), (("nothing",), "of nothing")],
+        ids=["none", "a block in two places", "an empty block", "an extent of nothing"],
+    )
+    def test_extents_that_have_no_end(self, image, leaves, match):
+        with File(image) as disk:
+            reader = opened(disk)
+            nodes = dict(file_trees.walked(reader))
+            blocks = []
+            for leaf in leaves:
+                group, inside = divmod(block_of(reader, nodes[leaf.encode()]), reader._super.per_group)
+                blocks.append(group << reader._super.group_log | inside)
+            fork = struct.pack(">HH", 1, len(blocks)).ljust(4 + 16 * 8, b"\0") + struct.pack(
+                f">{len(blocks)}Q", *blocks
+            )
+            fork = fork.ljust(4 + 16 * 16, b"\0")
+            if match is None:
+                assert list(reader._extents(3, fork, 0, 1)) == [(0, 1, 100 * 4096, False)]
+                return
+            with pytest.raises(errors.Corrupt, match=match):
+                list(reader._extents(3, fork, 0, 1))
+
+    @pytest.mark.parametrize("limit", ["_ENTRIES_MAX", "_TOTAL_MAX"])
+    def test_extended_attributes_have_an_end(self, monkeypatch, limit):
+        monkeypatch.setattr(xfs_attributes, limit, 1000)
+        entry = struct.pack(">IHBB", 0, 3000, 1, 0)
+        block = bytearray(struct.pack(">IIH", 1, 0, 0x3BEE).ljust(56, b"\0") + struct.pack(">H", 200)).ljust(80, b"\0")
+        block = (block + entry * 200).ljust(3000, b"\0") + struct.pack(">HB", 8, 1) + b"n" + b"v" * 8
+        read = []
+        with pytest.raises(errors.Corrupt, match="more extended attributes than any"):
+            xfs_attributes.of_blocks(lambda number: read.append(number) or bytes(block))
+        assert len(read) < 10
+
+
+class TestFat:
+    @pytest.mark.parametrize("bits", [16, 32])
+    def test_clusters_that_go_round(self, bits):
+        entries = [0, 0, 3, 7, 0, 0, 0, 9, 0, 3, 0, 0]
+
+        class Table:
+            size = 4096
+
+            def read(self, offset, length):
+                form = "H" if bits == 16 else "I"
+                return struct.pack(f"<{len(entries)}{form}", *entries)[offset : offset + length]
+
+        found = fat.Allocation(Table(), 0, 10, bits)
+        assert list(found.chain(2, 4)) == [(2, 2), (7, 1), (9, 1)]
+        with pytest.raises(errors.Corrupt, match="go round"):
+            list(found.chain(2, 1 << 20))
+
+    def test_exfat_has_the_clusters_that_its_disk_has(self, tmp_path, require_program):
+        require_program("mkfs.exfat")
+        image = tmp_path / "image"
+        with image.open("wb") as file:
+            file.truncate(8 << 20)
+        file_trees.run("mkfs.exfat", image)
+        with File(patched(image, tmp_path, (92, b"\xf0\xff\xff\xff"))) as disk:
+            reader = opened(disk)
+            assert reader._table.count * reader._cluster <= 8 << 20
+            root = reader.root()
+            assert list(reader.names(root)) == []
+            large = dataclasses.replace(root, ref=dataclasses.replace(root.ref, size=1 << 40, is_contiguous=True))
+            with pytest.raises(errors.Corrupt, match=f"a folder has {1 << 40} bytes"):
+                list(reader.names(large))
+
+
+NAMES = b"".join(b"NM\xcd\1\1" + b"n" * 200 for _ in range(3))
+TARGETS = b"".join(b"SL\xf8\1\1" + b"\0\xf1" + b"t" * 241 for _ in range(20))
+
+
+@pytest.fixture(scope="module")
+def iso_image(tmp_path_factory, require_program):
+    require_program("genisoimage")
+    folder = tmp_path_factory.mktemp("iso")
+    tree = tree_of(folder / "tree", {"l" * 220: b"long", "names": NAMES, "targets": TARGETS, "few": b"PX"})
+    file_trees.run("genisoimage", "-quiet", "-R", "-o", folder / "image", tree)
+    return folder / "image"
+
+
+class TestIso:
+    @pytest.fixture
+    def image(self, iso_image):
+        return iso_image
+
+    def continued(self, image, folder, name):
+        """An image whose long name goes on in the content of a file."""
+        with File(image) as disk:
+            reader = opened(disk)
+            refs = dict(reader.names(reader.root()))
+            raw = refs[b"l" * 220].raw
+            ((start, size),) = refs[name].parts
+        place = image.read_bytes().index(raw) + raw.index(b"CE\x1c\1") + 4
+        fields = b"".join(struct.pack("<I", one) + struct.pack(">I", one) for one in (start // 2048, 0, size))
+        return patched(image, folder, (place, fields))
+
+    @pytest.mark.parametrize("name", [b"names", b"targets"])
+    def test_names_and_targets_have_an_end(self, image, tmp_path, name):
+        with (
+            File(self.continued(image, tmp_path, name)) as disk,
+            pytest.raises(errors.Corrupt, match="longer than any"),
+        ):
+            reader = opened(disk)
+            list(reader.names(reader.root()))
+
+    def test_no_file_is_larger_than_its_disk(self, image, tmp_path):
+        with File(image) as disk:
+            reader = opened(disk)
+            raw = dict(reader.names(reader.root()))[b"few"].raw
+        place = image.read_bytes().index(raw) + 10
+        with File(patched(image, tmp_path, (place, b"\xff" * 8))) as disk:
+            reader = opened(disk)
+            node = reader.stat(dict(reader.names(reader.root()))[b"few"])
+            with pytest.raises(errors.Corrupt, match="larger than the disk"):
+                reader.content(node)
