@@ -258,11 +258,10 @@ class TestExt:
                 reader.content(node)
 
     def test_a_block_of_block_numbers_is_in_one_place(self, tmp_path):
-        tree = tree_of(tmp_path / "tree", {"file": b"", "nothing": bytes(BLOCK - 1) + b"\0", "twice": b"x" * BLOCK})
+        tree = tree_of(tmp_path / "tree", {"file": b"", "nothing": b"n" * BLOCK, "twice": b"x" * BLOCK})
         with (tree / "file").open("wb") as file:
             file.truncate(5_000_000)
             file.write(b"begin")
-        (tree / "nothing").write_bytes(b"n" * BLOCK)
         image = file_trees.ext(tmp_path / "image", tree, "-t", "ext2", "-b", str(BLOCK), size="2M")
         with File(image) as disk:
             reader = opened(disk)
@@ -288,6 +287,17 @@ class TestExt:
         image = file_trees.ext(tmp_path / "image", tree, "-t", "ext2", "-b", str(BLOCK), size="2M")
         with File(image) as disk:
             assert file_trees.of_reader(opened(disk))[b"file"] == file_trees.of_host(tree)[b"file"]
+
+    def test_attributes_that_no_system_can_have_are_left_out(self, tmp_path):
+        tree = tree_of(tmp_path / "tree", {"file": b""})
+        image = file_trees.ext(tmp_path / "image", tree, "-t", "ext4", "-b", str(BLOCK), size="2M")
+        for name in ("good", "bad-name"):
+            file_trees.run("debugfs", "-w", "-R", f"ea_set /file user.{name} value", image)
+        place = image.read_bytes().index(b"bad-name")
+        with File(patched(image, tmp_path, (place + 3, b"\0"))) as disk:
+            reader = opened(disk)
+            node = reader.stat(dict(reader.names(reader.root()))[b"file"])
+            assert reader.extras(node) == {"user.good": b"value"}
 
 
 @pytest.fixture(scope="module")

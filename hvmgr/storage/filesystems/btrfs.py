@@ -189,14 +189,14 @@ class Btrfs:
         if tree == _EMPTY:
             return {}
         with reader.parsing(f"the attributes of inode {number}"):
-            found = {}
+            found = dict[str, bytes]()
             for _, data in self._items(tree, number, _XATTR):
                 at = 0
                 while at + 30 <= len(data):  # names of one hash share an item
                     _, name, value = _entry(data[at:])
                     found[name.decode("utf-8", "surrogateescape")] = value
                     at += 30 + len(name) + len(value)
-            return found
+            return reader.nameable(found)
 
     # -- trees ---------------------------------------------------------------------------------------------------
 

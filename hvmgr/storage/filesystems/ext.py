@@ -196,7 +196,8 @@ class Ext:
     def extras(self, node: Node) -> Mapping[str, bytes]:
         with reader.parsing(f"the attributes of inode {node.ref}"):
             found = self._attributes(self._inode(node.ref))
-        return {name: value for name, value in found.items() if name != "system.data"}
+        found.pop("system.data", None)
+        return reader.nameable(found)
 
     # -- inodes --------------------------------------------------------------------------------------------------
 

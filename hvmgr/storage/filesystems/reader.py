@@ -194,6 +194,11 @@ def parsing(what: str) -> Iterator[None]:
         raise damaged(what) from error
 
 
+def nameable(found: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Extended attributes without those that no system can have: a name ends at its first zero."""
+    return {name: value for name, value in found.items() if "\0" not in name}
+
+
 def possible(size: int) -> int:
     """The size of a content; Corrupt where no system has files of that size."""
     if not 0 <= size < 1 << 63:

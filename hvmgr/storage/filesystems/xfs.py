@@ -192,7 +192,7 @@ class Xfs:
                 return {}
             area = inode.raw[inode.core + fork :]
             if form == _LOCAL:
-                return xfs_attributes.of_short(area)
+                return reader.nameable(xfs_attributes.of_short(area))
             (count,) = struct.unpack_from(">I", inode.raw, 76)
             if not self._has_many(inode):
                 (count,) = struct.unpack_from(">H", inode.raw, 80)
@@ -204,7 +204,7 @@ class Xfs:
                     raise damaged("it has more extended attributes than any file can have")
                 for one in range(length):
                     places[first + one] = start + one * self._super.block
-            return xfs_attributes.of_blocks(lambda number: self._attribute_block(places, number))
+            return reader.nameable(xfs_attributes.of_blocks(lambda number: self._attribute_block(places, number)))
 
     def _attribute_block(self, places: Mapping[int, int], number: int) -> bytes:
         if number not in places:
