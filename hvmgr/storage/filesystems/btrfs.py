@@ -189,14 +189,14 @@ class Btrfs:
         if tree == _EMPTY:
             return {}
         with reader.parsing(f"the attributes of inode {number}"):
-            found = {}
+            found = dict[str, bytes]()
             for _, data in self._items(tree, number, _XATTR):
                 at = 0
                 while at + 30 <= len(data):  # names of one hash share an item
                     _, name, value = _entry(data[at:])
                     found[name.decode("utf-8", "surrogateescape")] = value
                     at += 30 + len(name) + len(value)
-            return found
+            return reader.nameable(found)
 
     # -- trees ---------------------------------------------------------------------------------------------------
 
@@ -232,9 +232,12 @@ class Btrfs:
     def _range(self, tree: _Tree, first: _Key, last: _Key) -> Iterator[tuple[_Key, bytes]]:
         if tree.level > _DEPTH_MAX:
             raise damaged("a tree is too deep")
-        pending = [(tree.root, tree.level)]
+        pending, seen = [(tree.root, tree.level)], set[int]()
         while pending:
             place, level = pending.pop()
+            if place in seen:
+                raise damaged(f"the block {place} is in two places of a tree")
+            seen.add(place)
             block = self._load(place, level)
             start = bisect.bisect_left(block.keys, first)
             if level == 0:
@@ -272,9 +275,11 @@ class Btrfs:
     # -- where logical bytes lie ---------------------------------------------------------------------------------
 
     def _read_chunks(self) -> None:
-        found = list(self._range(self._chunk_tree, _Key(_FIRST, _CHUNK, 0), _Key(_FIRST, _CHUNK, _LAST)))
-        if len(found) > _CHUNKS_MAX:
-            raise damaged("it has too many chunks")
+        found = list[tuple[_Key, bytes]]()
+        for one in self._range(self._chunk_tree, _Key(_FIRST, _CHUNK, 0), _Key(_FIRST, _CHUNK, _LAST)):
+            if len(found) >= _CHUNKS_MAX:
+                raise damaged("it has too many chunks")
+            found.append(one)
         self._chunks.clear()
         for key, data in found:
             self._add_chunk(key.offset, data)
@@ -308,7 +313,10 @@ class Btrfs:
         return parts
 
     def _read(self, logical: int, length: int) -> bytes:
-        return b"".join(self._cached.read(place, count) for place, count in self._place(logical, length))
+        found = b"".join(self._cached.read(place, count) for place, count in self._place(logical, length))
+        if len(found) < length:
+            raise damaged(f"what is at {logical} lies behind the end of the disk")
+        return found
 
 
 def _entry(data: bytes) -> tuple[_Key, bytes, bytes]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hvmgr import errors
-from hvmgr.storage.filesystems.reader import PIECE, damaged
+from hvmgr.storage.filesystems.reader import PIECE, damaged, parsing, possible
 
 _INLINE, _REGULAR, _PREALLOCATED = 0, 1, 2
 _NONE, _ZLIB, _LZO, _ZSTD = 0, 1, 2, 3
@@ -45,6 +45,8 @@ def read_extent(start: int, data: bytes) -> Extent | None:
     disk, disk_length, offset, length = struct.unpack_from("<QQQQ", data, 21)
     if kind == _PREALLOCATED or disk == 0:
         return None
+    if compression and offset + length > whole:
+        raise damaged("a file has more of a compressed extent than there is")
     return Extent(start, length, compression, None, disk, disk_length, offset, whole)
 
 
@@ -52,7 +54,7 @@ class Extents:
     """A content; ``read`` gives logical bytes."""
 
     def __init__(self, size: int, extents: Sequence[Extent], read: Read) -> None:
-        self.size = size
+        self.size = possible(size)
         self._extents, self._read = extents, read
         at = 0
         for one in extents:
@@ -67,7 +69,8 @@ class Extents:
             if one.start >= end:
                 continue
             if one.compression or one.inline is not None:
-                data = self._expanded(one)[one.offset : one.offset + end - one.start]
+                with parsing("a compressed extent makes no sense"):
+                    data = self._expanded(one)[one.offset : one.offset + end - one.start]
                 yield one.start, data.ljust(end - one.start, b"\0")
                 continue
             for at in range(one.start, end, PIECE):
@@ -89,7 +92,7 @@ class Extents:
         if one.compression == _NONE:
             return raw
         if one.compression == _ZLIB:
-            return zlib.decompressobj().decompress(raw, one.whole)
+            return _zlib(raw, one.whole)
         if one.compression == _LZO:
             return _lzo(raw, one.whole)
         if one.compression == _ZSTD:
@@ -97,11 +100,21 @@ class Extents:
         raise errors.Unsupported("the file is compressed in a way that no reader here knows")
 
 
+def _zlib(raw: bytes, limit: int) -> bytes:
+    stream = zlib.decompressobj()
+    out = stream.decompress(raw, limit)
+    if len(out) < limit and not stream.eof:
+        raise damaged("a compressed extent ends early")
+    return out
+
+
 def _lzo(raw: bytes, limit: int) -> bytes:
     """Segments of a page each, whose lengths never cross the end of a page of the compressed bytes."""
     (total,) = struct.unpack_from("<I", raw)
+    if total > len(raw):
+        raise damaged("a compressed extent ends early")
     out, at = bytearray(), 4
-    while at < min(total, len(raw)) and len(out) < limit:
+    while at < total and len(out) < limit:
         if _LZO_PAGE - at % _LZO_PAGE < 4:
             at += _LZO_PAGE - at % _LZO_PAGE
         (length,) = struct.unpack_from("<I", raw, at)

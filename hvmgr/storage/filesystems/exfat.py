@@ -47,10 +47,13 @@ class ExFat:
             boot = self._cached.read(0, 512)
             table, _, heap, count, root = struct.unpack_from("<IIIII", boot, 80)
             flags, sector_shift, cluster_shift = struct.unpack_from("<HBB", boot, 106)
-            if not 9 <= sector_shift <= 12 or cluster_shift > 25 - sector_shift or not 2 <= root < count + 2:
+            if not 9 <= sector_shift <= 12 or cluster_shift > 25 - sector_shift:
                 raise damaged("its boot sector makes no sense")
             self._cluster = 1 << sector_shift + cluster_shift
             self._heap = heap << sector_shift
+            count = min(count, (disk.size - self._heap) // self._cluster)
+            if not 2 <= root < count + 2:
+                raise damaged("its boot sector makes no sense")
             self._table = Allocation(self._cached, table << sector_shift, count, 32)
             self._root = _Stream(b"", 0, root, _FOLDER_MAX, _FOLDER_MAX, is_contiguous=False)
             if flags & _DIRTY:
@@ -78,6 +81,8 @@ class ExFat:
                     yield text.encode("utf-8", "surrogatepass"), found
 
     def _entries(self, folder: _Stream) -> Iterator[tuple[int, bytes]]:
+        if folder.size > _FOLDER_MAX:
+            raise damaged(f"a folder has {folder.size} bytes")
         for length, start in self._runs(folder, folder.size):
             for at in range(0, length or 0, self._cluster):
                 assert start is not None

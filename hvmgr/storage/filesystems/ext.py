@@ -196,7 +196,8 @@ class Ext:
     def extras(self, node: Node) -> Mapping[str, bytes]:
         with reader.parsing(f"the attributes of inode {node.ref}"):
             found = self._attributes(self._inode(node.ref))
-        return {name: value for name, value in found.items() if name != "system.data"}
+        found.pop("system.data", None)
+        return reader.nameable(found)
 
     # -- inodes --------------------------------------------------------------------------------------------------
 
@@ -256,24 +257,24 @@ class Ext:
         return runs
 
     def _extents(self, inode: _Inode) -> Iterator[tuple[int, int, int | None]]:
-        budget = [self._super.block_count]  # no tree has more nodes than there are blocks
-        yield from self._extent_node(inode.number, inode.data, _EXTENT_DEPTH + 1, budget)
+        yield from self._extent_node(inode.number, inode.data, _EXTENT_DEPTH + 1, set())
 
     def _extent_node(
-        self, number: int, node: bytes, below: int, budget: list[int]
+        self, number: int, node: bytes, below: int, seen: set[int]
     ) -> Iterator[tuple[int, int, int | None]]:
         magic, count, _, depth = struct.unpack_from("<HHHH", node)
-        budget[0] -= 1
-        if magic != _EXTENT_MAGIC or depth >= below or 12 * (count + 1) > len(node) or budget[0] < 0:
+        if magic != _EXTENT_MAGIC or depth >= below or 12 * (count + 1) > len(node):
             raise damaged(f"the extents of inode {number} make no sense")
         for one in range(1, count + 1):
             if depth == 0:
                 first, length, high, low = struct.unpack_from("<IHHI", node, 12 * one)
+                if not length:
+                    raise damaged(f"inode {number} has an extent of nothing")
                 unwritten = length > _UNWRITTEN
                 yield first, length - _UNWRITTEN if unwritten else length, None if unwritten else low | high << 32
             else:
                 _, low, high = struct.unpack_from("<IIH", node, 12 * one)
-                yield from self._extent_node(number, self._block(low | high << 32), depth, budget)
+                yield from self._extent_node(number, self._once(low | high << 32, seen), depth, seen)
 
     def _mapped(self, inode: _Inode, last: int) -> Iterator[tuple[int, int, int | None]]:
         """The block numbers of ext2: twelve, then one, two and three steps away."""
@@ -283,31 +284,35 @@ class Ext:
             yield at, 1, number or None
             at += 1
         per_block = self._super.block // 4
-        budget = [2 * self._super.block_count]  # no file has more blocks than there are
+        seen = set[int]()
         for depth, number in enumerate(numbers[12:], 1):
             if at >= last:
                 return
-            yield from self._indirect(number, depth, at, last, budget)
+            yield from self._indirect(number, depth, at, last, seen)
             at += per_block**depth
 
     def _indirect(
-        self, block: int, depth: int, at: int, last: int, budget: list[int]
+        self, block: int, depth: int, at: int, last: int, seen: set[int]
     ) -> Iterator[tuple[int, int, int | None]]:
         per_block = self._super.block // 4
-        budget[0] -= 1
-        if budget[0] < 0:
-            raise damaged("a file has more blocks than there are")
         if block == 0:
             yield at, per_block**depth, None
             return
         if depth == 0:
             yield at, 1, block
             return
-        for number in struct.unpack(f"<{per_block}I", self._block(block)):
+        for number in struct.unpack(f"<{per_block}I", self._once(block, seen)):
             if at >= last:
                 return
-            yield from self._indirect(number, depth - 1, at, last, budget)
+            yield from self._indirect(number, depth - 1, at, last, seen)
             at += per_block ** (depth - 1)
+
+    def _once(self, number: int, seen: set[int]) -> bytes:
+        """A block that leads to others, of which no file has one twice: so the work ends where the disk does."""
+        if number in seen:
+            raise damaged(f"the block {number} is in two places of a file")
+        seen.add(number)
+        return self._block(number)
 
     def _block(self, number: int) -> bytes:
         if not 0 < number < self._super.block_count:

@@ -60,9 +60,18 @@ class Allocation:
         return following
 
     def chain(self, first: int, limit: int) -> Iterator[tuple[int, int]]:
-        """The clusters from the first one on as (cluster, how many follow each other), at most ``limit`` of them."""
+        """The clusters from the first one on as (cluster, how many follow each other), at most ``limit`` of them.
+
+        Corrupt where they go round: each is held against one before, which moves up at every power of two.
+        """
         cluster, start, length, left = first, first, 0, limit
+        before, until, steps = 0, 1, 0
         while left > 0 and 2 <= cluster < self.count + 2:
+            if cluster == before:
+                raise damaged(f"the clusters of a file go round at {cluster}")
+            steps += 1
+            if steps == until:
+                before, until = cluster, 2 * until
             if cluster != start + length:
                 yield start, length
                 start, length = cluster, 0

@@ -25,7 +25,7 @@ _PRIMARY, _SUPPLEMENTARY, _END = 1, 2, 255
 _JOLIET = {b"%/@", b"%/C", b"%/E"}
 _FOLDER, _GOES_ON = 2, 128
 _FOLDER_MAX = 256 << 20
-_AREAS_MAX = 100
+_AREAS_MAX, _NAME_MAX, _LINK_MAX = 100, 255, 4096
 _TIMES = ("born", "modified", "accessed", "changed")
 
 
@@ -183,6 +183,8 @@ class Iso:
             raise errors.Unsupported("this file is compressed (zisofs), which no reader here knows")
         if not node.size:
             return Bytes(b"")
+        if node.size > self._disk.size:
+            raise damaged(f"a file of {node.size} bytes is larger than the disk")
         return Runs(self._disk, [Run(length, start) for start, length in node.ref.parts], node.size)
 
     def extras(self, node: Node) -> Mapping[str, bytes]:  # noqa: ARG002 - it has none
@@ -198,6 +200,8 @@ class Iso:
             if area is None:
                 break
             area = self._parse_area(area, found)
+            if len(found.name) > _NAME_MAX or len(_joined(found)) > _LINK_MAX:
+                raise damaged("a name, or the target of a link, is longer than any can be")
         return found
 
     def _parse_area(self, area: bytes, found: _Rock) -> bytes | None:

@@ -27,7 +27,7 @@ _ENTRY_LAST = 2
 _DOS_NAME = 2
 _VOLUME_DIRTY = 1
 _FOLDER_INDEX = "$I30"
-_REFERENCE = (1 << 48) - 1
+_REFERENCE, _SEQUENCE = (1 << 48) - 1, 48
 _LIST_MAX, _INDEX_MAX = 16 << 20, 1 << 30
 _LINK_SYMBOLIC, _LINK_MOUNT, _LINK_LINUX, _WOF, _DEDUP = 0xA000000C, 0xA0000003, 0xA000001D, 0x80000017, 0x80000013
 _OUR_TARGET_MAX = 16 << 10
@@ -42,9 +42,10 @@ _DEFAULT_SECTOR = 512
 
 @dataclass(slots=True)
 class _Record:
-    """A file: its base record with the attributes of all its records."""
+    """A file: its base record with the attributes of all its records. Each use of a record has another ``sequence``."""
 
     number: int
+    sequence: int
     flags: int
     links: int
     attributes: dict[tuple[int, str], list[Attribute]] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class _Record:
 
 
 class Ntfs:
-    """A volume with NTFS."""
+    """A volume with NTFS. A file's ``ref`` is its record's number, and the sequence that the record has to have; 0: any."""
 
     ignores_case = True
 
@@ -93,11 +94,11 @@ class Ntfs:
     # -- what a reader gives -------------------------------------------------------------------------------------
 
     def root(self) -> Node:
-        return self.stat(_ROOT)
+        return self.stat((_ROOT, 0))
 
     def names(self, folder: Node) -> Iterator[tuple[bytes, Any]]:
-        with reader.parsing(f"folder {folder.ref}"):
-            record = self._load(folder.ref)
+        with reader.parsing(f"folder {folder.id}"):
+            record = self._load(*folder.ref)
             for key, reference in self._index(record, _FOLDER_INDEX):
                 length, space = key[64], key[65]
                 number = reference & _REFERENCE
@@ -105,15 +106,16 @@ class Ntfs:
                     continue
                 name = key[66 : 66 + 2 * length].decode("utf-16-le", "surrogatepass")
                 if name not in {".", ".."}:
-                    yield name.encode("utf-8", "surrogatepass"), number
+                    yield name.encode("utf-8", "surrogatepass"), (number, reference >> _SEQUENCE)
 
     def stat(self, ref: Any) -> Node:
-        with reader.parsing(f"record {ref}"):
-            return self._node(self._load(ref))
+        number, sequence = ref
+        with reader.parsing(f"record {number}"):
+            return self._node(self._load(number, sequence))
 
     def content(self, node: Node, stream: str = "") -> Content:
-        with reader.parsing(f"record {node.ref}"):
-            record = self._load(node.ref)
+        with reader.parsing(f"record {node.id}"):
+            record = self._load(*node.ref)
             parts = record.find(_DATA, stream)
             if parts is None:
                 if not stream:
@@ -124,8 +126,8 @@ class Ntfs:
             return ntfs_data.content_of(self._disk, parts, self._about)
 
     def extras(self, node: Node) -> Mapping[str, bytes]:
-        with reader.parsing(f"record {node.ref}"):
-            record = self._load(node.ref)
+        with reader.parsing(f"record {node.id}"):
+            record = self._load(*node.ref)
             standard = self._standard(record)
             found = {"system.ntfs_attrib": struct.pack("<I", standard[4])}
             descriptor = self._descriptor(record, standard[5])
@@ -157,7 +159,7 @@ class Ntfs:
         ]
         return Node(
             id=record.number,
-            ref=record.number,
+            ref=(record.number, record.sequence),
             type=kind,
             size=len(target) if target is not None else 0 if main is None or kind is Type.FOLDER else main[0].size,
             links=max(1, record.links),
@@ -238,43 +240,45 @@ class Ntfs:
 
     # -- records -------------------------------------------------------------------------------------------------
 
-    def _load(self, number: int, *, whole: bool = True) -> _Record:
-        """A file by the number of its base record."""
-        raw = self._raw(number)
+    def _load(self, number: int, sequence: int = 0, *, whole: bool = True) -> _Record:
+        """A file by the number of its base record, and by the sequence that it has had since it was made; 0: any."""
+        raw = self._raw(number, sequence)
         flags, links = struct.unpack_from("<H", raw, 22)[0], struct.unpack_from("<H", raw, 18)[0]
         (base,) = struct.unpack_from("<Q", raw, 32)
         if not flags & _IN_USE or base:
             raise damaged(f"record {number} is no file")
-        record = _Record(number, flags, links)
+        record = _Record(number, _sequence(raw), flags, links)
         parts = list(ntfs_data.attributes_of(raw))
         listed = next((one for one in parts if one.kind == _LIST), None) if whole else None
         if listed is not None:
-            parts += self._listed(number, listed)
+            parts += self._listed(record, listed)
         for one in parts:
             record.attributes.setdefault((one.kind, one.name), []).append(one)
         for same in record.attributes.values():
             same.sort(key=lambda one: one.first)
         return record
 
-    def _listed(self, number: int, listed: Attribute) -> Iterator[Attribute]:
+    def _listed(self, record: _Record, listed: Attribute) -> Iterator[Attribute]:
         """The attributes in other records than the base one."""
         data = reader.whole(ntfs_data.content_of(self._disk, [listed], self._about), _LIST_MAX)
         others, at = dict[int, None](), 0
         while at + 26 <= len(data):
             length, reference = struct.unpack_from("<H", data, at + 4)[0], struct.unpack_from("<Q", data, at + 16)[0]
             if length < 26:
-                raise damaged(f"the list of attributes of record {number}")
-            others[reference & _REFERENCE] = None
+                raise damaged(f"the list of attributes of record {record.number}")
+            others[reference] = None
             at += length
         for other in others:
-            if other == number:
+            number, sequence = other & _REFERENCE, other >> _SEQUENCE
+            if number == record.number:
                 continue
-            raw = self._raw(other)
-            if struct.unpack_from("<Q", raw, 32)[0] & _REFERENCE != number:
-                raise damaged(f"record {other} does not belong to {number}")
+            raw = self._raw(number, sequence)
+            (base,) = struct.unpack_from("<Q", raw, 32)
+            if base & _REFERENCE != record.number or base >> _SEQUENCE not in {0, record.sequence}:
+                raise damaged(f"record {number} does not belong to {record.number}")
             yield from ntfs_data.attributes_of(raw)
 
-    def _raw(self, number: int) -> bytes:
+    def _raw(self, number: int, sequence: int = 0) -> bytes:
         size = self._about.record
         offset = number * size
         index = bisect.bisect_right(self._mft_starts, offset) - 1
@@ -286,6 +290,8 @@ class Ntfs:
             raw = self._cached.read(found.start + inside, size)
         if len(raw) < size or raw[:4] != b"FILE":
             raise damaged(f"there is no record {number}")
+        if sequence and _sequence(raw) != sequence:
+            raise damaged(f"record {number} was used again: what leads to it means a file that is gone")
         return ntfs_data.fixed(raw)
 
     # -- indexes -------------------------------------------------------------------------------------------------
@@ -334,6 +340,12 @@ class Ntfs:
         if not runs or runs[0].start is None or offset + size > runs[0].length:
             raise damaged("an index")
         return self._cached.read(runs[0].start + offset, size)
+
+
+def _sequence(raw: bytes) -> int:
+    """How often a record has been used."""
+    found: int = struct.unpack_from("<H", raw, 16)[0]
+    return found
 
 
 def _bits(bitmap: bytes) -> Iterator[int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hvmgr.storage.filesystems import window
-from hvmgr.storage.filesystems.reader import Bytes, Content, Runs, damaged
+from hvmgr.storage.filesystems.reader import Bytes, Content, Runs, damaged, possible
 from hvmgr.storage.filesystems.window import Run
 from hvmgr.storage.partitions import Disk
 
@@ -156,7 +156,7 @@ class Compressed:
     """A content of which each unit of clusters lies as it is, compressed, or not at all."""
 
     def __init__(self, disk: Disk, runs: Sequence[Run], first: Attribute, about: Geometry) -> None:
-        self.size = first.size
+        self.size = possible(first.size)
         self._end = min(first.size, first.valid)
         self._disk, self._runs, self._cluster = disk, runs, about.cluster
         if first.unit > 8:

@@ -125,7 +125,7 @@ class Runs:
 
     def __init__(self, disk: Disk, runs: Sequence[Run], size: int, valid: int | None = None) -> None:
         self._disk, self._runs = disk, runs
-        self.size = size
+        self.size = possible(size)
         self._end = size if valid is None else min(size, valid)
 
     def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
@@ -192,6 +192,18 @@ def parsing(what: str) -> Iterator[None]:
         yield
     except (struct.error, IndexError, ValueError, OverflowError, zlib.error) as error:
         raise damaged(what) from error
+
+
+def nameable(found: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Extended attributes without those that no system can have: a name ends at its first zero."""
+    return {name: value for name, value in found.items() if "\0" not in name}
+
+
+def possible(size: int) -> int:
+    """The size of a content; Corrupt where no system has files of that size."""
+    if not 0 <= size < 1 << 63:
+        raise damaged(f"a content of {size} bytes")
+    return size
 
 
 def damaged(what: str) -> errors.Corrupt:

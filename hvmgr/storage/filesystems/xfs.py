@@ -28,7 +28,7 @@ _FREE = 0xFFFF
 _DATA_MAGICS = {b"XD2D": 16, b"XD2B": 16, b"XDD3": 64, b"XDB3": 64}
 _BLOCK_MAGICS = {b"XD2B", b"XDB3"}
 _LINK_MAGIC, _LINK_HEADER, _LINK_MAX = b"XSLM", 56, 4096
-_DEPTH_MAX = 9
+_DEPTH_MAX, _ATTRIBUTE_BLOCKS_MAX = 9, 1 << 16
 _LOG_MAGIC, _LOG_MAX, _LOG_PIECE, _UNMOUNT = b"\xfe\xed\xba\xbe", 256 << 20, 4 << 20, 0x20
 _EPOCH_BIG = (1 << 31) * 1_000_000_000
 
@@ -164,8 +164,12 @@ class Xfs:
             return inode.data[: inode.size]
         whole = b""
         for length, start in self._runs(inode, inode.size, whole=True):
+            if start is None:
+                raise damaged(f"the link {inode.number} has a target with a hole")
             for at in range(0, length, self._super.block):
-                block = b"" if start is None else self._cached.read(start + at, self._super.block)
+                if len(whole) >= inode.size:
+                    break
+                block = self._cached.read(start + at, self._super.block)
                 whole += block[_LINK_HEADER:] if block[:4] == _LINK_MAGIC else block
         return whole[: inode.size]
 
@@ -188,15 +192,19 @@ class Xfs:
                 return {}
             area = inode.raw[inode.core + fork :]
             if form == _LOCAL:
-                return xfs_attributes.of_short(area)
+                return reader.nameable(xfs_attributes.of_short(area))
             (count,) = struct.unpack_from(">I", inode.raw, 76)
             if not self._has_many(inode):
                 (count,) = struct.unpack_from(">H", inode.raw, 80)
             places = dict[int, int]()
+            blocks = 0
             for first, length, start, _ in self._extents(form, area, count, inode.number):
-                for one in range(min(length, 1 << 16)):
+                blocks += length
+                if blocks > _ATTRIBUTE_BLOCKS_MAX:
+                    raise damaged("it has more extended attributes than any file can have")
+                for one in range(length):
                     places[first + one] = start + one * self._super.block
-            return xfs_attributes.of_blocks(lambda number: self._attribute_block(places, number))
+            return reader.nameable(xfs_attributes.of_blocks(lambda number: self._attribute_block(places, number)))
 
     def _attribute_block(self, places: Mapping[int, int], number: int) -> bytes:
         if number not in places:
@@ -271,29 +279,33 @@ class Xfs:
             pointers = 4 + (len(fork) - 4) // 16 * 8
             if not 0 < level <= _DEPTH_MAX or pointers + 8 * records > len(fork):
                 raise damaged(f"the extents of inode {number} make no sense")
-            budget = [self._super.block_count]
+            seen = set[int]()
             for one in struct.unpack_from(f">{records}Q", fork, pointers):
-                yield from self._tree(one, level - 1, budget)
+                yield from self._tree(one, level - 1, seen)
         else:
             raise damaged(f"inode {number} has no extents")
 
-    def _tree(self, block: int, level: int, budget: list[int]) -> Iterator[tuple[int, int, int, bool]]:
+    def _tree(self, block: int, level: int, seen: set[int]) -> Iterator[tuple[int, int, int, bool]]:
+        if block in seen:  # so the work ends where the disk does
+            raise damaged(f"the block {block} is in two places of a file")
+        seen.add(block)
         raw = self._cached.read(self._place(block), self._super.block)
         magic, own, records = struct.unpack_from(">4sHH", raw)
         header = 72 if magic == b"BMA3" else 24
-        budget[0] -= 1
-        if magic not in {b"BMA3", b"BMAP"} or own != level or budget[0] < 0 or header + 16 * records > len(raw):
+        if magic not in {b"BMA3", b"BMAP"} or own != level or not records or header + 16 * records > len(raw):
             raise damaged("the extents of a file make no sense")
         if level == 0:
             yield from self._packed(raw[header:], records)
             return
         pointers = header + (len(raw) - header) // 16 * 8
         for one in struct.unpack_from(f">{records}Q", raw, pointers):
-            yield from self._tree(one, level - 1, budget)
+            yield from self._tree(one, level - 1, seen)
 
     def _packed(self, raw: bytes, count: int) -> Iterator[tuple[int, int, int, bool]]:
         for one in range(count):
             high, low = struct.unpack_from(">QQ", raw, 16 * one)
+            if not low & 0x1FFFFF:
+                raise damaged("a file has an extent of nothing")
             start = (high & 0x1FF) << 43 | low >> 21
             yield high >> 9 & (1 << 54) - 1, low & 0x1FFFFF, self._place(start), bool(high >> 63)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from hvmgr.storage.filesystems.reader import damaged
 
@@ -14,6 +14,7 @@ _LEAVES, _NODES = {0xFBEE: (12, 32), 0x3BEE: (56, 80)}, {0xFEBE: 16, 0x3EBE: 64}
 _REMOTE_MAGIC, _REMOTE_HEADER = b"XARM", 56
 _VALUE_MAX = 64 << 10
 _BLOCKS_MAX = 4096
+_ENTRIES_MAX, _TOTAL_MAX = 1 << 16, 256 << 20
 _ACLS = {b"SGI_ACL_FILE": "system.posix_acl_access", b"SGI_ACL_DEFAULT": "system.posix_acl_default"}
 
 
@@ -32,7 +33,7 @@ def of_short(area: bytes) -> dict[str, bytes]:
 def of_blocks(read: Blocks) -> dict[str, bytes]:
     """Those that lie in blocks; ``read`` gives one by its number."""
     found: dict[str, bytes] = {}
-    number = 0
+    number, entries, total = 0, 0, 0
     for _ in range(_BLOCKS_MAX):  # down to the first leaf
         raw = read(number)
         (magic,) = struct.unpack_from(">H", raw, 8)
@@ -46,14 +47,19 @@ def of_blocks(read: Blocks) -> dict[str, bytes]:
         (magic,) = struct.unpack_from(">H", raw, 8)
         if magic not in _LEAVES:
             raise damaged("extended attributes")
-        _leaf(raw, *_LEAVES[magic], read, found)
+        for flags, name, value in _leaf(raw, *_LEAVES[magic], read):
+            entries, total = entries + 1, total + len(value)
+            if entries > _ENTRIES_MAX or total > _TOTAL_MAX:
+                raise damaged("it has more extended attributes than any file can have")
+            _put(found, flags, name, value)
         (number,) = struct.unpack_from(">I", raw)
         if not number:
             return found
     raise damaged("extended attributes")
 
 
-def _leaf(raw: bytes, facts: int, header: int, read: Blocks, found: dict[str, bytes]) -> None:
+def _leaf(raw: bytes, facts: int, header: int, read: Blocks) -> Iterator[tuple[int, bytes, bytes]]:
+    """The flags, the name and the value of each in one block."""
     (count,) = struct.unpack_from(">H", raw, facts)
     for one in range(count):
         _, place, flags = struct.unpack_from(">IHB", raw, header + 8 * one)
@@ -67,7 +73,7 @@ def _leaf(raw: bytes, facts: int, header: int, read: Blocks, found: dict[str, by
             block, length, name_length = struct.unpack_from(">IIB", raw, place)
             name = raw[place + 9 : place + 9 + name_length]
             value = _remote(read, block, length)
-        _put(found, flags, name, value)
+        yield flags, name, value
 
 
 def _remote(read: Blocks, block: int, length: int) -> bytes:
