@@ -6,7 +6,9 @@ archive (owners, modes, device nodes, capabilities) is written into the finished
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Iterator
@@ -22,6 +24,8 @@ from hvmgr.storage import durable
 
 _LINKS_MAX = 40
 _XATTR = "SCHILY.xattr."
+# A key goes into debugfs' script as it is: nothing that could end the line, or the word.
+_KEY = re.compile(r"(user|trusted|security|system)\.[A-Za-z0-9_.@:+-]+")
 _KIND = {
     tarfile.DIRTYPE: stat.S_IFDIR, tarfile.SYMTYPE: stat.S_IFLNK, tarfile.CHRTYPE: stat.S_IFCHR,
     tarfile.BLKTYPE: stat.S_IFBLK, tarfile.FIFOTYPE: stat.S_IFIFO,
@@ -84,6 +88,7 @@ class _Archive:
         with self._source.open("rb") as raw, tarfile.open(fileobj=raw) as archive:
             for member in archive:
                 report(Progress(min(raw.tell(), length), length, what))
+                _attributes(member)
                 target = _inside(tree, member.name)
                 if target == tree:
                     yield "/", member
@@ -168,7 +173,8 @@ def _implied(tree: Path, known: set[str]) -> Iterator[str]:
 def _corrections(members: list[tuple[str, tarfile.TarInfo]], values: Path) -> Iterator[str]:
     """What debugfs has to write so that the volume says of each member what the archive does."""
     last = {path: member for path, member in members if not member.islnk()}
-    for number, (path, member) in enumerate(last.items()):
+    numbers = itertools.count()
+    for path, member in last.items():
         word = e2fsprogs.quoted(path)
         if member.type in _NODES:
             folder, _, name = path.rpartition("/")
@@ -181,8 +187,18 @@ def _corrections(members: list[tuple[str, tarfile.TarInfo]], values: Path) -> It
         yield f"set_inode_field {word} uid {member.uid}"
         yield f"set_inode_field {word} gid {member.gid}"
         yield f"set_inode_field {word} mtime @{int(member.mtime)}"
-        for key, value in member.pax_headers.items():
-            if key.startswith(_XATTR) and not member.issym():
-                file = values / str(number)
-                file.write_bytes(value.encode("utf-8", "surrogateescape"))
-                yield f"ea_set -f {e2fsprogs.quoted(str(file))} {word} {key.removeprefix(_XATTR)}"
+        for key, value in _attributes(member).items():
+            file = values / str(next(numbers))
+            file.write_bytes(value.encode("utf-8", "surrogateescape"))
+            yield f"ea_set -f {e2fsprogs.quoted(str(file))} {word} {key}"
+
+
+def _attributes(member: tarfile.TarInfo) -> dict[str, str]:
+    """The extended attributes of a member; Unsupported for a name that debugfs cannot take."""
+    found = {key.removeprefix(_XATTR): value for key, value in member.pax_headers.items() if key.startswith(_XATTR)}
+    for key in found:
+        if not _KEY.fullmatch(key):
+            raise errors.Unsupported(
+                f"{member.name!r} has the extended attribute {key!r}, which cannot be written here"
+            )
+    return {} if member.issym() else found
