@@ -16,6 +16,7 @@ from hvmgr import errors
 from hvmgr.host import wimlib
 from hvmgr.model.disk_layout import FileSystem, LayoutWish, TableKind
 from hvmgr.model.wim_options import WimApplyOptions, WimCaptureOptions, WimCompression
+from hvmgr.storage import index
 from tests.operations.images import ntfs_volume
 
 MIB = 1 << 20
@@ -228,6 +229,17 @@ def test_stop_in_the_middle_leaves_everything(folder, wim, disk):
         folder.host.wims.apply(wim, disk)
     assert files(folder) == before
     assert not [name for name in folder.names() if name.startswith(".")]
+
+
+@pytest.mark.parametrize("source", ["tree", "os.vhd"])
+def test_one_command_at_a_time_makes_a_wim(folder, tree, disk, source):
+    """A second one would share the first one's folder for the work, and remove it. It leaves all of that alone."""
+    working = folder / ".hvmgr-part-new.wim.work"
+    working.mkdir()
+    folder.host.wait_s = 0
+    with index.making(folder / "new.wim", wait_s=0), pytest.raises(errors.Busy, match=r"new\.wim"):
+        folder.host.wims.capture(folder / source, folder / "new.wim")
+    assert working.is_dir()
 
 
 # --- Linux trees --------------------------------------------------------------------------------------------------------
