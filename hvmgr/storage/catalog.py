@@ -136,7 +136,7 @@ class Catalog:
         return [Path(one) for one in self._links().get(name, ())]
 
     def note_link(self, name: str, child: Path) -> None:
-        """One more of them."""
+        """One more of them, before it is made; the caller is ``changing`` the catalog until it is."""
         known = self._links()
         known[name] = sorted({*known.get(name, ()), str(child)})
         durable.write_file(self.folder / _LINKS, json.dumps(known).encode())
