@@ -72,16 +72,16 @@ def _fsck(volume: Path, options: Sequence[str]) -> None:
 
 
 def entries(volume: Path, folder: str) -> list[Entry]:
-    """What is in a folder, without . and ..; nothing when it is not there."""
+    """What is in a folder, without . and ..; nothing when it is not there, but for the root, which always is."""
     text, said = _ask(volume, [f"ls -p {quoted(folder)}"])
-    if any("File not found" in line or "not a directory" in line for line in said):
+    if folder != "/" and any("File not found" in line or "not a directory" in line for line in said):
         return []
     _require_silence(said)
     found = [_ENTRY.match(line) for line in text.splitlines()]
     return [
         Entry(one[5], int(one[1]), int(one[2], 8), int(one[6] or 0))
         for one in found
-        if one is not None and one[5] not in {".", ".."}
+        if one is not None and int(one[1]) and one[5] not in {".", ".."}  # inode 0: a free place
     ]
 
 
