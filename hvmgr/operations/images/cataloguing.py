@@ -27,13 +27,12 @@ from hvmgr.operations import image_users
 from hvmgr.operations.images import answers, changes, disks, making, recognition, sysprep, volumes
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import copy, durable, index
-from hvmgr.storage.catalog import Answer, AnswerKind, Catalog, Entry, require_group, require_name
+from hvmgr.storage.catalog import WIM, Answer, AnswerKind, Catalog, Entry, require_group, require_name
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
     from hvmgr.operations.vm import VM
 
-WIM = "wim"
 _READABLE = 0o444
 _ANSWER_MAX = 16 * units.MIB
 

@@ -182,7 +182,17 @@ def test_document_that_leads_out_of_the_folder_is_damaged(folder, catalog):
     catalog.add(folder / "a.vhd")
     document = folder / "catalog" / "catalog.json"
     good = document.read_text()
-    for bad in (good.replace("images/a.vhd", "../a.vhd"), good.replace("images/a.vhd", "/etc/passwd"), good[:50], "[]"):
+    for bad in (
+        good.replace("images/a.vhd", "../a.vhd"),
+        good.replace("images/a.vhd", "/etc/passwd"),
+        good.replace("images/a.vhd", "images/a\\u0000.vhd"),
+        good.replace('"kind": "vhd"', '"kind": "floppy"'),
+        good.replace(f'"disk": {4 * MIB}', '"disk": Infinity'),
+        good[:50],
+        "[]",
+        "[" * 100_000,
+    ):
+        assert bad != good
         document.write_text(bad)
         with pytest.raises(errors.Corrupt, match=r"catalog\.json is damaged"):
             catalog.entries()

@@ -242,6 +242,12 @@ def test_one_command_at_a_time_makes_a_wim(folder, tree, disk, source):
     assert working.is_dir()
 
 
+def test_number_that_nothing_can_have_is_none():
+    xml = f"<WIM><IMAGE><FILECOUNT>7</FILECOUNT><TOTALBYTES>{'9' * 5000}</TOTALBYTES></IMAGE></WIM>"
+    (found,) = wimlib._images(Path("a.wim"), xml.encode())
+    assert (found.files, found.total) == (7, 0)
+
+
 # --- Linux trees --------------------------------------------------------------------------------------------------------
 
 
