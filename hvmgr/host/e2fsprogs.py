@@ -20,6 +20,7 @@ _VERSION = re.compile(r"^debugfs \d+\.\d.*$")
 _ENTRY = re.compile(r"^/(\d+)/(\d{6})/(\d+)/(\d+)/(.*)/(\d*)/$")
 _FOLDER, _LINK, _KINDS = 0o040000, 0o120000, 0o170000
 _DIRECT_MAX = 4  # extents that fit an inode
+_ENDS = ("\n", "\r", "\0")  # of a line in debugfs' script
 _HARMLESS = (0, 1)  # exit codes of e2fsck: what it found is right now
 
 
@@ -71,16 +72,16 @@ def _fsck(volume: Path, options: Sequence[str]) -> None:
 
 
 def entries(volume: Path, folder: str) -> list[Entry]:
-    """What is in a folder, without . and ..; nothing when it is not there."""
+    """What is in a folder, without . and ..; nothing when it is not there, but for the root, which always is."""
     text, said = _ask(volume, [f"ls -p {quoted(folder)}"])
-    if any("File not found" in line or "not a directory" in line for line in said):
+    if folder != "/" and any("File not found" in line or "not a directory" in line for line in said):
         return []
     _require_silence(said)
     found = [_ENTRY.match(line) for line in text.splitlines()]
     return [
         Entry(one[5], int(one[1]), int(one[2], 8), int(one[6] or 0))
         for one in found
-        if one is not None and one[5] not in {".", ".."}
+        if one is not None and int(one[1]) and one[5] not in {".", ".."}  # inode 0: a free place
     ]
 
 
@@ -116,12 +117,17 @@ def change(volume: Path, commands: Sequence[str]) -> None:
 
 def quoted(path: str) -> str:
     """A word on a line of debugfs."""
-    if "\n" in path or "\r" in path:
+    if any(one in path for one in _ENDS):
         raise errors.Unsupported(f"{path!r} has a line break in its name, which debugfs cannot take")
     return '"' + path.replace('"', '""') + '"'
 
 
 def _ask(volume: Path, commands: Sequence[str], *, writable: bool = False) -> tuple[str, list[str]]:
+    for one in commands:
+        if any(
+            end in one for end in _ENDS
+        ):  # what comes behind would be a command of its own, on this host's files too
+            raise errors.Unsupported(f"{one!r} has a line break, which debugfs cannot take")
     with tempfile.NamedTemporaryFile("w", prefix="hvmgr-", encoding="utf-8", errors="surrogateescape") as script:
         script.write("\n".join(commands) + "\n")
         script.flush()

@@ -35,6 +35,7 @@ _UNITS = {b"bytes": 1, b"B": 1, b"KiB": 1 << 10, b"MiB": 1 << 20, b"GiB": 1 << 3
 _PROGRESS = re.compile(rb"(?P<what>[A-Z][a-z ]+): (?P<done>\d+) (?P<unit>\w+) of (?P<all>\d+) (?P<of>\w+) \(\d+%\)")
 _COMPRESSED = re.compile(r"WIM_HDR_FLAG_COMPRESS_(\w+) is set")
 _WARNING = re.compile(r"^\[WARNING\] (.*(?:\n {8}.*)*)", re.MULTILINE)
+_DIGITS_MAX = 20  # of a number of 64 bits
 _EPOCH = datetime(1601, 1, 1, tzinfo=UTC)
 
 
@@ -230,7 +231,8 @@ def _image(number: int, one: Any) -> WimImage:
         return str(one.findtext(name) or "").strip()
 
     def count(name: str) -> int:
-        return int(text(name)) if text(name).isdecimal() else 0
+        told = text(name)
+        return int(told) if told.isdecimal() and len(told) <= _DIGITS_MAX else 0
 
     return WimImage(
         index=number,

@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from hvmgr import errors
+from hvmgr.model.image_format import ImageFormat
 from hvmgr.storage import durable, locks
 
 VERSION = 1
+WIM = "wim"  # the kind of an entry that is no disk
 _DOCUMENT, _LINKS, _LOCK = "catalog.json", ".links.json", ".lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,99}")
 _GROUP = re.compile(r"[^\x00-\x1f\x7f]{1,100}")
@@ -91,7 +93,7 @@ class Catalog:
             found = [_entry(one) for one in document["images"]]
         except FileNotFoundError:
             return []
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise errors.Corrupt(f"{file} is damaged", path=str(file)) from error
         return sorted(found, key=lambda one: (one.group, one.name))
 
@@ -136,7 +138,7 @@ class Catalog:
         return [Path(one) for one in self._links().get(name, ())]
 
     def note_link(self, name: str, child: Path) -> None:
-        """One more of them."""
+        """One more of them, before it is made; the caller is ``changing`` the catalog until it is."""
         known = self._links()
         known[name] = sorted({*known.get(name, ()), str(child)})
         durable.write_file(self.folder / _LINKS, json.dumps(known).encode())
@@ -147,7 +149,7 @@ class Catalog:
             return {str(name): [str(one) for one in several] for name, several in known.items()}
         except FileNotFoundError:
             return {}
-        except (ValueError, AttributeError, TypeError) as error:
+        except (ValueError, AttributeError, TypeError, RecursionError) as error:
             file = self.folder / _LINKS
             raise errors.Corrupt(
                 f"{file} is damaged: nobody knows what stands on the images", path=str(file)
@@ -186,6 +188,10 @@ def _entry(raw: dict[str, Any]) -> Entry:
     for relative in (found.file, *(() if found.answer is None else (found.answer.file,))):
         if Path(relative).is_absolute() or ".." in Path(relative).parts:
             raise ValueError(relative)
+        if "\0" in relative:
+            raise ValueError(relative)
     if not _NAME.fullmatch(found.name):
         raise ValueError(found.name)
+    if found.kind != WIM:
+        ImageFormat(found.kind)
     return found

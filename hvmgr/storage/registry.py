@@ -18,9 +18,10 @@ _NK_ASCII, _VK_ASCII = 0x20, 1
 _TEXTS = {1, 2}  # REG_SZ, REG_EXPAND_SZ
 _DWORD = 4
 _RESIDENT = 0x80000000
-_DEPTH_MAX = 16
 _SUBKEYS_MAX = 1 << 20
 _BIG = b"db"
+_LISTS = b"ri"
+_WIDTHS = {b"lf": 8, b"lh": 8, b"li": 4, _LISTS: 4}  # bytes for each key, or list, in a list
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +59,33 @@ class Hive:
         listed = struct.unpack_from("<I", node, 28)[0]
         if listed == _NONE or struct.unpack_from("<I", node, 20)[0] == 0:
             return None
-        return next((one for one in self._listed(listed, 0) if self._name_of(one).lower() == name.lower()), None)
+        return next((one for one in self._listed(listed) if self._is_named(one, name)), None)
 
-    def _listed(self, at: int, depth: int) -> list[int]:
-        """The keys in a list, or in a list of lists."""
-        cell = self._cell(at)
-        kind, count = cell[:2], struct.unpack_from("<H", cell, 2)[0]
-        width = {b"lf": 8, b"lh": 8, b"li": 4, b"ri": 4}.get(kind)
-        if width is None or depth > _DEPTH_MAX or 4 + count * width > len(cell):
-            raise _damaged()
-        places = [struct.unpack_from("<I", cell, 4 + width * one)[0] for one in range(count)]
-        if kind != b"ri":
+    def _listed(self, at: int) -> list[int]:
+        """The keys in a list, or in a list of lists; lists of those are not made."""
+        kind, places = self._places(at)
+        if kind != _LISTS:
             return places
         found: list[int] = []
         for one in places:
-            found += self._listed(one, depth + 1)
-            if len(found) > _SUBKEYS_MAX:
+            kind, below = self._places(one)
+            found += below
+            if kind == _LISTS or len(found) > _SUBKEYS_MAX:
                 raise _damaged()
         return found
 
-    def _name_of(self, key: int) -> str:
+    def _places(self, at: int) -> tuple[bytes, list[int]]:
+        cell = self._cell(at)
+        kind, count = bytes(cell[:2]), struct.unpack_from("<H", cell, 2)[0]
+        width = _WIDTHS.get(kind)
+        if width is None or 4 + count * width > len(cell):
+            raise _damaged()
+        return kind, [struct.unpack_from("<I", cell, 4 + width * one)[0] for one in range(count)]
+
+    def _is_named(self, key: int, name: str) -> bool:
         node = self._cell(key, b"nk")
         flags, length = struct.unpack_from("<H", node, 2)[0], struct.unpack_from("<H", node, 72)[0]
-        return _text(node[76 : 76 + length], ascii_only=bool(flags & _NK_ASCII))
+        return _is_text(node[76 : 76 + length], name, ascii_only=bool(flags & _NK_ASCII))
 
     def _value(self, key: int, name: str) -> str | int | bytes | None:
         node = self._cell(key, b"nk")
@@ -93,26 +98,26 @@ class Hive:
         for number in range(count):
             cell = self._cell(struct.unpack_from("<I", places, 4 * number)[0], b"vk")
             length, size, data, kind, flags = struct.unpack_from("<HIIIH", cell, 2)
-            if _text(cell[20 : 20 + length], ascii_only=bool(flags & _VK_ASCII)).lower() == name.lower():
+            if _is_text(cell[20 : 20 + length], name, ascii_only=bool(flags & _VK_ASCII)):
                 return _typed(kind, self._data(cell, size, data))
         return None
 
-    def _data(self, cell: bytes, size: int, place: int) -> bytes:
+    def _data(self, cell: memoryview, size: int, place: int) -> bytes:
         if size & _RESIDENT:
-            return cell[8 : 8 + min(4, size & ~_RESIDENT)]
+            return bytes(cell[8 : 8 + min(4, size & ~_RESIDENT)])
         data = self._cell(place)
         if data[:2] == _BIG and size > len(data):
             raise errors.Unsupported("the value is kept in pieces")
-        return data[:size]
+        return bytes(data[:size])
 
-    def _cell(self, at: int, kind: bytes | None = None) -> bytes:
+    def _cell(self, at: int, kind: bytes | None = None) -> memoryview:
         start = _BASE + at
         if at == _NONE or start + 8 > len(self.raw):
             raise _damaged()
         size = -struct.unpack_from("<i", self.raw, start)[0]
         if size < 8 or start + size > len(self.raw):
             raise _damaged()
-        cell = self.raw[start + 4 : start + size]
+        cell = memoryview(self.raw)[start + 4 : start + size]  # no copy: a damaged hive may name a large one often
         if kind is not None and (cell[:2] != kind or len(cell) < (76 if kind == b"nk" else 20)):
             raise _damaged()
         return cell
@@ -129,8 +134,11 @@ def _typed(kind: int, data: bytes) -> str | int | bytes:
     return data
 
 
-def _text(raw: bytes, *, ascii_only: bool) -> str:
-    return raw.decode("latin-1") if ascii_only else raw.decode("utf-16-le", "replace")
+def _is_text(raw: memoryview, wanted: str, *, ascii_only: bool) -> bool:
+    """Whether a name is the wanted one, in any case; most differ in their length already."""
+    if len(raw) != len(wanted) * (1 if ascii_only else 2):
+        return False
+    return str(raw, "latin-1" if ascii_only else "utf-16-le", "replace").lower() == wanted.lower()
 
 
 def _damaged() -> errors.Corrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 import subprocess
 
 import pytest
@@ -46,3 +47,31 @@ def test_damage_is_corrupt_or_another_value_and_never_anything_else(spots, lengt
         raw[at] = byte
     with contextlib.suppress(errors.Corrupt, errors.Unsupported):
         Hive.of(bytes(raw[:length])).value(r"two\Deep", "V")
+
+
+def with_list(raw, *places):
+    """The hive with one more list of lists, which the root has its keys in from now on; and where that stands."""
+    at = len(raw) - 4096
+    own = [at if one is None else one for one in places]  # None: itself
+    cell = struct.pack("<2sH", b"ri", len(own)) + struct.pack(f"<{len(own)}I", *own)
+    length = -(-(len(cell) + 4) // 8) * 8
+    changed = bytearray(raw) + struct.pack("<i", -length) + cell.ljust(length - 4, b"\0")
+    struct.pack_into("<I", changed, root_of(raw) + 28, at)
+    return bytes(changed), at
+
+
+def root_of(raw):
+    return struct.unpack_from("<I", raw, 36)[0] + 4096 + 4
+
+
+def test_list_of_lists_is_followed_but_none_in_that():
+    """A few in each other, each with the next one in it many times, would never end."""
+    plain = hives.hive(CONTENT)
+    raw, at = with_list(plain, struct.unpack_from("<I", plain, root_of(plain) + 28)[0])
+    assert Hive.of(raw).value("One", "T") == "x"
+    deep, place = with_list(plain)
+    for _ in range(14):
+        deep, place = with_list(deep, *[place] * 16)
+    for bad in (with_list(raw, at)[0], with_list(plain, None)[0], deep):
+        with pytest.raises(errors.Corrupt):
+            Hive.of(bad).value("One", "T")

@@ -6,7 +6,7 @@ WIM, a full volume, Ctrl-C leave the image as it was. wimlib fills such a file m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from hvmgr.operations.images.volumes import Found
 
 # What Windows makes on every volume by itself.
-_OF_NOBODY = {"System Volume Information", "$RECYCLE.BIN", "RECYCLER", "lost+found"}
+_OF_NOBODY = {"System Volume Information", "$RECYCLE.BIN", "RECYCLER"}
+_SAVED = "lost+found"
 # Fills the volume in a file, which is formatted already unless it is ext4.
 Fill = Callable[[Path, Volume, disks.Report], None]
 
@@ -166,10 +167,22 @@ def _label_of(disk: Source, volume: Found) -> str:
 
 
 def _require_empty(file: Path, path: Path, volume: Found, kind: str) -> None:
-    names = [one.name for one in e2fsprogs.entries(file, "/")] if kind == "ext" else ntfs.names(file)
-    held = [one for one in names if one not in _OF_NOBODY]
+    if kind == "ext":
+        e2fsprogs.replay(file)  # what a system wrote last may be in its journal only
+        held = list(_held(file))
+    else:
+        held = [one for one in ntfs.names(file) if one not in _OF_NOBODY]
     if held:
         raise errors.Conflict(
             f"{volume.describe()} of {path} holds files: {', '.join(held[:5])}{', …' if len(held) > 5 else ''}",
             hint="--reformat formats it anew, and they are lost",
         )
+
+
+def _held(file: Path) -> Iterator[str]:
+    """What is on an ext volume; e2fsck makes the folder lost+found, and what it saved there is somebody's."""
+    for one in e2fsprogs.entries(file, "/"):
+        if one.name == _SAVED and one.is_folder:
+            yield from (f"{_SAVED}/{inner.name}" for inner in e2fsprogs.entries(file, f"/{_SAVED}"))
+        else:
+            yield one.name

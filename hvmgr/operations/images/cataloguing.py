@@ -27,13 +27,12 @@ from hvmgr.operations import image_users
 from hvmgr.operations.images import answers, changes, disks, making, recognition, sysprep, volumes
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import copy, durable, index
-from hvmgr.storage.catalog import Answer, AnswerKind, Catalog, Entry, require_group, require_name
+from hvmgr.storage.catalog import WIM, Answer, AnswerKind, Catalog, Entry, require_group, require_name
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
     from hvmgr.operations.vm import VM
 
-WIM = "wim"
 _READABLE = 0o444
 _ANSWER_MAX = 16 * units.MIB
 
@@ -81,13 +80,11 @@ class Images:
         require_group(group)
         told = None if answer is None else _answer_of(Path(answer))
         kind, disk, parts = self._looked_at(path)
-        if any(one.name == wanted for one in self._catalog.entries()):
-            raise errors.Conflict(
-                f"the catalog has an image '{wanted}' already", hint="give another --name, or remove that one"
-            )
+        self._require_new(wanted)
         self._approve("catalog add", f"copy {path} into {self.folder} as '{wanted}', group '{group}'")
         target = f"images/{wanted}.{kind}"
         with self._catalog.changing(self._host.wait_s), volumes.stoppable(self._host) as report:
+            self._require_new(wanted)
             volumes.require_room(self.folder, path.stat().st_blocks * 512, f"a copy of {path.name}")
             with self._unwritten(path, kind):
                 _copy(path, self._catalog.path(target), report, mode=_READABLE)
@@ -111,6 +108,7 @@ class Images:
         known = [self._catalog.entry(name) for name in names]
         self._approve("catalog group", *(f"put '{one.name}' into the group '{group}'" for one in known))
         with self._catalog.changing(self._host.wait_s):
+            known = [self._catalog.entry(one.name) for one in known]
             for one in known:
                 self._catalog.move(one.name, group)
         return [self._catalog.entry(name) for name in names]
@@ -119,18 +117,13 @@ class Images:
         """The image is not in the catalog any more; Conflict while a VM or another image stands on it."""
         entry = self._catalog.entry(name)
         path = self._catalog.path(entry.file)
-        for child in self._catalog.links(name):
-            if child.exists() and path in recognition.known_chain(child, [path.parent]):
-                raise errors.Conflict(
-                    f"{child} stands on '{name}'", hint="remove or merge that one first", path=str(child)
-                )
         if path.exists():
             changes.complete(self._host, [path])
-            managed = {one.name for one in index.entries()}
-            for user in image_users.of(self._host, path):
-                raise changes.needed(path, user, managed)
+        self._require_unneeded(name, path)
         self._approve("catalog remove", f"remove '{name}' ({entry.file}) from {self.folder}")
-        with self._catalog.changing(self._host.wait_s):
+        with self._standing(entry):
+            changes.require_settled([path])
+            self._require_unneeded(name, path)
             self._catalog.drop(name)
             durable.remove(path)
             if entry.answer is not None:
@@ -156,7 +149,11 @@ class Images:
         making.require_new(target)
         what = f"a differencing image on '{name}'" if linked else f"a copy of '{name}'"
         self._approve("catalog deploy", f"make {target}, {what}")
-        with index.making(target, wait_s=self._host.wait_s), volumes.stoppable(self._host) as report:
+        with (
+            self._standing(entry) if linked else contextlib.nullcontext(),
+            index.making(target, wait_s=self._host.wait_s),
+            volumes.stoppable(self._host) as report,
+        ):
             self._make(entry, target, report, linked=linked, answered=answered)
         return target
 
@@ -185,6 +182,35 @@ class Images:
             with volumes.stoppable(self._host) as report:
                 self._make(entry, target, report, linked=False, answered=True)
             return self._host.create_vm(_with_disk(spec, DiskSpecification(path=target)))
+
+    def _require_new(self, name: str) -> None:
+        if any(one.name == name for one in self._catalog.entries()):
+            raise errors.Conflict(
+                f"the catalog has an image '{name}' already", hint="give another --name, or remove that one"
+            )
+
+    @contextlib.contextmanager
+    def _standing(self, entry: Entry) -> Iterator[None]:
+        """The image is still in the catalog, and no other command takes it away or puts anything on it meanwhile."""
+        path = self._catalog.path(entry.file)
+        with self._catalog.changing(self._host.wait_s), index.locked([path], wait_s=self._host.wait_s):
+            now = self._catalog.entry(entry.name)
+            if (now.file, now.sha256) != (entry.file, entry.sha256):
+                raise changes.changed_meanwhile(path)
+            yield
+
+    def _require_unneeded(self, name: str, path: Path) -> None:
+        """Conflict while a VM or another image stands on it."""
+        if not path.exists():
+            return
+        for child in self._catalog.links(name):
+            if _may_stand_on(child, path):
+                raise errors.Conflict(
+                    f"{child} stands on '{name}'", hint="remove or merge that one first", path=str(child)
+                )
+        managed = {one.name for one in index.entries()}
+        for user in image_users.of(self._host, path):
+            raise changes.needed(path, user, managed)
 
     def _deploy_wim(self, entry: Entry, folder: Path, wim: WimApplyOptions | None, *, linked: bool) -> Path:
         if linked:
@@ -230,7 +256,9 @@ class Images:
             path=str(target), format=(ImageFormat.VHD if fmt is ImageFormat.VHD else ImageFormat.QCOW2).value,
             type="differencing", size=entry.disk or 0, parent=str(source), parent_format=_driver(fmt), block_size=None,
         )  # fmt: skip
-        self._catalog.note_link(entry.name, target)
+        self._catalog.note_link(
+            entry.name, target
+        )  # first: a note without an image says nothing, the reverse loses one
         with making.named(target) as part:
             making.make(part, target, step)
 
@@ -275,6 +303,20 @@ class Images:
     def _approve(self, operation: str, *what: str) -> None:
         steps = [image_plan.PrepareWork(one) for one in what]
         changes.require_approval(self._host, changes.plan_of(operation, f"{operation} in {self.folder}", steps))
+
+
+def _may_stand_on(child: Path, path: Path) -> bool:
+    """Whether an image has another below it; one that nobody can read may have."""
+    try:
+        child.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    try:
+        return any(one.samefile(path) for one in recognition.chain_of(child, [path.parent]))
+    except (errors.HvmgrError, OSError):
+        return True
 
 
 def _with_disk(spec: Specification, disk: DiskSpecification) -> Specification:

@@ -9,8 +9,10 @@ A WIM is read and written by wimlib's program. Volumes are NTFS in image files: 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,9 +89,10 @@ class Wims:
     def _capture_folder(self, source: Path, wim: Path, wish: WimCaptureOptions) -> None:
         if wish.partition is not None:
             raise errors.UsageError(f"{source} is a folder, and has no partitions", hint="leave --partition out")
-        self._approve(source, wim, wish)
-        warning = sysprep.in_folder(source)
-        self._write(source, source, wim, wish, None if warning is None else warning.warning(str(source)))
+        with self._making(wim, wish):
+            self._approve(source, wim, wish)
+            warning = sysprep.in_folder(source)
+            self._write(source, source, wim, wish, None if warning is None else warning.warning(str(source)))
 
     def _capture_volume(self, path: Path, wim: Path, wish: WimCaptureOptions) -> None:
         changes.complete(self._host, recognition.known_chain(path))
@@ -98,7 +101,7 @@ class Wims:
             recognition.require_whole(found)
         if wish.unix:
             raise errors.UsageError("--unix is for a folder of Linux", hint="leave it out")
-        with making.kept_still(self._host, found):
+        with making.kept_still(self._host, found), self._making(wim, wish):
             with disks.opened(found) as disk:
                 volume = volumes.chosen(path, volumes.volumes_of(disk), "ntfs", wish.partition)
             self._approve(path, wim, wish)
@@ -106,6 +109,13 @@ class Wims:
                 volumes.copied_out(found, volume, place / "volume", report)
                 windows = sysprep.in_volume(place / "volume")
                 self._write(place / "volume", path, wim, wish, None if windows is None else windows.warning(str(path)))
+
+    @contextlib.contextmanager
+    def _making(self, wim: Path, wish: WimCaptureOptions) -> Iterator[None]:
+        """No other command works on this WIM, nor in the folder beside it; it is still what the caller has looked at."""
+        with index.making(wim, wait_s=self._host.wait_s):
+            _require_target(wim, wish)
+            yield
 
     def _approve(self, source: Path, wim: Path, wish: WimCaptureOptions) -> None:
         what = f"add an image of {source} to {wim}" if wish.append else f"capture {source} into {wim}"
@@ -122,7 +132,7 @@ class Wims:
         ]
         if warning is not None:
             self._host.reporter.notice(warning)
-        with index.making(wim, wait_s=self._host.wait_s), volumes.stoppable(self._host) as report:
+        with volumes.stoppable(self._host) as report:
             if wish.append:
                 with durable.rewriting(wim) as part:
                     durable.copy_file(wim, part)

@@ -11,8 +11,8 @@ import hvmgr
 from hvmgr import errors
 from hvmgr.model.disk_layout import FileSystem, LayoutWish, TableKind
 from hvmgr.model.wim_options import WimApplyOptions
-from hvmgr.storage import copy
-from hvmgr.storage.catalog import AnswerKind
+from hvmgr.storage import copy, index
+from hvmgr.storage.catalog import AnswerKind, Catalog
 
 MIB = 1 << 20
 
@@ -182,10 +182,74 @@ def test_document_that_leads_out_of_the_folder_is_damaged(folder, catalog):
     catalog.add(folder / "a.vhd")
     document = folder / "catalog" / "catalog.json"
     good = document.read_text()
-    for bad in (good.replace("images/a.vhd", "../a.vhd"), good.replace("images/a.vhd", "/etc/passwd"), good[:50], "[]"):
+    for bad in (
+        good.replace("images/a.vhd", "../a.vhd"),
+        good.replace("images/a.vhd", "/etc/passwd"),
+        good.replace("images/a.vhd", "images/a\\u0000.vhd"),
+        good.replace('"kind": "vhd"', '"kind": "floppy"'),
+        good.replace(f'"disk": {4 * MIB}', '"disk": Infinity'),
+        good[:50],
+        "[]",
+        "[" * 100_000,
+    ):
+        assert bad != good
         document.write_text(bad)
         with pytest.raises(errors.Corrupt, match=r"catalog\.json is damaged"):
             catalog.entries()
     document.write_text(good.replace('"version": 1', '"version": 2'))
     with pytest.raises(errors.Unsupported, match="newer"):
         catalog.entries()
+
+
+def test_linked_image_and_removal_wait_for_each_other(folder, catalog, target):
+    folder.images.create(folder / "a.vhd", 4 * MIB)
+    path = catalog.folder / catalog.add(folder / "a.vhd").file
+    folder.host.wait_s = 0
+    for held in (Catalog(catalog.folder).changing(0), index.locked([path], wait_s=0)):
+        with held:
+            with pytest.raises(errors.Busy):
+                catalog.deploy("a", target, linked=True)
+            with pytest.raises(errors.Busy):
+                catalog.remove("a")
+    assert list(target.iterdir()) == []
+    assert catalog.verify() == []
+
+
+def test_what_happens_while_somebody_is_asked_counts(folder, catalog, target):
+    """Another command may add, link or remove while the question stands: what was looked at is looked at again."""
+    for name in "abc":
+        folder.images.create(folder / f"{name}.vhd", 4 * MIB)
+    catalog.add(folder / "a.vhd")
+    with hvmgr.Host.open("test:///default", root=folder / "homes") as host:
+        other = host.catalog(catalog.folder)
+
+        def meanwhile(action):
+            def approve(_):
+                action()
+                return True
+
+            folder.host.reporter = hvmgr.Reporter(approve=approve)
+
+        meanwhile(lambda: other.deploy("a", target, linked=True))
+        with pytest.raises(errors.Conflict, match="stands on 'a'"):
+            catalog.remove("a")
+        meanwhile(lambda: other.add(folder / "c.vhd", name="b"))
+        with pytest.raises(errors.Conflict, match="has an image 'b' already"):
+            catalog.add(folder / "b.vhd")
+        meanwhile(lambda: other.remove("b"))
+        with pytest.raises(errors.NotFound, match="no image 'b'"):
+            catalog.deploy("b", target, linked=True)
+        assert not (target / "b.vhd").exists()
+        assert catalog.verify() == []
+
+
+def test_image_that_nobody_can_read_may_stand_on_the_catalogs_own(folder, catalog, target):
+    folder.images.create(folder / "a.vhd", 4 * MIB)
+    catalog.add(folder / "a.vhd")
+    made = catalog.deploy("a", target, linked=True)
+    with made.open("r+b") as file:
+        file.seek(512 + 40)  # where the parent's id stands
+        file.write(b"damage!!")
+    with pytest.raises(errors.Conflict, match="stands on 'a'"):
+        catalog.remove("a")
+    assert catalog.verify() == []

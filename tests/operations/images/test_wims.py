@@ -16,6 +16,7 @@ from hvmgr import errors
 from hvmgr.host import wimlib
 from hvmgr.model.disk_layout import FileSystem, LayoutWish, TableKind
 from hvmgr.model.wim_options import WimApplyOptions, WimCaptureOptions, WimCompression
+from hvmgr.storage import index
 from tests.operations.images import ntfs_volume
 
 MIB = 1 << 20
@@ -230,6 +231,23 @@ def test_stop_in_the_middle_leaves_everything(folder, wim, disk):
     assert not [name for name in folder.names() if name.startswith(".")]
 
 
+@pytest.mark.parametrize("source", ["tree", "os.vhd"])
+def test_one_command_at_a_time_makes_a_wim(folder, tree, disk, source):
+    """A second one would share the first one's folder for the work, and remove it. It leaves all of that alone."""
+    working = folder / ".hvmgr-part-new.wim.work"
+    working.mkdir()
+    folder.host.wait_s = 0
+    with index.making(folder / "new.wim", wait_s=0), pytest.raises(errors.Busy, match=r"new\.wim"):
+        folder.host.wims.capture(folder / source, folder / "new.wim")
+    assert working.is_dir()
+
+
+def test_number_that_nothing_can_have_is_none():
+    xml = f"<WIM><IMAGE><FILECOUNT>7</FILECOUNT><TOTALBYTES>{'9' * 5000}</TOTALBYTES></IMAGE></WIM>"
+    (found,) = wimlib._images(Path("a.wim"), xml.encode())
+    assert (found.files, found.total) == (7, 0)
+
+
 # --- Linux trees --------------------------------------------------------------------------------------------------------
 
 
@@ -345,3 +363,60 @@ def test_way_out_of_the_archive_leads_nowhere(folder):
     folder.host.wims.apply(folder / "bad.tar", folder / "a.raw", options)
     assert not secret.exists()
     assert Path(folder / "a.raw").exists()
+
+
+@pytest.fixture
+def linux(folder):
+    """A raw image of nothing but an empty ext4 volume."""
+    folder.images.prepare(folder / "a.raw", LayoutWish(FileSystem.EXT4, TableKind.NONE), size=16 * MIB)
+    return folder / "a.raw"
+
+
+def changed(volume, *commands):
+    """The volume after these commands of debugfs."""
+    subprocess.run(["debugfs", "-w", "-f", "-", volume], input="\n".join(commands), text=True, check=True, timeout=60)
+
+
+def only_in_the_journal(folder, volume, *commands):
+    """The commands are done to the volume, but stand in its journal only: the system stopped before it wrote them."""
+    before = volume.read_bytes()
+    size = int(run("debugfs", "-R", "stats -h", volume).partition("Block size:")[2].split()[0])
+    changed(volume, *commands)
+    after = volume.read_bytes()
+    numbers = [at // size for at in range(0, len(after), size) if before[at : at + size] != after[at : at + size]]
+    numbers = [one for one in numbers if one]  # the first one holds the superblock, which the journal's own state is in
+    (folder / "blocks").write_bytes(b"".join(after[one * size : (one + 1) * size] for one in numbers))
+    volume.write_bytes(before)
+    changed(volume, "jo", f"jw -b {','.join(map(str, numbers))} {folder / 'blocks'}", "jc")
+    (folder / "blocks").unlink()
+
+
+def refused(folder, tree, disk, what):
+    before = disk.read_bytes()
+    with pytest.raises(errors.Conflict, match=what):
+        folder.host.wims.apply(tree, disk, WimApplyOptions(rootfs=True))
+    assert disk.read_bytes() == before
+
+
+def test_what_e2fsck_saved_is_kept(folder, tree, linux):
+    changed(linux, "cd lost+found", f"write {tree / 'one.txt'} #12")
+    refused(folder, tree, linux, r"holds files: lost\+found/#12")
+
+
+def test_folder_is_windows_own_on_ntfs_only(folder, tree, linux):
+    changed(linux, "mkdir RECYCLER")
+    refused(folder, tree, linux, "holds files: RECYCLER")
+
+
+def test_what_the_journal_holds_is_kept(folder, tree, linux):
+    only_in_the_journal(folder, linux, f"write {tree / 'one.txt'} one.txt")
+    assert "one.txt" not in run("debugfs", "-R", "ls /", linux)
+    refused(folder, tree, linux, r"holds files: one\.txt")
+
+
+def test_volume_whose_root_cannot_be_read_is_not_empty(folder, tree, linux):
+    changed(linux, "set_inode_field <2> mode 0100644")
+    before = linux.read_bytes()
+    with pytest.raises((errors.Corrupt, errors.HostFailed)):
+        folder.host.wims.apply(tree, linux, WimApplyOptions(rootfs=True))
+    assert linux.read_bytes() == before
