@@ -83,6 +83,15 @@ def fill(path: Path) -> None:
         os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
 
 
+def clear(path: Path, length: int, *, head: int) -> None:
+    """The file is zeros of this length. Its first ``head`` bytes are that lastingly before anything else of it changes."""
+    with _changed(path) as descriptor:
+        os.pwrite(descriptor, bytes(head), 0)
+    with _changed(path) as descriptor:
+        os.ftruncate(descriptor, head)
+        os.ftruncate(descriptor, length)
+
+
 def set_length(path: Path, length: int) -> None:
     """The file has this many bytes, lastingly; what it grows by is a hole."""
     with _changed(path) as descriptor:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from hvmgr import errors
-from hvmgr.storage import durable
+from hvmgr.storage import allocation, durable
 from hvmgr.vhd.file import File
 from hvmgr.vhd.source import Stretch
 
@@ -36,6 +36,28 @@ def make(path: Path, disk: int) -> None:
     """An empty store for a disk, all of it a hole; takes the place of one that is there."""
     with durable.replacing(path, 0o600, None) as descriptor:
         os.ftruncate(descriptor, size_for(disk))
+
+
+def empty(path: Path, disk: int) -> None:
+    """The store, which is there, is an empty one; without its header nothing in it counts, whenever that dies."""
+    allocation.clear(path, size_for(disk), head=CHUNK)
+
+
+def is_used(path: Path) -> bool:
+    """Whether there is a store that holds something, seen by its header and first pair; one that is damaged does."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+            if len(head) < _HEADER.size or head[:4] == bytes(4):
+                return False
+            magic, valid, version, sectors = _HEADER.unpack(head)
+            if magic != _MAGIC or version != 1 or not valid:
+                return True
+            file.seek(sectors * _SECTOR)
+            pair = file.read(_PAIR.size)
+            return len(pair) < _PAIR.size or _PAIR.unpack(pair)[1] != 0
+    except FileNotFoundError:
+        return False
 
 
 class Layer:

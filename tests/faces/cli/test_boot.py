@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -273,7 +274,9 @@ class TestLayer:
         assert (shown["written"], shown["problem"], shown["name"]) == (0, None, "Blue")
         assert sorted(one.name for one in os_vhd.parent.iterdir()) == ["os.vhd", "os.vhd.boot"]
 
-    @pytest.mark.parametrize("where", ["_write_child", "rename", "images.merge", "layer.make", "_make", "settle"])
+    @pytest.mark.parametrize(
+        "where", ["_write_child", "rename", "images.merge", "write_file", "layer.empty", "_make", "settle"]
+    )
     def test_merge_that_is_cut_off_is_completed(self, written, os_vhd, whole, hvmgr, monkeypatch, where):
         """It dies before that act; the disk then is that before or, once begun, waits for the next merge."""
         before = self.content(os_vhd)
@@ -288,7 +291,8 @@ class TestLayer:
             "_write_child": (layers, "_write_child"),
             "rename": (durable, "rename"),
             "images.merge": (image_files.Images, "merge"),
-            "layer.make": (layer, "make"),
+            "write_file": (durable, "write_file"),
+            "layer.empty": (layer, "empty"),
             "_make": (entries.BootMenu, "_make"),
             "settle": (layers, "settle"),
         }[where]
@@ -300,10 +304,59 @@ class TestLayer:
             shown = hvmgr("boot", "list", "--json", *written.boot_dir).json["entries"][0]
             assert "cut off" in shown["problem"]
             refused(hvmgr("boot", "revert", "Blue", "--yes", *written.boot_dir), 4, "boot merge")
+            refused(hvmgr("boot", "add", os_vhd, "--replace", *written.options), 4, "cut off", "boot merge")
         assert hvmgr("boot", "merge", "Blue", *written.boot_dir).code == 0
         assert self.content(os_vhd) == whole
         assert sorted(one.name for one in os_vhd.parent.iterdir()) == ["os.vhd", "os.vhd.boot"]
         assert sorted(one.name for one in Path(f"{os_vhd}.boot").iterdir()) == ["layer", "supplement"]
+
+    def cut_off(self, place, hvmgr, monkeypatch):
+        """A merge dies when the layer is put aside, and nothing of it in the VHD."""
+        from hvmgr.operations.images import image_files
+
+        def die(*_args, **_named):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(image_files.Images, "merge", die)
+            assert hvmgr("boot", "merge", "Blue", *place.boot_dir).code == 130
+
+    def test_merge_whose_child_is_lost_writes_it_again(self, written, os_vhd, whole, hvmgr, monkeypatch):
+        self.cut_off(written, hvmgr, monkeypatch)
+        durable.remove(os_vhd.with_name("os.vhd.merging"))
+        answer = hvmgr("boot", "merge", "Blue", "--json", *written.boot_dir)
+        assert (answer.code, answer.json["bytes"]) == (0, 2 * CHUNK)
+        assert self.content(os_vhd) == whole
+
+    def test_merge_throws_no_second_layer_away(self, written, os_vhd, hvmgr, monkeypatch):
+        self.cut_off(written, hvmgr, monkeypatch)
+        second = Path(f"{os_vhd}.boot/layer")
+        layer.make(second, SIZE)
+        physical.write_layer(second, {700: b"s" * CHUNK})
+        before = state(written)
+        refused(hvmgr("boot", "merge", "Blue", *written.boot_dir), 4, "cut off", str(second), "layer.merging")
+        assert state(written) == before
+
+    def test_what_was_written_after_a_merge_that_lacks_its_last_step_is_merged(
+        self, written, os_vhd, whole, hvmgr, monkeypatch
+    ):
+        def die(*_args, **_named):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(layers, "settle", die)
+            assert hvmgr("boot", "merge", "Blue", *written.boot_dir).code == 130
+        physical.write_layer(Path(f"{os_vhd}.boot/layer"), {700: b"s" * CHUNK})
+        assert hvmgr("boot", "merge", "Blue", *written.boot_dir).code == 0
+        assert self.content(os_vhd) == whole[: 700 * CHUNK] + b"s" * CHUNK + whole[701 * CHUNK :]
+
+    def test_entry_on_which_another_command_works(self, written, os_vhd, hvmgr):
+        before = state(written)
+        with layers.alone(SimpleNamespace(wait_s=0.0), os_vhd):
+            for command in (["merge", "Blue"], ["revert", "Blue"], ["remove", "Blue", "--yes"]):
+                refused(hvmgr("boot", *command, *written.boot_dir), 4, "another command works", str(os_vhd))
+            refused(hvmgr("boot", "add", os_vhd, "--replace", *written.options), 4, "another command works")
+        assert state(written) == before
 
     def test_kept_as_a_vhd_of_its_own(self, written, os_vhd, whole, hvmgr):
         before = self.content(os_vhd)
