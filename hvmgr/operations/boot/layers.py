@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING
 from hvmgr import errors, units
 from hvmgr.model import boot_plan
 from hvmgr.model.boot_entry import BootEntry, ImageFile
+from hvmgr.model.image_info import Use
 from hvmgr.operations import image_users
 from hvmgr.operations.boot import requirements
-from hvmgr.operations.images import changes
+from hvmgr.operations.images import changes, merging
 from hvmgr.storage import durable, index, layer
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def merge(host: Host, entry: BootEntry, menu: Path) -> int:
         require_unchanged(entry)
         _drop_unfinished(host, entry, child)
         changes.complete(host, [Path(entry.image)])
-        changes.require_unused(host, Path(entry.image))
+        changes.require_unused(host, Path(entry.image), but=(Use.NATIVE,))
         changes.require_closed([Path(entry.image), store])
     steps = [
         boot_plan.KeepLayer(str(child), entry.image),
@@ -217,7 +218,7 @@ def _put_into_image(host: Host, entry: BootEntry, child: Path) -> int:
     if not child.exists() and not completed:
         _write_child(entry, _aside(entry), child)
     if child.exists():
-        host.images.merge(child)
+        merging.merge(host, child, None, keep=False, but=(Use.NATIVE,))
     durable.write_file(_merged(entry), f"{held}\n".encode())
     return held
 

@@ -285,12 +285,12 @@ class TestLayer:
             raise KeyboardInterrupt
 
         from hvmgr.operations.boot import entries
-        from hvmgr.operations.images import image_files
+        from hvmgr.operations.images import merging
 
         owner, name = {
             "_write_child": (layers, "_write_child"),
             "rename": (durable, "rename"),
-            "images.merge": (image_files.Images, "merge"),
+            "images.merge": (merging, "merge"),
             "write_file": (durable, "write_file"),
             "layer.empty": (layer, "empty"),
             "_make": (entries.BootMenu, "_make"),
@@ -312,13 +312,13 @@ class TestLayer:
 
     def cut_off(self, place, hvmgr, monkeypatch):
         """A merge dies when the layer is put aside, and nothing of it in the VHD."""
-        from hvmgr.operations.images import image_files
+        from hvmgr.operations.images import merging
 
         def die(*_args, **_named):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(image_files.Images, "merge", die)
+            patch.setattr(merging, "merge", die)
             assert hvmgr("boot", "merge", "Blue", *place.boot_dir).code == 130
 
     def test_merge_whose_child_is_lost_writes_it_again(self, written, os_vhd, whole, hvmgr, monkeypatch):
@@ -389,6 +389,27 @@ class TestLayer:
         assert hvmgr("boot", "add", os_vhd, "--replace", "--append", "nosplash", *written.options).code == 0
         shown = hvmgr("boot", "list", "--json", *written.boot_dir).json["entries"][0]
         assert (shown["written"], shown["name"], shown["arguments"]) == (2 * CHUNK, "Blue", "quiet nosplash")
+
+    def test_commands_that_change_images_leave_its_vhd_alone(self, written, os_vhd, hvmgr):
+        before = state(written)
+        for command, *options in (["compact"], ["resize", "14M"], ["generalize"], ["prepare", "--force"]):
+            answer = hvmgr("image", command, os_vhd, *options, "--yes")
+            refused(answer, 4, f"{os_vhd}.boot/layer", "boot merge", "boot revert")
+        assert state(written) == before
+
+    def test_parents_and_children_of_its_vhd_are_left_alone_too(self, place, os_vhd, hvmgr):
+        child = os_vhd.with_name("child.vhd")
+        vhd.create(child, parent=os_vhd)
+        assert hvmgr("boot", "add", child, "--name", "Child", *place.options).code == 0
+        assert hvmgr("image", "compact", os_vhd).code == 0
+        assert hvmgr("boot", "add", child, "--replace", *place.options).code == 0
+        physical.write_layer(Path(f"{child}.boot/layer"), self.NEW)
+        for command in (["compact", os_vhd], ["merge", child]):
+            refused(hvmgr("image", *command, "--yes"), 4, "child.vhd.boot/layer")
+        users = hvmgr("image", "info", os_vhd, "--json").json
+        assert "native" in json.dumps(users)
+        assert hvmgr("boot", "merge", "Child", *place.boot_dir).code == 0
+        assert hvmgr("image", "compact", os_vhd).code == 0
 
     def test_full_one_is_refused(self, written, os_vhd, hvmgr):
         with Path(f"{os_vhd}.boot/layer").open("r+b") as file:
