@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from hvmgr import errors
-from hvmgr.storage import allocation, durable
+from hvmgr.storage import allocation, durable, holes
 from hvmgr.vhd.file import File
 from hvmgr.vhd.source import Stretch
 
@@ -33,14 +33,32 @@ def size_for(disk: int) -> int:
 
 
 def make(path: Path, disk: int) -> None:
-    """An empty store for a disk, all of it a hole; takes the place of one that is there."""
-    with durable.replacing(path, 0o600, None) as descriptor:
-        os.ftruncate(descriptor, size_for(disk))
+    """An empty store for a disk, its space reserved where the file system can: a store that finds none is worthless."""
+    with durable.explained(path), durable.replacing(path, 0o600, None) as descriptor:
+        allocation.take(descriptor, size_for(disk))
 
 
 def empty(path: Path, disk: int) -> None:
     """The store, which is there, is an empty one; without its header nothing in it counts, whenever that dies."""
-    allocation.clear(path, size_for(disk), head=CHUNK)
+    try:
+        allocation.clear(path, size_for(disk), head=CHUNK)
+    except errors.NoSpace as error:
+        raise errors.NoSpace(
+            f"{path} is empty now, but its volume has no room for the disk when it is fully written",
+            hint="free space there, and run the command again",
+            path=str(path),
+        ) from error
+
+
+def unfilled(path: Path, disk: int) -> int:
+    """What a store may still take of its volume; 0 where all of it is reserved, or none is there."""
+    return max(0, size_for(disk) - path.stat().st_blocks * 512) if path.exists() else 0
+
+
+def data_in(path: Path) -> int:
+    """The bytes of a store that no hole is, whatever is wrong with it."""
+    with path.open("rb") as file:
+        return sum(end - start for start, end in holes.data_ranges(file.fileno(), os.fstat(file.fileno()).st_size))
 
 
 def is_used(path: Path) -> bool:

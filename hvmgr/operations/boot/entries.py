@@ -182,7 +182,9 @@ class BootMenu:
         for note in requirements.require_free(host, path, wish.folders, writes=not has_layer):
             host.reporter.notice(note)
         with changes.locked(host, [path], seen=[found]):
-            made = making.prepare(path, found, wish, old, entry_id=old.id if old else uuid.uuid4().hex[:12])
+            others = requirements.unfilled(self.entries(), path)
+            entry_id = old.id if old else uuid.uuid4().hex[:12]
+            made = making.prepare(path, found, wish, old, entry_id=entry_id, others=others)
             for note in made.warnings:
                 host.reporter.notice(note)
             entry = made.entry

@@ -161,8 +161,10 @@ def renew(entry: BootEntry) -> None:
     store = Path(entry.layer_file)
     if store.exists():
         changes.require_closed([store])
-    durable.make_folder(store.parent, mode=0o700)
-    layer.make(store, entry.size)
+        layer.empty(store, entry.size)
+    else:
+        durable.make_folder(store.parent, mode=0o700)
+        layer.make(store, entry.size)
 
 
 def keep(host: Host, entry: BootEntry, path: Path) -> int:

@@ -128,6 +128,21 @@ class TestRefusals:
         refused(hvmgr("boot", "add", path, *place.options), 7, "free", "fully written")
         assert not menu_of(place).exists()
 
+    def test_what_layers_of_other_entries_may_take_is_not_free(self, added, os_vhd, raw, hvmgr, monkeypatch):
+        """Where nothing could reserve it: their layers are holes."""
+        other = os_vhd.with_name("other.vhd")
+        mini.make_vhd(other, raw, vhd.Kind.DYNAMIC)
+        held = Path(f"{os_vhd}.boot/layer")
+        os.truncate(held, 0)
+        os.truncate(held, layer.size_for(SIZE))
+        free = SimpleNamespace(free=(64 << 20) + layer.size_for(SIZE) + (4 << 20))
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _path: free)
+            refused(hvmgr("boot", "add", other, *added.options), 7, "other entries", "fully written")
+            layer.empty(held, SIZE)
+            if layer.unfilled(held, SIZE) == 0:
+                assert hvmgr("boot", "add", other, *added.options).code == 0
+
     def test_vhd_that_somebody_has_open(self, place, os_vhd, hvmgr):
         with image_locks.held(os_vhd):
             refused(hvmgr("boot", "add", os_vhd, *place.options), 4, "in use")
