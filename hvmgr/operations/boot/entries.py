@@ -135,7 +135,7 @@ class BootMenu:
         with self._alone(name) as entry:
             layers.require_layer(entry)
             layers.require_settled(entry)
-            written = layers.written(entry) or 0
+            written = layers.held(entry)
             step = boot_plan.MakeLayer(entry.layer_file, entry.size)
             what = f"throw away what '{entry.title}' wrote"
             changes.require_approval(self._host, changes.plan_of("revert-boot-entry", what, [step]))

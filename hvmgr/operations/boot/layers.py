@@ -53,6 +53,23 @@ def written(entry: BootEntry) -> int | None:
         return found.written
 
 
+def held(entry: BootEntry) -> int:
+    """The bytes that go when the layer goes; of one that is damaged or full, what it has of the disk."""
+    try:
+        return written(entry) or 0
+    except errors.Corrupt:
+        return layer.data_in(Path(entry.layer_file))
+
+
+def damage(entry: BootEntry) -> str | None:
+    """What is wrong with the layer; None where there is none, or nothing."""
+    try:
+        written(entry)
+    except errors.Corrupt as error:
+        return error.message
+    return None
+
+
 def standing(entry: BootEntry) -> tuple[int | None, str | None]:
     """What the layer holds, and why the entry would not boot."""
     size = None
@@ -135,8 +152,11 @@ def require_fitting(
     store = Path(f"{path}.boot") / "layer"
     if not store.exists():
         return
-    with layer.opened(store, size if old is None else old.size) as found:
-        held = found.written
+    try:
+        with layer.opened(store, size if old is None else old.size) as found:
+            held = found.written
+    except errors.Corrupt:
+        held = layer.data_in(store)
     if held == 0:
         return
     if old is None or not has_layer:

@@ -69,13 +69,14 @@ def prepare(
         blocks, copied = _kernel_from(chain, wish)
         entry = _entry(path, found, wish, place, system, files, (entry_id, has_layer, copied))
         table = boot_map.mapper_table(boot_map.joined(chain.pieces()))
+        damage = layers.damage(entry)
         return Made(
             entry,
             boot_menu.section(entry, partition=system.boot.grub_name, table=blocks),
             supplement.build(entry, system, table),
             system.kernel_files() if copied else None,
-            has_layer and layers.written(entry) is None,
-            system.warnings,
+            has_layer and not Path(entry.layer_file).exists(),
+            system.warnings if damage is None else (*system.warnings, f"{damage}; hvmgr boot revert throws it away"),
         )
 
 

@@ -426,6 +426,25 @@ class TestLayer:
         assert hvmgr("boot", "merge", "Child", *place.boot_dir).code == 0
         assert hvmgr("image", "compact", os_vhd).code == 0
 
+    @pytest.mark.parametrize(
+        ("at", "data"), [(4, b"\0"), (0, b"what"), (CHUNK + 8, b"\xff" * 7)], ids=["full", "no-store", "leads-nowhere"]
+    )
+    def test_damaged_one_is_thrown_away(self, written, os_vhd, hvmgr, at, data):
+        before = self.content(os_vhd)
+        held = Path(f"{os_vhd}.boot/layer")
+        with held.open("r+b") as file:
+            file.seek(at)
+            file.write(data)
+        told = hvmgr("boot", "add", os_vhd, "--replace", *written.options)
+        assert told.code == 0
+        assert "cannot be used" in told.err
+        assert layer.is_used(held)
+        answer = hvmgr("boot", "revert", "Blue", "--json", *written.boot_dir)
+        assert (answer.code, answer.json["bytes"] >= 2 * CHUNK) == (0, True)
+        shown = hvmgr("boot", "list", "--json", *written.boot_dir).json["entries"][0]
+        assert (shown["written"], shown["problem"]) == (0, None)
+        assert self.content(os_vhd) == before
+
     def test_full_one_is_refused(self, written, os_vhd, hvmgr):
         with Path(f"{os_vhd}.boot/layer").open("r+b") as file:
             file.seek(4)
