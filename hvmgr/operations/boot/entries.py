@@ -120,7 +120,7 @@ class BootMenu:
         if once:
             self._require_once()
         what = f"start '{entry.title}' {'once' if once else 'by default'}" if entry else "keep the menu's own default"
-        where = self.files.folder / "grubenv" if once else self.files.file
+        where = self.files.block_file if once else self.files.file
         plan = changes.plan_of("choose-boot-entry", what, [boot_plan.WriteMenu(str(where), what)])
         changes.require_approval(self._host, plan)
         if once and entry is not None:
@@ -230,10 +230,12 @@ class BootMenu:
                 f"the menu {self.files.folder}/grub.cfg knows no entry for one start only",
                 hint="let the distribution write it anew (update-grub), or choose the entry for good",
             )
-        type = volumes.of(self.files.folder).type
-        if type in _NO_ONCE:
+        volume = volumes.of(self.files.block_file.parent)
+        is_stacked = volumes.is_stacked(volume.device)
+        if volume.type in _NO_ONCE or is_stacked:
+            where = f"{volume.device} (LVM, RAID, encryption, or a disk in a file)" if is_stacked else volume.type
             raise errors.Unsupported(
-                f"GRUB cannot write to {type}, so the entry would be started again and again",
+                f"GRUB cannot write to {where}, so the entry would be started again and again",
                 hint="choose it for good, and choose anew afterwards",
             )
 

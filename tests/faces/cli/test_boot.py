@@ -16,7 +16,7 @@ from typing import ClassVar
 import pytest
 
 from hvmgr import vhd
-from hvmgr.host import image_locks
+from hvmgr.host import image_locks, volumes
 from hvmgr.model import boot_menu
 from hvmgr.operations.boot import layers, machine
 from hvmgr.storage import durable, layer
@@ -232,13 +232,39 @@ class TestEntry:
         assert not (os_vhd.parent / "os.vhd.boot").exists()
         assert sorted(one.name for one in os_vhd.parent.iterdir()) == ["os.vhd"]
 
-    def test_once_stands_in_the_environment(self, added, hvmgr):
+    def test_once_stands_in_the_environment(self, added, hvmgr, monkeypatch):
+        monkeypatch.setattr(volumes, "is_stacked", lambda _device: False)  # wherever the tests' folder lies
         assert hvmgr("boot", "default", "Blue", "--once", *added.boot_dir).code == 0
         entry = boot_menu.entries(menu_of(added).read_text())[0]
         block = (menu_of(added).parent / "grubenv").read_bytes()
         assert (len(block), f"next_entry=hvmgr-{entry.id}\n".encode() in block) == (1024, True)
         (menu_of(added).parent / "grub.cfg").write_text("source custom.cfg\n")
         refused(hvmgr("boot", "default", "Blue", "--once", *added.boot_dir), 5, "one start only")
+
+    @pytest.mark.parametrize("device", ["/dev/dm-3", "/dev/md0", "/dev/loop7"])
+    def test_once_where_grub_cannot_take_it_back(self, added, hvmgr, monkeypatch, device):
+        """The entry would be started for ever."""
+        monkeypatch.setattr(volumes, "of", lambda path: volumes.Volume(path, device, "ext4", None))
+        before = state(added)
+        refused(hvmgr("boot", "default", "Blue", "--once", *added.boot_dir), 5, device, "again and again")
+        assert state(added) == before
+
+    def test_links_lead_to_the_files_that_are_written(self, added, hvmgr, monkeypatch):
+        monkeypatch.setattr(volumes, "is_stacked", lambda _device: False)
+        folder = menu_of(added).parent
+        other = added.tree / "boot" / "efi"
+        other.mkdir()
+        for name, mode, data in (("grubenv", 0o700, None), ("custom.cfg", 0o640, menu_of(added).read_bytes())):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(f"../efi/{name}")
+            (other / name).write_bytes(boot_menu.environment(None, "a", "b") if data is None else data)
+            (other / name).chmod(mode)
+        assert hvmgr("boot", "default", "Blue", "--once", *added.boot_dir).code == 0
+        assert hvmgr("boot", "default", "Blue", *added.boot_dir).code == 0
+        assert b"next_entry=hvmgr-" in (other / "grubenv").read_bytes()
+        assert boot_menu.chosen((other / "custom.cfg").read_text()) is not None
+        for name, mode in (("grubenv", 0o700), ("custom.cfg", 0o640)):
+            assert ((folder / name).is_symlink(), (other / name).stat().st_mode & 0o777) == (True, mode)
 
     def test_table_is_for_all_files_of_a_chain(self, place, os_vhd, hvmgr):
         child = os_vhd.with_name("child.vhd")
