@@ -56,7 +56,7 @@ def test_damaged_module_is_refused(suffix, data, require_program):
         guest_system.modules(system(suffix, data), ())
 
 
-@pytest.mark.parametrize(("suffix", "data"), [(".xz", XZ), ("", b"module" * 99)])
+@pytest.mark.parametrize(("suffix", "data"), [(".xz", XZ), ("", b"module" * 99)], ids=["xz", "plain"])
 def test_names_of_other_modules_may_be_anything(suffix, data):
     found = system(suffix, data, more=b"k/caf\xe9.ko:\n")
     found.root.files.found[f"{FOLDER}/modules.builtin"] = b"k/caf\xe9.ko\n"
