@@ -54,6 +54,7 @@ class Use(StrEnum):
     UNDO = "undo"  # it lies in the undo slot
     PARENT = "parent"  # another image stands on it
     ATTACHED = "attached"  # it is a block device
+    NATIVE = "native"  # what a system wrote natively lies in a layer that fits it as it is
     UNKNOWN = "unknown"  # a home that nobody can read may need it
 
 

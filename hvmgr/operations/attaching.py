@@ -50,6 +50,7 @@ _READ_ONLY_USES = {
     Use.PARENT: "{} stands on it",
     Use.UNDO: "it lies in {}",
     Use.SAVED: "the saved memory of {} has to fit it",
+    Use.NATIVE: "{}, has to fit it",
     Use.UNKNOWN: "{} may need it",
 }
 

@@ -6,6 +6,7 @@ For commands on files, which have no VM's session; within a session the same is 
 from __future__ import annotations
 
 import contextlib
+import os
 import stat
 from collections.abc import Callable, Container, Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ def of(host: Host, path: Path) -> list[User]:
     found += beside(path, known={user.name for user in found})
     for one in attachments.users([str(path)]).get(str(path), ()):
         found.append(User(Use.ATTACHED, one.device or one.id))
+    found += _natively(path)
     return list(dict.fromkeys(found))
 
 
@@ -193,6 +195,48 @@ def beside(path: Path, known: Container[str] = ()) -> Iterator[User]:
             with contextlib.suppress(errors.HvmgrError, OSError):
                 if is_child(file):
                     yield User(Use.PARENT, str(file))
+
+
+def _natively(path: Path) -> Iterator[User]:
+    """Layers of native boot that hold something and fit this file as it is, be it their VHD or below that.
+
+    As with children those are found whose VHD lies in the same folder.
+    """
+    if stat.S_ISBLK(path.stat().st_mode):
+        return
+    wanted = images.identity(path)
+    for folder in sorted(Path(os.path.realpath(path)).parent.glob("*.boot")):
+        store = _held_layer(folder)
+        if store is not None and any(_is(one, wanted) for one in _vhd_chain(folder.with_suffix(""))):
+            yield User(Use.NATIVE, f"the layer {store}, which a system wrote natively")
+
+
+def _held_layer(folder: Path) -> Path | None:
+    from hvmgr.storage import layer
+
+    for store in (folder / "layer", folder / "layer.merging"):
+        try:
+            is_used = layer.is_used(store)
+        except OSError:
+            is_used = True  # who cannot look has to take it for one
+        if is_used:
+            return store
+    return None
+
+
+def _vhd_chain(path: Path) -> Iterator[str]:
+    """A VHD and its parents, as far as they are found."""
+    from hvmgr import vhd
+
+    seen: set[Path] = set()
+    with contextlib.suppress(errors.HvmgrError, OSError):
+        while path not in seen and path.exists():
+            seen.add(path)
+            yield str(path)
+            if vhd.identify(path) is not vhd.Kind.DIFFERENCING:
+                return
+            with vhd.open_image(path, tolerant=True) as image:
+                path = vhd.find_parent(image)
 
 
 def _child_test(path: Path) -> Callable[[Path], bool]:

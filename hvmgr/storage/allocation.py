@@ -14,6 +14,7 @@ from hvmgr.os_errors import explained
 from hvmgr.storage import durable
 
 _KEEP_SIZE, _PUNCH_HOLE = 1, 1 | 2  # fallocate(2): FALLOC_FL_KEEP_SIZE, with FALLOC_FL_PUNCH_HOLE
+_TAKE, _ZERO_RANGE = 0, 16  # space is taken, and reads as zeros: where there was none yet, everywhere
 _SYNC_FILE_RANGE_WRITE = 2  # sync_file_range(2)
 
 
@@ -81,6 +82,33 @@ def fill(path: Path) -> None:
     """All holes of the file have their space now; its bytes stay."""
     with _changed(path) as descriptor:
         os.posix_fallocate(descriptor, 0, os.fstat(descriptor).st_size)
+
+
+def take(descriptor: int, length: int) -> None:
+    """The file has this length and all its space, which reads as zeros; holes where the file system can only write them."""
+    os.ftruncate(descriptor, length)
+    _can(descriptor, _TAKE, length)
+
+
+def _can(descriptor: int, mode: int, length: int) -> bool:
+    try:
+        _fallocate(descriptor, mode, 0, length)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return False
+    return True
+
+
+def clear(path: Path, length: int, *, head: int) -> None:
+    """The file is zeros of this length, with its space as ``take`` has it. Its first ``head`` bytes are that lastingly before anything else of it changes."""
+    with _changed(path) as descriptor:
+        os.pwrite(descriptor, bytes(head), 0)
+    with _changed(path) as descriptor:
+        os.ftruncate(descriptor, length)
+        if not _can(descriptor, _ZERO_RANGE, length):
+            os.ftruncate(descriptor, head)
+            take(descriptor, length)
 
 
 def set_length(path: Path, length: int) -> None:

@@ -1,4 +1,7 @@
-"""GRUB's files of a machine: where its menu is, hvmgr's part of it, and its environment. Replaced as a whole, or not at all."""
+"""GRUB's files of a machine: where its menu is, hvmgr's part of it, and its environment. Replaced as a whole, or not at all.
+
+Some distributions have links in their places (``grubenv`` to one on the EFI system partition): what these lead to is replaced.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,11 @@ class Menu:
         """What hvmgr's entries stand in."""
         return self.folder / "custom.cfg"
 
+    @property
+    def block_file(self) -> Path:
+        """What the environment block stands in."""
+        return Path(os.path.realpath(self.folder / "grubenv"))
+
     def text(self) -> str:
         """What is in there; nothing where it is not there yet."""
         with durable.explained(self.file), contextlib.suppress(FileNotFoundError):
@@ -35,23 +43,26 @@ class Menu:
         """The file has another text; the one before stays beside it."""
         if self.file.exists():
             durable.write_file(self.file.with_name(f"{self.file.name}{_OLD}"), self.file.read_bytes(), mode=0o600)
-        mode = self.file.stat().st_mode & 0o777 if self.file.exists() else 0o644
-        durable.write_file(self.file, text.encode("utf-8", "surrogateescape"), mode=mode)
+        _replace(Path(os.path.realpath(self.file)), text.encode("utf-8", "surrogateescape"))
 
     def environment(self) -> bytes | None:
         """The environment block; None without one."""
         with durable.explained(self.folder), contextlib.suppress(FileNotFoundError):
-            return (self.folder / "grubenv").read_bytes()
+            return self.block_file.read_bytes()
         return None
 
     def write_environment(self, block: bytes) -> None:
         """The environment block is another one."""
-        durable.write_file(self.folder / "grubenv", block, mode=0o644)
+        _replace(self.block_file, block)
 
     def main(self) -> str:
         """The menu that GRUB reads first."""
         with durable.explained(self.folder):
             return (self.folder / "grub.cfg").read_text("utf-8", "replace")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    durable.write_file(path, data, mode=path.stat().st_mode & 0o777 if path.exists() else 0o644)
 
 
 def find(boot: Path) -> Menu:

@@ -163,11 +163,11 @@ def _change_file(folder: Path, journal: Path) -> Path:
 
 
 @contextlib.contextmanager
-def making(path: Path, *, wait_s: float) -> Iterator[None]:
-    """No other hvmgr command on this host makes a file of this name."""
+def making(path: Path, *, wait_s: float, what: str | None = None) -> Iterator[None]:
+    """No other hvmgr command on this host makes a file of this name; ``what`` is said of it where it is one's step only."""
     name = hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
     lock = make_folder("locks") / f"new-{name}"
-    with locks.held(lock, wait_s=wait_s, what=f"the new image {path}"):
+    with locks.held(lock, wait_s=wait_s, what=what or f"the new image {path}"):
         try:
             yield
         finally:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from hvmgr import errors
-from hvmgr.storage import durable
+from hvmgr.storage import allocation, durable, holes
 from hvmgr.vhd.file import File
 from hvmgr.vhd.source import Stretch
 
@@ -33,9 +33,49 @@ def size_for(disk: int) -> int:
 
 
 def make(path: Path, disk: int) -> None:
-    """An empty store for a disk, all of it a hole; takes the place of one that is there."""
-    with durable.replacing(path, 0o600, None) as descriptor:
-        os.ftruncate(descriptor, size_for(disk))
+    """An empty store for a disk, its space reserved where the file system can: a store that finds none is worthless."""
+    with durable.explained(path), durable.replacing(path, 0o600, None) as descriptor:
+        allocation.take(descriptor, size_for(disk))
+
+
+def empty(path: Path, disk: int) -> None:
+    """The store, which is there, is an empty one; without its header nothing in it counts, whenever that dies."""
+    try:
+        allocation.clear(path, size_for(disk), head=CHUNK)
+    except errors.NoSpace as error:
+        raise errors.NoSpace(
+            f"{path} is empty now, but its volume has no room for the disk when it is fully written",
+            hint="free space there, and run the command again",
+            path=str(path),
+        ) from error
+
+
+def unfilled(path: Path, disk: int) -> int:
+    """What a store may still take of its volume; 0 where all of it is reserved, or none is there."""
+    return max(0, size_for(disk) - path.stat().st_blocks * 512) if path.exists() else 0
+
+
+def data_in(path: Path) -> int:
+    """The bytes of a store that no hole is, whatever is wrong with it."""
+    with path.open("rb") as file:
+        return sum(end - start for start, end in holes.data_ranges(file.fileno(), os.fstat(file.fileno()).st_size))
+
+
+def is_used(path: Path) -> bool:
+    """Whether there is a store that holds something, seen by its header and first pair; one that is damaged does."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEADER.size)
+            if len(head) < _HEADER.size or head[:4] == bytes(4):
+                return False
+            magic, valid, version, sectors = _HEADER.unpack(head)
+            if magic != _MAGIC or version != 1 or not valid:
+                return True
+            file.seek(sectors * _SECTOR)
+            pair = file.read(_PAIR.size)
+            return len(pair) < _PAIR.size or _PAIR.unpack(pair)[1] != 0
+    except FileNotFoundError:
+        return False
 
 
 class Layer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import tempfile
 from pathlib import Path
@@ -11,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvmgr import errors
-from hvmgr.storage import layer
+from hvmgr.storage import allocation, layer
 from hvmgr.vhd.source import read
 
 CHUNK = layer.CHUNK
@@ -58,7 +60,37 @@ def test_empty_store_holds_nothing(tmp_path):
     layer.make(tmp_path / "layer", DISK)
     with layer.opened(tmp_path / "layer", DISK) as found:
         assert (found.written, [one.data for one in found.stretches()]) == (0, [False])
-    assert (tmp_path / "layer").stat().st_blocks == 0
+    assert (tmp_path / "layer").stat().st_size == layer.size_for(DISK)
+
+
+def test_space_of_a_store_is_reserved(tmp_path):
+    """Whatever fills the volume later: a store that finds no space is worthless."""
+    if not allocation.can_reserve(tmp_path):
+        pytest.skip("this file system cannot reserve space")
+    path = tmp_path / "layer"
+    layer.make(path, DISK)
+    assert path.stat().st_blocks * 512 >= layer.size_for(DISK)
+    assert (layer.unfilled(path, DISK), path.read_bytes()) == (0, bytes(layer.size_for(DISK)))
+
+
+@pytest.mark.parametrize("can", [True, False], ids=["reserved", "of-holes"])
+def test_store_is_emptied_where_it_is(tmp_path, monkeypatch, can):
+    if not can:
+        monkeypatch.setattr(allocation, "_fallocate", not_supported)
+    path = tmp_path / "layer"
+    layer.make(path, DISK)
+    path.write_bytes(store([(old, b"x" * CHUNK) for old in range(300)])[:-CHUNK])
+    assert layer.is_used(path)
+    number = path.stat().st_ino
+    layer.empty(path, DISK)
+    assert (layer.is_used(path), path.stat().st_ino) == (False, number)
+    assert path.read_bytes() == bytes(layer.size_for(DISK))
+    if not can:
+        assert layer.unfilled(path, DISK) == layer.size_for(DISK) - path.stat().st_blocks * 512 > 0
+
+
+def not_supported(*_args):
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 def test_store_takes_a_whole_disk():

@@ -11,10 +11,11 @@ a failure leaves it as it was.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,7 +76,15 @@ class BootMenu:
         real, asked = Path(os.path.realpath(path)), wish or BootOptions()
         if not real.exists():
             raise errors.NotFound(f"there is no {path}", path=str(path))
+        with layers.alone(self._host, real):
+            return self._add(real, asked)
+
+    def _add(self, real: Path, asked: BootOptions) -> BootEntry:
         old = next((one for one in self.entries() if one.image == str(real)), None)
+        if old is None:
+            layers.require_none_aside(real)
+        else:
+            layers.require_settled(old)
         if old is not None and not asked.replace:
             raise errors.Conflict(
                 f"the boot menu has an entry for {real}: '{old.title}'", hint="make it anew with --replace"
@@ -89,21 +98,21 @@ class BootMenu:
 
     def remove(self, name: str) -> BootEntry:
         """The entry is gone from the menu, then what lies beside its VHD, layer and all. The VHD stays as it is."""
-        entry = self.entry(name)
-        layers.require_settled(entry)
-        plan = changes.plan_of(
-            "remove-boot-entry",
-            f"remove the boot entry '{entry.title}'",
-            [
-                boot_plan.WriteMenu(str(self.files.file), f"remove the entry '{entry.title}'"),
-                boot_plan.RemoveBootFiles(entry.folder),
-            ],
-        )
-        changes.require_approval(self._host, plan)
-        self._rewrite(lambda text: boot_menu.without_section(text, entry.id))
-        if Path(entry.folder).is_dir():
-            durable.remove_folder(Path(entry.folder))
-        return entry
+        with self._alone(name) as entry:
+            layers.require_settled(entry)
+            plan = changes.plan_of(
+                "remove-boot-entry",
+                f"remove the boot entry '{entry.title}'",
+                [
+                    boot_plan.WriteMenu(str(self.files.file), f"remove the entry '{entry.title}'"),
+                    boot_plan.RemoveBootFiles(entry.folder),
+                ],
+            )
+            changes.require_approval(self._host, plan)
+            self._rewrite(lambda text: boot_menu.without_section(text, entry.id))
+            if Path(entry.folder).is_dir():
+                durable.remove_folder(Path(entry.folder))
+            return entry
 
     def choose(self, name: str | None, *, once: bool = False) -> BootEntry | None:
         """The entry is started when nobody chooses, always or at the next start only; None: the menu's own default."""
@@ -111,7 +120,7 @@ class BootMenu:
         if once:
             self._require_once()
         what = f"start '{entry.title}' {'once' if once else 'by default'}" if entry else "keep the menu's own default"
-        where = self.files.folder / "grubenv" if once else self.files.file
+        where = self.files.block_file if once else self.files.file
         plan = changes.plan_of("choose-boot-entry", what, [boot_plan.WriteMenu(str(where), what)])
         changes.require_approval(self._host, plan)
         if once and entry is not None:
@@ -123,29 +132,29 @@ class BootMenu:
 
     def revert(self, name: str) -> int:
         """What the system wrote into the layer is thrown away; how many bytes that were."""
-        entry = self.entry(name)
-        layers.require_layer(entry)
-        layers.require_settled(entry)
-        written = layers.written(entry) or 0
-        step = boot_plan.MakeLayer(entry.layer_file, entry.size)
-        what = f"throw away what '{entry.title}' wrote"
-        changes.require_approval(self._host, changes.plan_of("revert-boot-entry", what, [step]))
-        layers.renew(entry)
-        return written
+        with self._alone(name) as entry:
+            layers.require_layer(entry)
+            layers.require_settled(entry)
+            written = layers.held(entry)
+            step = boot_plan.MakeLayer(entry.layer_file, entry.size)
+            what = f"throw away what '{entry.title}' wrote"
+            changes.require_approval(self._host, changes.plan_of("revert-boot-entry", what, [step]))
+            layers.renew(entry)
+            return written
 
     def merge(self, name: str, *, to: AnyPath | None = None) -> int:
         """What the system wrote goes into its VHD, or into a new differencing VHD ``to`` on it; how many bytes that were.
 
         Into the VHD: the layer is empty afterwards, and the entry made anew. A merge that was cut off is completed.
         """
-        entry = self.entry(name)
-        layers.require_layer(entry)
-        if to is not None:
-            return layers.keep(self._host, entry, Path(to))
-        written = layers.merge(self._host, entry, self.files.file)
-        self._make(Path(entry.image), self._same(entry), entry, approved=True)
-        layers.settle(entry)
-        return written
+        with self._alone(name) as entry:
+            layers.require_layer(entry)
+            if to is not None:
+                return layers.keep(self._host, entry, Path(to))
+            written = layers.merge(self._host, entry, self.files.file)
+            self._make(Path(entry.image), self._same(entry), entry, approved=True)
+            layers.settle(entry)
+            return written
 
     def test(
         self, name: str, *, uefi: bool = False, until: str = "login:", time_s: float = 300, memory: int = 1 << 30,
@@ -159,6 +168,13 @@ class BootMenu:
 
     # --- inside ---
 
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[BootEntry]:
+        """The entry as it is now; no other command works on it until the block ends."""
+        found = self.entry(name)
+        with layers.alone(self._host, found.image):
+            yield self.entry(found.id)
+
     def _make(self, path: Path, wish: BootOptions, old: BootEntry | None, *, approved: bool = False) -> BootEntry:
         host = self._host
         found = requirements.look(path, wish.folders)
@@ -166,7 +182,9 @@ class BootMenu:
         for note in requirements.require_free(host, path, wish.folders, writes=not has_layer):
             host.reporter.notice(note)
         with changes.locked(host, [path], seen=[found]):
-            made = making.prepare(path, found, wish, old, entry_id=old.id if old else uuid.uuid4().hex[:12])
+            others = requirements.unfilled(self.entries(), path)
+            entry_id = old.id if old else uuid.uuid4().hex[:12]
+            made = making.prepare(path, found, wish, old, entry_id=entry_id, others=others)
             for note in made.warnings:
                 host.reporter.notice(note)
             entry = made.entry
@@ -212,10 +230,12 @@ class BootMenu:
                 f"the menu {self.files.folder}/grub.cfg knows no entry for one start only",
                 hint="let the distribution write it anew (update-grub), or choose the entry for good",
             )
-        type = volumes.of(self.files.folder).type
-        if type in _NO_ONCE:
+        volume = volumes.of(self.files.block_file.parent)
+        is_stacked = volumes.is_stacked(volume.device)
+        if volume.type in _NO_ONCE or is_stacked:
+            where = f"{volume.device} (LVM, RAID, encryption, or a disk in a file)" if is_stacked else volume.type
             raise errors.Unsupported(
-                f"GRUB cannot write to {type}, so the entry would be started again and again",
+                f"GRUB cannot write to {where}, so the entry would be started again and again",
                 hint="choose it for good, and choose anew afterwards",
             )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import posixpath
 import re
 import shlex
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -140,7 +142,10 @@ def modules(system: LinuxSystem, extra: tuple[str, ...]) -> list[tuple[str, byte
     folder = f"/lib/modules/{system.version}"
     files = system.root.files
     needs = _dependencies(files, folder)
-    built_in = {_name(one) for one in (files.read(f"{folder}/modules.builtin") or b"").decode().split()}
+    built_in = {
+        _name(one)
+        for one in (files.read(f"{folder}/modules.builtin") or b"").decode("utf-8", "surrogateescape").split()
+    }
     paths: dict[str, str] = {}
     for wanted in (*_NEEDED, *extra):
         if wanted in needs:
@@ -160,7 +165,7 @@ def _dependencies(files: FileSystem, folder: str) -> dict[str, tuple[str, list[s
     if text is None:
         raise errors.NotFound(f"{files.what} has no {folder}/modules.dep", hint="make it in the system itself: depmod")
     found = {}
-    for line in text.decode().splitlines():
+    for line in text.decode("utf-8", "surrogateescape").splitlines():
         path, _, rest = line.partition(":")
         found[_name(path)] = (path, rest.split())
     return found
@@ -174,14 +179,24 @@ def _unpacked(files: FileSystem, path: str) -> bytes:
     data = files.read(path)
     if data is None:
         raise errors.NotFound(f"{files.what} has no {path}", hint="run depmod in the system itself")
+    try:
+        return _plain(path, data)
+    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        raise errors.Corrupt(
+            f"{files.what} has a damaged {path}: {error}", hint="install that kernel again in the system itself"
+        ) from error
+
+
+def _plain(path: str, data: bytes) -> bytes:
     if path.endswith(".xz"):
         return lzma.decompress(data)
     if path.endswith(".gz"):
-        import gzip
-
         return gzip.decompress(data)
     if path.endswith(".zst"):
         from hvmgr.host import process
 
-        return process.run(["zstd", "-dcq"], input=data, timeout_s=60).stdout
+        told = process.run(["zstd", "-dcq"], input=data, timeout_s=60, ok_codes=(0, 1))
+        if told.code != 0:
+            raise EOFError(told.stderr.strip())
+        return told.stdout
     return data

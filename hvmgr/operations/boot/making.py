@@ -50,27 +50,33 @@ def wants_layer(found: Recognised, wish: BootOptions) -> bool:
     return found.type is not ImageType.FIXED if wish.layer is None else wish.layer
 
 
-def prepare(path: Path, found: Recognised, wish: BootOptions, old: BootEntry | None, *, entry_id: str) -> Made:
-    """The entry for a VHD; every requirement is checked here, and nothing written."""
+def prepare(
+    path: Path, found: Recognised, wish: BootOptions, old: BootEntry | None, *, entry_id: str, others: int = 0
+) -> Made:
+    """The entry for a VHD; every requirement is checked here, and nothing written.
+
+    ``others``: bytes of the volume's free space that are spoken for.
+    """
     from hvmgr import vhd
 
     place = _place(path, wish)
     has_layer = wants_layer(found, wish)
     with vhd.open_chain(path, folders=found.folders) as chain:
-        requirements.require_space(path, chain, has_layer=has_layer)
+        requirements.require_space(path, chain, has_layer=has_layer, others=others)
         system = guest_system.find(chain, str(path), wish.kernel)
         files = tuple(requirements.describe(image.path, place, _head(image)) for image in chain.images)
         layers.require_fitting(path, chain.size, old, files, has_layer=has_layer)
         blocks, copied = _kernel_from(chain, wish)
         entry = _entry(path, found, wish, place, system, files, (entry_id, has_layer, copied))
         table = boot_map.mapper_table(boot_map.joined(chain.pieces()))
+        damage = layers.damage(entry)
         return Made(
             entry,
             boot_menu.section(entry, partition=system.boot.grub_name, table=blocks),
             supplement.build(entry, system, table),
             system.kernel_files() if copied else None,
-            has_layer and layers.written(entry) is None,
-            system.warnings,
+            has_layer and not Path(entry.layer_file).exists(),
+            system.warnings if damage is None else (*system.warnings, f"{damage}; hvmgr boot revert throws it away"),
         )
 
 

@@ -143,8 +143,19 @@ def _require_idle(path: Path, users: Sequence[User]) -> None:
             )
 
 
-def require_space(path: Path, chain: Chain, *, has_layer: bool) -> None:
-    """The volume has room for all that the system may ever write."""
+def unfilled(entries: Sequence[BootEntry], path: Path) -> int:
+    """What the layers of other entries on the volume of ``path`` may still take: something where nothing can reserve it."""
+    device = path.stat().st_dev
+    found = 0
+    for one in entries:
+        store = Path(one.layer_file)
+        if one.layer and one.image != str(path) and store.exists() and store.stat().st_dev == device:
+            found += layer.unfilled(store, one.size)
+    return found
+
+
+def require_space(path: Path, chain: Chain, *, has_layer: bool, others: int = 0) -> None:
+    """The volume has room for all that the system may ever write, besides what ``others`` may."""
     if not has_layer:
         wanted = chain.size - path.stat().st_blocks * 512
         what = "what a fixed VHD has not taken yet"
@@ -153,10 +164,12 @@ def require_space(path: Path, chain: Chain, *, has_layer: bool) -> None:
         taken = made.stat().st_blocks * 512 if made.exists() else 0
         wanted = layer.size_for(chain.size) - taken
         what = "the disk when it is fully written"
-    free = shutil.disk_usage(path.parent).free
+    free = max(0, shutil.disk_usage(path.parent).free - others)
     if wanted > 0 and free < wanted + _RESERVE:
         raise errors.NoSpace(
-            f"the volume with {path} has {units.format_size(free)} free, and {what} needs {units.format_size(wanted)}",
+            f"the volume with {path} has {units.format_size(free)} free"
+            + (" besides what the layers of other entries may take" if others else "")
+            + f", and {what} needs {units.format_size(wanted)}",
             hint="free space there, make the disk smaller (hvmgr image resize --shrink), or move the VHD",
         )
 

@@ -129,6 +129,8 @@ def needed(path: Path, user: User, managed: Container[str]) -> errors.Conflict:
     hint = "merge that one first, or make a complete image of it: hvmgr image convert"
     if user.use is Use.ATTACHED:
         hint = f"detach it first: hvmgr image detach {shlex.quote(str(path))}"
+    elif user.use is Use.NATIVE:
+        hint = "keep what it holds with 'hvmgr boot merge', or throw it away with 'hvmgr boot revert', first"
     elif user.vm in managed:
         name = shlex.quote(str(user.vm))
         hint = f"images of a VM are changed by commands on the VM: hvmgr snapshot merge {name}, hvmgr disk"

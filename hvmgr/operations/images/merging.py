@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from hvmgr.operations.host import Host
 
 
-def merge(host: Host, child: Path, into: Path | None, folders: Sequence[Path] = (), *, keep: bool) -> Path:
-    """The ancestor shows what the child did; it is returned."""
+def merge(
+    host: Host, child: Path, into: Path | None, folders: Sequence[Path] = (), *, keep: bool, but: Collection[Use] = ()
+) -> Path:
+    """The ancestor shows what the child did; it is returned. Users of the kinds ``but`` are no obstacle."""
     completed = changes.complete(host, recognition.known_chain(child, folders))
     if not child.exists():
         return _merged_by(completed, child, into)
@@ -39,7 +41,7 @@ def merge(host: Host, child: Path, into: Path | None, folders: Sequence[Path] = 
     with changes.locked(host, [*chain, *_pointed(steps)], seen=looked):
         if recognition.chain_of(child, folders) != whole or _steps(looked, whole, keep=keep) != steps:
             raise changes.changed_meanwhile(child)
-        _require_unused(host, chain)
+        _require_unused(host, chain, but)
         plan = changes.plan_of("image merge", f"merge of {chain[0]} into {chain[-1]}", steps)
         changes.require_approval(host, plan)
         changes.run(host, plan, chain[-1])
@@ -121,12 +123,14 @@ def _pointed(steps: Sequence[Step]) -> list[Path]:
     return [Path(one.child) for one in steps if isinstance(one, image_plan.PointChild)]
 
 
-def _require_unused(host: Host, chain: Sequence[Path]) -> None:
+def _require_unused(host: Host, chain: Sequence[Path], but: Collection[Use]) -> None:
     """Nobody but the chain itself needs its images; what stands on the child is pointed to the ancestor."""
     managed = {entry.name for entry in index.entries()}
     for number, path in enumerate(chain):
         for user in image_users.of(host, path):
             is_child = user.use is Use.PARENT and user.vm is None
+            if user.use in but:
+                continue
             if is_child and (number == 0 or chain[number - 1].samefile(user.name)):
                 continue
             raise changes.needed(path, user, managed)

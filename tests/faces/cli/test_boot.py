@@ -10,12 +10,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
 from hvmgr import vhd
-from hvmgr.host import image_locks
+from hvmgr.host import image_locks, volumes
 from hvmgr.model import boot_menu
 from hvmgr.operations.boot import layers, machine
 from hvmgr.storage import durable, layer
@@ -127,6 +128,21 @@ class TestRefusals:
         refused(hvmgr("boot", "add", path, *place.options), 7, "free", "fully written")
         assert not menu_of(place).exists()
 
+    def test_what_layers_of_other_entries_may_take_is_not_free(self, added, os_vhd, raw, hvmgr, monkeypatch):
+        """Where nothing could reserve it: their layers are holes."""
+        other = os_vhd.with_name("other.vhd")
+        mini.make_vhd(other, raw, vhd.Kind.DYNAMIC)
+        held = Path(f"{os_vhd}.boot/layer")
+        os.truncate(held, 0)
+        os.truncate(held, layer.size_for(SIZE))
+        free = SimpleNamespace(free=(64 << 20) + layer.size_for(SIZE) + (4 << 20))
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _path: free)
+            refused(hvmgr("boot", "add", other, *added.options), 7, "other entries", "fully written")
+            layer.empty(held, SIZE)
+            if layer.unfilled(held, SIZE) == 0:
+                assert hvmgr("boot", "add", other, *added.options).code == 0
+
     def test_vhd_that_somebody_has_open(self, place, os_vhd, hvmgr):
         with image_locks.held(os_vhd):
             refused(hvmgr("boot", "add", os_vhd, *place.options), 4, "in use")
@@ -216,13 +232,39 @@ class TestEntry:
         assert not (os_vhd.parent / "os.vhd.boot").exists()
         assert sorted(one.name for one in os_vhd.parent.iterdir()) == ["os.vhd"]
 
-    def test_once_stands_in_the_environment(self, added, hvmgr):
+    def test_once_stands_in_the_environment(self, added, hvmgr, monkeypatch):
+        monkeypatch.setattr(volumes, "is_stacked", lambda _device: False)  # wherever the tests' folder lies
         assert hvmgr("boot", "default", "Blue", "--once", *added.boot_dir).code == 0
         entry = boot_menu.entries(menu_of(added).read_text())[0]
         block = (menu_of(added).parent / "grubenv").read_bytes()
         assert (len(block), f"next_entry=hvmgr-{entry.id}\n".encode() in block) == (1024, True)
         (menu_of(added).parent / "grub.cfg").write_text("source custom.cfg\n")
         refused(hvmgr("boot", "default", "Blue", "--once", *added.boot_dir), 5, "one start only")
+
+    @pytest.mark.parametrize("device", ["/dev/dm-3", "/dev/md0", "/dev/loop7"])
+    def test_once_where_grub_cannot_take_it_back(self, added, hvmgr, monkeypatch, device):
+        """The entry would be started for ever."""
+        monkeypatch.setattr(volumes, "of", lambda path: volumes.Volume(path, device, "ext4", None))
+        before = state(added)
+        refused(hvmgr("boot", "default", "Blue", "--once", *added.boot_dir), 5, device, "again and again")
+        assert state(added) == before
+
+    def test_links_lead_to_the_files_that_are_written(self, added, hvmgr, monkeypatch):
+        monkeypatch.setattr(volumes, "is_stacked", lambda _device: False)
+        folder = menu_of(added).parent
+        other = added.tree / "boot" / "efi"
+        other.mkdir()
+        for name, mode, data in (("grubenv", 0o700, None), ("custom.cfg", 0o640, menu_of(added).read_bytes())):
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(f"../efi/{name}")
+            (other / name).write_bytes(boot_menu.environment(None, "a", "b") if data is None else data)
+            (other / name).chmod(mode)
+        assert hvmgr("boot", "default", "Blue", "--once", *added.boot_dir).code == 0
+        assert hvmgr("boot", "default", "Blue", *added.boot_dir).code == 0
+        assert b"next_entry=hvmgr-" in (other / "grubenv").read_bytes()
+        assert boot_menu.chosen((other / "custom.cfg").read_text()) is not None
+        for name, mode in (("grubenv", 0o700), ("custom.cfg", 0o640)):
+            assert ((folder / name).is_symlink(), (other / name).stat().st_mode & 0o777) == (True, mode)
 
     def test_table_is_for_all_files_of_a_chain(self, place, os_vhd, hvmgr):
         child = os_vhd.with_name("child.vhd")
@@ -273,7 +315,9 @@ class TestLayer:
         assert (shown["written"], shown["problem"], shown["name"]) == (0, None, "Blue")
         assert sorted(one.name for one in os_vhd.parent.iterdir()) == ["os.vhd", "os.vhd.boot"]
 
-    @pytest.mark.parametrize("where", ["_write_child", "rename", "images.merge", "layer.make", "_make", "settle"])
+    @pytest.mark.parametrize(
+        "where", ["_write_child", "rename", "images.merge", "write_file", "layer.empty", "_make", "settle"]
+    )
     def test_merge_that_is_cut_off_is_completed(self, written, os_vhd, whole, hvmgr, monkeypatch, where):
         """It dies before that act; the disk then is that before or, once begun, waits for the next merge."""
         before = self.content(os_vhd)
@@ -282,13 +326,14 @@ class TestLayer:
             raise KeyboardInterrupt
 
         from hvmgr.operations.boot import entries
-        from hvmgr.operations.images import image_files
+        from hvmgr.operations.images import merging
 
         owner, name = {
             "_write_child": (layers, "_write_child"),
             "rename": (durable, "rename"),
-            "images.merge": (image_files.Images, "merge"),
-            "layer.make": (layer, "make"),
+            "images.merge": (merging, "merge"),
+            "write_file": (durable, "write_file"),
+            "layer.empty": (layer, "empty"),
             "_make": (entries.BootMenu, "_make"),
             "settle": (layers, "settle"),
         }[where]
@@ -300,10 +345,59 @@ class TestLayer:
             shown = hvmgr("boot", "list", "--json", *written.boot_dir).json["entries"][0]
             assert "cut off" in shown["problem"]
             refused(hvmgr("boot", "revert", "Blue", "--yes", *written.boot_dir), 4, "boot merge")
+            refused(hvmgr("boot", "add", os_vhd, "--replace", *written.options), 4, "cut off", "boot merge")
         assert hvmgr("boot", "merge", "Blue", *written.boot_dir).code == 0
         assert self.content(os_vhd) == whole
         assert sorted(one.name for one in os_vhd.parent.iterdir()) == ["os.vhd", "os.vhd.boot"]
         assert sorted(one.name for one in Path(f"{os_vhd}.boot").iterdir()) == ["layer", "supplement"]
+
+    def cut_off(self, place, hvmgr, monkeypatch):
+        """A merge dies when the layer is put aside, and nothing of it in the VHD."""
+        from hvmgr.operations.images import merging
+
+        def die(*_args, **_named):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(merging, "merge", die)
+            assert hvmgr("boot", "merge", "Blue", *place.boot_dir).code == 130
+
+    def test_merge_whose_child_is_lost_writes_it_again(self, written, os_vhd, whole, hvmgr, monkeypatch):
+        self.cut_off(written, hvmgr, monkeypatch)
+        durable.remove(os_vhd.with_name("os.vhd.merging"))
+        answer = hvmgr("boot", "merge", "Blue", "--json", *written.boot_dir)
+        assert (answer.code, answer.json["bytes"]) == (0, 2 * CHUNK)
+        assert self.content(os_vhd) == whole
+
+    def test_merge_throws_no_second_layer_away(self, written, os_vhd, hvmgr, monkeypatch):
+        self.cut_off(written, hvmgr, monkeypatch)
+        second = Path(f"{os_vhd}.boot/layer")
+        layer.make(second, SIZE)
+        physical.write_layer(second, {700: b"s" * CHUNK})
+        before = state(written)
+        refused(hvmgr("boot", "merge", "Blue", *written.boot_dir), 4, "cut off", str(second), "layer.merging")
+        assert state(written) == before
+
+    def test_what_was_written_after_a_merge_that_lacks_its_last_step_is_merged(
+        self, written, os_vhd, whole, hvmgr, monkeypatch
+    ):
+        def die(*_args, **_named):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(layers, "settle", die)
+            assert hvmgr("boot", "merge", "Blue", *written.boot_dir).code == 130
+        physical.write_layer(Path(f"{os_vhd}.boot/layer"), {700: b"s" * CHUNK})
+        assert hvmgr("boot", "merge", "Blue", *written.boot_dir).code == 0
+        assert self.content(os_vhd) == whole[: 700 * CHUNK] + b"s" * CHUNK + whole[701 * CHUNK :]
+
+    def test_entry_on_which_another_command_works(self, written, os_vhd, hvmgr):
+        before = state(written)
+        with layers.alone(SimpleNamespace(wait_s=0.0), os_vhd):
+            for command in (["merge", "Blue"], ["revert", "Blue"], ["remove", "Blue", "--yes"]):
+                refused(hvmgr("boot", *command, *written.boot_dir), 4, "another command works", str(os_vhd))
+            refused(hvmgr("boot", "add", os_vhd, "--replace", *written.options), 4, "another command works")
+        assert state(written) == before
 
     def test_kept_as_a_vhd_of_its_own(self, written, os_vhd, whole, hvmgr):
         before = self.content(os_vhd)
@@ -336,6 +430,46 @@ class TestLayer:
         assert hvmgr("boot", "add", os_vhd, "--replace", "--append", "nosplash", *written.options).code == 0
         shown = hvmgr("boot", "list", "--json", *written.boot_dir).json["entries"][0]
         assert (shown["written"], shown["name"], shown["arguments"]) == (2 * CHUNK, "Blue", "quiet nosplash")
+
+    def test_commands_that_change_images_leave_its_vhd_alone(self, written, os_vhd, hvmgr):
+        before = state(written)
+        for command, *options in (["compact"], ["resize", "14M"], ["generalize"], ["prepare", "--force"]):
+            answer = hvmgr("image", command, os_vhd, *options, "--yes")
+            refused(answer, 4, f"{os_vhd}.boot/layer", "boot merge", "boot revert")
+        assert state(written) == before
+
+    def test_parents_and_children_of_its_vhd_are_left_alone_too(self, place, os_vhd, hvmgr):
+        child = os_vhd.with_name("child.vhd")
+        vhd.create(child, parent=os_vhd)
+        assert hvmgr("boot", "add", child, "--name", "Child", *place.options).code == 0
+        assert hvmgr("image", "compact", os_vhd).code == 0
+        assert hvmgr("boot", "add", child, "--replace", *place.options).code == 0
+        physical.write_layer(Path(f"{child}.boot/layer"), self.NEW)
+        for command in (["compact", os_vhd], ["merge", child]):
+            refused(hvmgr("image", *command, "--yes"), 4, "child.vhd.boot/layer")
+        users = hvmgr("image", "info", os_vhd, "--json").json
+        assert "native" in json.dumps(users)
+        assert hvmgr("boot", "merge", "Child", *place.boot_dir).code == 0
+        assert hvmgr("image", "compact", os_vhd).code == 0
+
+    @pytest.mark.parametrize(
+        ("at", "data"), [(4, b"\0"), (0, b"what"), (CHUNK + 8, b"\xff" * 7)], ids=["full", "no-store", "leads-nowhere"]
+    )
+    def test_damaged_one_is_thrown_away(self, written, os_vhd, hvmgr, at, data):
+        before = self.content(os_vhd)
+        held = Path(f"{os_vhd}.boot/layer")
+        with held.open("r+b") as file:
+            file.seek(at)
+            file.write(data)
+        told = hvmgr("boot", "add", os_vhd, "--replace", *written.options)
+        assert told.code == 0
+        assert "cannot be used" in told.err
+        assert layer.is_used(held)
+        answer = hvmgr("boot", "revert", "Blue", "--json", *written.boot_dir)
+        assert (answer.code, answer.json["bytes"] >= 2 * CHUNK) == (0, True)
+        shown = hvmgr("boot", "list", "--json", *written.boot_dir).json["entries"][0]
+        assert (shown["written"], shown["problem"]) == (0, None)
+        assert self.content(os_vhd) == before
 
     def test_full_one_is_refused(self, written, os_vhd, hvmgr):
         with Path(f"{os_vhd}.boot/layer").open("r+b") as file:

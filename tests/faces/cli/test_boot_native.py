@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from hvmgr import vhd
-from hvmgr.host import bare_machine
+from hvmgr.host import bare_machine, volumes
 from hvmgr.operations.boot import guest_system
 from hvmgr.storage import durable, layer
 from tests.operations.boot import mini, physical
@@ -53,11 +53,12 @@ def done(hvmgr):
     return call
 
 
-def test_machine_boots_from_vhds(machine, done):
+def test_machine_boots_from_vhds(machine, done, monkeypatch):
     volume = machine.tree / FOLDER
     for name in ("fixed", "dynamic", "child"):
         done("boot", "add", volume / f"{name}.vhd", "--name", name, *machine.options)
     done("boot", "default", "dynamic", *machine.boot_dir)
+    monkeypatch.setattr(volumes, "is_stacked", lambda _device: False)  # wherever the tests' folder lies
     done("boot", "default", "fixed", "--once", *machine.boot_dir)
     shown = {one["name"]: one for one in done("boot", "list", "--json", *machine.boot_dir).json["entries"]}
     assert {name: (one["problem"], one["written"], one["copied"]) for name, one in shown.items()} == {
