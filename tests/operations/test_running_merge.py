@@ -614,6 +614,31 @@ def test_guest_that_cannot_go_on_yet_is_not_forgotten(machine, monkeypatch, afte
         assert machine.tick().memory > late.memory
 
 
+def test_end_of_the_vm_just_after_it_went_on_in_the_parent(machine, monkeypatch):
+    """What QEMU had open cannot be asked any more; libvirt's configuration says where the guest was."""
+    machine.vm.create_snapshot("one", type=DISKS)
+    late = machine.tick()
+    real, ask = live_steps._has_gone_on, Domain.writable_files
+    with monkeypatch.context() as patched:
+
+        def end(domain):
+            patched.setattr(Domain, "writable_files", ask)
+            domain.destroy()
+            return domain.writable_files()
+
+        def has_gone_on(*arguments):
+            patched.setattr(Domain, "writable_files", end)
+            return real(*arguments)
+
+        patched.setattr(live_steps, "_has_gone_on", has_gone_on)
+        machine.vm.snapshot("one").delete()
+    assert machine.state() == "off"
+    assert not any("ended before" in one for one in machine.said)
+    machine.vm.merge()
+    require_whole(machine, 1)
+    assert machine.held() >= late.disk
+
+
 def test_guest_that_its_user_has_paused_stays_so(machine):
     machine.vm.create_snapshot("one", type=DISKS)
     machine.tick()
