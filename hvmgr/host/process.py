@@ -364,16 +364,17 @@ def start_time(pid: int) -> int | None:
     return int(stat.rpartition(b")")[2].split()[19])
 
 
-def find(word: str) -> tuple[int, int] | None:
-    """Pid and ``start_time`` of a process that was started with this word on its command line; None when none is seen."""
+def find(*wanted: str) -> tuple[int, int] | None:
+    """Pid and ``start_time`` of a process that has these words, one after the other, on its command line; None when none is seen."""
+    looked_for = b"\0" + b"\0".join(word.encode() for word in wanted) + b"\0"
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
+            line = b"\0" + (entry / "cmdline").read_bytes() + b"\0"
         except OSError:
             continue
-        started = start_time(int(entry.name)) if word.encode() in words else None
+        started = start_time(int(entry.name)) if looked_for in line else None
         if started is not None:
             return int(entry.name), started
     return None

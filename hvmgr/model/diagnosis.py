@@ -35,6 +35,7 @@ class Code(StrEnum):
     INDEX_MISSING = "index-missing"
     ATTACHMENT_LEFT = "attachment-left"
     MOUNT_LEFT = "mount-left"
+    KEPT_UNSEEN = "kept-unseen"
 
     # Image files outside all homes
     IMAGE_CHANGE_OPEN = "image-change-open"
@@ -134,6 +135,7 @@ KINDS: Mapping[Code, Kind] = {
     Code.IMAGE_CHANGE_OPEN: _CONFLICT,
     Code.ATTACHMENT_LEFT: _WARNING,
     Code.MOUNT_LEFT: _WARNING,
+    Code.KEPT_UNSEEN: _INFO,
     Code.OPERATION_RUNNING: _INFO,
     Code.OPERATION_OPEN: _CONFLICT,
     Code.JOURNAL_DAMAGED: _CORRUPT,

@@ -33,9 +33,10 @@ from hvmgr.host.image_export import Link
 from hvmgr.model.plan import Plan
 from hvmgr.operations import attaching, user_mounting
 from hvmgr.operations.inside import views, volumes
-from hvmgr.storage import attachments, durable, images, index
+from hvmgr.storage import attachments, durable, images, index, kept_images
 from hvmgr.storage.attachments import Attachment, Mount, Phase
 from hvmgr.storage.filesystems.signatures import Kind
+from hvmgr.storage.kept_images import Kept
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
@@ -332,9 +333,8 @@ def _keep(one: Attachment, target: Path, *, was_alive: bool) -> Attachment:
     durable.sync_file(overlay)
     if not _is_overlay(target, one.mount.overlay):
         durable.link_or_copy(overlay, target)
-    kept = dataclasses.replace(
-        one, phase=Phase.DETACHING, device=None, processes=(), mount=dataclasses.replace(one.mount, kept=str(target))
-    )
+    place = dataclasses.replace(one.mount, kept=str(target), kept_in=kept_images.folder(target))
+    kept = dataclasses.replace(one, phase=Phase.DETACHING, device=None, processes=(), mount=place)
     attachments.write(kept)
     durable.remove_folder(settings.index_folder() / _FOLDER / one.id)
     return kept
@@ -387,10 +387,17 @@ def clean_up(one: Attachment) -> None:
 
 
 def forget_kept() -> None:
-    """Images that were kept and are gone by now need nothing any more."""
+    """Images that were kept and are provably gone, or stand on others by now, need nothing any more."""
     for one in attachments.all_records():
-        if one.mount is not None and one.mount.kept is not None and not Path(one.mount.kept).exists():
+        if one.mount is None or one.mount.kept is None:
+            continue
+        found, folder = one.kept, kept_images.folder(Path(one.mount.kept))
+        if found is Kept.NEEDS_NOTHING:
             attachments.remove(one)
+        elif (
+            found is Kept.NEEDS_THEM and folder != one.mount.kept_in
+        ):  # its device has another number since the host's start
+            attachments.write(dataclasses.replace(one, mount=dataclasses.replace(one.mount, kept_in=folder)))
 
 
 def _is_mounted(one: Attachment) -> bool:

@@ -30,7 +30,7 @@ from hvmgr.model.plan import Plan, Step
 from hvmgr.operations import chains, resting_guest, takeover
 from hvmgr.operations.chains import Deed
 from hvmgr.operations.session import Session
-from hvmgr.operations.steps import domain_steps, execution
+from hvmgr.operations.steps import domain_steps, execution, live_pivot
 from hvmgr.storage import attachments, durable, journal, vm_home
 
 
@@ -42,6 +42,7 @@ def bring_together(session: Session, *, needs_present: bool = True) -> None:
     if session.dry_run and journal.is_open(session.layout.journal):
         raise _needs_a_real_run("an interrupted operation is open")
     execution.recover(session)
+    live_pivot.forget_stale(session)
     resting_guest.try_again(session)
     if not session.dry_run:
         durable.remove_folder(session.layout.export)  # of an export that died

@@ -14,7 +14,7 @@ from hvmgr.storage import durable
 
 def note(session: Session, file: Path, word: str = "") -> None:
     """What the file stands for is true of the VM's present QEMU, which need not be there any more."""
-    found = process.find(session.home.vm_id)
+    found = process.find("-uuid", session.home.vm_id)  # and not a command that names the VM
     if found is not None:
         durable.write_file(file, f"{found[0]} {found[1]} {word}".rstrip().encode() + b"\n")
 

@@ -17,7 +17,8 @@ from enum import StrEnum
 from pathlib import Path
 
 from hvmgr import errors, settings
-from hvmgr.storage import durable, images, index, locks
+from hvmgr.storage import durable, images, index, kept_images, locks
+from hvmgr.storage.kept_images import Kept
 
 # What looks at processes is imported when there is an attachment to look at: libvirt's hook waits for this module.
 
@@ -38,7 +39,8 @@ class Mount:
     """What an attachment was made for: the file system on it is mounted at ``directory``.
 
     ``overlay`` is a throw-away image on top, which takes all writes; ``keeps_overlay`` says that a user wrote to it.
-    ``kept`` is where that image went when it was kept: nothing else is left of the mount then.
+    ``kept`` is where that image went when it was kept: nothing else is left of the mount then. ``kept_in`` is its folder,
+    by ``kept_images.folder``.
     """
 
     directory: str
@@ -52,6 +54,7 @@ class Mount:
     by_user: bool = False  # by FUSE alone, without a device
     overlay: str | None = None
     kept: str | None = None
+    kept_in: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +105,21 @@ class Attachment:
         )
 
     @property
+    def kept(self) -> Kept:
+        """Whether the image that was kept of a mount needs the images below it."""
+        if self.mount is None or self.mount.kept is None:
+            return Kept.NEEDS_NOTHING
+        return kept_images.look(Path(self.mount.kept), self.mount.kept_in, self.images)
+
+    @property
     def holds_images(self) -> bool:
         """Whether a process may still read or write its images, or what was written on top of them needs them unchanged."""
         from hvmgr.host import image_export
 
+        if self.mount is not None and self.mount.kept is not None:
+            return self.kept is not Kept.NEEDS_NOTHING
         if self.mount is not None and self.mount.writable:
-            child = self.mount.kept or self.mount.overlay
-            return child is not None and Path(child).exists()
+            return self.mount.overlay is not None and Path(self.mount.overlay).exists()
         return self.boot == boot_id() and bool(image_export.processes(Path(self.folder)))
 
 
@@ -124,14 +135,20 @@ def all_records() -> list[Attachment]:
     return sorted((one for one in found if one is not None), key=lambda one: (one.since, one.id))
 
 
+def record_of(one: Attachment) -> Path:
+    """The file of a record."""
+    return settings.index_folder() / _NAME / f"{one.id}.json"
+
+
 def write(one: Attachment) -> None:
     """The record says this."""
-    durable.write_file(index.make_folder(_NAME) / f"{one.id}.json", json.dumps(asdict(one)).encode())
+    index.make_folder(_NAME)
+    durable.write_file(record_of(one), json.dumps(asdict(one)).encode())
 
 
 def remove(one: Attachment) -> None:
     """There is no such attachment any more."""
-    durable.remove(settings.index_folder() / _NAME / f"{one.id}.json")
+    durable.remove(record_of(one))
 
 
 def users(paths: Iterable[str]) -> dict[str, tuple[Attachment, ...]]:
@@ -202,6 +219,8 @@ def _read(file: Path) -> Attachment | None:
         facts["processes"] = tuple((int(pid), int(started)) for pid, started in facts["processes"])
         facts["file"] = (int(facts["file"][0]), int(facts["file"][1]))
         mount = facts.get("mount")
+        if mount is not None and mount.get("kept_in") is not None:
+            mount["kept_in"] = tuple(map(int, mount["kept_in"]))
         facts["mount"] = None if mount is None else Mount(**mount)
         return Attachment(**{**facts, "phase": Phase(facts["phase"])})
     except (OSError, ValueError, KeyError, TypeError):

@@ -20,6 +20,7 @@ import pytest
 import hvmgr
 from hvmgr import errors
 from hvmgr.faces import guest
+from hvmgr.host import process
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
@@ -576,6 +577,79 @@ def test_guest_that_stands_still_for_a_pivot_is_not_forgotten(machine, monkeypat
     assert not machine.vm.merge()  # the interrupted one is all that there was
     assert machine.state() == "running"
     assert machine.tick().memory > late.memory
+    require_whole(machine, 1)
+
+
+@pytest.mark.parametrize("after", ["the next command", "virsh resume", "another start", "a refused pivot"])
+def test_guest_that_cannot_go_on_yet_is_not_forgotten(machine, monkeypatch, after):
+    machine.vm.create_snapshot("one", type=DISKS)
+    late = machine.tick()
+
+    def refuse(*_):
+        raise errors.HostFailed("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Domain, "resume", refuse)
+        if after == "a refused pivot":
+            real = Domain.end_block_job
+            patched.setattr(Domain, "end_block_job", lambda *args, pivot=False: (refuse if pivot else real)(*args))
+        for act in (machine.vm.snapshot("one").delete, machine.vm.merge):
+            with pytest.raises(errors.OutcomeUnknown, match="stands still for a merge") as failure:
+                act()
+            assert "virsh resume" in failure.value.hint
+            assert machine.layout.journal.exists()
+    assert machine.state() == "paused"
+    if after == "virsh resume":
+        machine.domain.resume()
+        assert machine.tick().memory > late.memory
+    elif after == "another start":
+        machine.domain.destroy()
+        machine.domain.start(paused=True)
+    machine.vm.merge()
+    require_whole(machine, 1)
+    if after == "another start":
+        assert machine.state() == "paused", "whoever started it wants it so"
+    else:
+        assert machine.state() == "running"
+        assert machine.tick().memory > late.memory
+
+
+def test_end_of_the_vm_just_after_it_went_on_in_the_parent(machine, monkeypatch):
+    """What QEMU had open cannot be asked any more; libvirt's configuration says where the guest was."""
+    machine.vm.create_snapshot("one", type=DISKS)
+    late = machine.tick()
+    real, ask = live_steps._has_gone_on, Domain.writable_files
+    with monkeypatch.context() as patched:
+
+        def end(domain):
+            patched.setattr(Domain, "writable_files", ask)
+            domain.destroy()
+            return domain.writable_files()
+
+        def has_gone_on(*arguments):
+            patched.setattr(Domain, "writable_files", end)
+            return real(*arguments)
+
+        patched.setattr(live_steps, "_has_gone_on", has_gone_on)
+        machine.vm.snapshot("one").delete()
+    assert machine.state() == "off"
+    assert not any("ended before" in one for one in machine.said)
+    machine.vm.merge()
+    require_whole(machine, 1)
+    assert machine.held() >= late.disk
+
+
+def test_guest_that_its_user_has_paused_stays_so(machine):
+    machine.vm.create_snapshot("one", type=DISKS)
+    machine.tick()
+    machine.domain.suspend()
+    for note in (b"", f"{os.getpid()} {process.start_time(os.getpid())}\n".encode()):  # there is no journal
+        (machine.layout.private / "stopped").write_bytes(note)
+        machine.vm.merge()
+        assert not (machine.layout.private / "stopped").exists()
+        assert machine.state() == "paused"
+    machine.vm.snapshot("one").delete()
+    assert machine.state() == "paused"
     require_whole(machine, 1)
 
 

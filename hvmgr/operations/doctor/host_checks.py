@@ -14,7 +14,8 @@ from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
 from hvmgr.operations import attaching, mounting, roles, start_hook
 from hvmgr.operations.doctor.surroundings import Surroundings, is_home_like
-from hvmgr.storage import index, journal
+from hvmgr.storage import attachments, index, journal
+from hvmgr.storage.kept_images import Kept
 
 # Older ones lack what hvmgr is built on; nobody has tried them.
 OLDEST_LIBVIRT = (9, 0)
@@ -162,6 +163,18 @@ def _attachments() -> Iterator[Finding]:
         if mounting.is_worth_keeping(one):
             repair = f"hvmgr unmount '{where}' throws away what was written, with --keep FILE it is kept"
         yield finding(Code.MOUNT_LEFT, sentence, where, repair=repair)
+    yield from _kept()
+
+
+def _kept() -> Iterator[Finding]:
+    """Nothing but a person knows whether a disk that is not there comes back: so there is no repair."""
+    for one in attachments.all_records():
+        if one.kept is Kept.UNKNOWN:
+            assert one.mount is not None and one.mount.kept is not None  # noqa: PT018
+            sentence = f"{one.mount.kept}, kept of a mount, cannot be seen or read: what it stands on stays as it is"
+            record = shlex.quote(str(attachments.record_of(one)))
+            repair = f"put back the disk or share that it is on; when it is gone for good: rm {record}"
+            yield finding(Code.KEPT_UNSEEN, sentence, one.mount.kept, repair=repair)
 
 
 def _put_back(home: Path) -> str:

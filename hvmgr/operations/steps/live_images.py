@@ -68,8 +68,16 @@ def goes_on_in(session: Session, child: Path, parent: Path) -> bool:
     if domain is None or find(session, child, parent) is not None:
         return False
     if domain.is_active():
-        return str(parent) in {vm_home.canonical(str(path)) for path in domain.writable_files()}
+        with contextlib.suppress(errors.HostFailed, errors.Conflict):
+            if _writes(domain, parent):
+                return True
+        if lives(domain):  # otherwise it ended meanwhile, and had nothing open any more
+            return _writes(domain, parent)
     return str(parent) in vm_home.disks_of(inactive(session)).values()
+
+
+def _writes(domain: Domain, path: Path) -> bool:
+    return str(path) in {vm_home.canonical(str(one)) for one in domain.writable_files()}
 
 
 def live(domain: Domain) -> Configuration:

@@ -14,10 +14,13 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.host.domain import Domain, State
 from hvmgr.model import configuration
+from hvmgr.operations import running_qemu
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import live_images, live_jobs
 from hvmgr.operations.steps.live_images import POLL_S, SETTLES_S
 from hvmgr.storage import durable, vm_home
+
+_UNSEEN = b""  # what the note says of a QEMU that hides from us
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ def _pivot(session: Session, domain: Domain, pivots: Sequence[Pivot], done: list
     left = [one.slot for one in pivots]
     with live_jobs.ending(domain, left):  # refused: the guest goes on where it was
         if domain.state() is State.RUNNING:
-            durable.write_file(stopped(session), b"")
+            _note(session)
             domain.suspend()
         for one in pivots:
             try:
@@ -56,6 +59,12 @@ def _pivot(session: Session, domain: Domain, pivots: Sequence[Pivot], done: list
                     raise  # otherwise it was done all the same
             left.remove(one.slot)
             done.append(one)
+
+
+def _note(session: Session) -> None:
+    running_qemu.note(session, stopped(session))
+    if not running_qemu.is_noted(stopped(session)):
+        durable.write_file(stopped(session), _UNSEEN)
 
 
 def _settle(session: Session, domain: Domain, done: Sequence[Pivot]) -> None:
@@ -81,19 +90,47 @@ def require_path(domain: Domain, slot: str, parent: Path) -> None:
 
 
 def let_go_on(session: Session) -> None:
-    """A guest that was stopped for this goes on, unless it is not known where."""
-    note = stopped(session)
-    if not note.exists():
+    """A guest that was stopped for this goes on; OutcomeUnknown, which keeps the journal open, when it could not be asked to.
+
+    Without the note it stays as it is, for its user has paused it; so does one that was started paused since.
+    """
+    if not stopped(session).exists():
+        return
+    if is_held(session):
+        try:
+            _resume(session)
+        except errors.HvmgrError as error:
+            name = session.home.name
+            raise errors.OutcomeUnknown(
+                f"{name} stands still for a merge and could not go on yet: {error}",
+                hint=f"the next command on this VM has it go on; or do so yourself: virsh resume {name}",
+            ) from error
+    durable.remove(stopped(session))
+
+
+def _resume(session: Session) -> None:
+    domain = session.find_domain()
+    if domain is None or not domain.is_active() or domain.state() is not State.PAUSED:
         return
     try:
-        domain = session.find_domain()
-        if domain is not None and domain.is_active() and domain.state() is State.PAUSED:
-            domain.resume()
+        domain.resume()
     except errors.HvmgrError:
-        return  # libvirt is out of reach: the next command does it
-    durable.remove(note)
+        if live_images.lives(domain) and domain.state() is State.PAUSED:  # otherwise it ended, or went on all the same
+            raise
+
+
+def is_held(session: Session) -> bool:
+    """Whether we have stopped the guest that runs now. Where its QEMU could not be seen, the open journal vouches for it."""
+    note = stopped(session)
+    return note.exists() and (running_qemu.is_noted(note) or note.read_bytes() == _UNSEEN)
+
+
+def forget_stale(session: Session) -> None:
+    """Without an open journal nobody stands still for us: who is paused then, was paused by its user."""
+    if not session.dry_run and stopped(session).exists():
+        durable.remove(stopped(session))
 
 
 def stopped(session: Session) -> Path:
-    """The note that we stopped the guest."""
+    """The note that we stopped the guest, and of which QEMU; there only while the journal is open."""
     return session.layout.private / "stopped"

@@ -310,7 +310,7 @@ def take_up(session: Session, domain: Domain, one: Plan) -> None:
 
     Nobody leaves a guest standing that was stopped for a pivot.
     """
-    if not session.patient and not live_pivot.stopped(session).exists():
+    if not session.patient and not live_pivot.is_held(session):
         raise errors.Busy(
             f"{session.home.name} still merges images: {one.subject}",
             hint="run it again when that is done",

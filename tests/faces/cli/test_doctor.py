@@ -35,7 +35,8 @@ def test_page_has_every_code_with_severity_and_exit_code():
 
 
 def test_every_code_is_brought_about_by_a_test():
-    told = "".join(path.read_text("utf-8") for path in (ROOT / "tests" / "operations").rglob("*.py"))
+    files = [*(ROOT / "tests" / "operations").rglob("*.py"), ROOT / "tests" / "faces" / "cli" / "test_mount.py"]
+    told = "".join(path.read_text("utf-8") for path in files)
     assert [str(code) for code in Code if f'"{code}"' not in told] == []
 
 
