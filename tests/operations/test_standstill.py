@@ -58,7 +58,9 @@ def test_command_runs_at_rest_and_the_guest_runs_on_whatever_becomes_of_it(
     assert not was_at_rest(image_of(machine)), "the guest has its file system mounted, and writes"
     (one,) = outcome.vms
     assert (outcome.exit_code, one.file_systems, one.state) == (0, 1, "running")
-    assert capfd.readouterr() == (f"{machine.vm.id}\n", "heard\n")
+    said = capfd.readouterr()
+    assert said.out == f"{machine.vm.id}\n"
+    assert said.err.endswith("heard\n")  # an embedded libvirt may have said something before
     assert is_awake(machine)
 
     for script, words, code in (("exit 5", "ended with code 5", 5), ("kill -9 $$", "was ended by signal 9", -9)):
