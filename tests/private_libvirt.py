@@ -13,6 +13,7 @@ import platform
 import random
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -157,8 +158,8 @@ def start_libvirtd(root, *, own_network=False, host_name=None):
     daemon = f"exec libvirtd --config /etc/libvirt/libvirtd.conf --pid-file {root}/libvirtd.pid"
     if host_name is not None:
         binds += f"hostname {host_name}; "
-    socket = root / "run" / "libvirt-sock"
-    socket.unlink(missing_ok=True)
+    door = root / "run" / "libvirt-sock"
+    door.unlink(missing_ok=True)
     process = subprocess.Popen(
         [
             "unshare",
@@ -176,11 +177,17 @@ def start_libvirtd(root, *, own_network=False, host_name=None):
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
-    while not socket.exists():
+    while not _listens(door):
         assert process.poll() is None, "libvirtd ended at once"
         assert time.monotonic() < deadline, "libvirtd opens no socket"
         time.sleep(0.02)
     return process
+
+
+def _listens(door):
+    """Whether somebody answers at the socket: it is there a moment before."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as one:
+        return one.connect_ex(os.fspath(door)) == 0
 
 
 def end_guests(root):
