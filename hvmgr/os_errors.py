@@ -12,11 +12,15 @@ from hvmgr import errors
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
-    """Turns an OSError into the hvmgr error that says what to do; it names the file that the kernel named, else ``path``."""
+    """Turns an OSError into the hvmgr error that says what to do; it names the file that the kernel named, else ``path``.
+
+    A name in bytes is one below an open folder, and ``path`` tells more.
+    """
     try:
         yield
     except OSError as error:
-        raise _as_ours(error, error.filename or path) from error
+        named = None if isinstance(error.filename, bytes) else error.filename
+        raise _as_ours(error, named or path) from error
 
 
 def _as_ours(error: OSError, path: object) -> errors.HvmgrError:

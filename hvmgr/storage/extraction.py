@@ -162,7 +162,8 @@ class Target:
     @contextlib.contextmanager
     def _parent(self, parts: tuple[bytes, ...]) -> Iterator[int]:
         """The open folder that the last part is a name in: reached step by step, no step through a link."""
-        with durable.explained(self.path / os.fsdecode(b"/".join(parts))):
+        path = self.path / os.fsdecode(b"/".join(parts))
+        with durable.explained(path), _nothing_replaced(path):
             here = os.dup(self.descriptor)
             try:
                 for part in parts[:-1]:
@@ -220,6 +221,16 @@ def opened(path: Path, *, overwrite: bool = False) -> Iterator[Target]:
             yield Target(path, descriptor, overwrite, as_owner=os.geteuid() == 0)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _nothing_replaced(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError as error:
+        raise errors.Conflict(
+            f"{path} exists already", hint="name another folder with --to, or replace it with --overwrite"
+        ) from error
 
 
 def stays(name: bytes) -> bool:

@@ -121,7 +121,7 @@ def get(request: Request, where: options.Where, *, to: str, archive: bool, strea
         options.tell_left_out(outcome.left_out)
         if to != _STANDARD:
             facts = {"to": to, "files": outcome.files, "size": outcome.size, "left_out": outcome.left_out}
-            sentence = f"{outcome.files} files, {units.format_size(outcome.size)}, are in {to}"
+            sentence = f"{_counted(outcome.files, outcome.size)} written to {to}"
             request.done(sentence, {**facts, "sources": sources})
 
 
@@ -131,7 +131,7 @@ def _show_gathered(request: Request, gathered: Any, sources: list[dict[str, Any]
         document = {"plan": None, "files": gathered.files, "size": gathered.size, "left_out": gathered.left_out}
         json_out.show({**document, "to": to, "sources": sources})
     else:
-        render.say(f"{gathered.files} files, {units.format_size(gathered.size)}, would be written to {to}")
+        render.say(f"{_counted(gathered.files, gathered.size)} would be written to {to}")
 
 
 def _get_one(found: list[tuple[Browser, Found]]) -> None:
@@ -215,3 +215,7 @@ def _hash_of(content: Any, algorithm: str) -> str:
 def _with_end(content: Any) -> Iterator[tuple[int, bytes | memoryview]]:
     yield from content.pieces()
     yield content.size, b""
+
+
+def _counted(files: int, size: int) -> str:
+    return f"{files} file{'' if files == 1 else 's'} ({units.format_size(size)})"

@@ -160,7 +160,8 @@ class Browser:
         for index, part in enumerate(parts):
             step = self._walk_to(parts[: index + 1], follow=True)
             if step is None:
-                where = f"in {shown(here.path)} of {self.volume.title} ({self.volume.disk.name})"
+                title, disk = self.volume.title, self.volume.disk.name
+                where = f"in {shown(here.path)} of {title}" + ("" if title == disk else f" ({disk})")
                 if not here.node.is_folder:
                     return errors.NotFound(f"there is no '{shown(part)}' {where}: that is no folder")
                 known = [shown(name) for name, _ in self._entries(here.node).items()]

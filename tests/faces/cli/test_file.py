@@ -203,7 +203,8 @@ class TestGet:
         hvmgr.ok(*words)
         (tmp_path / "passwd").write_text("mine")
         answer = hvmgr(*words)
-        assert (answer.code, "exists already" in answer.err) == (4, True)
+        assert (answer.code, "exists already" in answer.err, "--overwrite" in answer.err) == (4, True, True)
+        assert "b'" not in answer.err
         assert (tmp_path / "passwd").read_text() == "mine"
         hvmgr.ok(*words, "--overwrite")
         assert (tmp_path / "passwd").read_text() == "root of moment 0\n"
