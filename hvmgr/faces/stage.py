@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors, settings
-from hvmgr.host import hypervisor, process
+from hvmgr.host import hypervisor, pids
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration
 from hvmgr.storage import durable
@@ -222,6 +222,6 @@ def _end_guests(stage: Stage) -> None:
             continue
         with contextlib.suppress(errors.HvmgrError, OSError, ValueError):
             pid = int(file.read_text())
-            started = process.start_time(pid)
+            started = pids.start_time(pid)
             if started is not None and str(stage.libvirt) in Path(f"/proc/{pid}/cmdline").read_text():
-                process.end_left_over(pid, started)
+                pids.end_left_over(pid, started)

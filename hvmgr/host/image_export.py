@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import process, qemu_errors
+from hvmgr.host import pids, process, qemu_errors
 
 PROGRAM = "qemu-storage-daemon"
 CODEC = "hvmgr"  # the format of a link that our own program serves, see ``serve``
@@ -135,7 +135,7 @@ def file_of(folder: Path) -> Path:
 
 def processes(folder: Path) -> list[tuple[int, int]]:
     """The processes that serve the folder's export, each with its start time."""
-    return [one for program in (PROGRAM, _SERVER) for one in process.naming(f"{folder}/", program)]
+    return [one for program in (PROGRAM, _SERVER) for one in pids.naming(f"{folder}/", program)]
 
 
 def is_served(folder: Path) -> bool:
@@ -148,7 +148,7 @@ def end(folder: Path) -> None:
     found = processes(folder)
     daemons = [one for one in found if _is_daemon(one[0])]
     for pid, started in (*daemons, *(one for one in found if one not in daemons)):
-        process.end(pid, started, timeout_s=_END_S)
+        pids.end(pid, started, timeout_s=_END_S)
 
 
 def _is_daemon(pid: int) -> bool:

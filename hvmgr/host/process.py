@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from hvmgr import errors
+from hvmgr.host import pids
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -91,7 +92,7 @@ class Spawned:
         self._stderr = stderr
         self.command = command
         self.pid = process.pid
-        self.start_time = start_time(process.pid)
+        self.start_time = pids.start_time(process.pid)
 
     def poll(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
@@ -100,9 +101,8 @@ class Spawned:
     def wait(self, timeout_s: float) -> int | None:
         """The exit code as soon as it is known; None when it still runs after ``timeout_s``."""
         if self._process.poll() is None:
-            descriptor = os.pidfd_open(
-                self.pid
-            )  # still ours: nobody else collects it. Popen's own wait only looks at times
+            # Still ours: nobody else collects it. Popen's own wait only looks at times.
+            descriptor = os.pidfd_open(self.pid)
             try:
                 poller = select.poll()
                 poller.register(descriptor, select.POLLIN)
@@ -349,101 +349,6 @@ def followed(argv: Sequence[str | Path], hear: Callable[[bytes], None]) -> str:
     if completed.code != 0:
         raise _failed(command, completed)
     return completed.stderr
-
-
-def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot: with the pid it names one process for ever.
-
-    None when there is no such process. Source: proc_pid_stat(5), field 22.
-    """
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    # The second field, the name in parentheses, may hold blanks and parentheses itself.
-    return int(stat.rpartition(b")")[2].split()[19])
-
-
-def find(*wanted: str) -> tuple[int, int] | None:
-    """Pid and ``start_time`` of a process that has these words, one after the other, on its command line; None when none is seen."""
-    looked_for = b"\0" + b"\0".join(word.encode() for word in wanted) + b"\0"
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            line = b"\0" + (entry / "cmdline").read_bytes() + b"\0"
-        except OSError:
-            continue
-        started = start_time(int(entry.name)) if looked_for in line else None
-        if started is not None:
-            return int(entry.name), started
-    return None
-
-
-def end_left_over(pid: int, started: int, *, timeout_s: float = TERMINATE_S) -> bool:
-    """Kill the process with this pid and ``start_time``, if it still is that one; whether there was one.
-
-    Raises HostFailed when it does not end, or is not ours to end.
-    """
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return False
-    try:
-        # From here on the descriptor cannot come to mean another process.
-        if start_time(pid) != started:
-            return False
-        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        if not poller.poll(timeout_s * 1000):
-            raise errors.HostFailed(f"process {pid} does not end", pid=pid)
-    except ProcessLookupError:
-        return False
-    except PermissionError as error:
-        raise errors.HostFailed(f"process {pid} belongs to another user", pid=pid) from error
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def is_running(pid: int, started: int) -> bool:
-    """Whether the process with this pid and ``start_time`` is there and has not ended (a zombie has)."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    fields = stat.rpartition(b")")[2].split()
-    return fields[0] not in {b"Z", b"X"} and int(fields[19]) == started
-
-
-def naming(*words: str) -> list[tuple[int, int]]:
-    """The running processes, each with its ``start_time``, whose command lines have all ``words`` in them; not our own."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with contextlib.suppress(OSError):
-                pid = int(entry.name)
-                started = start_time(pid)
-                line = (entry / "cmdline").read_bytes()
-                if all(word.encode() in line for word in words) and started and is_running(pid, started):
-                    found.append((pid, started))
-    return found
-
-
-def end(pid: int, started: int, *, timeout_s: float) -> None:
-    """The process has ended, asked by SIGTERM first; nothing happens when it is another one by now."""
-    with contextlib.suppress(ProcessLookupError):
-        descriptor = os.pidfd_open(pid)
-        try:
-            if start_time(pid) == started:
-                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-                poller = select.poll()
-                poller.register(descriptor, select.POLLIN)
-                poller.poll(timeout_s * 1000)
-        finally:
-            os.close(descriptor)
-    end_left_over(pid, started)
 
 
 @contextlib.contextmanager

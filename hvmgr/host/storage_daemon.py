@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvmgr import errors
-from hvmgr.host import process, qemu_errors
+from hvmgr.host import pids, process, qemu_errors
 from hvmgr.model.progress import Progress
 
 if TYPE_CHECKING:
@@ -401,7 +401,7 @@ def end_left_over(note: str) -> None:
     """The daemon of a process that was killed is gone, and so is its folder. A note that is no note is ignored."""
     try:
         pid, started, folder = note.split(maxsplit=2)
-        process.end_left_over(int(pid), int(started))
+        pids.end_left_over(int(pid), int(started))
     except ValueError:
         return
     place = Path(folder.strip())

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hvmgr.host import process
+from hvmgr.host import pids
 from hvmgr.operations.session import Session
 from hvmgr.storage import durable
 
 
 def note(session: Session, file: Path, word: str = "") -> None:
     """What the file stands for is true of the VM's present QEMU, which need not be there any more."""
-    found = process.find("-uuid", session.home.vm_id)  # and not a command that names the VM
+    found = pids.find("-uuid", session.home.vm_id)  # and not a command that names the VM
     if found is not None:
         durable.write_file(file, f"{found[0]} {found[1]} {word}".rstrip().encode() + b"\n")
 
@@ -25,7 +25,7 @@ def is_noted(file: Path) -> bool:
         pid, started = map(int, file.read_text().split()[:2])
     except (OSError, ValueError):
         return False
-    return process.start_time(pid) == started
+    return pids.start_time(pid) == started
 
 
 def word_of(file: Path) -> str:

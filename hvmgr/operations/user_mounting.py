@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
-from hvmgr.host import file_systems, image_export, process
+from hvmgr.host import file_systems, image_export, pids, process
 from hvmgr.host.image_export import Link
 from hvmgr.storage import attachments
 from hvmgr.storage.attachments import Attachment, Phase
@@ -92,4 +92,4 @@ def end(one: Attachment) -> None:
 
 
 def _drivers(one: Attachment) -> list[tuple[int, int]]:
-    return process.naming(_DRIVER, os.fspath(image_export.file_of(Path(one.folder))))
+    return pids.naming(_DRIVER, os.fspath(image_export.file_of(Path(one.folder))))

@@ -89,12 +89,12 @@ class Attachment:
     @property
     def is_alive(self) -> bool:
         """Whether everything that makes it work is there."""
-        from hvmgr.host import image_export, loop, process
+        from hvmgr.host import image_export, loop, pids
 
         runs = (
             self.phase is Phase.ATTACHED
             and self.boot == boot_id()
-            and all(process.is_running(*one) for one in self.processes)
+            and all(pids.is_running(*one) for one in self.processes)
         )
         if self.mount is not None and self.mount.by_user:
             return runs

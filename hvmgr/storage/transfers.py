@@ -24,11 +24,11 @@ _NAME = "transfers"
 
 def begin(what: str, paths: Iterable[Path]) -> Path:
     """A transfer of these images begins; the record, for ``end``."""
-    from hvmgr.host import process
+    from hvmgr.host import pids
 
     record = index.make_folder(_NAME) / f"{uuid.uuid4()}.json"
     pid = os.getpid()
-    facts = {"what": what, "pid": pid, "started": process.start_time(pid), "images": [str(path) for path in paths]}
+    facts = {"what": what, "pid": pid, "started": pids.start_time(pid), "images": [str(path) for path in paths]}
     durable.write_file(record, json.dumps(facts).encode())
     return record
 
@@ -71,6 +71,6 @@ def _alive() -> Iterator[dict[str, Any]]:
 
 
 def _is_alive(pid: int, started: int) -> bool:
-    from hvmgr.host import process
+    from hvmgr.host import pids
 
-    return process.is_running(pid, started)
+    return pids.is_running(pid, started)

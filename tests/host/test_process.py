@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hvmgr import errors
-from hvmgr.host import process
+from hvmgr.host import pids, process
 
 
 def is_gone(pid):
@@ -118,11 +118,11 @@ class TestSpawned:
     def test_runs_for_the_block_only(self):
         with process.spawned(["sleep", "60"]) as program:
             assert program.poll() is None
-            assert program.start_time == process.start_time(program.pid)
+            assert program.start_time == pids.start_time(program.pid)
             # The guard has become the program itself: the pid is the right one to signal.
             wait_until(lambda: Path(f"/proc/{program.pid}/comm").read_text() == "sleep\n")
         assert program.poll() == -signal.SIGTERM
-        assert process.start_time(program.pid) is None
+        assert pids.start_time(program.pid) is None
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
     def test_error_ends_it(self, error):
@@ -165,23 +165,6 @@ class TestSpawned:
         guarded = [*process._GUARD, "1", "touch", tmp_path / "ran"]
         assert subprocess.run(guarded, check=False, timeout=60).returncode == 125
         assert not (tmp_path / "ran").exists()
-
-
-class TestEndLeftOver:
-    def test_ends_the_very_process(self):
-        with process.spawned(["sleep", "60"]) as program:
-            assert process.end_left_over(program.pid, program.start_time)
-            assert program.wait(60) == -signal.SIGKILL
-
-    def test_spares_another_with_the_same_pid(self):
-        with process.spawned(["sleep", "60"]) as program:
-            assert not process.end_left_over(program.pid, program.start_time - 1)
-            assert program.poll() is None
-
-    def test_nobody_there(self):
-        with process.spawned(["true"]) as program:
-            program.wait(60)
-        assert not process.end_left_over(program.pid, 1)
 
 
 # --- a second -----------------------------------------------------------------------------------------------------------

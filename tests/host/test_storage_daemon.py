@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from hvmgr import errors
-from hvmgr.host import process, qemu_img, storage_daemon
+from hvmgr.host import pids, process, qemu_img, storage_daemon
 
 MIB = 1 << 20
 
@@ -72,7 +72,7 @@ def is_locked(path, fmt):
 
 def wait_until_gone(pid):
     deadline = time.monotonic() + 60
-    while process.start_time(pid) is not None:
+    while pids.start_time(pid) is not None:
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
             return
         assert time.monotonic() < deadline, "the daemon lives on"
@@ -103,17 +103,17 @@ class TestLife:
     def test_is_ours_for_the_block_only(self):
         with storage_daemon.started() as daemon:
             assert Path(f"/proc/{daemon.pid}/comm").read_text().startswith("qemu-storage")
-            assert daemon.start_time == process.start_time(daemon.pid)
+            assert daemon.start_time == pids.start_time(daemon.pid)
             folder = daemon._socket.parent
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-        assert process.start_time(daemon.pid) is None
+        assert pids.start_time(daemon.pid) is None
         assert not folder.exists()
 
     @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
     def test_is_ended_by_an_error(self, error):
         with pytest.raises(error), storage_daemon.started() as daemon:
             raise error
-        assert process.start_time(daemon.pid) is None
+        assert pids.start_time(daemon.pid) is None
 
     def test_dies_with_a_killed_parent(self, tmp_path):
         script = textwrap.dedent("""

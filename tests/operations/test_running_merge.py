@@ -20,7 +20,7 @@ import pytest
 import hvmgr
 from hvmgr import errors
 from hvmgr.faces import guest
-from hvmgr.host import process
+from hvmgr.host import pids
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration, plan, tree
 from hvmgr.model.metadata import SnapshotType
@@ -643,7 +643,7 @@ def test_guest_that_its_user_has_paused_stays_so(machine):
     machine.vm.create_snapshot("one", type=DISKS)
     machine.tick()
     machine.domain.suspend()
-    for note in (b"", f"{os.getpid()} {process.start_time(os.getpid())}\n".encode()):  # there is no journal
+    for note in (b"", f"{os.getpid()} {pids.start_time(os.getpid())}\n".encode()):  # there is no journal
         (machine.layout.private / "stopped").write_bytes(note)
         machine.vm.merge()
         assert not (machine.layout.private / "stopped").exists()

@@ -14,7 +14,7 @@ import pytest
 import hvmgr
 from hvmgr import errors
 from hvmgr.faces.cli import json_out
-from hvmgr.host import guest_agent, process
+from hvmgr.host import guest_agent, pids
 from hvmgr.model import plan
 from hvmgr.model.metadata import SavedState, SnapshotType
 from hvmgr.storage import journal, source_home
@@ -48,7 +48,7 @@ def disk_of(snapshot):
 
 
 def kill_qemu(machine):
-    pid, _ = process.find(machine.vm.id)
+    pid, _ = pids.find(machine.vm.id)
     os.kill(pid, signal.SIGKILL)
     deadline = time.monotonic() + 60
     while machine.domain.is_active():

@@ -19,7 +19,7 @@ import shapes
 from crash import NAME, Place, forked, opened
 
 from hvmgr import errors
-from hvmgr.host import process, qmp, storage_daemon
+from hvmgr.host import pids, qmp, storage_daemon
 from hvmgr.model import plan
 from hvmgr.operations.steps import execution
 
@@ -284,7 +284,7 @@ def kill_daemon(place: Path) -> None:
         pid = int(note.read_text().split()[0])
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 60
-        while process.start_time(pid) is not None and time.monotonic() < deadline:
+        while pids.start_time(pid) is not None and time.monotonic() < deadline:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
                 break
             time.sleep(0.005)

@@ -10,7 +10,7 @@ import pytest
 
 import hvmgr
 from hvmgr import errors
-from hvmgr.host import confinement, process
+from hvmgr.host import confinement, pids
 from hvmgr.model import configuration
 from hvmgr.operations.doctor import host_checks, surroundings
 from hvmgr.storage import index
@@ -361,7 +361,7 @@ def test_userfaultfd_is_allowed_after_it_was_asked_for(bench, machine):
 )
 def test_what_is_noted_of_a_running_qemu_is_told(bench, vm, name, code, repair):
     file = vm.home.layout.private / name
-    file.write_text(f"{os.getpid()} {process.start_time(os.getpid())}\n")
+    file.write_text(f"{os.getpid()} {pids.start_time(os.getpid())}\n")
     assert repair in bench.one(code, vm).repair
     file.write_text(f"{os.getpid()} 1\n")  # another QEMU has that number now
     assert code not in bench.codes(vm)

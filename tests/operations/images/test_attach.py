@@ -13,7 +13,7 @@ import pytest
 
 import hvmgr
 from hvmgr import errors, vhd
-from hvmgr.host import image_export, loop, process
+from hvmgr.host import image_export, loop, pids
 from hvmgr.operations import image_users
 from hvmgr.storage import attachments, durable, start_guard
 from tests.operations.images import attaching as help_
@@ -333,8 +333,8 @@ class TestLeftOver:
         help_.write(one.device, 0, b"lost")
         daemon, server = sorted(one.processes, key=lambda one: b"block_server" in cmdline(one[0]))
         os.kill(daemon[0], signal.SIGKILL)
-        process.end(*daemon, timeout_s=60)
-        assert process.is_running(*server)
+        pids.end(*daemon, timeout_s=60)
+        assert pids.is_running(*server)
         assert loop.backing(Path(one.device)) is not None
         (shown,) = host.attachments()
         assert not shown.is_alive
