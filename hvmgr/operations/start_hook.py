@@ -10,6 +10,7 @@ import os
 import shlex
 import sys
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 from hvmgr import errors, settings
@@ -51,9 +52,20 @@ def path_in(folder: Path) -> Path:
     return folder / _NAME
 
 
-def is_installed(folder: Path = FOLDER) -> bool:
-    """Whether this very hvmgr is asked before each start."""
-    return _read(path_in(folder)) == _text()
+class Asked(StrEnum):
+    """Whom libvirt asks before each start."""
+
+    US = "us"  # this very hvmgr, with these folders
+    ANOTHER = "another"  # another installation of it, or other folders
+    NOBODY = "nobody"
+
+
+def asked(folder: Path) -> Asked:
+    """Whose script is there."""
+    found = _read(path_in(folder))
+    if found == _text():
+        return Asked.US
+    return Asked.NOBODY if found is None or _OURS not in found else Asked.ANOTHER
 
 
 def install(folder: Path, *, dry_run: bool = False) -> Installed:

@@ -454,7 +454,7 @@ def test_install_twice_changes_nothing_the_second_time(tmp_path):
     assert (first.changed, first.alone) == (True, True)
     assert first.path == tmp_path / "qemu.d" / "50-hvmgr"
     assert first.path.stat().st_mode & 0o777 == 0o755
-    assert start_hook.is_installed(tmp_path)
+    assert start_hook.asked(tmp_path) is start_hook.Asked.US
     before = first.path.stat()
     assert not start_hook.install(tmp_path).changed
     assert first.path.stat() == before
@@ -465,9 +465,9 @@ def test_install_mends_mode_and_content(tmp_path):
     path.chmod(0o644)
     assert start_hook.install(tmp_path).changed
     path.write_text(path.read_text() + "# of an older hvmgr\n")
-    assert not start_hook.is_installed(tmp_path)
+    assert start_hook.asked(tmp_path) is start_hook.Asked.ANOTHER
     assert start_hook.install(tmp_path).changed
-    assert start_hook.is_installed(tmp_path)
+    assert start_hook.asked(tmp_path) is start_hook.Asked.US
 
 
 def test_foreign_file_of_that_name_stays(tmp_path):

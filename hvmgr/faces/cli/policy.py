@@ -65,7 +65,7 @@ def say_what_is_missing(uri: str, wanted: Policy) -> None:
     from hvmgr.operations import start_hook
 
     asks = wanted.takes_snapshots or wanted.recovery is not None
-    if asks and uri == settings.SYSTEM_URI and not start_hook.is_installed():
+    if asks and uri == settings.SYSTEM_URI and start_hook.asked(start_hook.FOLDER) is not start_hook.Asked.US:
         render.notice("nothing tells hvmgr of starts, ends and the time on this host: hvmgr hook install")
 
 

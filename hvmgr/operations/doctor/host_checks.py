@@ -110,8 +110,14 @@ def _reads_vhd() -> bool:
 def _confinement(connection: Connection, facts: Capabilities) -> Iterator[Finding]:
     if connection.driver is not Driver.SYSTEM:
         return
-    if not start_hook.is_installed():
-        sentence = "no hook guards the starts of VMs: virsh or autostart can start one that is half-merged or damaged"
+    who = start_hook.asked(start_hook.FOLDER)
+    if who is not start_hook.Asked.US:
+        sentence = (
+            "no hook guards the starts of VMs: virsh or autostart can start one that is half-merged or damaged"
+            if who is start_hook.Asked.NOBODY
+            else "the hook that guards the starts of VMs is that of another hvmgr, or of other folders than now: "
+            "it does not see what this one is in the middle of"
+        )
         yield finding(Code.HOOK_MISSING, sentence, start_hook.path_in(start_hook.FOLDER), repair="hvmgr hook install")
     confined = "apparmor" in facts.security_models and confinement.has_apparmor()
     if confined and version(facts.libvirt_version) < _APPARMOR_COMMIT:

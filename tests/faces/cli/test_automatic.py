@@ -92,7 +92,8 @@ def test_wrong_wish_is_refused_with_a_hint(hvmgr, vm, options, code):
 
 def test_policy_that_nobody_carries_out_is_said(capsys, monkeypatch):
     for installed in (False, True):
-        monkeypatch.setattr(start_hook, "is_installed", lambda there=installed: there)
+        who = start_hook.Asked.US if installed else start_hook.Asked.NOBODY
+        monkeypatch.setattr(start_hook, "asked", lambda _, who=who: who)
         for uri in ("qemu:///system", "qemu:///session"):
             for wanted in (Policy(automatic=True), Policy(recovery=Recovery()), Policy()):
                 policy.say_what_is_missing(uri, wanted)

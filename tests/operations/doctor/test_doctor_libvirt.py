@@ -12,6 +12,7 @@ import hvmgr
 from hvmgr import errors
 from hvmgr.host import confinement, pids
 from hvmgr.model import configuration
+from hvmgr.operations import start_hook
 from hvmgr.operations.doctor import host_checks, surroundings
 from hvmgr.storage import index
 
@@ -277,6 +278,18 @@ def test_apparmor_below_libvirt_12_1_is_told(bench, machine, monkeypatch):
     assert "hvmgr hook install" in found["hook-missing"].repair
     monkeypatch.setattr(host_checks, "_APPARMOR_COMMIT", (1, 0))
     assert "apparmor-commit" not in host_codes(bench)
+
+
+def test_whose_hook_guards_the_starts(bench, monkeypatch, tmp_path):
+    as_system(monkeypatch, bench)
+    folder = tmp_path / "hooks"
+    monkeypatch.setattr(start_hook, "FOLDER", folder)
+    assert "no hook guards" in host_codes(bench)["hook-missing"].sentence
+    start_hook.install(folder)
+    assert "hook-missing" not in host_codes(bench)
+    script = start_hook.path_in(folder)
+    script.write_text(script.read_text().replace("python=", "python=/opt"))
+    assert "another hvmgr" in host_codes(bench)["hook-missing"].sentence
 
 
 def test_image_that_apparmor_hides_is_named_with_the_line_that_is_missing(bench, machine, monkeypatch):
