@@ -37,7 +37,7 @@ WHOLES = [
 
 FOREIGN = ["foreign-overlay", "foreign-commit", "foreign-commit-paused", "foreign-commit-below", "foreign-pull"]
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.crash
 
 
 @pytest.mark.parametrize("shape", CHANGES)

@@ -33,7 +33,7 @@ STARTED = [
     "vm-delete-with-disks",
 ]
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.crash
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -24,7 +24,7 @@ SHAPES = {
     "import-memory-register": 11,
 }
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.crash
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -23,16 +23,14 @@ from hvmgr.host import hypervisor
 from hvmgr.model import configuration, tree
 from hvmgr.storage import durable, vm_home
 from tests import private_libvirt
+from tests.operations.crash.conftest import EVERY_ACT
 
-EVERY = os.environ.get("HVMGR_CRASH") == "all"
-LIMIT_S = 3600 if EVERY else 600
-
-pytestmark = [pytest.mark.crash, pytest.mark.libvirtd, pytest.mark.timeout(LIMIT_S)]
+pytestmark = [pytest.mark.crash, pytest.mark.libvirtd]
 
 
 # The others only when every act is killed: what they do is a part of these.
 MERGES = ["live-merge-above-now", "live-merge-inner", "live-merge-together"]
-MERGES += ["live-merge-only", "live-merge-root", "live-merge-paused"] if EVERY else []
+MERGES += ["live-merge-only", "live-merge-root", "live-merge-paused"] if EVERY_ACT else []
 
 SIZE = 1 << 20
 DOMAIN_ACTS = (
@@ -54,7 +52,7 @@ DELETIONS = {"stream": ["three"], "inner commit": ["two"], "commit of what the g
 @pytest.mark.parametrize("shape", MERGES)
 def test_killed_merge_is_completed(crash_run, shape, every):
     stride = every(6)
-    crash_run(shape, stride, 1 + MERGES.index(shape) * stride // len(MERGES), timeout_s=LIMIT_S - 20)
+    crash_run(shape, stride, 1 + MERGES.index(shape) * stride // len(MERGES))
 
 
 @dataclass
@@ -208,7 +206,7 @@ def moments(place, tmp_path):
             vm.delete(with_disks=True)
             counted[what] = acts.names, wanted
         names, wanted = counted[what]
-        count = len(names) if EVERY else count
+        count = len(names) if EVERY_ACT else count
         return wanted, [1 + (2 * number + 1) * len(names) // (2 * count) for number in range(count)], names
 
     return find

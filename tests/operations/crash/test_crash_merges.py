@@ -19,7 +19,7 @@ MERGES = [
     "merge-pending",
 ]
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.crash
 
 
 @pytest.mark.parametrize("shape", MERGES)

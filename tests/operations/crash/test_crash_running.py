@@ -29,14 +29,14 @@ RUNNING = [
     "running-convert-working",
 ]
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.crash
 
 
 @pytest.mark.parametrize("shape", RUNNING)
 def test_killed_with_a_vm_in_memory(crash_run, shape, every):
     stride = every(11)
-    crash_run(shape, stride, 1 + RUNNING.index(shape) % stride, timeout_s=580)
+    crash_run(shape, stride, 1 + RUNNING.index(shape) % stride)
 
 
 def test_killed_at_any_moment_with_a_running_vm(crash_run, random_kills):
-    crash_run("running-create-two-disks", "random", random_kills, 2, timeout_s=580)
+    crash_run("running-create-two-disks", "random", random_kills, 2)

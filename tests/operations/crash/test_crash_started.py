@@ -32,7 +32,7 @@ SHAPES = {
 }
 EMBEDDED = {"apply-off": 1, "delete-middle": 2, "running-create": 1}
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.crash
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +43,7 @@ def how_many():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_killed_then_started_by_a_daemon(crash_run, shape, how_many):
-    crash_run(shape, "start", how_many(SHAPES[shape]), timeout_s=580)
+    crash_run(shape, "start", how_many(SHAPES[shape]))
 
 
 @pytest.mark.parametrize("shape", EMBEDDED)
@@ -51,4 +51,4 @@ def test_killed_then_started_by_the_embedded_driver(new_embed_root, shape, how_m
     root = new_embed_root()
     uri = f"qemu:///embed?root={root}"
     with server(root, environment={"HVMGR_CRASH_URI": uri}) as run:
-        run(shape, "start", how_many(EMBEDDED[shape]), timeout_s=580)
+        run(shape, "start", how_many(EMBEDDED[shape]))

@@ -6,7 +6,7 @@ import pytest
 
 SHAPES = ["import-disk", "import-delta", "snapshot-disk", "snapshot-disk-running", "destroy-disk-snapshot"]
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.crash
 
 
 @pytest.mark.parametrize("shape", SHAPES)
