@@ -326,9 +326,9 @@ class Domain(BlockJobs):
             raise HostFailed(f"QEMU refused {command} for {self.name}: {words}", words=words)
         return answer["return"]
 
-    def ask_agent(self, command: str, *, timeout_s: int) -> Any:
+    def ask_agent(self, command: str, *, timeout_s: int, arguments: Mapping[str, object] | None = None) -> Any:
         """What the agent inside its guest returns; an error when it says none within ``timeout_s``, or refuses."""
-        request = json.dumps({"execute": command})
+        request = json.dumps({"execute": command, **({} if arguments is None else {"arguments": arguments})})
         with libvirt_door.translated(f"ask the guest agent of {self.name}: {command}"):
             return json.loads(libvirt_door.agent_command(self._handle(), request, timeout_s))["return"]
 

@@ -21,6 +21,7 @@ _ENTRY = re.compile(r"^/(\d+)/(\d{6})/(\d+)/(\d+)/(.*)/(\d*)/$")
 _FOLDER, _LINK, _KINDS = 0o040000, 0o120000, 0o170000
 _DIRECT_MAX = 4  # extents that fit an inode
 _ENDS = ("\n", "\r", "\0")  # of a line in debugfs' script
+_LINE_MAX = 8000  # debugfs reads pieces of 8191 bytes: what comes behind would be a command of its own
 _HARMLESS = (0, 1)  # exit codes of e2fsck: what it found is right now
 
 
@@ -53,6 +54,11 @@ def require() -> None:
 def replay(volume: Path) -> None:
     """What the file system's journal holds is in its place; Corrupt where it needs more than that."""
     _fsck(volume, ["-E", "journal_only", "-p"])
+
+
+def settle(volume: Path) -> None:
+    """What the guest does before it mounts: the journal is replayed, files without a name go; Corrupt where that is not enough."""
+    _fsck(volume, ["-p"])
 
 
 def check(volume: Path) -> None:
@@ -128,6 +134,8 @@ def _ask(volume: Path, commands: Sequence[str], *, writable: bool = False) -> tu
             end in one for end in _ENDS
         ):  # what comes behind would be a command of its own, on this host's files too
             raise errors.Unsupported(f"{one!r} has a line break, which debugfs cannot take")
+        if len(one.encode("utf-8", "surrogateescape")) > _LINE_MAX:
+            raise errors.Unsupported(f"'{one[:60]}…' is longer than a line that debugfs can take")
     with tempfile.NamedTemporaryFile("w", prefix="hvmgr-", encoding="utf-8", errors="surrogateescape") as script:
         script.write("\n".join(commands) + "\n")
         script.flush()

@@ -105,10 +105,14 @@ def start(folder: Path, links: Sequence[Link], *, writable: bool, part: tuple[in
     try:
         process.run(argv, timeout_s=_START_S)
     except errors.HostFailed as error:
-        words = str(error.facts.get("words", error))
-        if any(one in words for one in _NO_FUSE):
-            raise errors.Unsupported(f"this host's {PROGRAM} cannot export by FUSE") from error
-        raise qemu_errors.translated(words, links[0].path) from error
+        raise explained(str(error.facts.get("words", error)), links[0].path) from error
+
+
+def explained(words: str, path: Path) -> errors.HvmgrError:
+    """The error for what the daemon says where it cannot export."""
+    if any(one in words for one in _NO_FUSE):
+        return errors.Unsupported(f"this host's {PROGRAM} cannot export by FUSE")
+    return qemu_errors.translated(words, path)
 
 
 @contextlib.contextmanager
@@ -175,10 +179,10 @@ def _nodes(folder: Path, links: Sequence[Link], *, writable: bool) -> list[dict[
         if link.format == "qcow2":
             node["backing"] = found[-1]["node-name"] if found else None
         found.append(node)
-    return [*found, _guard(str(found[-1]["node-name"]))] if writable else found
+    return [*found, {**guarded(str(found[-1]["node-name"])), "node-name": "disk"}] if writable else found
 
 
-def _guard(below: str) -> dict[str, object]:
+def guarded(below: str) -> dict[str, object]:
     """A node that answers ENOSYS to every request to punch or zero a range.
 
     QEMU's FUSE export carries a punched hole out as a discard, which images may ignore, and reports success; file systems
@@ -187,7 +191,7 @@ def _guard(below: str) -> dict[str, object]:
     rules = [
         {"event": "none", "iotype": kind, "errno": errno.ENOSYS, "once": False} for kind in ("discard", "write-zeroes")
     ]
-    return {"driver": "blkdebug", "node-name": "disk", "image": below, "discard": "unmap", "inject-error": rules}
+    return {"driver": "blkdebug", "image": below, "discard": "unmap", "inject-error": rules}
 
 
 def _forbid_punching(descriptor: int) -> None:

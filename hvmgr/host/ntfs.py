@@ -42,6 +42,14 @@ def write(volume: Path, path: str, source: Path) -> None:
     _run(volume, ["ntfscp", "-f", "-q", volume, source, path])
 
 
+def check(volume: Path) -> None:
+    """What ntfsfix looks at is consistent; Corrupt otherwise. Nothing is changed."""
+    done = process.run(["ntfsfix", "-n", volume], timeout_s=_LIMIT_S, ok_codes=range(128))
+    if done.code != 0:
+        words = "; ".join((done.stdout.decode("utf-8", "replace") + done.stderr).split("\n")[:3])
+        raise errors.Corrupt(f"the file system is damaged: {words}", hint="start Windows and let it check: chkdsk /f")
+
+
 def _run(volume: Path, argv: Sequence[str | Path]) -> bytes:
     try:
         return process.run(argv, timeout_s=_LIMIT_S).stdout

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvmgr import errors
-from hvmgr.host import pids, process, qemu_errors
+from hvmgr.host import image_export, pids, process, qemu_errors
 from hvmgr.model.progress import Progress
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ _ZEROES_MAX = 1 << 30
 # What is pulled is read through a socket: pieces that fit a request of NBD, 512 MiB between two reports of progress.
 _PULL_MAX = 16 << 20
 _PULLS_AT_ONCE = 32
+# The namespace follows the host's: a file system that is unmounted here is unmounted there too.
+_APART = ("unshare", "--mount", "--propagation", "slave")
 # Words on one command line of qemu-io: far below the kernel's limit.
 _COMMANDS_MAX = 1000
 
@@ -61,10 +63,11 @@ class Node:
 
 
 @contextlib.contextmanager
-def started(*, on_progress: Callable[[Progress], None] | None = None) -> Iterator[Daemon]:
+def started(*, on_progress: Callable[[Progress], None] | None = None, apart: bool = False) -> Iterator[Daemon]:
     """A daemon for the length of the block; about 20 ms. Enter and leave in one thread (see ``process.spawned``).
 
     ``on_progress`` is called in the caller's thread. When it raises, and at Ctrl-C, the job is cancelled first.
+    ``apart``: what it mounts (``shown``) is in a mount namespace of its own, as far as that is allowed, and dies with it.
     """
     from hvmgr.host import qmp  # it needs asyncio: commands that start no daemon do without
 
@@ -73,7 +76,8 @@ def started(*, on_progress: Callable[[Progress], None] | None = None) -> Iterato
         stack.enter_context(ours)
         with theirs:
             monitor = ("--chardev", f"socket,id=qmp,fd={theirs.fileno()}", "--monitor", "chardev=qmp")
-            program = stack.enter_context(process.spawned([PROGRAM, *monitor], pass_fds=[theirs.fileno()]))
+            argv = [*(_APART if apart and os.geteuid() == 0 else ()), PROGRAM, *monitor]
+            program = stack.enter_context(process.spawned(argv, pass_fds=[theirs.fileno()]))
         try:
             session = stack.enter_context(qmp.connected(ours, peer=PROGRAM, timeout_s=30))
         except errors.HostFailed as error:
@@ -299,6 +303,32 @@ class Daemon:
             yield f"nbd+unix:///{export}?socket={self._socket}"
         finally:
             self._remove_export(export)
+
+    @contextlib.contextmanager
+    def shown(self, node: Node, mountpoint: Path, *, start: int, size: int) -> Iterator[Path]:
+        """A part of the disk as a file that programs can write, by FUSE on ``mountpoint``, an empty file; the file's path.
+
+        The path leads through the daemon's own mount namespace. Unsupported where QEMU cannot export so.
+        """
+        window = self._name("window")
+        below = image_export.guarded(node.name)
+        options = {"driver": "raw", "node-name": window, "offset": start, "size": size, "file": below}
+        self._execute("blockdev-add", options, node.path)
+        export = self._name("export")
+        arguments = {"type": "fuse", "id": export, "node-name": window, "mountpoint": os.fspath(mountpoint)}
+        try:
+            try:
+                self._session.execute(
+                    "block-export-add", {**arguments, "writable": True, "allow-other": "off"}, timeout_s=COMMAND_S
+                )
+            except qemu_errors.CommandRefused as error:
+                raise image_export.explained(str(error), node.path) from error
+            try:
+                yield Path(f"/proc/{self.pid}/root") / mountpoint.relative_to("/")
+            finally:
+                self._remove_export(export)
+        finally:
+            self._execute("blockdev-del", {"node-name": window}, node.path)
 
     def _add_export(self, node: Node, *, writable: bool) -> str:
         if not self._socket.exists():

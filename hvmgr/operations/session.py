@@ -33,6 +33,7 @@ from hvmgr.storage.vm_home import VmHome
 if TYPE_CHECKING:
     from hvmgr.host.nbd_client import Client
     from hvmgr.model.event import Occurrence
+    from hvmgr.model.plan import PutFiles
 
 
 class Arriving(Protocol):
@@ -43,6 +44,13 @@ class Arriving(Protocol):
     ) -> None:
         """All of it into an empty child of the disk that it replaces; ``below`` is where that holds data."""
         ...
+
+
+class Putting(Protocol):
+    """Files that are put into a disk."""
+
+    def write(self, session: Session, step: PutFiles) -> None:
+        """All of them are in the step's child, and read back as what they are; Conflict, NoSpace, Corrupt otherwise."""
 
 
 @dataclass(slots=True)
@@ -103,6 +111,7 @@ class Session:
         self.doubt: errors.HvmgrError | None = None  # what others did to the present that nobody can explain
         self.waiting: set[str] = set()  # images whose merge has to wait: nothing may remove them
         self.arriving: Arriving | None = None  # the stream of a disk that is imported
+        self.putting: Putting | None = None  # the files that are put into a disk
         self.put_off: errors.HvmgrError | None = None  # why a merge was put off, said when all else is done
         self.denied: errors.HvmgrError | None = None  # QEMU may not write below the image that its guest writes
         self.unwoken: errors.HvmgrError | None = None  # the guest's file systems may still be at rest

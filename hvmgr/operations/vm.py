@@ -33,7 +33,10 @@ if TYPE_CHECKING:
     from hvmgr.operations.exchange.finding_exports import Found
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.inside.arranging import Manner
     from hvmgr.operations.inside.looking import Inside
+    from hvmgr.operations.inside.putting import Put
+    from hvmgr.operations.inside.restoring import Wanted
     from hvmgr.operations.session import Session
     from hvmgr.operations.snapshots import Wish
     from hvmgr.operations.transfer.outgoing import Outgoing
@@ -369,6 +372,51 @@ class VM:
         from hvmgr.operations.inside import looking, views
 
         return looking.opened(views.of_vm(self, snapshot=snapshot, slot=slot), partition=partition)
+
+    def put_files(
+        self,
+        sources: Sequence[Path | str],
+        destination: bytes,
+        manner: Manner | None = None,
+        *,
+        slot: str | None = None,
+        partition: str | None = None,
+        owner: str | None = None,
+        name: str | None = None,
+    ) -> Put:
+        """Files and folders of this host are in a file system of the VM, which is off; what was before is a snapshot.
+
+        They go into the folder ``destination``, or a single one gets that path. ``owner`` is ``USER[:GROUP]`` as that system knows them, ``name`` the snapshot's. On any failure nothing has changed.
+        """
+        from hvmgr.operations.inside import arranging, putting
+        from hvmgr.operations.inside import sources as inside_sources
+
+        gathered = inside_sources.of_host([Path(one) for one in sources])
+        with self._work() as session:
+            putting.require_off(session, hint=f"stop it first: hvmgr vm stop {self.name}")
+            how, place = manner or arranging.Manner(), putting.Place(destination, slot, partition)
+            return putting.put(session, self, gathered, place, how, owner=owner, name=name, operation="file put")
+
+    def restore_files(self, wanted: Wanted, manner: Manner | None = None, *, name: str | None = None) -> Put:
+        """Files of a snapshot are in the present of the VM again, which is off, with the owners, modes and times that they had.
+
+        What was before is a snapshot, called ``name``. On any failure nothing has changed.
+        """
+        from hvmgr.operations.inside import arranging, restoring
+
+        with self._work() as session:
+            return restoring.restore(session, self, wanted, manner or arranging.Manner(), name=name)
+
+    def restore_into_guest(self, wanted: Wanted, *, overwrite: bool = False) -> Put:
+        """Files of a snapshot are in the guest that runs, put there by its agent.
+
+        Each is compared before it takes the place of what is there, where the agent may run programs; else it is written in
+        place, which is told. After an error the files that came before it are there, and no part of another one unless told.
+        """
+        from hvmgr.operations.inside import returning
+
+        with self._work(needs_present=False) as session:
+            return returning.restore(session, self, wanted, overwrite=overwrite)
 
     def import_disk(
         self,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hvmgr.faces.cli import arguments, file_render, file_take, json_out, render
+from hvmgr.faces.cli import arguments, file_put, file_render, file_take, json_out, render
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.file_options import CODES
 from hvmgr.faces.cli.groups import Group
@@ -32,7 +32,7 @@ _TYPES = {
 
 @click.group("file", cls=Group)
 def command() -> None:
-    """Look at and take out files inside the disks of VMs, snapshots, exports and images."""
+    """Files inside the disks of VMs, snapshots, exports and images: look at them, take them out, put them in."""
 
 
 @command.command(
@@ -191,3 +191,4 @@ def _nanoseconds(text: str, option: str) -> int:
 
 
 file_take.register(command)
+file_put.register(command)

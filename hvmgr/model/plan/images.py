@@ -249,3 +249,21 @@ class ReceiveDisk(Step):
 
     def describe(self) -> str:
         return f"write what arrives into image {name(self.child)}"
+
+
+@dataclass(frozen=True, slots=True)
+class PutFiles(Step):
+    """Files go into the file system on ``volume``, in ``child``, an empty image on what the disk holds.
+
+    ``work`` is the folder in which that file system is shown to a program meanwhile.
+    """
+
+    child: str
+    parent: str
+    volume: str
+    files: int
+    size: int
+    work: str
+
+    def describe(self) -> str:
+        return f"put {self.files} file{'' if self.files == 1 else 's'} into {self.volume}, in image {name(self.child)}"

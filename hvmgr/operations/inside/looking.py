@@ -18,6 +18,7 @@ from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.views import Frozen, Volume
 from hvmgr.storage.filesystems import opening
 from hvmgr.storage.filesystems.signatures import Kind
+from hvmgr.storage.filesystems.window import Mapped, Window
 from hvmgr.storage.partitions import Disk
 from hvmgr.vhd.source import Source
 
@@ -50,6 +51,18 @@ class Inside:
                 raise errors.Unsupported(f"{volume.title} of {volume.disk.name} cannot be read: {why_not(volume)}")
             self._browsers[key] = Browser(volume, opened)
         return self._browsers[key]
+
+    def place(self, volume: Volume) -> tuple[Frozen, int] | None:
+        """On which disk a volume lies in one piece, and from which byte on; None for a logical one that is scattered."""
+        if not volume.logical:
+            return volume.disk, volume.start
+        logical = self._logical.get(volume.logical)
+        piece = logical.piece if isinstance(logical, Mapped) else None
+        if piece is None:
+            return None
+        below, start = piece
+        index = next((at for at, one in self._sources.items() if isinstance(below, Window) and below.disk is one), None)
+        return None if index is None or not isinstance(below, Window) else (self.disks[index], below.start + start)
 
     def choose(self, path: bytes) -> Browser:
         """The file system that a path is looked for in: the only one, or the only one that has it.

@@ -31,6 +31,7 @@ from hvmgr.operations.steps import (
     image_steps,
     live_steps,
     memory_steps,
+    put_steps,
     resize_steps,
     transfer_steps,
 )
@@ -58,6 +59,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.MoveImage: image_steps.move,
     plan.RecordFrozen: image_steps.record,
     plan.ReceiveDisk: transfer_steps.receive,
+    plan.PutFiles: put_steps.put,
     plan.MakeHome: file_steps.make_home,
     plan.NoteUses: file_steps.note_uses,
     plan.TakeFile: file_steps.take_file,
@@ -124,6 +126,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.ConvertInternal: image_steps.uncopy,
     plan.CopyImage: image_steps.uncopy,
     plan.ReceiveDisk: transfer_steps.unreceive,
+    plan.PutFiles: put_steps.unput,
     plan.MakeHome: file_steps.unmake_home,
     plan.NoteUses: file_steps.unnote_uses,
     plan.TakeFile: file_steps.untake_file,
@@ -371,7 +374,7 @@ def _catch_up(session: Session, one: Plan) -> bool:
     What the guest has written since is in the new images: undoing would lose it.
     """
     made = {step.path for step in one.prepare if isinstance(step, plan.CreateImage) and step.parent is not None}
-    made -= {step.child for step in one.prepare if isinstance(step, plan.ReceiveDisk)}  # whose data no guest wrote
+    made -= {step.child for step in one.prepare if isinstance(step, plan.ReceiveDisk | plan.PutFiles)}  # data of ours
     if not isinstance(one.switch, plan.Define):
         return False
     put = [step for step in one.prepare if isinstance(step, plan.PutManagedSave)]

@@ -23,8 +23,8 @@ class Window:
     """The range of a disk from ``start`` on as a disk of its own."""
 
     def __init__(self, disk: Disk, start: int, size: int) -> None:
-        self._disk = disk
-        self._start = start
+        self.disk = disk
+        self.start = start
         self.size = size
         self._there = max(0, min(size, disk.size - start))
 
@@ -34,7 +34,7 @@ class Window:
             raise errors.Corrupt(
                 f"the file system reaches to byte {offset + len(buffer)}, its place ends at {self._there}"
             )
-        self._disk.read_into(self._start + offset, buffer)
+        self.disk.read_into(self.start + offset, buffer)
 
 
 class Mapped:
@@ -48,6 +48,13 @@ class Mapped:
             self._parts.append((at, disk, start, length))
             at += length
         self.size = at
+
+    @property
+    def piece(self) -> tuple[Disk, int] | None:
+        """The one disk, and where on it, that all of it lies on in one piece; None when it does not."""
+        _, disk, start, _ = self._parts[0]
+        follow = all(below is disk and place == start + at for at, below, place, _ in self._parts)
+        return (disk, start) if disk is not None and follow else None
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """The bytes from ``offset`` on."""

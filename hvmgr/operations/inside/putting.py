@@ -1,0 +1,243 @@
+"""``file put`` and ``file restore``: files go into a disk of a VM that is off, through a snapshot that is taken first.
+
+It is one plan: that of the snapshot, with one step more. The new image of the disk, which nobody uses yet, is shown to a
+program as a file; it writes, the file system is checked, everything is read back by our own readers; and only then the new
+images become the present. Until then a failure or a death leaves what was, and afterwards the snapshot does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvmgr import errors, settings
+from hvmgr.host.domain import State
+from hvmgr.host.image_export import Link
+from hvmgr.model import plan
+from hvmgr.model.progress import Progress
+from hvmgr.operations import occasions, snapshots
+from hvmgr.operations.inside import arranging, exporting, looking, owners, views, writing
+from hvmgr.operations.inside.arranging import Act, Arrangement, Manner
+from hvmgr.operations.inside.browsing import Browser, shown
+from hvmgr.operations.inside.looking import Inside
+from hvmgr.operations.inside.sources import Gathered
+from hvmgr.operations.inside.views import Frozen, Volume
+from hvmgr.operations.inside.writing import Writer
+from hvmgr.operations.steps import execution
+from hvmgr.storage import images
+from hvmgr.storage.filesystems import opening
+from hvmgr.storage.filesystems.reader import Content, Type
+from hvmgr.storage.filesystems.window import Window
+
+if TYPE_CHECKING:
+    from hvmgr.operations.session import Session
+    from hvmgr.operations.vm import VM
+
+_PIECE = 4 << 20
+_COARSE_NS = 2_000_000_000  # as FAT keeps times
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where things go: a path, on the only file system that has it, or on the disk and partition that are named."""
+
+    path: bytes
+    slot: str | None = None
+    partition: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """What was put: ``files`` names, of which ``replaced`` were there before; ``snapshot`` is what was before, by its id.
+
+    ``engine`` says what wrote it; ``left_out`` counts what was not put, by the reason. Without a snapshot nothing was to do.
+    """
+
+    folder: bytes
+    volume: str
+    engine: str
+    files: int = 0
+    replaced: int = 0
+    size: int = 0
+    snapshot: str | None = None
+    left_out: dict[str, int] = field(default_factory=dict)
+
+
+def require_off(session: Session, *, hint: str) -> None:
+    """Conflict unless the VM is off: nobody else may write its file systems."""
+    state, name = session.state(), session.home.name
+    if state is State.SAVED:
+        raise errors.Conflict(
+            f"the memory of {name} is saved, and fits its disks as they are",
+            hint=f"start it, or drop the saved memory: virsh managedsave-remove {name}",
+        )
+    if state is not State.OFF:
+        raise errors.Conflict(f"{name} is {state}, and writes its file systems itself", hint=hint)
+
+
+def put(
+    session: Session, vm: VM, gathered: Gathered, place: Place, manner: Manner, *, owner: str | None, name: str | None, operation: str
+) -> Put:  # fmt: skip
+    """The files are in the present of the VM, which is off; what was before is a snapshot. On any failure nothing changed."""
+    with looking.opened(views.of_vm(vm, slot=place.slot), partition=place.partition) as inside:
+        browser = _choose(inside, place.path)
+        writer = writing.find(browser.volume.kind, browser.volume.title)
+        exporting.require()
+        where = inside.place(browser.volume)
+        if where is None:
+            raise errors.Unsupported(
+                f"{browser.volume.title} lies in several pieces, or on several disks, and cannot be written so",
+                hint="start the VM: file restore --to running",
+            )
+        if owner is not None:
+            uid, gid = owners.resolve(browser, owner)
+            manner = dataclasses.replace(manner, uid=uid, gid=gid)
+        arranged = arranging.arrange(browser, place.path, gathered.items, manner)
+        writer.require(arranged.acts, browser)
+        _tell(session, browser, arranged)
+        done = Put(
+            arranged.folder, browser.volume.title, writer.title, arranged.files, arranged.replaced, arranged.size,
+            left_out=gathered.left_out,
+        )  # fmt: skip
+    if not arranged.acts:
+        return done
+    one = _plan(session, where[0], arranged, browser.volume, name, operation)
+    session.putting = _Putting(browser.volume, where, arranged.acts, writer)
+    try:
+        with occasions.operation(session, one):
+            execution.run(session, one)
+    finally:
+        session.putting = None
+    return dataclasses.replace(done, snapshot=snapshots.snapshot_of(one))
+
+
+def _choose(inside: Inside, path: bytes) -> Browser:
+    """The file system that has the path, or the folder that it would be in."""
+    parts = [one for one in path.split(b"/") if one]
+    for count in range(len(parts), 0, -1):
+        try:
+            return inside.choose(b"/" + b"/".join(parts[:count]))
+        except errors.NotFound:
+            continue
+    return inside.choose(b"/")
+
+
+def _tell(session: Session, browser: Browser, arranged: Arrangement) -> None:
+    for note in browser.reader.notes:
+        session.say(f"{browser.volume.title}: {note}")
+    for path in arranged.linked:
+        session.say(f"{shown(path)} has other names, under which it stays what it was")
+
+
+def _plan(
+    session: Session, disk: Frozen, arranged: Arrangement, volume: Volume, name: str | None, operation: str
+) -> plan.Plan:
+    vm, moment = session.home.name, session.now()
+    usual = f"{vm} before {operation} ({moment.astimezone():%Y-%m-%d %H.%M.%S})"
+    usual = usual if len(usual) <= snapshots.NAME_LENGTH else snapshots.default_name(vm, moment)
+    taken = snapshots.plan_create(session, snapshots.Wish(name=name or usual))
+    top = str(disk.links[0].path)
+    made = next(one for one in taken.prepare if isinstance(one, plan.CreateImage) and one.parent == top)
+    step = plan.PutFiles(
+        child=made.path,
+        parent=top,
+        volume=f"{shown(arranged.folder)} of {volume.title}",
+        files=arranged.files,
+        size=arranged.size,
+        work=str(settings.own_runtime_folder() / uuid.uuid4().hex[:12]),
+    )
+    at = 1 + max(number for number, one in enumerate(taken.prepare) if isinstance(one, plan.CreateImage))
+    return dataclasses.replace(
+        taken,
+        operation=operation,
+        subject=f"{operation} into {step.volume} of {vm}",
+        prepare=(*taken.prepare[:at], step, *taken.prepare[at:]),
+    )
+
+
+@dataclass(slots=True)
+class _Putting:
+    """What only this process has: what is to be written, and how."""
+
+    volume: Volume
+    where: tuple[Frozen, int]
+    acts: Sequence[Act]
+    writer: Writer
+
+    def write(self, session: Session, step: plan.PutFiles) -> None:
+        disk, start = self.where
+        links = (Link(Path(step.child), images.QCOW2), *disk.links)
+        spool, done, what = session.layout.private, 0, f"put {step.files} files"
+
+        def report(count: int) -> None:
+            nonlocal done
+            done += count
+            session.progress(Progress(done, step.size, what))
+
+        report(0)
+        with exporting.shown(links, Path(step.work), start=start, size=self.volume.size) as file:
+            self.writer.write(file, self.acts, spool, report)
+        session.progress(Progress(step.size, step.size, what))
+        self._require_written(links, start, spool)
+
+    def _require_written(self, links: tuple[Link, ...], start: int, spool: Path) -> None:
+        with views.opened(Frozen(self.where[0].name, links, self.where[0].slot)) as source:
+            assert self.volume.kind is not None
+            opened = opening.open_reader(self.volume.kind, Window(source, start, self.volume.size))
+            assert opened is not None
+            browser = Browser(self.volume, opened)
+            for act in self.acts:
+                if why := self._difference(browser, act, spool):
+                    raise errors.HostFailed(
+                        f"{shown(act.path)} reads back otherwise than it was put by {self.writer.title}: {why};"
+                        " nothing was changed",
+                        path=shown(act.path),
+                    )
+
+    def _difference(self, browser: Browser, act: Act, spool: Path) -> str | None:
+        node, item = browser.find(act.path, follow=False).node, act.item
+        if node.type is not item.type or (item.type is Type.LINK and node.target != item.target):
+            return f"it is {node.type.value}"
+        if self.writer.keeps_owners and (node.uid, node.gid) != (act.uid, act.gid):
+            return f"it belongs to {node.uid}:{node.gid}"
+        if self.writer.keeps_owners and item.type is not Type.LINK and node.mode != act.mode:
+            return f"its mode is {node.mode:o}"
+        if (
+            act.modified is not None
+            and item.type is Type.FILE
+            and abs((node.modified or 0) - act.modified) > _COARSE_NS
+        ):
+            return "it has another time"
+        if item.source is None:
+            return None
+        with item.source.opened(spool) as descriptor:
+            is_same = _is_same(self._content(browser, act), descriptor)
+        return None if is_same else "its content differs"
+
+    @staticmethod
+    def _content(browser: Browser, act: Act) -> Content:
+        return browser.content(browser.find(act.path, follow=False))
+
+
+def _is_same(content: Content, descriptor: int) -> bool:
+    if os.fstat(descriptor).st_size != content.size:
+        return False
+    at = 0
+    for offset, piece in content.pieces():
+        if not _is_zero(descriptor, at, offset) or os.pread(descriptor, len(piece), offset) != bytes(piece):
+            return False
+        at = offset + len(piece)
+    return _is_zero(descriptor, at, content.size)
+
+
+def _is_zero(descriptor: int, start: int, end: int) -> bool:
+    for at in range(start, end, _PIECE):
+        piece = os.pread(descriptor, min(_PIECE, end - at), at)
+        if piece.count(0) != len(piece):
+            return False
+    return True

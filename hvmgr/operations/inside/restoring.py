@@ -1,0 +1,59 @@
+"""``file restore``: files out of a snapshot are back in the present, of a VM that is off or of one that runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from hvmgr import errors
+from hvmgr.operations.inside import looking, putting, sources, views
+from hvmgr.operations.inside.arranging import Manner
+from hvmgr.operations.inside.browsing import Browser, shown
+from hvmgr.operations.inside.putting import Place, Put
+from hvmgr.operations.inside.sources import Gathered
+
+if TYPE_CHECKING:
+    from hvmgr.operations.session import Session
+    from hvmgr.operations.vm import VM
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which files of which snapshot; ``into`` is the folder that gets them, None for where they were."""
+
+    snapshot: str
+    paths: Sequence[bytes]
+    slot: str | None = None
+    partition: str | None = None
+    into: bytes | None = None
+
+
+def restore(session: Session, vm: VM, wanted: Wanted, manner: Manner, *, name: str | None) -> Put:
+    """The files are in the present of the VM, which is off, as they were at the snapshot."""
+    putting.require_off(session, hint="put them into the running guest: --to running; or stop it first")
+    with opened(vm, wanted) as (browser, gathered):
+        volume = browser.volume
+        number = volume.logical or (None if volume.number is None else str(volume.number))
+        place = Place(wanted.into or b"/", volume.disk.slot, number)
+        how = dataclasses.replace(manner, as_before=True)
+        return putting.put(session, vm, gathered, place, how, owner=None, name=name, operation="file restore")
+
+
+@contextlib.contextmanager
+def opened(vm: VM, wanted: Wanted) -> Iterator[tuple[Browser, Gathered]]:
+    """The files at the snapshot, and the one file system that all of them are on, open during the block."""
+    disks = views.of_vm(vm, snapshot=wanted.snapshot, slot=wanted.slot)
+    with looking.opened(disks, partition=wanted.partition) as inside:
+        found = [(inside.choose(path), path) for path in wanted.paths]
+        browsers = list(dict.fromkeys(browser for browser, _ in found))
+        if len(browsers) != 1:
+            where = ", ".join(f"{shown(path)} on {browser.volume.title}" for browser, path in found)
+            raise errors.UsageError(
+                f"these are on {len(browsers)} file systems: {where}",
+                hint="restore those of each one in a command of its own",
+            )
+        expanded = [(browser, one) for browser, path in found for one in browser.expand(path, follow=False)]
+        yield browsers[0], sources.of_browser(expanded, whole_path=wanted.into is None)
