@@ -21,7 +21,7 @@ from hvmgr.host import guest_agent
 if TYPE_CHECKING:
     from hvmgr.host.domain import Domain
 
-PIECE = 256 << 10
+PIECE = 64 << 10
 _CALL_S = 30
 _SCRIPT_S = 60.0
 _POLL_S = 0.02

@@ -155,6 +155,7 @@ def _contents(agent):
     for name in libraries:
         yield str(name).lstrip("/"), 0o100755, name.read_bytes()
     yield "bin/qemu-ga", 0o100755, agent.read_bytes()
+    yield "bin/sh", 0o120777, b"busybox"  # for scripts that the agent is told to run
     yield "count", 0o100755, guest._INIT.read_bytes()
     yield "init", 0o100755, _INIT.read_bytes()
 

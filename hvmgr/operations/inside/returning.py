@@ -180,13 +180,17 @@ class _Work:
         try:
             yield
         except errors.HvmgrError as error:
-            with contextlib.suppress(errors.HvmgrError):
-                if (
-                    not guest_agent.is_silence(error)
-                    and self._guest.run('rm -f "$1"', part, limit_s=_CLEAN_S).code == 0
-                ):
-                    raise _with(error, f"{path} is what it was") from error
-            raise _with(error, f"{path} is what it was; what was written so far lies beside it as {part}") from error
+            left = "" if self._removes(part, error) else f"; what was written so far lies beside it as {part}"
+            raise _with(error, f"{path} is what it was{left}") from error
+
+    def _removes(self, part: str, error: errors.HvmgrError) -> bool:
+        """Whether what was begun is gone; an agent that is silent is not asked once more."""
+        if guest_agent.is_silence(error):
+            return False
+        try:
+            return self._guest.run('rm -f "$1"', part, limit_s=_CLEAN_S).code == 0
+        except errors.HvmgrError:
+            return False
 
     def _pieces(self, one: Item) -> Iterator[bytes]:
         assert one.source is not None

@@ -134,8 +134,9 @@ class _Ext:
     def write(self, volume: Path, acts: Sequence[Act], spool: Path, report: Report) -> None:
         e2fsprogs.settle(volume)
         _in_batches(acts, spool, report, lambda batch, paths: self._batch(volume, batch, paths))
-        folders = [(e2fsprogs.quoted(shown(one.path)), one.modified) for one in _folders(acts)]
-        e2fsprogs.change(volume, [line for word, moment in folders for line in self._time(word, "mtime", moment)])
+        if folders := _folders(acts):
+            words = [(e2fsprogs.quoted(shown(one.path)), one.modified) for one in folders]
+            e2fsprogs.change(volume, [line for word, moment in words for line in self._time(word, "mtime", moment)])
         e2fsprogs.check(volume)
 
     def _batch(self, volume: Path, batch: Sequence[Act], paths: Sequence[str]) -> None:
@@ -224,7 +225,8 @@ class _Ntfs:
             ntfs_library.write(volume, [_order(one, path) for one, path in zip(batch, paths, strict=True)])
 
         _in_batches(acts, spool, report, do)
-        ntfs_library.write(volume, [_order(one, "") for one in _folders(acts)])
+        if folders := _folders(acts):
+            ntfs_library.write(volume, [_order(one, "") for one in folders])
         ntfs.check(volume)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import crash
 from crash import Shape, set_memory, specification, write_off, write_running
@@ -12,9 +14,10 @@ from lxml import etree
 
 import hvmgr
 from hvmgr import errors
-from hvmgr.host import background_snapshot
+from hvmgr.host import background_snapshot, process
 from hvmgr.operations import merge
 from hvmgr.operations.exchange import converting
+from hvmgr.operations.inside import writing
 from hvmgr.operations.steps import execution
 from tests.storage.test_partitions import Memory, put_gpt
 
@@ -441,7 +444,34 @@ def destroy_disk_snapshot(host):
     host.disks.destroy(alone)
 
 
+def with_files(host):
+    """A disk that is an ext2, above a snapshot."""
+    off(host)
+    take(host, "one", 0x20, "128k")
+    with tempfile.NamedTemporaryFile(prefix="hv", dir="/tmp") as part:
+        Path(part.name).write_bytes(bytes(crash.DISK))
+        fixed = ["-U", "7f1ec9e6-4ddf-4a9c-9f3c-1d2c3b4a5968", "-E", "hash_seed=7f1ec9e6-4ddf-4a9c-9f3c-1d2c3b4a5968"]
+        subprocess.run(["mke2fs", "-q", "-F", *fixed, part.name], check=True, timeout=60)
+        command = ["qemu-io", "-f", "qcow2", "-c", f"write -s {part.name} 0 {crash.DISK}"]
+        subprocess.run([*command, vm(host).now().disks[SLOT]], check=True, capture_output=True, timeout=60)
+    file = host.root.parent / "outside" / "file"
+    file.write_text("put\n")
+    os.utime(file, (5, 5))
+
+
+def put_files(host):
+    """At a moment that is always the same, for the disk has it in it."""
+    clean, ours = process._environment, writing.time
+    process._environment = lambda: {**clean(), "E2FSPROGS_FAKE_TIME": "1600000000"}
+    writing.time = SimpleNamespace(time_ns=lambda: 1_600_000_000 * 10**9)
+    try:
+        vm(host).put_files([host.root.parent / "outside" / "file"], b"/", name="put")
+    finally:
+        process._environment, writing.time = clean, ours
+
+
 TRANSFERS = {
+    "put-files": Shape(with_files, put_files),
     "import-disk": Shape(with_streams, take_in("full.vhd")),
     "import-delta": Shape(with_streams, take_in("delta.vhd")),
     "snapshot-disk": Shape(line, snapshot_disk),

@@ -24,6 +24,7 @@ SHAPES = {
     "delete-above-now": 2,
     "delete-two-disks": 1,
     "merge-pending": 1,
+    "put-files": 1,
     "vm-delete": 2,
     "running-apply-memory": 2,
     "running-create": 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-SHAPES = ["import-disk", "import-delta", "snapshot-disk", "snapshot-disk-running", "destroy-disk-snapshot"]
+SHAPES = ["put-files", "import-disk", "import-delta", "snapshot-disk", "snapshot-disk-running", "destroy-disk-snapshot"]
 
 pytestmark = pytest.mark.crash
 
