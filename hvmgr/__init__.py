@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hvmgr.model.plan import Plan
     from hvmgr.model.policy import Origin, Policy
     from hvmgr.model.progress import Progress
+    from hvmgr.model.put_options import FilesWanted, PutOptions
     from hvmgr.model.specification import DiskSpecification, NetworkSpecification, Specification
     from hvmgr.model.wim_options import WimApplyOptions, WimCaptureOptions, WimCompression
     from hvmgr.operations.adopt.adoption import AdoptOptions
@@ -58,6 +59,7 @@ __all__ = [
     "Disks",
     "ExportOptions",
     "FileSystem",
+    "FilesWanted",
     "Finding",
     "Happening",
     "Host",
@@ -79,6 +81,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Progress",
+    "PutOptions",
     "Release",
     "Repaired",
     "Reporter",
@@ -110,6 +113,7 @@ _HOMES = {
     "Disks": "hvmgr.operations.transfer.vdis",
     "ExportOptions": "hvmgr.model.export_options",
     "FileSystem": "hvmgr.model.disk_layout",
+    "FilesWanted": "hvmgr.model.put_options",
     "Finding": "hvmgr.model.finding",
     "Happening": "hvmgr.operations.watching",
     "Host": "hvmgr.operations.host",
@@ -131,6 +135,7 @@ _HOMES = {
     "Plan": "hvmgr.model.plan",
     "Policy": "hvmgr.model.policy",
     "Progress": "hvmgr.model.progress",
+    "PutOptions": "hvmgr.model.put_options",
     "Release": "hvmgr.operations.adopt.release",
     "Repaired": "hvmgr.operations.doctor.repair",
     "Reporter": "hvmgr.operations.reporter",

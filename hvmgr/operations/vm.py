@@ -29,14 +29,13 @@ if TYPE_CHECKING:
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.image_format import ImageFormat
     from hvmgr.model.plan import Plan
+    from hvmgr.model.put_options import FilesWanted, PutOptions
     from hvmgr.operations.adopt.release import Release
     from hvmgr.operations.exchange.finding_exports import Found
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
-    from hvmgr.operations.inside.arranging import Manner
     from hvmgr.operations.inside.looking import Inside
     from hvmgr.operations.inside.putting import Put
-    from hvmgr.operations.inside.restoring import Wanted
     from hvmgr.operations.session import Session
     from hvmgr.operations.snapshots import Wish
     from hvmgr.operations.transfer.outgoing import Outgoing
@@ -377,7 +376,7 @@ class VM:
         self,
         sources: Sequence[Path | str],
         destination: bytes,
-        manner: Manner | None = None,
+        manner: PutOptions | None = None,
         *,
         slot: str | None = None,
         partition: str | None = None,
@@ -388,26 +387,28 @@ class VM:
 
         They go into the folder ``destination``, or a single one gets that path. ``owner`` is ``USER[:GROUP]`` as that system knows them, ``name`` the snapshot's. On any failure nothing has changed.
         """
-        from hvmgr.operations.inside import arranging, putting
+        from hvmgr.model.put_options import PutOptions
+        from hvmgr.operations.inside import putting
         from hvmgr.operations.inside import sources as inside_sources
 
         gathered = inside_sources.of_host([Path(one) for one in sources])
         with self._work() as session:
             putting.require_off(session, hint=f"stop it first: hvmgr vm stop {self.name}")
-            how, place = manner or arranging.Manner(), putting.Place(destination, slot, partition)
+            how, place = manner or PutOptions(), putting.Place(destination, slot, partition)
             return putting.put(session, self, gathered, place, how, owner=owner, name=name, operation="file put")
 
-    def restore_files(self, wanted: Wanted, manner: Manner | None = None, *, name: str | None = None) -> Put:
+    def restore_files(self, wanted: FilesWanted, manner: PutOptions | None = None, *, name: str | None = None) -> Put:
         """Files of a snapshot are in the present of the VM again, which is off, with the owners, modes and times that they had.
 
         What was before is a snapshot, called ``name``. On any failure nothing has changed.
         """
-        from hvmgr.operations.inside import arranging, restoring
+        from hvmgr.model.put_options import PutOptions
+        from hvmgr.operations.inside import restoring
 
         with self._work() as session:
-            return restoring.restore(session, self, wanted, manner or arranging.Manner(), name=name)
+            return restoring.restore(session, self, wanted, manner or PutOptions(), name=name)
 
-    def restore_into_guest(self, wanted: Wanted, *, overwrite: bool = False) -> Put:
+    def restore_into_guest(self, wanted: FilesWanted, *, overwrite: bool = False) -> Put:
         """Files of a snapshot are in the guest that runs, put there by its agent.
 
         Each is compared before it takes the place of what is there, where the agent may run programs; else it is written in

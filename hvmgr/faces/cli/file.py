@@ -32,7 +32,7 @@ _TYPES = {
 
 @click.group("file", cls=Group)
 def command() -> None:
-    """Files inside the disks of VMs, snapshots, exports and images: look at them, take them out, put them in."""
+    """Look at, take out and put in files inside the disks of VMs, snapshots, exports and images."""
 
 
 @command.command(

@@ -87,9 +87,9 @@ def put(
     """
     if len(words) < 2:
         raise errors.UsageError("put needs files and where they go", hint="hvmgr file put VM SRC... DEST")
-    from hvmgr.operations.inside.arranging import Manner
+    from hvmgr.model.put_options import PutOptions
 
-    manner = Manner(overwrite=given["overwrite"], parents=given["parents"], mode=mode)
+    manner = PutOptions(overwrite=given["overwrite"], parents=given["parents"], mode=mode)
     with request.host() as host, request.changing():
         one = host.vm(vm)
         done = one.put_files(
@@ -124,11 +124,10 @@ def restore(
     With the owners, modes and times that they had. A VM that is off is snapshotted first, as for 'file put'. With --to running
     the guest's agent writes each file beside its place, compares it, and renames it.
     """
-    from hvmgr.operations.inside.arranging import Manner
-    from hvmgr.operations.inside.restoring import Wanted
+    from hvmgr.model.put_options import FilesWanted, PutOptions
 
     folder = None if into is None else os.fsencode(into)
-    wanted = Wanted(snapshot, [os.fsencode(one) for one in paths], given["slot"], given["partition"], folder)
+    wanted = FilesWanted(snapshot, [os.fsencode(one) for one in paths], given["slot"], given["partition"], folder)
     if to == "running" and (given["parents"] or given["name"] is not None):
         raise errors.UsageError("--parents and --name are for a VM that is off", hint="leave them out")
     with request.host() as host, request.changing():
@@ -136,7 +135,7 @@ def restore(
         if to == "running":
             done = one.restore_into_guest(wanted, overwrite=given["overwrite"])
         else:
-            manner = Manner(overwrite=given["overwrite"], parents=given["parents"])
+            manner = PutOptions(overwrite=given["overwrite"], parents=given["parents"])
             done = one.restore_files(wanted, manner, name=given["name"])
         _done(request, one, done)
 

@@ -50,7 +50,7 @@ COMMANDS = {
     "catalog": (f"{_HERE}.catalog:command", "Keep images in a catalog, and make disks and VMs of them."),
     "file": (
         f"{_HERE}.file:command",
-        "Look at and take out files inside the disks of VMs, snapshots, exports and images.",
+        "Look at, take out and put in files inside the disks of VMs, snapshots, exports and images.",
     ),
     "mount": (
         f"{_HERE}.mount:mount",

@@ -11,28 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvmgr import errors
+from hvmgr.model.put_options import PutOptions
 from hvmgr.operations.inside.browsing import Browser, Found, shown
 from hvmgr.operations.inside.sources import Item
 from hvmgr.storage.filesystems.reader import Type
 
 LABEL = "security.selinux"
 _NAME_MAX, _TARGET_MAX = 255, 4095
-
-
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """How things are put. ``mode``, ``uid`` and ``gid`` where they are not to be what is usual.
-
-    ``as_before``: they are put back, with the owners, modes and attributes that they had; else what is new belongs to root,
-    and what is replaced keeps its own.
-    """
-
-    overwrite: bool = False
-    parents: bool = False
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    as_before: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +63,7 @@ class Arrangement:
         return sum(one.replaced is not None for one in self.acts)
 
 
-def arrange(browser: Browser, destination: bytes, items: Sequence[Item], manner: Manner) -> Arrangement:
+def arrange(browser: Browser, destination: bytes, items: Sequence[Item], manner: PutOptions) -> Arrangement:
     """What is to be made, so that the items are at the destination.
 
     NotFound for a folder that is not there, Conflict for what is in the way.
@@ -95,7 +80,7 @@ def arrange(browser: Browser, destination: bytes, items: Sequence[Item], manner:
 
 
 def _resolve(
-    browser: Browser, destination: bytes, items: Sequence[Item], manner: Manner
+    browser: Browser, destination: bytes, items: Sequence[Item], manner: PutOptions
 ) -> tuple[Found, tuple[bytes, ...], bytes | None]:
     """The folder that is there, the folders below it that are not, and the new name of the only thing that is put."""
     parts = [one for one in destination.split(b"/") if one not in {b"", b"."}]
@@ -135,7 +120,7 @@ def _plain_folder(parts: tuple[bytes, ...]) -> Item:
 class _Arranger:
     """Where things go below ``top``, with what is there already and what is going to be."""
 
-    def __init__(self, browser: Browser, top: Found, manner: Manner) -> None:
+    def __init__(self, browser: Browser, top: Found, manner: PutOptions) -> None:
         self.arranged = Arrangement(top.path)
         self._browser, self._wish = browser, manner
         self._there: dict[tuple[bytes, ...], Found] = {(): top}
@@ -179,7 +164,7 @@ def _require_name(name: bytes) -> None:
         raise errors.UsageError(f"'{shown(name)}' can be no name in a file system", hint="give it another one")
 
 
-def _require_replaceable(there: Found, item: Item, manner: Manner) -> None:
+def _require_replaceable(there: Found, item: Item, manner: PutOptions) -> None:
     what = shown(there.path)
     if there.node.is_folder:
         raise errors.Conflict(f"{what} is a folder, and {item.origin} is none", hint="put it under another name")
@@ -193,7 +178,9 @@ def _require_replaceable(there: Found, item: Item, manner: Manner) -> None:
         raise errors.Conflict(f"{what} exists already", hint="replace it with --overwrite, or name another place")
 
 
-def _act(browser: Browser, path: bytes, item: Item, above: Found | None, there: Found | None, manner: Manner) -> Act:
+def _act(
+    browser: Browser, path: bytes, item: Item, above: Found | None, there: Found | None, manner: PutOptions
+) -> Act:
     if len(item.target) > _TARGET_MAX:
         raise errors.Unsupported(f"the target of the link {item.origin} is longer than a link can be")
     keeps = there is not None and there.node.type is item.type and not manner.as_before
@@ -212,7 +199,7 @@ def _act(browser: Browser, path: bytes, item: Item, above: Found | None, there: 
     return Act(path, item, mode, uid, gid, item.modified, extras, there)
 
 
-def _mode(item: Item, manner: Manner) -> int:
+def _mode(item: Item, manner: PutOptions) -> int:
     if manner.mode is None:
         return item.mode & 0o7777 if manner.as_before else item.mode & 0o777
     return manner.mode | (manner.mode & 0o444) >> 2 if item.type is Type.FOLDER else manner.mode

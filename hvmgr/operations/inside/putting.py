@@ -20,9 +20,10 @@ from hvmgr.host.domain import State
 from hvmgr.host.image_export import Link
 from hvmgr.model import plan
 from hvmgr.model.progress import Progress
+from hvmgr.model.put_options import PutOptions
 from hvmgr.operations import occasions, snapshots
 from hvmgr.operations.inside import arranging, exporting, looking, owners, views, writing
-from hvmgr.operations.inside.arranging import Act, Arrangement, Manner
+from hvmgr.operations.inside.arranging import Act, Arrangement
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.looking import Inside
 from hvmgr.operations.inside.sources import Gathered
@@ -81,7 +82,7 @@ def require_off(session: Session, *, hint: str) -> None:
 
 
 def put(
-    session: Session, vm: VM, gathered: Gathered, place: Place, manner: Manner, *, owner: str | None, name: str | None, operation: str
+    session: Session, vm: VM, gathered: Gathered, place: Place, manner: PutOptions, *, owner: str | None, name: str | None, operation: str
 ) -> Put:  # fmt: skip
     """The files are in the present of the VM, which is off; what was before is a snapshot. On any failure nothing changed."""
     with looking.opened(views.of_vm(vm, slot=place.slot), partition=place.partition) as inside:

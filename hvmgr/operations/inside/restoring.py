@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
+from hvmgr.model.put_options import FilesWanted, PutOptions
 from hvmgr.operations.inside import looking, putting, sources, views
-from hvmgr.operations.inside.arranging import Manner
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.putting import Place, Put
 from hvmgr.operations.inside.sources import Gathered
@@ -20,18 +19,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Which files of which snapshot; ``into`` is the folder that gets them, None for where they were."""
-
-    snapshot: str
-    paths: Sequence[bytes]
-    slot: str | None = None
-    partition: str | None = None
-    into: bytes | None = None
-
-
-def restore(session: Session, vm: VM, wanted: Wanted, manner: Manner, *, name: str | None) -> Put:
+def restore(session: Session, vm: VM, wanted: FilesWanted, manner: PutOptions, *, name: str | None) -> Put:
     """The files are in the present of the VM, which is off, as they were at the snapshot."""
     putting.require_off(session, hint="put them into the running guest: --to running; or stop it first")
     with opened(vm, wanted) as (browser, gathered):
@@ -43,7 +31,7 @@ def restore(session: Session, vm: VM, wanted: Wanted, manner: Manner, *, name: s
 
 
 @contextlib.contextmanager
-def opened(vm: VM, wanted: Wanted) -> Iterator[tuple[Browser, Gathered]]:
+def opened(vm: VM, wanted: FilesWanted) -> Iterator[tuple[Browser, Gathered]]:
     """The files at the snapshot, and the one file system that all of them are on, open during the block."""
     disks = views.of_vm(vm, snapshot=wanted.snapshot, slot=wanted.slot)
     with looking.opened(disks, partition=wanted.partition) as inside:

@@ -24,11 +24,11 @@ from hvmgr.host.domain import State
 from hvmgr.host.guest_files import GuestFiles
 from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
+from hvmgr.model.put_options import FilesWanted
 from hvmgr.operations import occasions
 from hvmgr.operations.inside import restoring
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.putting import Put
-from hvmgr.operations.inside.restoring import Wanted
 from hvmgr.operations.inside.sources import Gathered, Item
 from hvmgr.storage.filesystems.reader import Type
 
@@ -49,7 +49,7 @@ _FOLDER = f'mkdir "$2" && chown "$3:$4" "$2" && chmod "$5" "$2" && {{ {_LABEL}; 
 _LINK = f'ln -s "$7" "$1" && chown -h "$3:$4" "$1" && mv -f "$1" "$2" && {{ {_LABEL}; }}'
 
 
-def restore(session: Session, vm: VM, wanted: Wanted, *, overwrite: bool) -> Put:
+def restore(session: Session, vm: VM, wanted: FilesWanted, *, overwrite: bool) -> Put:
     """The files are in the running guest as they were at the snapshot; what has its new content is compared."""
     state = session.state()
     if state is not State.RUNNING:

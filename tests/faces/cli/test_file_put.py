@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import os
 import subprocess
 from pathlib import Path
@@ -64,7 +63,9 @@ def linux(tmp_path_factory):
     part = folder / "part"
     file_trees.ext(part, tree, "-t", "ext4", size="16M")
     debug = 'set_inode_field /etc/hosts uid 5\nea_set /etc/hosts user.note kept\nea_set /etc security.selinux "etc_t"\n'
-    subprocess.run(["debugfs", "-w", "-f", "-", part], input=debug.encode(), check=True, capture_output=True, timeout=60)
+    subprocess.run(
+        ["debugfs", "-w", "-f", "-", part], input=debug.encode(), check=True, capture_output=True, timeout=60
+    )
     return disk_with(folder, part)
 
 
@@ -116,7 +117,11 @@ def test_a_tree_lands_with_times_and_modes_and_the_snapshot_is_what_was(hvmgr, w
     assert taken.st_blocks * 512 < 1 << 20  # holes stay holes
     assert big["modified"].startswith("2020-09-13T12:26:40.123456")
     assert stat(hvmgr, "/srv/tree")["modified"] == stat(hvmgr, "/srv/tree/deep")["modified"] == big["modified"]
-    assert facts(stat(hvmgr, "/srv/tree/deep/er/run")) == ("0751", 0, 0)  # a bit for another owner would be another one's
+    assert facts(stat(hvmgr, "/srv/tree/deep/er/run")) == (
+        "0751",
+        0,
+        0,
+    )  # a bit for another owner would be another one's
     assert stat(hvmgr, "/srv/tree/deep/link")["target"] == "../no such"
     assert is_sound(partition_of(hvmgr, web, tmp_path / "part"))
 
@@ -161,7 +166,9 @@ def test_restore_brings_back_what_a_snapshot_had(hvmgr, web, tmp_path):
     new.write_text("new\n")
     assert hvmgr("file", "put", web, new, "/etc/hosts", "--overwrite").code == 0
     assert hvmgr("file", "restore", web, "before", "/etc/hosts").code == 4
-    assert hvmgr.ok("file", "restore", web, "before", "/etc/h*", "--overwrite").out.startswith("1 file (20 B) put into /")
+    assert hvmgr.ok("file", "restore", web, "before", "/etc/h*", "--overwrite").out.startswith(
+        "1 file (20 B) put into /"
+    )
     found = stat(hvmgr, "/etc/hosts")
     assert (facts(found), extended(found)) == (("0640", 5, 0), {"user.note": b"kept"})
     assert found["modified"] == stat(hvmgr, "/etc/hosts", "--snapshot", "before")["modified"]
@@ -319,7 +326,10 @@ def test_ntfs_is_written_with_what_windows_would_give_it(hvmgr, made_of, tmp_pat
     hvmgr.ok("snapshot", "create", "web", "before")
     (tmp_path / "QUOTE'S $X `Y`").write_text("shorter" * 900)
     assert hvmgr("file", "put", "web", tmp_path / "QUOTE'S $X `Y`", "/tree").code == 4
-    assert hvmgr.ok("file", "put", "web", tmp_path / "QUOTE'S $X `Y`", "/tree", "--overwrite", "--json").json["replaced"] == 1
+    assert (
+        hvmgr.ok("file", "put", "web", tmp_path / "QUOTE'S $X `Y`", "/tree", "--overwrite", "--json").json["replaced"]
+        == 1
+    )
     listed = [one["path"] for one in hvmgr.ok("file", "list", "web", "/Tree", "--json").json["entries"]]
     assert listed == ["/Tree/dir \u00fc\U0001f600", "/Tree/none", "/Tree/quote's $x `y`"]
     hvmgr.ok("file", "restore", "web", "before", "/Tree/quote's $x `y`", "--overwrite")

@@ -13,7 +13,7 @@ from crash import Shape, set_memory, specification, write_off, write_running
 from lxml import etree
 
 import hvmgr
-from hvmgr import errors
+from hvmgr import errors, settings
 from hvmgr.host import background_snapshot, process
 from hvmgr.operations import merge
 from hvmgr.operations.exchange import converting
@@ -454,6 +454,7 @@ def with_files(host):
         subprocess.run(["mke2fs", "-q", "-F", *fixed, part.name], check=True, timeout=60)
         command = ["qemu-io", "-f", "qcow2", "-c", f"write -s {part.name} 0 {crash.DISK}"]
         subprocess.run([*command, vm(host).now().disks[SLOT]], check=True, capture_output=True, timeout=60)
+    settings.own_runtime_folder().mkdir(mode=0o711, parents=True, exist_ok=True)  # which only the first one makes
     file = host.root.parent / "outside" / "file"
     file.write_text("put\n")
     os.utime(file, (5, 5))

@@ -9,8 +9,8 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.host import guest_files
+from hvmgr.model.put_options import FilesWanted
 from hvmgr.operations.inside import returning
-from hvmgr.operations.inside.restoring import Wanted
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
@@ -40,7 +40,7 @@ def in_guest(machine, script, *words):
 
 
 def restore(machine, *paths, overwrite=True, into=b"/files/tree", **wishes):
-    return machine.vm.restore_into_guest(Wanted("before", paths, into=into, **wishes), overwrite=overwrite)
+    return machine.vm.restore_into_guest(FilesWanted("before", paths, into=into, **wishes), overwrite=overwrite)
 
 
 def digest_before(machine, path):
@@ -67,7 +67,7 @@ def test_files_come_back_into_the_guest_that_runs(machine, monkeypatch):
     machine.shell("mkdir /files/x && ln -s /files/tree /files/x/data")
     with pytest.raises(errors.Conflict, match="/files/x/data is a folder in the guest"):  # a link that leads to one
         restore(machine, b"/tree/data", into=b"/files/x")
-    with pytest.raises(errors.HostFailed, match="cannot be made in the guest: .*Not a directory"):
+    with pytest.raises(errors.HostFailed, match=r"cannot be made in the guest: .*Not a directory"):
         restore(machine, b"/tree", into=b"/files/tree/data", overwrite=False)
     assert machine.shell("cat /files/tree/data") == "broken"
 
@@ -88,13 +88,15 @@ def test_files_come_back_into_the_guest_that_runs(machine, monkeypatch):
         restore(machine, b"/tree/no")
 
     # Whatever goes wrong leaves the file as it is, and nothing beside it.
-    machine.shell("cd /files/tree && echo mine > data; dd if=/dev/zero of=/files/full bs=1k 2> /dev/null; sync; df /files")
-    with pytest.raises(errors.HvmgrError, match="/files/tree/data is what it was$"):
+    machine.shell(
+        "cd /files/tree && echo mine > data; dd if=/dev/zero of=/files/full bs=1k 2> /dev/null; sync; df /files"
+    )
+    with pytest.raises(errors.HvmgrError, match=r"/files/tree/data is what it was$"):
         restore(machine, b"/tree/data")
     machine.shell("rm /files/full; sync")
     with monkeypatch.context() as patch:
         patch.setattr(returning, "_HASH", "echo wrong")
-        with pytest.raises(errors.HostFailed, match="reads back in the guest otherwise .* is what it was$"):
+        with pytest.raises(errors.HostFailed, match=r"reads back in the guest otherwise .* is what it was$"):
             restore(machine, b"/tree/data")
     write, calls = guest_files.GuestFiles._write, []
 
@@ -129,7 +131,9 @@ def test_an_agent_that_stops_in_the_middle_leaves_the_old_file(machine, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(guest_files.GuestFiles, "_write", stopped)
-        with pytest.raises(errors.HvmgrError, match=r"/files/tree/data is what it was; .* lies beside it as (\S+)$") as failure:
+        with pytest.raises(
+            errors.HvmgrError, match=r"/files/tree/data is what it was; .* lies beside it as (\S+)$"
+        ) as failure:
             restore(machine, b"/tree/data")
     machine.agent.nudge()
     machine.agent.await_answer()
@@ -164,7 +168,7 @@ def test_without_an_agent_that_may_nothing_is_tried(machine, make_machine):
     machine.vm.stop(force=True)
     with pytest.raises(errors.Conflict, match="is off"):
         restore(machine, b"/tree/data")
-    machine.vm.restore_files(Wanted("before", [b"/tree/data"], into=b"/tree/deep"))
+    machine.vm.restore_files(FilesWanted("before", [b"/tree/data"], into=b"/tree/deep"))
     with machine.vm.look_inside() as inside:
         browser = inside.choose(b"/tree/deep/data")
         assert browser.find(b"/tree/deep/data").node.mode == 0o4750
