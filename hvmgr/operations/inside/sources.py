@@ -10,7 +10,7 @@ import contextlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +20,8 @@ from hvmgr.operations.inside import browsing
 from hvmgr.operations.inside.browsing import Browser, Found, shown
 from hvmgr.os_errors import explained
 from hvmgr.storage.filesystems.reader import Content, Type
+
+Report = Callable[[int], None]  # hears of bytes that are written
 
 SPECIAL = "device nodes, pipes and sockets"
 STREAMS = "named streams"

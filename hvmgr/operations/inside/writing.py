@@ -19,6 +19,8 @@ from hvmgr import errors
 from hvmgr.host import e2fsprogs, mtools, ntfs, ntfs_library
 from hvmgr.operations.inside.arranging import Act
 from hvmgr.operations.inside.browsing import Browser, shown
+from hvmgr.operations.inside.kernel_writing import KernelWriter
+from hvmgr.operations.inside.sources import Report
 from hvmgr.storage.filesystems.reader import Type
 from hvmgr.storage.filesystems.signatures import Kind
 
@@ -32,21 +34,19 @@ _OURS = re.compile(r'[<>:"|?*\\\x00-\x1f]')  # what no name on Windows can hold
 _DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _FULL = ("Could not allocate", "No free space", "no free space", "Can't allocate", "No space left")
 _FAT_MAX = (4 << 30) - 1
-_OTHERS = {
-    Kind.XFS: "there is no program that writes XFS without mounting it",
-    Kind.BTRFS: "there is no program that writes Btrfs without mounting it",
-    Kind.EXFAT: "there is no program that writes exFAT without mounting it",
-    Kind.ISO: "an ISO 9660 file system is never written",
-}
-
-Report = Callable[[int], None]
+_OTHERS = {Kind.ISO: "an ISO 9660 file system is never written"}
 
 
 class Writer(Protocol):
-    """One way to write. ``title`` names it in a few words; ``keeps_owners``: whether modes and owners mean anything."""
+    """One way to write."""
 
-    title: str
-    keeps_owners: bool
+    @property
+    def title(self) -> str:
+        """What it is, in a few words."""
+
+    @property
+    def keeps_owners(self) -> bool:
+        """Whether modes and owners mean anything."""
 
     def require(self, acts: Sequence[Act], browser: Browser) -> None:
         """Unsupported for what cannot be written, or where a program is missing."""
@@ -63,10 +63,16 @@ def find(kind: Kind | None, title: str) -> Writer:
         return _Ntfs()
     if kind is Kind.FAT:
         return _Fat()
+    if kind is Kind.XFS:
+        return KernelWriter("xfs", keeps_owners=True, options="rw,nouuid")
+    if kind is Kind.BTRFS:
+        return KernelWriter("btrfs", keeps_owners=True)
+    if kind is Kind.EXFAT:
+        return KernelWriter("exfat", keeps_owners=False)
     why = "nothing that is known lies there" if kind is None else _OTHERS.get(kind, f"{kind} cannot be written")
     raise errors.Unsupported(
         f"files cannot be put into {title}: {why}",
-        hint="ext2-4, NTFS and FAT can be written while the VM is off; others while it runs: file restore --to running",
+        hint="ext2-4, XFS, Btrfs, NTFS, FAT and exFAT can be written while the VM is off",
     )
 
 

@@ -160,7 +160,7 @@ SHAPED = {
     "file volumes": ["file", "list", "--image", "FILES/ext4.raw"],
     "file get": ["file", "get", "/a file", "--image", "FILES/ext4.raw", "--to", "FILES"],
     "file hash": ["file", "hash", "/", "--image", "FILES/ext4.raw"],
-    "file put": ["file", "put", "filed", "FILES/answer", "/"],
+    "file put": ["file", "put", "with-files", "FILES/answer", "/"],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -226,7 +226,7 @@ def test_documents_have_exactly_the_documented_keys(hvmgr, branched, root, tmp_p
             "<domain type='qemu'><name>plain</name><memory>65536</memory><os><type>hvm</type></os></domain>"
         )
         free, snapped = host.disks.create(8 << 20), host.vm(branched).home.facts().disks[0].id
-    hvmgr.ok("vm", "create", "filed", "--disk", files / "ext4.raw", "--network", "none", "--accel", "tcg")
+    hvmgr.ok("vm", "create", "with-files", "--disk", files / "ext4.raw", "--network", "none", "--accel", "tcg")
     assert set(SHAPED) == set(SHAPES)
     meant = {"VM": branched, "DIR": tmp_path / "hooks", "OUT": tmp_path / "out", "HOME": root / branched}
     meant["USERS"] = tmp_path / "users.json"

@@ -1,0 +1,194 @@
+"""What no program writes is written by a kernel: a small machine of our own starts with the volume as its disk, and is gone.
+
+The host's own kernel and its modules, a static busybox and a script of what is to be done are all that is in it; the contents are a second
+disk. What a hostile file system does to that kernel stays in there: nothing is mounted on this host, and no root is needed. Under KVM
+that takes a second or two, in emulation some ten.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvmgr import errors
+from hvmgr.host import bare_machine
+from hvmgr.host.bare_machine import Machine
+from hvmgr.operations.inside.arranging import Act
+from hvmgr.operations.inside.browsing import Browser, shown
+from hvmgr.operations.inside.sources import Report
+from hvmgr.storage import initramfs, kernels
+from hvmgr.storage.filesystems.reader import Type
+
+_BLOCK = 4096
+_MEMORY = 256 << 20
+_TIME_S, _SLOWEST = 300.0, 1 << 20  # bytes a second, in emulation on a busy host
+_DISKS = ("virtio_pci", "virtio_blk")
+# What file systems ask the kernel for by name, where it is no part of it.
+_SUMS = ("crc32c_generic", "xxhash_generic", "sha256_generic", "blake2b_generic", "libcrc32c")
+_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr cryptomgr.notests audit=0 nowatchdog"
+_DONE, _FAILED = "hvmgr-done", "hvmgr-failed "
+_INIT = """#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t devtmpfs dev /dev
+mount -t proc proc /proc
+fail() { echo "hvmgr-failed $*" | tr '\\n' ' '; echo; sync; poweroff -f; sleep 60; }
+while read -r name; do insmod "/modules/$name.ko" 2> /dev/null; done < /order
+mount -t %(driver)s -o %(options)s /dev/vda /volume 2> /said || fail "mount: $(cat /said)"
+cd /volume
+. /acts
+cd /
+umount /volume 2> /said || fail "unmount: $(cat /said)"
+sync
+echo hvmgr-done
+poweroff -f
+sleep 60
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelWriter:
+    """Writes one kind of file system; ``module`` is the kernel's name for it."""
+
+    module: str
+    keeps_owners: bool
+    options: str = "rw"
+
+    @property
+    def title(self) -> str:
+        return f"a small machine of its own ({self.module} of a Linux kernel)"
+
+    def require(self, acts: Sequence[Act], browser: Browser) -> None:  # noqa: ARG002 - as its promise
+        kernels.require((*_DISKS, self.module), self.module)
+        initramfs.installed_busybox()
+        for one in acts:
+            if one.item.type is Type.LINK and not self.keeps_owners:
+                raise errors.Unsupported(f"{one.item.origin} is a link, and none can be made on this file system")
+            for key, value in one.extras.items():
+                if not _stays(one) and (b"\0" in value.rstrip(b"\0") or not key.isprintable()):
+                    raise errors.Unsupported(f"{shown(one.path)} has the attribute {key}, which cannot be written here")
+
+    def write(self, volume: Path, acts: Sequence[Act], spool: Path, report: Report) -> None:
+        kernel = kernels.require((*_DISKS, self.module), self.module)
+        with tempfile.TemporaryDirectory(dir=spool, prefix="put-") as folder:
+            place = Path(folder)
+            contents = place / "contents"
+            script = "".join(_script(acts, _collected(acts, contents, spool, report), with_owners=self.keeps_owners))
+            entries = self._entries(kernel, os.fsencode(script))
+            (place / "initrd").write_bytes(initramfs.pack(entries))
+            disks = ((volume, "raw", True), (contents, "raw", False))
+            machine = Machine(disks, memory=_MEMORY, kernel=(kernel.image, place / "initrd", _ARGUMENTS))
+            self._run(machine, place, _TIME_S + sum(one.item.size for one in acts) / _SLOWEST, report)
+
+    def _run(self, machine: Machine, place: Path, time_s: float, report: Report) -> None:
+        last = ""
+        for line in bare_machine.lines(machine, place, time_s=time_s):
+            report(0)
+            if line.startswith(_FAILED):
+                raise self._explained(line.removeprefix(_FAILED).strip())
+            if line.startswith(_DONE):
+                return
+            last = line or last
+        raise errors.HostFailed(f"{self.title} ended before it was done; its last words: '{last}'")
+
+    def _explained(self, words: str) -> errors.HvmgrError:
+        if "No space left" in words:
+            return errors.NoSpace(
+                "the file system has no space left for it", hint="free space in the guest, or put less"
+            )
+        if words.startswith("mount"):
+            return errors.Corrupt(
+                f"the {self.module} file system cannot be mounted: {words}",
+                hint="start the system and let it check its disk",
+            )
+        return errors.HostFailed(f"{self.title} failed: {words}")
+
+    def _entries(self, kernel: kernels.Kernel, script: bytes) -> Iterator[tuple[str, int, bytes]]:
+        for folder in ("bin", "dev", "modules", "proc", "volume"):
+            yield folder, 0o040755, b""
+        yield "dev/console", 0o020600, b""
+        yield "bin/busybox", 0o100755, initramfs.installed_busybox()
+        modules = kernels.load_order(kernel, (*_DISKS, *_SUMS, self.module))
+        for name, data in modules:
+            yield f"modules/{name}.ko", 0o100644, data
+        yield "order", 0o100644, "".join(f"{name}\n" for name, _ in modules).encode()
+        yield "init", 0o100755, (_INIT % {"driver": self.module, "options": self.options}).encode()
+        yield "acts", 0o100644, script
+
+
+def _stays(act: Act) -> bool:
+    """Whether the file that is there is written anew, and keeps what is its own."""
+    there = act.replaced
+    return there is not None and there.node.type is act.item.type is Type.FILE and there.node.links == 1
+
+
+def _collected(acts: Sequence[Act], target: Path, spool: Path, report: Report) -> list[int]:
+    """All contents one after the other in a file, each on a block of its own; where each begins, in blocks."""
+    starts, at = [], 0
+    with target.open("wb") as file:
+        for one in acts:
+            starts.append(at // _BLOCK)
+            if one.item.source is not None:
+                with one.item.source.opened(spool) as descriptor:
+                    size = os.fstat(descriptor).st_size
+                    for place in range(0, size, 1 << 20):
+                        piece = os.pread(descriptor, 1 << 20, place)
+                        os.pwrite(file.fileno(), piece, at + place)
+                        report(0)
+                at += -(-size // _BLOCK) * _BLOCK
+            report(one.item.size)
+        file.truncate(max(at, _BLOCK))
+    return starts
+
+
+def _script(acts: Sequence[Act], starts: Sequence[int], *, with_owners: bool) -> Iterator[str]:
+    for act, start in zip(acts, starts, strict=True):
+        commands = [*_making(act, start), *(_settling(act) if with_owners else []), _time(act)]
+        yield from _checked(commands)
+    yield from _checked([_time(one) for one in reversed(acts) if one.item.type is Type.FOLDER])
+
+
+def _checked(commands: Sequence[str]) -> Iterator[str]:
+    for command in commands:
+        yield f'{command} 2> /said || fail "$(tail -c 300 /said)"\n'
+
+
+def _making(act: Act, start: int) -> Iterator[str]:
+    path = _word(b"." + act.path)
+    if act.replaced is not None and not _stays(act):
+        yield f"rm -f {path}"
+    if act.item.type is Type.FOLDER:
+        yield f"mkdir {path}"
+    elif act.item.type is Type.LINK:
+        yield f"ln -s {_word(act.item.target)} {path}"
+    else:
+        yield f": > {path}"
+        blocks = -(-act.item.size // _BLOCK)
+        if blocks:
+            yield f"dd if=/dev/vdb of={path} bs={_BLOCK} skip={start} count={blocks}"
+            yield f"truncate -s {act.item.size} {path}"
+
+
+def _settling(act: Act) -> Iterator[str]:
+    path = _word(b"." + act.path)
+    yield f"chown -h {act.uid}:{act.gid} {path}"
+    if act.item.type is not Type.LINK:
+        yield f"chmod {act.mode:o} {path}"
+    if not _stays(act):
+        for key, value in act.extras.items():
+            text = _word(value.rstrip(b"\0"))
+            yield f"setfattr -h -n {_word(key.encode())} -v {text} {path}"
+
+
+def _time(act: Act) -> str:
+    if act.modified is None:
+        return ":"
+    return f"touch -h -d @{max(0, act.modified) // 1_000_000_000} {_word(b'.' + act.path)}"
+
+
+def _word(text: bytes) -> str:
+    """A word of the shell, whatever is in it."""
+    return "'" + os.fsdecode(text).replace("'", "'\\''") + "'"
