@@ -59,6 +59,7 @@ _PACKAGES = {
     "qemu-nbd": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
     "qemu-system-x86_64": "qemu-system-x86",
+    "setfattr": "attr",
     "setpriv": "util-linux",
     "setsid": "util-linux",
     "sfdisk": "fdisk",

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import bare_machine
+from hvmgr.host import bare_machine, process
 from hvmgr.host.bare_machine import Machine
 from hvmgr.operations.inside.arranging import Act
-from hvmgr.operations.inside.browsing import Browser, shown
+from hvmgr.operations.inside.browsing import Browser
 from hvmgr.operations.inside.sources import Report
 from hvmgr.storage import initramfs, kernels
 from hvmgr.storage.filesystems.reader import Type
@@ -29,6 +29,8 @@ _DISKS = ("virtio_pci", "virtio_blk")
 # What file systems ask the kernel for by name, where it is no part of it.
 _SUMS = ("crc32c_generic", "xxhash_generic", "sha256_generic", "blake2b_generic", "libcrc32c")
 _ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr cryptomgr.notests audit=0 nowatchdog"
+_ATTRIBUTES = "setfattr"  # the one thing that busybox cannot
+_SETTER = f"/lib/loader --library-path /lib /lib/{_ATTRIBUTES}"
 _DONE, _FAILED = "hvmgr-done", "hvmgr-failed "
 _INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -67,9 +69,8 @@ class KernelWriter:
         for one in acts:
             if one.item.type is Type.LINK and not self.keeps_owners:
                 raise errors.Unsupported(f"{one.item.origin} is a link, and none can be made on this file system")
-            for key, value in one.extras.items():
-                if not _stays(one) and (b"\0" in value.rstrip(b"\0") or not key.isprintable()):
-                    raise errors.Unsupported(f"{shown(one.path)} has the attribute {key}, which cannot be written here")
+        if _sets_attributes(acts):
+            process.require(_ATTRIBUTES)
 
     def write(self, volume: Path, acts: Sequence[Act], spool: Path, report: Report) -> None:
         kernel = kernels.require((*_DISKS, self.module), self.module)
@@ -77,7 +78,8 @@ class KernelWriter:
             place = Path(folder)
             contents = place / "contents"
             script = "".join(_script(acts, _collected(acts, contents, spool, report), with_owners=self.keeps_owners))
-            entries = self._entries(kernel, os.fsencode(script))
+            programs = initramfs.with_libraries(_ATTRIBUTES) if _sets_attributes(acts) else {}
+            entries = self._entries(kernel, os.fsencode(script), programs)
             (place / "initrd").write_bytes(initramfs.pack(entries))
             disks = ((volume, "raw", True), (contents, "raw", False))
             machine = Machine(disks, memory=_MEMORY, kernel=(kernel.image, place / "initrd", _ARGUMENTS))
@@ -106,8 +108,10 @@ class KernelWriter:
             )
         return errors.HostFailed(f"{self.title} failed: {words}")
 
-    def _entries(self, kernel: kernels.Kernel, script: bytes) -> Iterator[tuple[str, int, bytes]]:
-        for folder in ("bin", "dev", "modules", "proc", "volume"):
+    def _entries(
+        self, kernel: kernels.Kernel, script: bytes, programs: Mapping[str, Path]
+    ) -> Iterator[tuple[str, int, bytes]]:
+        for folder in ("bin", "dev", "lib", "modules", "proc", "volume"):
             yield folder, 0o040755, b""
         yield "dev/console", 0o020600, b""
         yield "bin/busybox", 0o100755, initramfs.installed_busybox()
@@ -116,7 +120,13 @@ class KernelWriter:
             yield f"modules/{name}.ko", 0o100644, data
         yield "order", 0o100644, "".join(f"{name}\n" for name, _ in modules).encode()
         yield "init", 0o100755, (_INIT % {"driver": self.module, "options": self.options}).encode()
+        for name, path in programs.items():
+            yield f"lib/{name}", 0o100755, path.read_bytes()
         yield "acts", 0o100644, script
+
+
+def _sets_attributes(acts: Sequence[Act]) -> bool:
+    return any(one.extras and not _stays(one) for one in acts)
 
 
 def _stays(act: Act) -> bool:
@@ -179,8 +189,7 @@ def _settling(act: Act) -> Iterator[str]:
         yield f"chmod {act.mode:o} {path}"
     if not _stays(act):
         for key, value in act.extras.items():
-            text = _word(value.rstrip(b"\0"))
-            yield f"setfattr -h -n {_word(key.encode())} -v {text} {path}"
+            yield f"{_SETTER} -h -n {_word(key.encode())} -v 0x{value.hex()} {path}"
 
 
 def _time(act: Act) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from hvmgr.model import plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.put_options import PutOptions
 from hvmgr.operations import occasions, snapshots
+from hvmgr.operations.images.volumes import require_room
 from hvmgr.operations.inside import arranging, exporting, looking, owners, views, writing
 from hvmgr.operations.inside.arranging import Act, Arrangement
 from hvmgr.operations.inside.browsing import Browser, shown
@@ -107,6 +108,7 @@ def put(
         )  # fmt: skip
     if not arranged.acts:
         return done
+    require_room(session.layout.images, arranged.size, "what is put")
     one = _plan(session, where[0], arranged, browser.volume, name, operation)
     session.putting = _Putting(browser.volume, where, arranged.acts, writer)
     try:
@@ -223,6 +225,11 @@ class _Putting:
     @staticmethod
     def _content(browser: Browser, act: Act) -> Content:
         return browser.content(browser.find(act.path, follow=False))
+
+
+def _texts(extras: Mapping[str, bytes], names: Iterable[str]) -> dict[str, bytes]:
+    """Those attributes; a text may end in a zero byte or not."""
+    return {name: extras[name].rstrip(b"\0") for name in names if name in extras}
 
 
 def _is_same(content: Content, descriptor: int) -> bool:

@@ -110,6 +110,7 @@ class _Work:
 
     def is_there(self, one: Item, path: str, *, overwrite: bool) -> bool:
         """Whether a folder is there already; Conflict for what is in the way. Nothing is changed."""
+        self._session.interrupts.check()
         if not self._guest.can_run:
             found = "file" if one.type is Type.FILE and self._guest.exists(path) else ""
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import struct
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from hvmgr.storage import kernels
 from tests.storage import file_trees, test_lvm
 
 START = 1 << 20
+# As Linux shows it: the owner may write, user 1000 and the group read.
+_ENTRIES = ((1, 6, 0xFFFFFFFF), (2, 4, 1000), (4, 4, 0xFFFFFFFF), (16, 4, 0xFFFFFFFF), (32, 0, 0xFFFFFFFF))
+ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *one) for one in _ENTRIES)
 
 
 def disk_with(folder, part, name="disk"):
@@ -63,7 +67,11 @@ def linux(tmp_path_factory):
     os.link(tree / "etc" / "hosts", tree / "srv" / "same")
     part = folder / "part"
     file_trees.ext(part, tree, "-t", "ext4", size="16M")
-    debug = 'set_inode_field /etc/hosts uid 5\nea_set /etc/hosts user.note kept\nea_set /etc security.selinux "etc_t"\n'
+    (folder / "acl").write_bytes(ACL)
+    debug = f"ea_set -f {folder}/acl /etc/hosts system.posix_acl_access\n"
+    debug += (
+        'set_inode_field /etc/hosts uid 5\nea_set /etc/hosts user.note kept\nea_set /etc security.selinux "etc_t"\n'
+    )
     subprocess.run(
         ["debugfs", "-w", "-f", "-", part], input=debug.encode(), check=True, capture_output=True, timeout=60
     )
@@ -149,7 +157,7 @@ def test_what_is_replaced_keeps_what_is_its_own(hvmgr, web, tmp_path):
     assert answer.err == "/etc/hosts has other names, under which it stays what it was\n"
     assert "what was before is the snapshot 'mine'" in answer.out
     found = stat(hvmgr, "/etc/hosts")
-    assert (facts(found), extended(found)) == (("0640", 5, 0), {"user.note": b"kept"})
+    assert (facts(found), extended(found)) == (("0640", 5, 0), {"user.note": b"kept", "system.posix_acl_access": ACL})
     assert hvmgr.ok("file", "cat", web, "/etc/hosts", "/srv/same").out == "new\n127.0.0.1 localhost\n"
     hvmgr.ok("file", "put", web, new, "/etc/other", "--owner", "anna:web", "--mode", "0600")
     found = stat(hvmgr, "/etc/other")
@@ -171,7 +179,7 @@ def test_restore_brings_back_what_a_snapshot_had(hvmgr, web, tmp_path):
         "1 file (20 B) put into /"
     )
     found = stat(hvmgr, "/etc/hosts")
-    assert (facts(found), extended(found)) == (("0640", 5, 0), {"user.note": b"kept"})
+    assert (facts(found), extended(found)) == (("0640", 5, 0), {"user.note": b"kept", "system.posix_acl_access": ACL})
     assert found["modified"] == stat(hvmgr, "/etc/hosts", "--snapshot", "before")["modified"]
     hvmgr.ok("file", "restore", web, "before", "/etc", "/srv/link", "--into", "/srv/old/", "--parents")
     assert stat(hvmgr, "/srv/old/link")["target"] == "../etc"
@@ -179,6 +187,9 @@ def test_restore_brings_back_what_a_snapshot_had(hvmgr, web, tmp_path):
     assert is_sound(partition_of(hvmgr, web, tmp_path / "part"))
     assert hvmgr("file", "restore", web, "before", "/etc/no").code == 3
     assert hvmgr("file", "restore", web, "before", "/").code == 2
+    assert hvmgr("file", "restore", web, "before", "/etc", "--to", "running", "--parents").code == 2
+    answer = hvmgr("file", "restore", web, "before", "/etc", "--to", "running")
+    assert (answer.code, "is off: its guest takes no files" in answer.err) == (4, True)
     assert hvmgr.ok("file", "restore", web, "before", "/srv/link", "--into", "/srv/old", "--overwrite").code == 0
 
 
@@ -395,7 +406,12 @@ def kernel(counting_guest, tmp_path, monkeypatch):
 )
 @pytest.mark.usefixtures("kernel")
 def test_a_machine_of_its_own_writes_what_no_program_does(hvmgr, made_of, tmp_path, request, size, command):
-    part, is_exfat = made_of(size, *command), "exfat" in request.node.callspec.id
+    kind, seed = request.node.callspec.id, tmp_path / "seed"
+    is_exfat, is_btrfs = kind == "exfat", kind == "btrfs"
+    (seed / "srv").mkdir(parents=True)
+    if is_btrfs:
+        os.setxattr(seed / "srv", "security.selinux", b"srv_t\0")
+    part = made_of(size, *command, *(["-r", seed] if is_btrfs else []))
     tree = tmp_path / "tree"
     names = ["with space", "quote's $x `y`"] if is_exfat else [os.fsdecode(one) for one in (*HOSTILE, b"new\nline")]
     for name in names:
@@ -406,17 +422,19 @@ def test_a_machine_of_its_own_writes_what_no_program_does(hvmgr, made_of, tmp_pa
     (tree / "empty").touch()
     if not is_exfat:
         (tree / "link").symlink_to("no 'such'")
-    told = hvmgr("file", "put", "web", tree, "/", *([] if is_exfat else ["--owner", "7:8"]), "--json")
+    into = "/srv" if is_btrfs else "/"
+    told = hvmgr("file", "put", "web", tree, into, *([] if is_exfat else ["--owner", "7:8"]), "--json")
     assert told.code == 0, told
     assert told.json["engine"].startswith("a small machine of its own (")
-    hvmgr.ok("file", "get", "web", "/tree", "--to", tmp_path / "out")
+    hvmgr.ok("file", "get", "web", f"{into}/tree", "--to", tmp_path / "out")
+    assert not is_btrfs or extended(stat(hvmgr, "/srv/tree")) == {"security.selinux": b"srv_t\0"}
     for name in names:
         taken = tmp_path / "out" / "tree" / name / name
         assert taken.read_bytes() == os.fsencode(name) * 3000
         assert taken.stat().st_mtime == 1_600_000_000
         assert is_exfat or (taken.stat().st_uid, taken.stat().st_gid, taken.stat().st_mode & 0o7777) == (7, 8, 0o640)
     check = {"xfs": ["xfs_repair", "-n"], "btrfs": ["btrfs", "check", "-q"], "exfat": ["fsck.exfat", "-n"]}
-    file_trees.run(*check[request.node.callspec.id], partition_of(hvmgr, "web", part))
+    file_trees.run(*check[kind], partition_of(hvmgr, "web", part))
     if is_exfat:
         (tmp_path / "full").write_bytes(os.urandom(9 << 20))
         before = present(hvmgr, "web")
