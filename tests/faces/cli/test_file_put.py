@@ -53,6 +53,13 @@ def is_sound(part):
     return subprocess.run(["e2fsck", "-f", "-n", part], capture_output=True, timeout=60, check=False).returncode == 0
 
 
+@pytest.fixture(autouse=True)
+def _able(require, require_program):
+    require(os.access("/dev/fuse", os.R_OK | os.W_OK), "needs /dev/fuse")
+    for name in ("debugfs", "e2fsck", "sfdisk"):
+        require_program(name)
+
+
 @pytest.fixture(scope="module")
 def linux(tmp_path_factory):
     folder = tmp_path_factory.mktemp("linux")
@@ -297,7 +304,7 @@ def test_a_file_that_changes_and_a_volume_that_reads_otherwise_are_refused(hvmgr
 
 
 @pytest.fixture
-def made_of(hvmgr, root, tmp_path):
+def made_of(hvmgr, root, tmp_path, require_program):
     """A VM whose disk has one partition with a file system that a command makes in a file of this size."""
 
     def make(size, *command):
@@ -305,6 +312,7 @@ def made_of(hvmgr, root, tmp_path):
         with part.open("wb") as file:
             file.truncate(size)
         if command:
+            require_program(command[0])
             file_trees.run(*command, part)
         disk = disk_with(tmp_path, part)
         hvmgr.ok("vm", "create", "web", "--memory", "64M", "--disk", disk, "--network", "none", "--accel", "tcg")
@@ -366,7 +374,8 @@ def test_ntfs_is_written_with_what_windows_would_give_it(hvmgr, made_of, tmp_pat
     assert (answer.code, "it sleeps, or was not shut down" in answer.err) == (4, True)
 
 
-def test_fat_is_written_in_two_seconds_steps(hvmgr, made_of, tmp_path):
+def test_fat_is_written_in_two_seconds_steps(hvmgr, made_of, tmp_path, require_program):
+    require_program("mcopy")
     part = made_of(8 << 20, "mkfs.fat", "-h", "2048")
     tree = tmp_path / "EFI"
     (tree / "d\u00efr with space").mkdir(parents=True)
@@ -387,8 +396,9 @@ def test_fat_is_written_in_two_seconds_steps(hvmgr, made_of, tmp_path):
 
 
 @pytest.fixture
-def kernel(counting_guest, tmp_path, monkeypatch):
+def kernel(counting_guest, tmp_path, monkeypatch, require_program):
     """The kernel of the counting guest, as if it were this host's."""
+    require_program("setfattr")
     (version,) = counting_guest.modules.iterdir()
     boot = tmp_path / "boot"
     boot.mkdir()
