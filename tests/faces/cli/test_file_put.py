@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import signal
 import struct
 import subprocess
 from pathlib import Path
@@ -296,6 +297,14 @@ def test_a_file_that_changes_and_a_volume_that_reads_otherwise_are_refused(hvmgr
     monkeypatch.setattr(e2fsprogs, "change", broken)
     answer = hvmgr("file", "put", web, file, "/srv")
     assert (answer.code, "the file system is damaged" in answer.err) == (6, True)
+
+    def interrupted(volume, commands):
+        os.kill(os.getpid(), signal.SIGINT)
+        change(volume, commands)
+
+    monkeypatch.setattr(e2fsprogs, "change", interrupted)
+    answer = hvmgr("file", "put", web, file, "/srv")
+    assert (answer.code, "nothing was changed" in answer.err) == (130, True)
     assert present(hvmgr, web) == before
     assert hvmgr.ok("snapshot", "list", web, "--json").json["snapshots"] == []
 
