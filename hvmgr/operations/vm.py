@@ -362,15 +362,22 @@ class VM:
         return recurrence.find(self, Path(file), point, older, kind, compare=compare)
 
     def look_inside(
-        self, *, snapshot: str | None = None, slot: str | None = None, partition: str | None = None
+        self,
+        *,
+        snapshot: str | None = None,
+        slot: str | None = None,
+        partition: str | None = None,
+        keys: Mapping[str, bytes] | None = None,
     ) -> AbstractContextManager[Inside]:
         """The file systems on the disks, to be read inside the block; the VM may run, and is then seen at its latest snapshot.
 
-        ``partition`` is a number, or the name ``GROUP/VOLUME`` of a logical volume. Nothing is written.
+        ``partition`` is a number, or the name ``GROUP/VOLUME`` of a logical volume. ``keys`` open what is encrypted with
+        LUKS, each for SLOT, SLOT:N, :N, GROUP/VOLUME, or for all of it (an empty word). Nothing is written.
         """
-        from hvmgr.operations.inside import looking, views
+        from hvmgr.operations.inside import looking, unlocking, views
 
-        return looking.opened(views.of_vm(self, snapshot=snapshot, slot=slot), partition=partition)
+        found = [unlocking.Key((secret,), target) for target, secret in (keys or {}).items()]
+        return looking.opened(views.of_vm(self, snapshot=snapshot, slot=slot), partition=partition, keys=found)
 
     def put_files(
         self,

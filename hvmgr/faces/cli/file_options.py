@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
-from hvmgr.faces.cli import arguments, file_render, render
+from hvmgr.faces.cli import arguments, file_render, key_files, render
 from hvmgr.faces.cli.groups import READS
 from hvmgr.faces.cli.request import Request
 
@@ -37,6 +37,7 @@ class Where:
     image: Path | None
     home: Path | None
     fmt: str | None
+    key_files: tuple[str, ...]
 
     @property
     def paths(self) -> tuple[bytes, ...]:
@@ -73,7 +74,7 @@ def where(metavar: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         def called(request: Request, **given: Any) -> Any:
-            own = {name: given.pop(name) for name in ("words", "snapshot", "slot", "partition", "image", "home", "fmt")}
+            own = {field.name: given.pop(field.name) for field in dataclasses.fields(Where)}
             which = Where(**own)
             which.check()
             return function(request, where=which, **given)
@@ -106,6 +107,7 @@ def _options(metavar: str) -> list[Callable[[Any], Any]]:
         click.option(
             "--format", "fmt", type=click.Choice(_FORMATS), help="The format of --image, if it is not to be found out."
         ),
+        key_files.option,
     ]  # fmt: skip
 
 
@@ -126,7 +128,8 @@ def opened(request: Request, where: Where) -> Iterator[Inside]:
         disks = where.disks(host)
         for moment in dict.fromkeys(one.moment for one in disks if one.moment is not None):
             render.notice(moment)
-        with looking.opened(disks, partition=where.partition) as inside:
+        keys = key_files.read(where.key_files)
+        with looking.opened(disks, partition=where.partition, keys=keys) as inside:
             yield inside
 
 

@@ -92,6 +92,7 @@ def volume(one: Volume) -> dict[str, Any]:
         "uuid": one.uuid,
         "name": one.name,
         "type": one.type,
+        "encrypted": one.encrypted or (one.kind is not None and one.kind.is_encrypted),
         "readable": looking.is_readable(one),
     }
 
@@ -120,6 +121,7 @@ def volume_row(one: Volume) -> tuple[str, ...]:
     readable = "yes" if looking.is_readable(one) else looking.why_not(one)
     number = one.logical or ("-" if one.number is None else str(one.number))
     holds = one.kind.value if one.kind is not None else "-"
+    holds += " (LUKS)" if one.encrypted else ""
     return (one.disk.slot or "-", number, holds, one.label or one.name or "-", units.format_size(one.size), readable)
 
 

@@ -13,17 +13,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvmgr import errors, units
-from hvmgr.operations.inside import views
+from hvmgr.operations.inside import unlocking, views
 from hvmgr.operations.inside.browsing import Browser, shown
+from hvmgr.operations.inside.unlocking import Key
 from hvmgr.operations.inside.views import Frozen, Volume
 from hvmgr.storage.filesystems import opening
 from hvmgr.storage.filesystems.signatures import Kind
 from hvmgr.storage.filesystems.window import Mapped, Window
 from hvmgr.storage.partitions import Disk
-from hvmgr.vhd.source import Source
 
 _HINTS = {
-    Kind.LUKS: "it is encrypted (LUKS), and its key is only in the guest",
+    Kind.LUKS: unlocking.NO_KEY,
     Kind.BITLOCKER: "it is encrypted (BitLocker), and its key is only in the guest",
     Kind.SWAP: "it is swap space",
     Kind.LVM: "its logical volumes (LVM) are told on their own",
@@ -36,21 +36,25 @@ class Inside:
 
     disks: list[Frozen]
     volumes: list[Volume]
-    _sources: dict[int, Source]
-    _logical: dict[str, Disk] = field(default_factory=dict)
-    _browsers: dict[tuple[int, int, str], Browser] = field(default_factory=dict)
+    _places: dict[Volume, Disk | None]
+    _browsers: dict[Volume, Browser] = field(default_factory=dict)
+
+    def place(self, volume: Volume) -> Disk:
+        """The volume's own bytes; Unsupported, with the reason, where nobody can read them."""
+        disk = self._places[volume]
+        if disk is None:
+            raise errors.Unsupported(f"{volume.title} of {volume.disk.name} cannot be read: {why_not(volume)}")
+        return disk
 
     def browser(self, volume: Volume) -> Browser:
         """The volume's file system; Unsupported, with the reason, where there is none that can be read."""
-        index = next(at for at, one in enumerate(self.disks) if one is volume.disk)
-        key = (index, volume.start, volume.logical)
-        if key not in self._browsers:
-            disk = self._logical[volume.logical] if volume.logical else views.window(volume, self._sources[index])
-            opened = None if volume.kind is None else opening.open_reader(volume.kind, disk)
+        if volume not in self._browsers:
+            disk = self.place(volume)
+            opened = None if volume.kind is None or volume.why_not else opening.open_reader(volume.kind, disk)
             if opened is None:
                 raise errors.Unsupported(f"{volume.title} of {volume.disk.name} cannot be read: {why_not(volume)}")
-            self._browsers[key] = Browser(volume, opened)
-        return self._browsers[key]
+            self._browsers[volume] = Browser(volume, opened)
+        return self._browsers[volume]
 
     def place(self, volume: Volume) -> tuple[Frozen, int] | None:
         """On which disk a volume lies in one piece, and from which byte on; None for a logical one that is scattered."""
@@ -72,7 +76,8 @@ class Inside:
         readable = [one for one in self.volumes if is_readable(one)]
         if not readable:
             raise self._nothing_readable()
-        if len(readable) == 1:
+        is_locked = any(one.kind is Kind.LUKS for one in self.volumes)
+        if len(readable) == 1 and not is_locked:
             return self.browser(readable[0])
         having: list[Volume] = []
         broken: list[errors.HvmgrError] = []
@@ -130,37 +135,35 @@ def described(volumes: Sequence[Volume]) -> str:
 
 
 @contextlib.contextmanager
-def opened(disks: Sequence[Frozen], *, partition: str | None = None) -> Iterator[Inside]:
+def opened(disks: Sequence[Frozen], *, partition: str | None = None, keys: Sequence[Key] = ()) -> Iterator[Inside]:
     """The disks with all their volumes, or with those of a number or with the name ``GROUP/VOLUME`` only.
 
-    NotFound when no disk has such a partition.
+    What is encrypted is opened with the ``keys``. NotFound when no disk has such a partition.
     """
     with contextlib.ExitStack() as stack:
-        sources = {index: stack.enter_context(views.opened(disk)) for index, disk in enumerate(disks)}
-        volumes = [one for index, disk in enumerate(disks) for one in views.volumes(disk, sources[index])]
-        physical, bad = _physical(disks, sources, volumes)
-        volumes = [dataclasses.replace(one, why_not=bad[one]) if one in bad else one for one in volumes]
-        logical = dict(_logical(physical))
-        volumes += logical
+        places: dict[Volume, Disk | None] = {}
+        for disk in disks:
+            source = stack.enter_context(views.opened(disk))
+            places |= {one: views.window(one, source) for one in views.volumes(disk, source)}
+        number = partition if partition is not None and partition.isdigit() else None
+        places = unlocking.unlocked(places, keys, number)
+        good, bad = _physical(places)
+        places = {dataclasses.replace(one, why_not=bad[one]) if one in bad else one: at for one, at in places.items()}
+        places |= unlocking.unlocked(dict(_logical(good)), keys, number)
+        volumes = list(places)
+        unlocking.check(volumes, keys)
         if partition is not None:
             chosen = [one for one in volumes if partition in {str(one.number), one.logical}]
             if not chosen:
                 there = described(volumes) or "none"
                 raise errors.NotFound(f"there is no partition {partition}", hint=f"there are: {there}")
             volumes = chosen
-        places = {volume.logical: disk for volume, disk in logical.items() if disk is not None}
-        yield Inside(list(disks), volumes, sources, places)
+        yield Inside(list(disks), volumes, places)
 
 
-def _physical(
-    disks: Sequence[Frozen], sources: dict[int, Source], volumes: Sequence[Volume]
-) -> tuple[dict[Volume, Disk], dict[Volume, str]]:
+def _physical(places: Mapping[Volume, Disk | None]) -> tuple[dict[Volume, Disk], dict[Volume, str]]:
     """The physical volumes (LVM) that can be read; and those whose metadata is damaged, with what is wrong."""
-    windows: dict[Volume, Disk] = {
-        one: views.window(one, sources[next(at for at, disk in enumerate(disks) if disk is one.disk)])
-        for one in volumes
-        if one.kind is Kind.LVM
-    }
+    windows = {one: disk for one, disk in places.items() if one.kind is Kind.LVM and disk is not None}
     bad: dict[Volume, str] = {}
     if not windows:
         return {}, bad

@@ -27,6 +27,7 @@ from hvmgr.storage import frozen, images, partitions
 from hvmgr.storage.filesystems import signatures
 from hvmgr.storage.filesystems.signatures import Kind
 from hvmgr.storage.filesystems.window import Window
+from hvmgr.storage.partitions import Disk
 from hvmgr.vhd.source import RawSource, Source
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Volume:
     type: str = ""
     name: str = ""
     logical: str = ""
-    why_not: str = ""  # nobody can read a logical volume
+    why_not: str = ""  # nobody can read it
+    encrypted: bool = False
 
     @property
     def title(self) -> str:
@@ -133,6 +135,8 @@ def of_image(path: Path, fmt: str | None = None) -> Frozen:
     image_links.require_image(path)
     real = Path(os.path.realpath(path))
     stated = images.VPC if fmt == "vhd" else fmt
+    if stated is None and images.identify(real).format == Kind.LUKS:
+        stated = images.RAW  # it is a disk that is encrypted as a whole
     return Frozen(str(path), tuple(image_links.chain_of(real, stated or image_links.probe(real))))
 
 
@@ -259,7 +263,7 @@ def _served(links: Sequence[Link]) -> Iterator[Source]:
 # --- what lies on them ----------------------------------------------------------------------------------------------
 
 
-def volumes(disk: Frozen, source: Source) -> list[Volume]:
+def volumes(disk: Frozen, source: Disk) -> list[Volume]:
     """The places of a disk that may hold file systems, with what was found there; one, the whole disk, without a table."""
     table = partitions.read(source)
     whole = _volume(disk, source, None, 0, source.size)
@@ -274,13 +278,13 @@ def volumes(disk: Frozen, source: Source) -> list[Volume]:
     ]
 
 
-def window(volume: Volume, source: Source) -> Window:
+def window(volume: Volume, source: Disk) -> Window:
     """The volume's own bytes."""
     return Window(source, volume.start, volume.size)
 
 
 def _volume(
-    disk: Frozen, source: Source, number: int | None, start: int, size: int, *, type: str = "", name: str = ""
+    disk: Frozen, source: Disk, number: int | None, start: int, size: int, *, type: str = "", name: str = ""
 ) -> Volume:
     found = signatures.recognise(Window(source, start, size))
     if found is None:
