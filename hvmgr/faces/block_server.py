@@ -41,14 +41,15 @@ def main(words: Sequence[str]) -> int:
         listener.bind(address)
         listener.listen()
         os.chdir("/")  # no file system is kept busy for nothing
-        _let_go_of_output()
+        let_go_of_output()
         server = Server(chain, writable=writable)
         server.accept(listener)
         server.flush()
     return 0
 
 
-def _let_go_of_output() -> None:
+def let_go_of_output() -> None:
+    """Whoever waits for the output to end knows that we are ready."""
     nothing = os.open(os.devnull, os.O_RDWR)
     for number in (0, 1, 2):
         os.dup2(nothing, number)

@@ -26,11 +26,13 @@ from hvmgr.host import pids, process, qemu_errors
 
 PROGRAM = "qemu-storage-daemon"
 CODEC = "hvmgr"  # the format of a link that our own program serves, see ``serve``
+VOLUME = "volume"  # of one that another program of ours serves, see ``serve_volume``
 
 _START_S = 60.0
+_SERVE_S = 600.0  # a key of LUKS is meant to take its time
 _END_S = 300.0  # what a slow disk gets to take the last writes
 _FILE, _PID, _SOCKET = "disk", "daemon.pid", "nbd"
-_SERVER = "hvmgr.faces.block_server"
+_SERVER, _VOLUME_SERVER = "hvmgr.faces.block_server", "hvmgr.faces.volume_server"
 _FUSE = Path("/dev/fuse")
 _PUNCH, _KEEP_SIZE = 2, 1
 _NO_FUSE = ("does not accept value 'fuse'", "Invalid parameter 'fuse'")
@@ -38,7 +40,7 @@ _NO_FUSE = ("does not accept value 'fuse'", "Invalid parameter 'fuse'")
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """One image of a chain: a file or device, and its format (raw, qcow2, vpc, vhdx, or ``CODEC``)."""
+    """One image of a chain: a file or device, and its format (raw, qcow2, vpc, vhdx, ``CODEC`` or ``VOLUME``)."""
 
     path: Path
     format: str
@@ -67,17 +69,38 @@ def require_for_users() -> None:
 
 def serve(folder: Path, path: Path, *, writable: bool) -> None:
     """Our own codec serves the VHD at ``path``, with its parents, on a socket in the folder, until it is ended."""
-    words = ["--writable"] if writable else []
+    _serve(folder, _SERVER, [*(["--writable"] if writable else []), path])
+
+
+def serve_volume(folder: Path, text: bytes) -> None:
+    """The volume that the text describes is served, to be read, on a socket in the folder, until that is ended."""
+    _serve(folder, _VOLUME_SERVER, [], text)
+
+
+def serve_lowest(folder: Path, links: Sequence[Link], *, writable: bool, volume: bytes = b"") -> Sequence[Link]:
+    """What QEMU does not read of a chain (top first) is served; the links down to that. ``volume``: see ``serve_volume``."""
+    for number, link in enumerate(links):
+        if link.format == VOLUME:
+            serve_volume(folder, volume)
+        elif link.format == CODEC:
+            serve(folder, link.path, writable=writable and number == 0)
+        else:
+            continue
+        return links[: number + 1]
+    return links
+
+
+def _serve(folder: Path, server: str, words: Sequence[str | Path], text: bytes = b"") -> None:
     socket = folder / _SOCKET
     # It finds its modules where we found ours, however hvmgr was installed.
-    program = f"import sys; sys.path[:] = {sys.path!r}; from {_SERVER} import main; sys.exit(main(sys.argv[1:]))"
-    argv: list[str | Path] = ["setsid", "--fork", sys.executable, "-I", "-c", program, *words, path, socket]
+    program = f"import sys; sys.path[:] = {sys.path!r}; from {server} import main; sys.exit(main(sys.argv[1:]))"
+    argv: list[str | Path] = ["setsid", "--fork", sys.executable, "-I", "-c", program, *words, socket]
     # It lets go of its output when it is ready: the call ends then, and what it says before is why it is not.
-    said = process.run(argv, timeout_s=_START_S).stderr.strip()
+    said = process.run(argv, input=text, timeout_s=_SERVE_S if text else _START_S).stderr.strip()
     if not socket.exists():
         kind, _, why = said.partition(": ")
         error = getattr(errors, kind, errors.HostFailed)
-        raise error(why or said or f"{path} cannot be served: the server ended without a word", path=str(path))
+        raise error(why or said or "the disk cannot be served: the server ended without a word")
 
 
 def start(folder: Path, links: Sequence[Link], *, writable: bool, part: tuple[int, int] | None = None) -> None:
@@ -139,7 +162,7 @@ def file_of(folder: Path) -> Path:
 
 def processes(folder: Path) -> list[tuple[int, int]]:
     """The processes that serve the folder's export, each with its start time."""
-    return [one for program in (PROGRAM, _SERVER) for one in pids.naming(f"{folder}/", program)]
+    return [one for program in (PROGRAM, _SERVER, _VOLUME_SERVER) for one in pids.naming(f"{folder}/", program)]
 
 
 def is_served(folder: Path) -> bool:
@@ -171,7 +194,7 @@ def _nodes(folder: Path, links: Sequence[Link], *, writable: bool) -> list[dict[
         if top and writable:
             # The guest's zeros take no space. It cannot give space back otherwise, see below.
             node |= {"discard": "unmap", "detect-zeroes": "unmap"}
-        if link.format == CODEC:
+        if link.format in {CODEC, VOLUME}:
             server = {"type": "unix", "path": os.fspath(folder / _SOCKET)}
             node |= {"driver": "nbd", "server": server}
         else:

@@ -204,15 +204,15 @@ def _require_free(users: Sequence[User], path: Path) -> None:
 # --- up and down ----------------------------------------------------------------------------------------------------
 
 
-def set_up(one: Attachment, links: Sequence[Link], *, writable: bool) -> Attachment:
-    """The disk of a chain is a block device, with its partitions; the record, which is there already, says so."""
+def set_up(one: Attachment, links: Sequence[Link], *, writable: bool, volume: bytes = b"") -> Attachment:
+    """The disk of a chain is a block device, with its partitions; the record, which is there already, says so.
+
+    ``volume`` describes what lies at the bottom of it, where that is no disk but a volume (``image_export.VOLUME``).
+    """
     folder = Path(one.folder)
     folder.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700)
-    codec = next((number for number, link in enumerate(links) if link.format == image_export.CODEC), None)
-    if codec is not None:
-        image_export.serve(folder, links[codec].path, writable=writable and codec == 0)
-        links = links[: codec + 1]
+    links = image_export.serve_lowest(folder, links, writable=writable, volume=volume)
     image_export.start(folder, links, writable=writable)
     with image_export.opened(folder, writable=writable) as file:
         size = os.fstat(file).st_size
@@ -221,7 +221,7 @@ def set_up(one: Attachment, links: Sequence[Link], *, writable: bool) -> Attachm
     one = dataclasses.replace(one, size=size, device=str(device), life=loop.life_of(device), processes=served_by)
     attachments.write(one)
     with partitions.File(device) as disk:
-        table = partitions.read(disk)
+        table = None if volume else partitions.read(disk)
     loop.set_partitions(device, map(_to_kernel, () if table is None else table.partitions))
     one = dataclasses.replace(one, phase=Phase.ATTACHED)
     attachments.write(one)

@@ -352,14 +352,14 @@ class Host:
 
         mounting.require()
         real = mounting.require_directory(Path(directory))
-        volume, place = mounting.choose(self, wanted, real)
-        paths = [link.path for link in volume.disk.links]
+        chosen, place = mounting.choose(self, wanted, real)
+        paths = [link.path for link in chosen.images]
         with attachments.locked(wait_s=self.wait_s), self._locked(paths):
             changes.require_settled(paths)
             mounting.require_directory(real)
             if not self.reporter.dry_run:
                 mounting.forget_kept()
-            return mounting.mount(self, volume, real, place)
+            return mounting.mount(self, chosen, real, place)
 
     def unmount(self, directory: Path | str, *, keep: Path | str | None = None) -> Attachment:
         """What ``mount`` put up is gone. What was written goes with it, or is the image ``keep``, a child of what was mounted."""

@@ -20,7 +20,6 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -40,13 +39,16 @@ from hvmgr.storage.kept_images import Kept
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
+    from hvmgr.operations.inside.unlocking import Key
     from hvmgr.operations.inside.views import Volume
+    from hvmgr.operations.inside.volumes import Chosen
 
 _FOLDER = "mounts"
 _OVERLAY = "overlay.qcow2"
 _END_S = 20.0  # what ntfs-3g, or a program that looks at each new device, takes to let go of one
 _POLL_S = 0.1
 _JOURNALED = (Kind.EXT3, Kind.EXT4, Kind.XFS, Kind.BTRFS)
+_IN_CLEAR = "what is written lies in clear below /run, in the memory of the host as a rule, until it is unmounted"
 _WRITTEN_HINT = "hvmgr unmount {}, with --keep FILE when what was written is wanted"
 
 
@@ -76,8 +78,9 @@ class Wanted:
     image: Path | None = None
     snapshot: str | None = None
     slot: str | None = None
-    partition: int | None = None
+    partition: int | str | None = None  # its number, or GROUP/VOLUME
     writable: bool = False
+    keys: tuple[Key, ...] = ()
 
 
 # --- up -------------------------------------------------------------------------------------------------------------
@@ -109,7 +112,7 @@ def require_directory(directory: Path) -> Path:
     return real
 
 
-def choose(host: Host, wanted: Wanted, directory: Path) -> tuple[Volume, Mount]:
+def choose(host: Host, wanted: Wanted, directory: Path) -> tuple[Chosen, Mount]:
     """What is meant, and what the record says of it; which moment it is, where nobody named one, is told."""
     if wanted.image is not None:
         if wanted.snapshot is not None or wanted.slot is not None:
@@ -123,9 +126,11 @@ def choose(host: Host, wanted: Wanted, directory: Path) -> tuple[Volume, Mount]:
         raise errors.UsageError("neither a VM nor an image is named", hint="hvmgr mount VM DIR")
     for sentence in dict.fromkeys(one.moment for one in disks if one.moment is not None):
         host.reporter.notice(sentence)
-    volume = volumes.choose(disks, wanted.partition)
+    chosen = volumes.choose(disks, None if wanted.partition is None else str(wanted.partition), wanted.keys)
+    volume = chosen.volume
     assert volume.kind is not None
     title = volume.disk.name if volume.number is None else f"partition {volume.number} of {volume.disk.name}"
+    title = f"{volume.title} of {volume.disk.name}" if volume.logical else title
     place = Mount(
         directory=str(directory),
         title=title,
@@ -134,25 +139,30 @@ def choose(host: Host, wanted: Wanted, directory: Path) -> tuple[Volume, Mount]:
         snapshot=wanted.snapshot,
         slot=volume.disk.slot,
         partition=volume.number,
+        logical=volume.logical or None,
+        encrypted=volume.encrypted,
         writable=wanted.writable,
         by_user=not settings.is_root(),
     )
-    return volume, place
+    return chosen, place
 
 
-def mount(host: Host, volume: Volume, directory: Path, place: Mount) -> Mounted:
+def mount(host: Host, chosen: Chosen, directory: Path, place: Mount) -> Mounted:
     """The volume's file system is in the directory; the caller holds the locks of images and attachments."""
+    volume = chosen.volume
     assert volume.kind is not None
     if place.by_user:
         user_mounting.require_kind(volume.kind)
     driver = None if place.by_user else file_systems.require(volume.kind)
-    one = _record(volume, place)
+    one = _record(chosen, place)
     if not host.reporter.approve(Plan(str(uuid.uuid4()), "", "mount", f"mount {place.title} at {directory}")):
         raise errors.Declined(f"mount {place.title} at {directory}: not done")
     if place.writable:
-        return _put_up(one, volume, driver, with_overlay=True)
+        if place.encrypted:
+            host.reporter.notice(_IN_CLEAR)
+        return _put_up(one, chosen, driver, with_overlay=True)
     try:
-        return _put_up(one, volume, driver, with_overlay=False)
+        return _put_up(one, chosen, driver, with_overlay=False)
     except file_systems.Refused as refused:
         if volume.kind not in _JOURNALED:
             raise _explained(refused, volume) from refused
@@ -160,16 +170,16 @@ def mount(host: Host, volume: Volume, directory: Path, place: Mount) -> Mounted:
         f"{place.title} was not cleanly unmounted: its journal is replayed in a throw-away image, and what is shown is the"
         " file system after that"
     )
-    return _put_up(_record(volume, place), volume, driver, with_overlay=True)
+    return _put_up(_record(chosen, place), chosen, driver, with_overlay=True)
 
 
-def _record(volume: Volume, place: Mount) -> Attachment:
-    links = volume.disk.links
+def _record(chosen: Chosen, place: Mount) -> Attachment:
+    links = chosen.images
     number = str(uuid.uuid4())
     return Attachment(
         id=number,
         path=str(links[0].path),
-        format=links[0].format,
+        format=chosen.links[0].format,
         read_only=True,  # as far as these images are concerned
         images=tuple(str(link.path) for link in links),
         folder=str(settings.own_runtime_folder() / uuid.uuid4().hex[:12]),
@@ -180,40 +190,43 @@ def _record(volume: Volume, place: Mount) -> Attachment:
     )
 
 
-def _put_up(one: Attachment, volume: Volume, driver: str | None, *, with_overlay: bool) -> Mounted:
+def _put_up(one: Attachment, chosen: Chosen, driver: str | None, *, with_overlay: bool) -> Mounted:
     assert one.mount is not None
     scratch = settings.index_folder() / _FOLDER / one.id
+    if one.mount.encrypted:  # what is in clear stays in memory, where the host has its /run there
+        scratch = Path(f"{one.folder}.{_FOLDER}")
     if with_overlay:
         one = dataclasses.replace(one, mount=dataclasses.replace(one.mount, overlay=str(scratch / _OVERLAY)))
     attachments.write(one)
     try:
-        links = list(volume.disk.links)
+        links = list(chosen.links)
         if with_overlay:
-            links.insert(0, _make_overlay(scratch, links, volume))
+            links.insert(0, _make_overlay(scratch, chosen))
         if driver is None:
-            one = user_mounting.put_up(one, links, volume, with_overlay=with_overlay)
+            one = user_mounting.put_up(one, links, chosen, with_overlay=with_overlay)
         else:
-            one = attaching.set_up(one, links, writable=with_overlay)
+            one = attaching.set_up(one, links, writable=with_overlay, volume=chosen.text)
             assert one.device is not None and one.mount is not None  # noqa: PT018
-            device = Path(one.device) if volume.number is None else loop.node(Path(one.device), volume.number)
+            device = Path(one.device) if chosen.number is None else loop.node(Path(one.device), chosen.number)
             file_systems.mount(device, Path(one.mount.directory), driver, writable=one.mount.writable)
     except BaseException as error:
         with contextlib.suppress(errors.HvmgrError):  # 'unmount' tries again; why it came to this is told first
             _take_down(one)
         if with_overlay and isinstance(error, file_systems.Refused):
-            raise _explained(error, volume) from error
+            raise _explained(error, chosen.volume) from error
         raise
     assert one.mount is not None
     return Mounted(one, one.mount, State.MOUNTED)
 
 
-def _make_overlay(scratch: Path, links: Sequence[Link], volume: Volume) -> Link:
-    """An image on top of the chain. Of what only our own codec reads it does not name the parent: QEMU would read zeros."""
+def _make_overlay(scratch: Path, chosen: Chosen) -> Link:
+    """An image on top of the chain. Of what only we can read it does not name the parent: QEMU would read other bytes."""
     index.make_folder(_FOLDER)
+    scratch.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     durable.make_folder(scratch, mode=0o700)
-    file, top = scratch / _OVERLAY, links[0]
-    backing = None if top.format == image_export.CODEC else (str(top.path), top.format)
-    qemu_img.create(file, images.QCOW2, size=volumes.size_of(volume), backing=backing)
+    file, top = scratch / _OVERLAY, chosen.links[0]
+    is_ours = top.format in {image_export.CODEC, image_export.VOLUME}
+    qemu_img.create(file, images.QCOW2, size=chosen.size, backing=None if is_ours else (str(top.path), top.format))
     durable.set_mode(file, 0o600)
     return Link(file, images.QCOW2)
 
@@ -232,7 +245,7 @@ def unmount(host: Host, directory: Path, keep: Path | None) -> Attachment:
     """Nothing of a mount is left; what was written is thrown away, or is the image ``keep``. Conflict while it is in use."""
     one = find(directory)
     assert one.mount is not None
-    target = None if keep is None else _require_keepable(one.mount, keep)
+    target = None if keep is None else _require_keepable(one, one.mount, keep)
     subject = f"unmount {one.mount.directory}"
     if not host.reporter.approve(Plan(str(uuid.uuid4()), "", "unmount", subject)):
         raise errors.Declined(f"{subject}: not done")
@@ -261,7 +274,7 @@ def records() -> list[Attachment]:
     return [one for one in attachments.all_records() if one.mount is not None and one.mount.kept is None]
 
 
-def _require_keepable(place: Mount, keep: Path) -> Path:
+def _require_keepable(one: Attachment, place: Mount, keep: Path) -> Path:
     target = Path(os.path.abspath(keep))  # noqa: PTH100
     if not place.writable or place.overlay is None:
         raise errors.UsageError(
@@ -275,6 +288,11 @@ def _require_keepable(place: Mount, keep: Path) -> Path:
         raise errors.NotFound(
             f"what was written at {place.directory} is gone: there is no {place.overlay}",
             hint=f"hvmgr unmount {shlex.quote(place.directory)}",
+        )
+    if one.format == image_export.VOLUME:
+        raise errors.Unsupported(
+            "what was written on top of a logical or encrypted volume cannot be kept: no image can say what it stands on",
+            hint="copy what is wanted out of it before it is unmounted",
         )
     if images.read(Path(place.overlay), images.QCOW2).parent is None:
         raise errors.Unsupported(
@@ -316,6 +334,7 @@ def _end(one: Attachment) -> None:
 def _forget(one: Attachment) -> None:
     """The image on top is gone, then the record."""
     durable.remove_folder(settings.index_folder() / _FOLDER / one.id)
+    durable.remove_folder(Path(f"{one.folder}.{_FOLDER}"))
     attachments.remove(one)
 
 

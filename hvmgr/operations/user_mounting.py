@@ -20,7 +20,7 @@ from hvmgr.storage.attachments import Attachment, Phase
 from hvmgr.storage.filesystems.signatures import Kind
 
 if TYPE_CHECKING:
-    from hvmgr.operations.inside.views import Volume
+    from hvmgr.operations.inside.volumes import Chosen
 
 KINDS = (Kind.EXT2, Kind.EXT3, Kind.EXT4)
 _DRIVER = "fuse2fs"
@@ -44,7 +44,7 @@ def require_kind(kind: Kind) -> None:
         )
 
 
-def put_up(one: Attachment, links: Sequence[Link], volume: Volume, *, with_overlay: bool) -> Attachment:
+def put_up(one: Attachment, links: Sequence[Link], chosen: Chosen, *, with_overlay: bool) -> Attachment:
     """The file system is in the directory, and the record says so; ``Refused`` when fuse2fs does not like it.
 
     With an image on top, and nothing to be written by the user, the journal is replayed in that image first.
@@ -52,17 +52,14 @@ def put_up(one: Attachment, links: Sequence[Link], volume: Volume, *, with_overl
     assert one.mount is not None
     folder = Path(one.folder)
     folder.mkdir(mode=0o700, parents=True)
-    codec = next((number for number, link in enumerate(links) if link.format == image_export.CODEC), None)
-    if codec is not None:
-        image_export.serve(folder, links[codec].path, writable=False)
-        links = links[: codec + 1]
-    image_export.start(folder, links, writable=with_overlay, part=(volume.start, volume.size))
+    links = image_export.serve_lowest(folder, links, writable=False, volume=chosen.text)
+    image_export.start(folder, links, writable=with_overlay, part=(chosen.start, chosen.volume.size))
     file = image_export.file_of(folder)
     if with_overlay and not one.mount.writable:
         file_systems.replay(file)
     file_systems.mount_as_user(file, Path(one.mount.directory), writable=one.mount.writable)
     served_by = (*image_export.processes(folder), *_drivers(one))
-    one = dataclasses.replace(one, size=volume.size, processes=tuple(served_by), phase=Phase.ATTACHED)
+    one = dataclasses.replace(one, size=chosen.volume.size, processes=tuple(served_by), phase=Phase.ATTACHED)
     attachments.write(one)
     return one
 

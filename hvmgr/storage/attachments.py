@@ -50,6 +50,8 @@ class Mount:
     snapshot: str | None = None
     slot: str | None = None
     partition: int | None = None
+    logical: str | None = None  # the name of a logical volume
+    encrypted: bool = False  # it was opened with a key, which is noted nowhere
     writable: bool = False
     by_user: bool = False  # by FUSE alone, without a device
     overlay: str | None = None

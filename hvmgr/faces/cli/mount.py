@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
-from hvmgr.faces.cli import json_out, render
+from hvmgr.faces.cli import json_out, key_files, render
 from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.operations.mounting import Mounted, State
     from hvmgr.storage.attachments import Attachment
+
+
+def _partition(_context: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    """A number, or the name of a logical volume."""
+    if value is not None and "/" not in value and not (value.isdecimal() and int(value) > 0):
+        raise click.BadParameter(f"'{value}' is neither a number nor GROUP/VOLUME")
+    return value
+
 
 _HEADERS = ("Directory", "What", "File system", "Access", "State")
 
@@ -31,13 +39,15 @@ _HEADERS = ("Directory", "What", "File system", "Access", "State")
 @click.argument("words", metavar="VM DIR", nargs=-1)
 @click.option("--snapshot", metavar="SNAP", help="As it was then; without it as it is now, or at the latest snapshot.")
 @click.option("--disk", "slot", metavar="SLOT", help="The disk, where the VM has several file systems.")
-@click.option("--partition", metavar="N", type=click.IntRange(min=1), help="The partition, by its number.")
+@click.option("--partition", metavar="N|GROUP/VOLUME", callback=_partition,
+              help="The partition, by its number, or the logical volume of this name.")  # fmt: skip
+@key_files.option
 @click.option("--writable", is_flag=True, help="Let it be written: all writes go into an image of their own on top.")
 @click.option("--home", metavar="FOLDER", type=click.Path(path_type=Path),
               help="An export, or a VM's home wherever it lies, instead of a VM.")  # fmt: skip
 @click.option("--image", metavar="FILE", type=click.Path(path_type=Path), help="An image file instead of a VM.")
 @click.pass_obj
-def mount(request: Request, /, words: tuple[str, ...], *, partition: int | None, **options: Any) -> None:
+def mount(request: Request, /, words: tuple[str, ...], *, partition: str | None, **options: Any) -> None:
     """Mount a file system of a VM, of a snapshot, an export or an image in an empty directory.
 
     To be read, straight from its images, which are never written. With --writable all writes go into an image on top, which
@@ -54,6 +64,7 @@ def mount(request: Request, /, words: tuple[str, ...], *, partition: int | None,
         slot=options["slot"],
         partition=partition,
         writable=options["writable"],
+        keys=tuple(key_files.read(options["key_files"])),
     )
     with request.host() as host, request.changing():
         made = host.mount(directory, wanted)
@@ -137,6 +148,8 @@ def _document(one: Attachment, state: State) -> dict[str, Any]:
         "snapshot": place.snapshot,
         "slot": place.slot,
         "partition": place.partition,
+        "logical": place.logical,
+        "encrypted": place.encrypted,
         "file_system": place.file_system,
         "writable": place.writable,
         "overlay": place.overlay,
