@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.inside.views import Frozen
 
 CODES = (*READS[:4], 4, 5, *READS[4:])
+_NAMED_MAX = 100  # of what is damaged
 _FORMATS = ("vhd", "vhdx", "qcow2", "raw")
 
 
@@ -172,6 +173,14 @@ def tell_left_out(left_out: Mapping[str, int]) -> None:
     """What a command came by and could not show or take along."""
     for why, count in sorted(left_out.items()):
         render.notice(f"{count} left out: {why}")
+
+
+def tell_damaged(paths: Sequence[bytes]) -> None:
+    """What is damaged, by its name."""
+    for path in paths[:_NAMED_MAX]:
+        render.notice(f"{os.fsdecode(path)} is damaged and left out")
+    if len(paths) > _NAMED_MAX:
+        render.notice(f"{len(paths) - _NAMED_MAX} more are damaged and left out")
 
 
 def about(browsers: Sequence[Browser]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,7 +98,8 @@ def get(request: Request, where: options.Where, *, to: str, archive: bool, strea
     """Copy files and folders out of a disk, with their times, modes, links and holes.
 
     As root they also keep their owners. Nothing is ever written outside the folder, whatever names and links the disk holds; device
-    nodes are not made. With --to - a single file goes to stdout, or with --archive the tar archive does.
+    nodes are not made. With --to - a single file goes to stdout, or with --archive the tar archive does. What is damaged in a folder is
+    named and left out, and the exit code is 6 at the end.
     """
     options.require_paths(where)
     if to == _STANDARD and request.json:
@@ -119,10 +121,14 @@ def get(request: Request, where: options.Where, *, to: str, archive: bool, strea
         else:
             outcome = getting.into_folder(gathered, Path(to), request.report, streams=streams, overwrite=overwrite)
         options.tell_left_out(outcome.left_out)
+        options.tell_damaged(outcome.damaged)
         if to != _STANDARD:
             facts = {"to": to, "files": outcome.files, "size": outcome.size, "left_out": outcome.left_out}
+            facts["damaged"] = [file_render.name_of(one) for one in outcome.damaged]
             sentence = f"{_counted(outcome.files, outcome.size)} written to {to}"
             request.done(sentence, {**facts, "sources": sources})
+        if outcome.damaged:
+            raise click.exceptions.Exit(errors.Corrupt.exit_code)
 
 
 def _show_gathered(request: Request, gathered: Any, sources: list[dict[str, Any]], to: str) -> None:
@@ -178,21 +184,48 @@ def _write(file: Any, piece: memoryview) -> None:
 @click.option("--algorithm", type=click.Choice(("sha256", "sha512", "sha1", "md5", "blake2b")), default="sha256",
               help="The kind of hash (sha256).")  # fmt: skip
 def hash_(request: Request, where: options.Where, *, algorithm: str) -> None:
-    """Print the hashes of files, and of all files in folders, as sha256sum does."""
+    """Print the hashes of files, and of all files in folders, as sha256sum does.
+
+    A file that cannot be read is named, the others are hashed all the same, and the exit code is 6 at the end.
+    """
     options.require_paths(where)
     with options.opened(request, where) as inside:
         tops = options.found(request, inside, where.paths)
-        hashes = []
-        for browser, top in tops:
-            for _, one in [(0, top)] if top.stream else browser.walk(top):
-                if _is_file(one):
-                    hashes.append((browser, one, _hash_of(browser.content(one), algorithm)))
-                    if not request.json:
-                        file_render.show_hash(hashes[-1][2], one)
+        hashes: list[tuple[Found, str]] = []
+        failed: list[tuple[Found, errors.HvmgrError]] = []
+        for browser, one in _files(tops):
+            try:
+                hashes.append((one, _hash_of(browser.content(one), algorithm)))
+            except (errors.Corrupt, errors.Unsupported) as error:
+                if len(tops) == 1 and tops[0][1] is one:
+                    raise  # it is all that was asked for
+                failed.append((one, error))
+                _name(one, error)
+                continue
+            if not request.json:
+                file_render.show_hash(hashes[-1][1], one)
         about = options.about([one for one, _ in tops])
+        unread = list(dict.fromkeys(path for browser, _ in tops for path in browser.damaged))
+        options.tell_damaged(unread)
         if request.json:
-            files = [{**file_render.name_of(one.path), "size": one.size, "hash": value} for _, one, value in hashes]
-            json_out.show({**about, "algorithm": algorithm, "files": files})
+            files = [{**file_render.name_of(one.path), "size": one.size, "hash": value} for one, value in hashes]
+            bad = [*(one.path for one, _ in failed), *unread]
+            unhashed = [file_render.name_of(path) for path in bad]
+            json_out.show({**about, "algorithm": algorithm, "files": files, "failed": unhashed})
+        if failed or unread:
+            raise click.exceptions.Exit(max([error.exit_code for _, error in failed], default=errors.Corrupt.exit_code))
+
+
+def _files(tops: list[tuple[Browser, Found]]) -> Iterator[tuple[Browser, Found]]:
+    for browser, top in tops:
+        walked = [(0, top)] if top.stream else browser.walk(top)
+        yield from ((browser, one) for _, one in walked if _is_file(one))
+
+
+def _name(one: Found, error: errors.HvmgrError) -> None:
+    path = os.fsdecode(one.path)
+    words = error.message
+    render.notice(words if words.startswith(path) else f"{path}: {words}")
 
 
 def _is_file(one: Found) -> bool:

@@ -65,6 +65,11 @@ class Browser:
         found = {UNNAMEABLE: sum(self._unnameable.values()), DAMAGED: len(self._damaged)}
         return {why: count for why, count in found.items() if count}
 
+    @property
+    def damaged(self) -> list[bytes]:
+        """The paths of what was come by and cannot be read."""
+        return sorted(one for one in self._damaged if one.startswith(b"/"))
+
     # -- paths ---------------------------------------------------------------------------------------------------
 
     def root(self) -> Found:

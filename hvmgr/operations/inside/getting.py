@@ -45,6 +45,7 @@ class Gathered:
     items: list[_Item]
     size: int
     left_out: dict[str, int]
+    damaged: list[bytes] = field(default_factory=list)
 
     @property
     def files(self) -> int:
@@ -54,11 +55,12 @@ class Gathered:
 
 @dataclass(slots=True)
 class Outcome:
-    """What was taken along, and what was not: how many, by the reason."""
+    """What was taken along, and what was not: how many, by the reason, and the paths of what is ``damaged``."""
 
     files: int = 0
     size: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    damaged: list[bytes] = field(default_factory=list)
 
     def leave_out(self, why: str, count: int = 1) -> None:
         """So many things more that were not taken along."""
@@ -81,7 +83,8 @@ def gather(wanted: Sequence[tuple[Browser, Found]]) -> Gathered:
             parts = (*parts[:-1], one.name) if parts else ()
             items.append(_Item(browser, one, parts, named=one is top))
             size += one.size if one.node.type is Type.FILE or one.stream else 0
-    return Gathered(items, size, browsing.left_out([browser for browser, _ in wanted]))
+    browsers = list(dict.fromkeys(browser for browser, _ in wanted))
+    return Gathered(items, size, browsing.left_out(browsers), [path for one in browsers for path in one.damaged])
 
 
 def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bool, overwrite: bool) -> Outcome:
@@ -89,7 +92,7 @@ def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bo
 
     ``streams``: named streams become files ``NAME:STREAM`` beside theirs. NoSpace before anything is written.
     """
-    outcome = Outcome()
+    outcome = Outcome(damaged=list(gathered.damaged))
     counting = _Counting(report, gathered.size, f"get {gathered.files} files")
     with extraction.opened(folder, overwrite=overwrite) as target:
         _require_space(gathered, folder)
@@ -101,7 +104,7 @@ def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bo
                 made = target.folder(item.parts)
                 folders += [item] if made else []
             else:
-                made = _put(target, item, counting)
+                made = _put(target, item, counting, outcome)
             if not made:
                 continue
             outcome.files += 1
@@ -118,7 +121,7 @@ def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bo
     return outcome
 
 
-def _put(target: Target, item: _Item, counting: _Counting) -> bool:
+def _put(target: Target, item: _Item, counting: _Counting, outcome: Outcome) -> bool:
     """One thing that is no folder; whether it is there now."""
     browser, found, node = item.browser, item.found, item.found.node
     if node.type is not Type.FILE and not found.stream:
@@ -136,6 +139,7 @@ def _put(target: Target, item: _Item, counting: _Counting) -> bool:
             if item.named and isinstance(error, errors.Corrupt):
                 raise
             target.leave_out(_why(error))
+            outcome.damaged += [found.path] if isinstance(error, errors.Corrupt) else []
             return False
         if descriptor is not None:
             os.close(descriptor)
@@ -172,7 +176,7 @@ def into_archive(gathered: Gathered, sink: Callable[[memoryview], None], report:
 
     A named stream is a member ``NAME:STREAM`` behind its file; a security descriptor the attribute ``system.ntfs_acl``.
     """
-    outcome = Outcome(left_out=dict(gathered.left_out))
+    outcome = Outcome(left_out=dict(gathered.left_out), damaged=list(gathered.damaged))
     writer = tar.Writer(sink)
     counting = _Counting(report, gathered.size, f"get {gathered.files} files")
     written: dict[tuple[int, int], str] = {}
@@ -185,6 +189,7 @@ def into_archive(gathered: Gathered, sink: Callable[[memoryview], None], report:
             if item.named and isinstance(error, errors.Corrupt):
                 raise
             outcome.leave_out(_why(error))
+            outcome.damaged += [item.found.path] if isinstance(error, errors.Corrupt) else []
             continue
         outcome.files += 1
         if not item.found.stream:
