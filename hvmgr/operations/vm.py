@@ -368,15 +368,22 @@ class VM:
         slot: str | None = None,
         partition: str | None = None,
         keys: Mapping[str, bytes] | None = None,
+        present: bool = False,
     ) -> AbstractContextManager[Inside]:
         """The file systems on the disks, to be read inside the block; the VM may run, and is then seen at its latest snapshot.
+
+        With ``present`` it is seen as it is now: it goes on in new images, which are merged after the block.
 
         ``partition`` is a number, or the name ``GROUP/VOLUME`` of a logical volume. ``keys`` open what is encrypted with
         LUKS, each for SLOT, SLOT:N, :N, GROUP/VOLUME, or for all of it (an empty word). Nothing is written.
         """
-        from hvmgr.operations.inside import looking, unlocking, views
+        from hvmgr.operations.inside import looking, standing, unlocking, views
 
         found = [unlocking.Key((secret,), target) for target, secret in (keys or {}).items()]
+        if present and snapshot is not None:
+            raise errors.UsageError("a snapshot is not the present", hint="ask for one of them")
+        if present:
+            return standing.opened(self, slot=slot, partition=partition, keys=found)
         return looking.opened(views.of_vm(self, snapshot=snapshot, slot=slot), partition=partition, keys=found)
 
     def put_files(

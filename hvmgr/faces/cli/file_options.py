@@ -39,6 +39,7 @@ class Where:
     home: Path | None
     fmt: str | None
     key_files: tuple[str, ...]
+    present: bool
 
     @property
     def paths(self) -> tuple[bytes, ...]:
@@ -54,13 +55,25 @@ class Where:
             raise errors.UsageError(
                 "an image file has neither snapshots nor slots", hint="leave out --snapshot and --disk"
             )
+        if self.present and (self.image is not None or self.home is not None or self.snapshot is not None):
+            raise errors.UsageError("--present is of a VM, and of no snapshot of it", hint="leave one of them out")
         if self.fmt is not None and self.image is None:
             raise errors.UsageError("--format says what the file of --image is", hint="leave it out")
         if self.image is None and self.home is None and not self.words:
             raise errors.UsageError("no VM is named", hint="name a VM, or give --image FILE or --home DIR")
 
-    def disks(self, host: Host) -> list[Frozen]:
-        """The disks, frozen."""
+    @contextlib.contextmanager
+    def still(self, host: Host) -> Iterator[list[Frozen]]:
+        """The disks, frozen as long as the block lasts."""
+        if self.present:
+            from hvmgr.operations.inside import standing
+
+            with standing.still(host.vm(self.words[0]), slot=self.slot) as disks:
+                yield disks
+        else:
+            yield self._disks(host)
+
+    def _disks(self, host: Host) -> list[Frozen]:
         from hvmgr.operations.inside import views
 
         if self.image is not None:
@@ -93,6 +106,10 @@ def _options(metavar: str) -> list[Callable[[Any], Any]]:
     return [
         click.argument("words", metavar=metavar, nargs=-1, type=_VmThenPaths()),
         click.option("--snapshot", metavar="SNAP", type=arguments.SnapshotName(), help="As the disks were at this snapshot."),
+        click.option(
+            "--present", is_flag=True,
+            help="As the disks of a running VM are now: it goes on in new images, which are merged afterwards.",
+        ),
         click.option("--disk", "slot", metavar="SLOT", help="On this disk only."),
         click.option(
             "--partition", metavar="N|GROUP/VOLUME",
@@ -125,11 +142,10 @@ def opened(request: Request, where: Where) -> Iterator[Inside]:
     """The disks, open; which moment they show, and what whoever reads should know, is said."""
     from hvmgr.operations.inside import looking
 
-    with request.host() as host:
-        disks = where.disks(host)
+    keys = key_files.read(where.key_files)
+    with request.host() as host, where.still(host) as disks:
         for moment in dict.fromkeys(one.moment for one in disks if one.moment is not None):
             render.notice(moment)
-        keys = key_files.read(where.key_files)
         with looking.opened(disks, partition=where.partition, keys=keys) as inside:
             yield inside
 

@@ -76,7 +76,7 @@ def end(session: Session, *, outcome: str = "the export is complete") -> None:
         return
     if tree.pending(session.home.tree()):
         session.say(
-            f"images of {session.home.name} that were frozen for the export wait as unnamed images, and the next"
+            f"images of {session.home.name} that were frozen for this wait as unnamed images, and the next"
             " 'hvmgr snapshot merge' after it is off merges them"
         )
 

@@ -86,7 +86,7 @@ def of_vm(vm: VM, *, snapshot: str | None = None, slot: str | None = None) -> li
     """The disks of a VM at a snapshot, or at present when it is off; only ``slot``, when given.
 
     The present of a VM that runs never stands still: it is seen at its latest snapshot, the parent of the present, and
-    ``moment`` says so. Conflict when there is none. NotFound for a snapshot or a slot that is not there.
+    ``moment`` says so (``standing`` has it stand still). Conflict when there is none. NotFound for a snapshot or a slot that is not there.
     """
     from hvmgr.operations.transfer import points
 
@@ -95,12 +95,13 @@ def of_vm(vm: VM, *, snapshot: str | None = None, slot: str | None = None) -> li
         slots = [slot] if slot is not None else sorted(forest.present.disks)
         found = [points.of_slot(vm.home, one, forest) for one in slots]
         if not any(_is_written(path) for point in found for path, _ in point.chain[:1]):
-            return [_of_point(one, None) for one in found]
+            return [of_point(one, None) for one in found]
         latest = vm.now().parent
         if latest is None:
             raise errors.Conflict(
                 f"{vm.name} runs and has no snapshot, and what it writes to never stands still",
-                hint=f"take one, which the running VM hardly notices: hvmgr snapshot create {vm.name} --type disk-only",
+                hint="have it stand still for a moment, which the running VM hardly notices: --present; or take a snapshot:"
+                f" hvmgr snapshot create {vm.name} --type disk-only",
             )
         chosen = next(one for one in vm.snapshots() if one.id == latest)
         moment: str | None = f"{vm.name} runs: this is its latest snapshot '{chosen.name}'"
@@ -109,7 +110,7 @@ def of_vm(vm: VM, *, snapshot: str | None = None, slot: str | None = None) -> li
     forest = vm.home.tree()
     slots = [slot] if slot is not None else sorted(forest.nodes[chosen.id].disks)
     found = [points.of_snapshot(vm.home, chosen.id, one, forest) for one in slots]
-    return [_of_point(one, _with_doubt(vm, one, moment)) for one in found]
+    return [of_point(one, _with_doubt(vm, one, moment)) for one in found]
 
 
 def _with_doubt(vm: VM, point: Point, moment: str | None) -> str | None:
@@ -121,7 +122,8 @@ def _with_doubt(vm: VM, point: Point, moment: str | None) -> str | None:
     return moment
 
 
-def _of_point(point: Point, moment: str | None) -> Frozen:
+def of_point(point: Point, moment: str | None) -> Frozen:
+    """A point of a VM's disk, which nobody writes any more."""
     return Frozen(point.name, tuple(_links(point.chain)), point.slot, moment)
 
 
