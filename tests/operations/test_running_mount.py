@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import hvmgr
+from hvmgr.storage.filesystems import reader
 from tests.operations.images import attaching as help_
 from tests.operations.images import mounting
 
@@ -28,6 +29,10 @@ def test_snapshot_of_a_guest_that_writes(agents, connection, tmp_path):
         assert one["file_system"] == "ext4"
         number = int(space.sh(f"cat {at}/number"))
         assert number > 0
+        with machine.vm.look_inside(snapshot="one") as inside:
+            browser = inside.choose(b"/number")
+            read = reader.whole(browser.content(browser.find(b"/number")), 100)
+        assert int(read) == number, "our replay of the journal is not the kernel's"
         machine.run_for(1)
         machine.check()
         assert int(space.sh(f"cat {at}/number")) == number, "it is the snapshot's, whatever the guest writes"

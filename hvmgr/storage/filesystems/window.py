@@ -113,6 +113,46 @@ class Cached:
         return found
 
 
+class Patched:
+    """A disk with other bytes in some of its sectors, which are kept in memory."""
+
+    def __init__(self, disk: Disk, sector: int) -> None:
+        self._disk, self._sector = disk, sector
+        self._changed: dict[int, bytes] = {}
+        self.size = disk.size
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether anything was written."""
+        return bool(self._changed)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """From ``offset`` on the disk has these bytes; Corrupt where that is no place of it."""
+        end, sector = offset + len(data), self._sector
+        if offset < 0 or end > self.size:
+            raise errors.Corrupt(f"the file system reaches to byte {end}, its place ends at {self.size}")
+        for number in range(offset // sector, -(-end // sector)):
+            at = number * sector
+            first, last = max(at, offset), min(at + sector, end)
+            if last - first == sector:
+                self._changed[number] = data[first - offset : last - offset]
+                continue
+            whole = bytearray(self._changed.get(number) or read(self._disk, at, sector))
+            whole[first - at : last - at] = data[first - offset : last - offset]
+            self._changed[number] = bytes(whole)
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The bytes from ``offset`` on."""
+        self._disk.read_into(offset, buffer)
+        end, sector = offset + len(buffer), self._sector
+        for number in range(offset // sector, -(-end // sector)):
+            if number not in self._changed:
+                continue
+            at = number * sector
+            start, stop = max(at, offset), min(at + sector, end)
+            buffer[start - offset : stop - offset] = self._changed[number][start - at : stop - at]
+
+
 def read(disk: Disk, offset: int, length: int) -> bytes:
     """Bytes of a disk; they end where the disk does."""
     buffer = bytearray(max(0, min(length, disk.size - offset)))

@@ -1,6 +1,7 @@
 """XFS, versions 4 and 5, read from bytes.
 
-Source: "XFS Algorithms & Data Structures", 3rd edition. The log is not replayed: where it has something to replay that is said.
+Source: "XFS Algorithms & Data Structures", 3rd edition. A log that has something to replay, as every snapshot of a running
+guest has one, is replayed into a throw-away layer (``xfs_log``).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvmgr import errors
-from hvmgr.storage.filesystems import reader, window, xfs_attributes
+from hvmgr.storage.filesystems import reader, xfs_attributes, xfs_log
 from hvmgr.storage.filesystems.ext import TYPES
 from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Runs, Type, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
@@ -29,7 +30,6 @@ _DATA_MAGICS = {b"XD2D": 16, b"XD2B": 16, b"XDD3": 64, b"XDB3": 64}
 _BLOCK_MAGICS = {b"XD2B", b"XDB3"}
 _LINK_MAGIC, _LINK_HEADER, _LINK_MAX = b"XSLM", 56, 4096
 _DEPTH_MAX, _ATTRIBUTE_BLOCKS_MAX = 9, 1 << 16
-_LOG_MAGIC, _LOG_MAX, _LOG_PIECE, _UNMOUNT = b"\xfe\xed\xba\xbe", 256 << 20, 4 << 20, 0x20
 _EPOCH_BIG = (1 << 31) * 1_000_000_000
 
 
@@ -76,7 +76,7 @@ class Xfs:
         with reader.parsing("its superblock"):
             self._super = _read_super(self._cached.read(0, 512), disk.size)
         with reader.parsing("its log"):
-            self._look_at_log()
+            self._replay()
 
     # -- what a reader gives -------------------------------------------------------------------------------------
 
@@ -311,29 +311,24 @@ class Xfs:
 
     # -- the log -------------------------------------------------------------------------------------------------
 
-    def _look_at_log(self) -> None:
+    def _replay(self) -> None:
         about = self._super
         if not about.log_start:
+            self.notes.append("its log is on another device: what it holds, if anything, is not seen")
             return
-        start = self._place(about.log_start)
-        if about.log_size > _LOG_MAX:
-            self.notes.append("its log is too large to be looked at: what it holds, if anything, is not seen")
-            return
-        last, clean = -1, True
-        for at in range(0, about.log_size, _LOG_PIECE):
-            piece = window.read(self._disk, start + at, min(_LOG_PIECE, about.log_size - at))
-            found = piece.find(_LOG_MAGIC)
-            while found >= 0:
-                if found % 512 == 0 and found + 1024 <= len(piece):
-                    (lsn,) = struct.unpack_from(">Q", piece, found + 16)
-                    (operations,) = struct.unpack_from(">I", piece, found + 40)
-                    if lsn > last:
-                        last, clean = lsn, operations == 1 and bool(piece[found + 521] & _UNMOUNT)
-                found = piece.find(_LOG_MAGIC, found + 4)
-        if not clean:
-            self.notes.append(
-                "the XFS file system was not unmounted, and its log is not replayed: the last changes before that moment may be missing"
-            )
+        log = xfs_log.Place(
+            start=self._place(about.log_start),
+            size=about.log_size,
+            inode=about.inode,
+            block=about.block,
+            per_group=about.per_group,
+            is_5=about.is_5,
+        )
+        found = xfs_log.replayed(self._disk, log)
+        self.notes += found.notes
+        if found.disk is not None:
+            self._disk, self._cached = found.disk, Cached(found.disk)
+            self._super = _read_super(self._cached.read(0, 512), found.disk.size)
 
 
 def _read_super(raw: bytes, size: int) -> _Super:

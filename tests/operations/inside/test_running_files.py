@@ -55,3 +55,31 @@ def test_the_latest_snapshot_of_a_running_vm_is_seen(counting):
     assert machine.tick().memory > before.memory
     assert machine.count_of(snapshot) == count
     machine.check()
+
+
+def number_in(inside):
+    browser = inside.choose(b"/number")
+    content = browser.content(browser.find(b"/number"))
+    return int(b"".join(bytes(piece) for _, piece in content.pieces()))
+
+
+def test_the_present_of_a_running_vm_stands_still_and_is_merged(agents, connection):
+    """The guest writes to an ext4 all the time and is never stopped: what is read is of one moment, and nothing stays."""
+    machine = agents.make(connection.uri)
+    with machine.vm.look_inside(present=True) as inside:
+        assert inside.disks[0].moment.startswith(f"{machine.vm.name} runs: this is what a power cut would have left")
+        number = number_in(inside)
+        assert number > 0
+        machine.run_for(1)
+        machine.vm.merge()  # not what is being read
+        assert number_in(inside) == number
+        assert len(machine.vm.tree().images) == 2
+    assert len(machine.vm.tree().images) == 1, "what was frozen is merged"
+    assert not machine.vm.snapshots()
+    with machine.vm.look_inside(present=True) as inside:
+        assert number_in(inside) > number
+    with pytest.raises(errors.NotFound), machine.vm.look_inside(present=True) as inside:
+        inside.choose(b"/").find(b"/not there")
+    assert len(machine.vm.tree().images) == 1
+    machine.run_for(1)
+    machine.check()
