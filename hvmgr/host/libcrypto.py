@@ -18,6 +18,8 @@ _LIBRARIES = ("libcrypto.so.3", "libcrypto.so.1.1")
 _IV = 16
 _XTS = {32: "aes-128-xts", 64: "aes-256-xts"}
 _CBC = {16: "aes-128-cbc", 24: "aes-192-cbc", 32: "aes-256-cbc"}
+_MODES = {"xts": _XTS, "cbc": _CBC}
+_BEGINNINGS = ("plain64", "plain", "essiv:sha256")
 _NUMBER = 512  # what the numbers of sectors count, however large the sectors are
 
 
@@ -28,14 +30,13 @@ class SectorCipher:
     """
 
     def __init__(self, spec: str, key: bytes, sector: int) -> None:
-        cipher, _, rest = spec.partition("-")
-        mode, _, beginning = rest.partition("-")
-        names = {"xts": _XTS, "cbc": _CBC}.get(mode, {}) if cipher == "aes" else {}
-        begins = _beginning(beginning, key)
-        if len(key) not in names or begins is None:
+        require_known(spec)
+        _, mode, beginning = spec.split("-", 2)
+        names = _MODES[mode]
+        if len(key) not in names:
             raise errors.Unsupported(f"no reader here knows the cipher {spec} with keys of {8 * len(key)} bits")
         self.sector = sector
-        self._begins = begins
+        self._begins = _beginning(beginning, key)
         self._library = _library()
         self._context = _context(self, names[len(key)], key)
 
@@ -51,15 +52,21 @@ class SectorCipher:
             number += step
 
 
-def _beginning(name: str, key: bytes) -> Callable[[int], bytes] | None:
+def require_known(spec: str) -> None:
+    """Unsupported for a cipher that nobody here decrypts."""
+    cipher, _, rest = spec.partition("-")
+    mode, _, beginning = rest.partition("-")
+    if cipher != "aes" or mode not in _MODES or beginning not in _BEGINNINGS:
+        raise errors.Unsupported(f"no reader here knows the cipher {spec}")
+
+
+def _beginning(name: str, key: bytes) -> Callable[[int], bytes]:
     """From a sector's number what its decryption begins with."""
     if name == "plain64":
         return lambda number: number.to_bytes(_IV, "little")
     if name == "plain":
         return lambda number: (number & 0xFFFFFFFF).to_bytes(_IV, "little")
-    if name == "essiv:sha256":
-        return functools.partial(_essiv, _Ecb(hashlib.sha256(key).digest()))
-    return None
+    return functools.partial(_essiv, _Ecb(hashlib.sha256(key).digest()))
 
 
 def _essiv(cipher: _Ecb, number: int) -> bytes:

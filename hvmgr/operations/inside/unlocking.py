@@ -47,7 +47,8 @@ def unlocked(
     found: dict[Volume, Disk | None] = {}
     for volume, disk in places.items():
         mine = [key for key in keys if key.is_for(volume)]
-        is_meant = number is None or str(volume.number) == number
+        is_whole = volume.number is None and not volume.logical  # it may have partitions inside
+        is_meant = number is None or is_whole or str(volume.number) == number
         if volume.kind is Kind.LUKS and disk is not None and mine and is_meant:
             found |= _unlocked(volume, disk, mine)
         else:

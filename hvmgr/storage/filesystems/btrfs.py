@@ -109,7 +109,8 @@ class Btrfs:
             )
         if log:
             self.notes.append(
-                "the Btrfs file system was not unmounted: what was synced since its last commit is not seen"
+                "the Btrfs file system was not unmounted, and what single files were synced since its last commit is not seen:"
+                " 'hvmgr mount' shows that, too"
             )
 
     # -- what a reader gives -------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def replayed(disk: Disk, runs: Sequence[Run], size: int, block: int) -> Replayed
     notes = []
     if journal.features & _FAST_COMMIT:
         notes.append(
-            "fast commits of its journal are not replayed: the last seconds before the snapshot may be missing"
+            "fast commits of its journal are not replayed: the last seconds may be missing, which 'hvmgr mount' shows"
         )
     places = journal.replay()
     return Replayed(Redirected(disk, block, places) if places else None, notes)

@@ -82,6 +82,7 @@ def read_header(disk: Disk) -> Header:
         found = _read_1(head) if version == 1 else _read_2(disk)
     if not 0 < found.start < disk.size:
         raise errors.Unsupported("the LUKS header here has its volume on another device")
+    libcrypto.require_known(found.cipher)
     return found
 
 

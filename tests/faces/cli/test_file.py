@@ -390,3 +390,45 @@ def test_a_stale_entry_is_left_out_and_told(hvmgr, made, tmp_path):
         assert list(hvmgr("file", *words, *where, "--json").json["left_out"].values()) == [1]
     assert os.listdir(tmp_path / "to" / "etc") == ["only0.conf"]
     assert hvmgr("file", "cat", "/etc/passwd", *where).code == 6
+
+
+def test_one_damaged_file_costs_no_other(hvmgr, tmp_path):
+    """As sha256sum does: it is named, the others are hashed and taken, and the exit code says that something is wrong."""
+    tree, image = tmp_path / "tree", tmp_path / "disk"
+    (tree / "in").mkdir(parents=True)
+    for number in range(3):
+        (tree / "in" / f"file{number}").write_bytes(file_trees.pattern(5000 + number))
+    file_trees.ext(image, tree, "-t", "ext4", "-b", "4096", size="8M")
+    file_trees.run("debugfs", "-w", "-R", "set_inode_field /in/file1 block[0] 0x1234", image)
+    expected = [(f"/in/file{one}", hashlib.sha256(file_trees.pattern(5000 + one)).hexdigest()) for one in (0, 2)]
+    answer = hvmgr("file", "hash", "/in", "--image", image)
+    assert (answer.code, answer.out) == (6, "".join(f"{value}  {path}\n" for path, value in expected))
+    assert "/in/file1: the file system is damaged" in answer.err
+    found = hvmgr("file", "hash", "/in/file1", "/in/file2", "--image", image, "--json")
+    assert found.code == 6
+    assert [one["path"] for one in found.json["files"]] == ["/in/file2"]
+    assert found.json["failed"] == [{"path": "/in/file1"}]
+    assert hvmgr("file", "hash", "/in/file1", "--image", image, "--json").json["error"]["code"] == "Corrupt"
+    answer = hvmgr("file", "get", "/in", "--image", image, "--to", tmp_path / "to")
+    assert (answer.code, sorted(os.listdir(tmp_path / "to" / "in"))) == (6, ["file0", "file2"])
+    assert "/in/file1 is damaged and left out" in answer.err
+    answer = hvmgr("file", "get", "/in", "--image", image, "--archive", "--to", tmp_path / "tar", "--json")
+    assert (answer.code, answer.json["damaged"]) == (6, [{"path": "/in/file1"}])
+    with tarfile.open(tmp_path / "tar") as archive:
+        assert archive.getnames() == ["in", "in/file0", "in/file2"]
+
+
+def test_ten_thousand_files(hvmgr, tmp_path):
+    tree, image = tmp_path / "tree", tmp_path / "disk"
+    for folder in range(10):
+        (tree / f"folder{folder}").mkdir(parents=True)
+        for number in range(1000):
+            (tree / f"folder{folder}" / f"file number {number:04}").touch()
+    file_trees.ext(image, tree, "-t", "ext4", "-N", "12000", size="32M")
+    names = sorted(f"/folder{one}/file number {number:04}" for one in range(10) for number in range(1000))
+    found = hvmgr.ok("file", "find", "/", "--type", "f", "--null", "--image", image).out
+    assert sorted(found.rstrip("\0").split("\0")) == names
+    listed = hvmgr.ok("file", "list", "/folder*", "--null", "--image", image).out
+    assert listed.rstrip("\0").split("\0") == names
+    some = hvmgr.ok("file", "list", "/**/*77", "--image", image).lines
+    assert [line for (line,) in some] == [one for one in names if one.endswith("77")]

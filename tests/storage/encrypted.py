@@ -1,0 +1,36 @@
+"""Disks that are encrypted with LUKS, made by cryptsetup and QEMU without root and without a device mapper."""
+
+from __future__ import annotations
+
+from tests.storage import file_trees
+
+KEY = b"a key of bytes \xff\x00 and more"
+_TAIL = 32 << 20  # what cryptsetup wants to have free: the volume moves by half of it
+_CHEAP = ("--pbkdf-memory", "4096", "--pbkdf-force-iterations", "4", "--pbkdf-parallel", "1")
+
+
+def key_file(folder, key=KEY):
+    path = folder / f"key{len(list(folder.glob('key*')))}"
+    path.write_bytes(key)
+    return path
+
+
+def luks2(image, key, *options):
+    """A raw file becomes a LUKS 2 volume that holds what it held, and 16 MiB."""
+    with image.open("r+b") as file:
+        file.truncate(image.stat().st_size + _TAIL)
+    words = ["cryptsetup", "reencrypt", "--encrypt", "-q", "--type", "luks2", "--reduce-device-size", f"{_TAIL >> 20}M"]
+    file_trees.run(*words, *_CHEAP, "--key-file", key, *options, image)
+    with image.open("r+b") as file:
+        file.truncate(image.stat().st_size - _TAIL // 2)  # the free space at its end, which is encrypted as well
+    return image
+
+
+def luks1(image, plain, key, *options):
+    """A LUKS 1 volume, by QEMU, with the bytes of a raw file; the key has to be text."""
+    secret = ["--object", f"secret,id=key,file={key}"]
+    made = ",".join(("key-secret=key", "iter-time=10", *options))
+    file_trees.run("qemu-img", "create", "-q", "-f", "luks", *secret, "-o", made, image, str(plain.stat().st_size))
+    target = f"driver=luks,key-secret=key,file.filename={image}"
+    file_trees.run("qemu-img", "convert", *secret, "-n", "-f", "raw", "--target-image-opts", plain, target)
+    return image

@@ -1,0 +1,152 @@
+"""Volumes that are encrypted with LUKS, as cryptsetup and QEMU make them: their bytes in clear, and what cannot be read."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+
+import pytest
+
+from hvmgr import errors
+from hvmgr.operations.inside import looking, views
+from hvmgr.operations.inside.unlocking import Key
+from hvmgr.storage.filesystems import luks, opening, signatures
+from hvmgr.storage.partitions import File
+from tests.storage import encrypted, file_trees, test_lvm
+
+TEXT = b"a key of words"
+ESSIV = ("cipher-alg=aes-256", "cipher-mode=cbc", "ivgen-alg=essiv", "ivgen-hash-alg=sha256")
+LUKS1 = {"XTS": (), "CBC with ESSIV": ESSIV, "small keys": ("cipher-alg=aes-128", "cipher-mode=xts")}
+LUKS2 = {
+    "sectors of 512": ("--sector-size", "512"),
+    "sectors of 4096": ("--sector-size", "4096"),
+    "PBKDF2": ("--pbkdf", "pbkdf2", "--pbkdf-force-iterations", "1000"),
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, require_program):
+    """A tree, and an ext4 that holds it."""
+    for name in ("cryptsetup", "qemu-img", "mke2fs"):
+        require_program(name)
+    folder = tmp_path_factory.mktemp("plain")
+    tree = folder / "tree"
+    (tree / "etc").mkdir(parents=True)
+    for size in (0, 1, 4095, 4097, 1 << 20):
+        (tree / "etc" / f"size{size}").write_bytes(file_trees.pattern(size))
+    return tree, file_trees.ext(folder / "ext4", tree, "-t", "ext4", "-b", "4096", size="6M")
+
+
+def clear(disk, secret):
+    header = luks.read_header(disk)
+    key = luks.volume_key(disk, header, secret)
+    return None if key is None else luks.Decrypted(disk, header, key)
+
+
+def require_tree(image, secret, tree):
+    with File(image) as disk:
+        assert clear(disk, b"x" + secret) is None
+        inside = clear(disk, secret)
+        reader = opening.open_reader(signatures.recognise(inside).kind, inside)
+        found = file_trees.of_reader(reader)
+    found.pop(b"lost+found")
+    assert found == file_trees.of_host(tree)
+
+
+@pytest.mark.parametrize("options", LUKS2.values(), ids=LUKS2)
+def test_luks_2_shows_what_was_encrypted(plain, tmp_path, options):
+    tree, image = plain
+    secret = tmp_path / "image"
+    shutil.copyfile(image, secret)
+    encrypted.luks2(secret, encrypted.key_file(tmp_path), *options)
+    require_tree(secret, encrypted.KEY, tree)
+
+
+@pytest.mark.parametrize("options", LUKS1.values(), ids=LUKS1)
+def test_luks_1_shows_what_was_encrypted(plain, tmp_path, options):
+    tree, image = plain
+    secret = encrypted.luks1(tmp_path / "image", image, encrypted.key_file(tmp_path, TEXT), *options)
+    require_tree(secret, TEXT, tree)
+
+
+def test_an_unknown_cipher_is_named(tmp_path):
+    image = tmp_path / "image"
+    head = struct.pack(">6sH32s32s32sII", b"LUKS\xba\xbe", 1, b"serpent", b"xts-plain64", b"sha256", 4096, 64)
+    image.write_bytes(head.ljust(3 << 20, b"\0"))
+    with looking.opened([views.of_image(image)], keys=[Key((TEXT,))]) as inside:
+        assert looking.why_not(inside.volumes[0]) == "no reader here knows the cipher serpent-xts-plain64"
+
+
+@pytest.fixture(scope="module")
+def volume(plain, tmp_path_factory):
+    """The ext4 as a LUKS 2 volume, on no disk of its own."""
+    folder = tmp_path_factory.mktemp("volume")
+    image = folder / "image"
+    shutil.copyfile(plain[1], image)
+    return encrypted.luks2(image, encrypted.key_file(folder))
+
+
+def test_the_second_header_counts_where_the_first_is_torn(volume, plain, tmp_path):
+    torn = tmp_path / "image"
+    shutil.copyfile(volume, torn)
+    with torn.open("r+b") as file:
+        file.seek(5000)
+        file.write(b"torn")
+    require_tree(torn, encrypted.KEY, plain[0])
+    with torn.open("r+b") as file:
+        file.seek((16 << 10) + 5000)
+        file.write(b"torn")
+    with File(torn) as disk, pytest.raises(errors.Corrupt, match="both headers"):
+        luks.read_header(disk)
+
+
+def test_damaged_headers_are_errors_of_ours(volume, tmp_path):
+    chance = random.Random(5)
+    head = bytearray(volume.read_bytes()[: 1 << 20])
+    for number in range(60):
+        broken = bytearray(head)
+        if number % 2:  # one that says nothing of its checksums
+            broken[6:8], broken[72:72] = b"\0\1", b""
+        for _ in range(20):
+            broken[chance.randrange(4, 0x8000)] = chance.randrange(256)
+        disk = test_lvm.Bytes(bytes(broken))
+        with pytest.raises(errors.HvmgrError):
+            luks.Decrypted(disk, luks.read_header(disk), bytes(64)).read_into(1 << 40, memoryview(bytearray(1)))
+
+
+def test_a_volume_that_is_being_encrypted_is_refused(plain, tmp_path):
+    image = tmp_path / "image"
+    shutil.copyfile(plain[1], image)
+    encrypted.luks2(image, encrypted.key_file(tmp_path), "--init-only")
+    with File(image) as disk, pytest.raises(errors.Unsupported, match="online-reencrypt"):
+        luks.read_header(disk)
+
+
+def test_logical_volumes_inside_are_found(plain, tmp_path):
+    """As Debian installs it: LVM in LUKS, and the key opens all of it."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "file").write_text("deep inside")
+    part = file_trees.ext(tmp_path / "part", tree, "-t", "ext2", "-b", "1024", size="2M")
+    image = tmp_path / "image"
+    data = bytearray(test_lvm.physical(test_lvm.UUID, test_lvm.METADATA.encode()).data)
+    data[2 << 20 : 4 << 20] = part.read_bytes()
+    image.write_bytes(data)
+    encrypted.luks2(image, encrypted.key_file(tmp_path))
+    with looking.opened([views.of_image(image)], keys=[Key((encrypted.KEY,))]) as inside:
+        assert [one.logical for one in inside.volumes if one.logical] == ["group/whole", "group/torn", "group/thin"]
+        browser = inside.choose(b"/file")
+        assert (browser.volume.logical, browser.find(b"/file").size) == ("group/whole", 11)
+
+
+def test_a_whole_disk_that_is_encrypted_has_its_partitions(plain, tmp_path):
+    """As QEMU and libvirt encrypt a disk: the table is inside."""
+    disk, key = tmp_path / "disk", encrypted.key_file(tmp_path, TEXT)
+    disk.write_bytes(bytes(1 << 20) + plain[1].read_bytes())
+    file_trees.run("sfdisk", "-q", disk, input=b"label: dos\nstart=2048,type=83\n")
+    secret = encrypted.luks1(tmp_path / "image", disk, key)
+    with looking.opened([views.of_image(secret)], keys=[Key((TEXT,))], partition="1") as inside:
+        (one,) = inside.volumes
+        assert (one.number, one.kind, one.encrypted) == (1, signatures.Kind.EXT4, True)
+        assert inside.choose(b"/etc/size4097").find(b"/etc/size4097").size == 4097
