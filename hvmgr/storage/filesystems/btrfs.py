@@ -1,12 +1,13 @@
 """Btrfs on one device, read from bytes: subvolumes, inline and compressed extents, attributes.
 
 Source: "Btrfs on-disk format" of the Btrfs documentation. The tree of the last commit is read, which is whole by design; what
-was synced since then lies in a log, which is not replayed, and that is said.
+single files were synced since then lies in a log, which is put over it in memory (``btrfs_log``).
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hvmgr import errors
-from hvmgr.storage.filesystems import btrfs_data, reader
+from hvmgr.storage.filesystems import btrfs_data, btrfs_log, reader
 from hvmgr.storage.filesystems.btrfs_data import Extent, Extents
 from hvmgr.storage.filesystems.ext import TYPES
 from hvmgr.storage.filesystems.reader import Content, Node, Type, damaged
@@ -31,6 +32,7 @@ _STRIPED = 0x8 | 0x40 | 0x80 | 0x100
 _DEPTH_MAX, _REMEMBERED = 8, 256
 _CHUNKS_MAX = 1 << 20
 _LAST = (1 << 64) - 1
+_LOG, _LOGGED_MAX = (1 << 64) - 6, 1 << 20
 
 
 class _Key(NamedTuple):
@@ -73,25 +75,28 @@ class Btrfs:
         self._disk, self._cached = disk, Cached(disk)
         self._blocks: dict[int, _Block] = {}
         self._trees: dict[int, _Tree] = {}
+        self._changed: dict[tuple[int, int, int], btrfs_log.Items] = {}
         with reader.parsing("its superblock"):
             self._read_super(self._cached.read(_SUPER, 4096))
         with reader.parsing("its trees"):
             self._read_chunks()
             self._start = _TOP
             self._start = self._default()
+        if self._log is not None:
+            self._replay(self._log)
 
     def _read_super(self, raw: bytes) -> None:
         if raw[64:72] != b"_BHRfS_M":
             raise damaged("its superblock makes no sense")
         root, chunks, log = struct.unpack_from("<QQQ", raw, 0x50)
-        devices, _, self._node = struct.unpack_from("<QII", raw, 0x88)
+        devices, self._sector, self._node = struct.unpack_from("<QII", raw, 0x88)
         (size,) = struct.unpack_from("<I", raw, 0xA0)
         (incompatible,) = struct.unpack_from("<Q", raw, 0xBC)
-        root_level, chunk_level = struct.unpack_from("<BB", raw, 0xC6)
+        root_level, chunk_level, log_level = struct.unpack_from("<BBB", raw, 0xC6)
         (self._device,) = struct.unpack_from("<Q", raw, 0xC9)
         if incompatible & ~_KNOWN:
             raise errors.Unsupported("this Btrfs file system has features that no reader here knows")
-        if not 4096 <= self._node <= 64 << 10 or self._node & (self._node - 1) or size > 2048:
+        if not 4096 <= self._node <= 64 << 10 or self._node & (self._node - 1) or size > 2048 or not self._sector:
             raise damaged("its superblock makes no sense")
         self._chunks: list[_Chunk] = []
         self._chunk_tree = _Tree(chunks, chunk_level)
@@ -107,11 +112,32 @@ class Btrfs:
             self.notes.append(
                 f"the Btrfs file system lies on {devices} devices, of which this is one: what is on others is not seen"
             )
-        if log:
-            self.notes.append(
-                "the Btrfs file system was not unmounted, and what single files were synced since its last commit is not seen:"
-                " 'hvmgr mount' shows that, too"
-            )
+        self._log = _Tree(log, log_level) if log else None
+
+    def _replay(self, log: _Tree) -> None:
+        """The log is put over the trees; one that makes no sense is left out, for they are whole without it."""
+        try:
+            with reader.parsing("its log"):
+                changed: dict[tuple[int, int, int], btrfs_log.Items] = {}
+                for key, data in self._range(log, _Key(_LOG, _ROOT, 0), _Key(_LOG, _ROOT, _LAST)):
+                    tree = _Tree(struct.unpack_from("<Q", data, 176)[0], data[238])
+                    items = ((*one, content) for one, content in self._logged(tree))
+                    done = btrfs_log.Replay(functools.partial(self._as_committed, key.offset), items, self._sector)
+                    changed |= {(key.offset, *what): found for what, found in done.changed.items()}
+        except (errors.Corrupt, errors.Unsupported) as error:
+            self.notes.append(f"{error.message}: what single files were synced since its last commit is not seen")
+            return
+        self._changed = changed
+        self.notes.append("the log was replayed in memory: the file system had not been unmounted")
+
+    def _logged(self, tree: _Tree) -> Iterator[tuple[_Key, bytes]]:
+        for count, one in enumerate(self._range(tree, _Key(0, 0, 0), _Key(_LAST, 255, _LAST))):
+            if count >= _LOGGED_MAX:
+                raise damaged("its log has too many items")
+            yield one
+
+    def _as_committed(self, tree: int, number: int, kind: int) -> btrfs_log.Items:
+        return {key.offset: data for key, data in self._items(tree, number, kind)}
 
     # -- what a reader gives -------------------------------------------------------------------------------------
 
@@ -225,6 +251,10 @@ class Btrfs:
 
     def _items(self, tree: int, number: int, kind: int) -> Iterator[tuple[_Key, bytes]]:
         """All items of one type that belong to one object, in order."""
+        changed = self._changed.get((tree, number, kind))
+        if changed is not None:
+            yield from ((_Key(number, kind, offset), data) for offset, data in sorted(changed.items()))
+            return
         found = self._find_tree(tree) if tree != _ROOT_TREE else self._trees[_ROOT_TREE]
         if found is None:
             raise damaged(f"there is no subvolume {tree}")

@@ -88,7 +88,8 @@ class Ntfs:
         parts = self._load(_VOLUME).find(_VOLUME_INFO)
         if parts and struct.unpack_from("<H", parts[0].value, 10)[0] & _VOLUME_DIRTY:
             self.notes.append(
-                "the NTFS volume was not unmounted cleanly; its log is not replayed, as only Windows can do that"
+                "the NTFS volume was not unmounted cleanly, and its log is not replayed, as only Windows can do that: what was"
+                " changed in the last seconds may be missing, or half there"
             )
 
     # -- what a reader gives -------------------------------------------------------------------------------------

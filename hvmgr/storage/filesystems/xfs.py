@@ -196,6 +196,8 @@ class Xfs:
             (count,) = struct.unpack_from(">I", inode.raw, 76)
             if not self._has_many(inode):
                 (count,) = struct.unpack_from(">H", inode.raw, 80)
+            if not count:
+                return {}  # there is room for them, and none
             places = dict[int, int]()
             blocks = 0
             for first, length, start, _ in self._extents(form, area, count, inode.number):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hvmgr.host import process
 from tests.operations.images import attaching as help_
 from tests.operations.images import mounting
 from tests.storage import encrypted, file_trees
@@ -100,8 +101,6 @@ def test_bad_keys(hvmgr, disk, tmp_path):
 
 
 def test_the_key_is_on_no_command_line(hvmgr, disk, monkeypatch):
-    from hvmgr.host import process
-
     image, key = disk
     started, real = [], process._started
 
@@ -126,9 +125,10 @@ class TestMount:
 
     def test_shows_what_is_encrypted_and_writes_nothing(self, at, disk, tmp_path):
         (space, at), (whole, key) = at, disk
-        image = tmp_path / "disk.raw"
-        shutil.copyfile(whole, image)
-        before = image.read_bytes()
+        base, image = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+        shutil.copyfile(whole, base)
+        file_trees.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "raw", image)
+        before = base.read_bytes(), image.read_bytes()
         assert "its key can be given" in space.fails("mount", "--image", image, at, "--partition", "2", code=5)
         words = ["mount", "--image", image, at, "--partition", "2", "--key-file", key]
         one = space.hvmgr(*words)["mount"]
@@ -145,7 +145,8 @@ class TestMount:
         assert "no image can say what it stands on" in space.fails("unmount", at, "--keep", tmp_path / "kept", code=5)
         space.hvmgr("unmount", at)
         assert not Path(one["overlay"]).exists()
-        assert image.read_bytes() == before
+        assert (base.read_bytes(), image.read_bytes()) == before
+        assert not process.naming("storage-daemon", str(image))
         assert help_.is_clean()
 
     def test_shows_a_logical_volume(self, at, tmp_path):
