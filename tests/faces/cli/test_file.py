@@ -432,3 +432,10 @@ def test_ten_thousand_files(hvmgr, tmp_path):
     assert listed.rstrip("\0").split("\0") == names
     some = hvmgr.ok("file", "list", "/**/*77", "--image", image).lines
     assert [line for (line,) in some] == [one for one in names if one.endswith("77")]
+
+
+def test_the_present_is_that_of_a_vm(hvmgr, web, made):
+    assert hvmgr.ok("file", "cat", web, "/etc/passwd", "--present").out == "root of moment 2\n"
+    for words in (["--image", made / "disk0"], ["--home", made], [web, "--snapshot", "a"]):
+        answer = hvmgr("file", "cat", *words, "/etc/passwd", "--present")
+        assert (answer.code, "--present is of a VM" in answer.err) == (2, True), answer

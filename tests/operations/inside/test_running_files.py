@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from hvmgr import errors
+from hvmgr.faces import cli
 from hvmgr.model.metadata import SnapshotType
 from hvmgr.model.specification import DiskSpecification
 from hvmgr.operations.inside import views
@@ -63,7 +64,7 @@ def number_in(inside):
     return int(b"".join(bytes(piece) for _, piece in content.pieces()))
 
 
-def test_the_present_of_a_running_vm_stands_still_and_is_merged(agents, connection):
+def test_the_present_of_a_running_vm_stands_still_and_is_merged(agents, connection, capsys):
     """The guest writes to an ext4 all the time and is never stopped: what is read is of one moment, and nothing stays."""
     machine = agents.make(connection.uri)
     with machine.vm.look_inside(present=True) as inside:
@@ -76,8 +77,12 @@ def test_the_present_of_a_running_vm_stands_still_and_is_merged(agents, connecti
         assert len(machine.vm.tree().images) == 2
     assert len(machine.vm.tree().images) == 1, "what was frozen is merged"
     assert not machine.vm.snapshots()
-    with machine.vm.look_inside(present=True) as inside:
-        assert number_in(inside) > number
+    capsys.readouterr()
+    where = ["-c", connection.uri, "--root", str(machine.host.root)]
+    assert cli.run([*where, "file", "cat", machine.vm.name, "/number", "--present"]) == 0
+    heard = capsys.readouterr()
+    assert int(heard.out) > number
+    assert "this is what a power cut would have left of it just now" in heard.err
     with pytest.raises(errors.NotFound), machine.vm.look_inside(present=True) as inside:
         inside.choose(b"/").find(b"/not there")
     assert len(machine.vm.tree().images) == 1
