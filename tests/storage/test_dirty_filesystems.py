@@ -141,6 +141,27 @@ def test_the_log_of_btrfs_is_replayed_as_linux_does(cut):
     assert note.endswith("what single files were synced since its last commit is not seen")
 
 
+FAST = r"""
+echo first >old/first; sync old/first; sleep 0.1
+echo begun >old/begun; sync old/begun
+mv old/file22 old/renamed; ln old/file24 deep/second; rm old/file26; echo more >>old/file28; sync old/file28
+printf changed | dd of=old/large bs=1 seek=5000 conv=notrunc status=none; head -c 200000 /dev/urandom >>old/large; sync old/large
+dd if=/dev/urandom of=pieces bs=1000 count=70 seek=3 conv=notrunc status=none; truncate -s 700000 pieces; sync pieces
+mkdir deep/below; echo x >deep/below/x; ln -s nowhere deep/late; sync deep/below/x
+truncate -s 5000 pieces; chmod 600 old/file32; chown 3:4 old/file34; rm old/file30; echo again >old/file30; sync old/file30
+"""
+
+
+def test_fast_commits_of_ext4_are_replayed_as_linux_does(cut):
+    how = f"cd /; umount $3; mount -o loop $1 $3; cd $3; {FAST} {LIVE}"
+    dirty, judged = cut(["mkfs.ext4", "-q", "-O", "fast_commit"], how)
+    shown, notes = seen(dirty)
+    with looking.opened([views.of_image(dirty, "raw")]) as inside:
+        assert inside.choose(b"/").reader._fast, "there are none"
+    assert shown == judged
+    assert notes == ["the journal was replayed in memory: the file system had not been unmounted"]
+
+
 @pytest.mark.parametrize("how", [SHUTDOWN, LIVE], ids=["cut off", "while it is written"])
 def test_the_journal_of_ext4_is_replayed_as_linux_does(cut, how):
     dirty, judged = cut(["mkfs.ext4", "-q"], how)

@@ -14,6 +14,7 @@ from typing import Any
 
 from hvmgr import errors
 from hvmgr.storage.filesystems import ext_journal, reader
+from hvmgr.storage.filesystems.ext_fast_commits import Changes
 from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Runs, Type, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
@@ -87,6 +88,7 @@ class Ext:
         with reader.parsing("its superblock"):
             self._super = _read_super(self._cached.read(1024, 1024))
         self._tables: dict[int, int] = {}
+        self._fast = Changes()
         if self._super.incompatible & _RECOVER:
             with reader.parsing("its journal"):
                 self._replay()
@@ -97,11 +99,12 @@ class Ext:
             return
         inode = self._inode(self._super.journal)
         found = ext_journal.replayed(self._disk, self._runs(inode), inode.size, self._super.block)
-        self.notes += found.notes
+        self._fast = found.fast
         if found.disk is not None:
             self._disk, self._cached = found.disk, Cached(found.disk)
             self._tables.clear()
             self._super = _read_super(self._cached.read(1024, 1024))
+        if found.disk is not None or found.fast:
             self.notes.append("the journal was replayed in memory: the file system had not been unmounted")
 
     # -- what a reader gives -------------------------------------------------------------------------------------
@@ -110,6 +113,13 @@ class Ext:
         return self.stat(_ROOT)
 
     def names(self, folder: Node) -> Iterator[tuple[bytes, Any]]:
+        changed = self._fast.names.get(folder.ref, {})
+        for name, number in self._names(folder):
+            if name not in changed:
+                yield name, number
+        yield from ((name, number) for name, number in changed.items() if number is not None)
+
+    def _names(self, folder: Node) -> Iterator[tuple[bytes, int]]:
         with reader.parsing(f"folder {folder.ref}"):
             inode = self._inode(folder.ref)
             if inode.flags & _FLAG_ENCRYPTED:
@@ -210,6 +220,7 @@ class Ext:
         raw = self._cached.read(at, about.inode_size)
         if len(raw) < about.inode_size:
             raise damaged(f"inode {number} lies behind the end")
+        raw = self._fast.inode(number, raw)
         mode, _, size, _, _, _, _, _, _, _, flags, data, size_high, _ = _INODE.unpack_from(raw)
         if stat.S_ISREG(mode) or about.incompatible & _LARGE_FOLDERS:  # of others these bytes mean something else
             size |= size_high << 32
@@ -241,6 +252,7 @@ class Ext:
         block = self._super.block
         last = -(-inode.size // block)
         pieces = self._extents(inode) if inode.flags & _FLAG_EXTENTS else self._mapped(inode, last)
+        pieces = iter(self._fast.content(inode.number, pieces))
         runs: list[Run] = []
         at = 0
         for first, count, place in pieces:

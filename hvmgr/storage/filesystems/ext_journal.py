@@ -11,7 +11,8 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from hvmgr.storage.filesystems import window
+from hvmgr.storage.filesystems import ext_fast_commits, window
+from hvmgr.storage.filesystems.ext_fast_commits import Changes
 from hvmgr.storage.filesystems.reader import damaged
 from hvmgr.storage.filesystems.window import Run
 from hvmgr.storage.partitions import Disk
@@ -52,10 +53,10 @@ class Redirected:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """The disk as it is after a replay; None when there was nothing to replay."""
+    """The disk as it is after a replay, None when there was nothing to replay; and what fast commits say that came after it."""
 
     disk: Redirected | None
-    notes: list[str] = field(default_factory=list)
+    fast: Changes = field(default_factory=Changes)
 
 
 def replayed(disk: Disk, runs: Sequence[Run], size: int, block: int) -> Replayed:
@@ -63,13 +64,9 @@ def replayed(disk: Disk, runs: Sequence[Run], size: int, block: int) -> Replayed
     journal = _Journal(disk, runs, size, block)
     if not journal.start:
         return Replayed(None)
-    notes = []
-    if journal.features & _FAST_COMMIT:
-        notes.append(
-            "fast commits of its journal are not replayed: the last seconds may be missing, which 'hvmgr mount' shows"
-        )
     places = journal.replay()
-    return Replayed(Redirected(disk, block, places) if places else None, notes)
+    fast = ext_fast_commits.parsed(journal.fast_blocks(), journal.next_sequence)
+    return Replayed(Redirected(disk, block, places) if places else None, fast)
 
 
 class _Journal:
@@ -89,9 +86,10 @@ class _Journal:
             raise damaged("its journal makes no sense")
         if self.features & ~_KNOWN:
             raise damaged("its journal has features that are not known")
-        self._length = length
+        self._length = self._end = length
         if self.features & _FAST_COMMIT:
             self._length -= struct.unpack_from(">I", about, 84)[0] or 256
+        self.next_sequence = self._sequence
         if self.start >= self._length:
             raise damaged("its journal makes no sense")
 
@@ -104,9 +102,15 @@ class _Journal:
         number += count
         return number if number < self._length else self._first + number - self._length
 
+    def fast_blocks(self) -> Iterator[bytes]:
+        """The blocks of fast commits, which follow the journal's own."""
+        for number in range(self._length + 1, self._end):
+            yield self._read(number)
+
     def replay(self) -> dict[int, tuple[int, bool]]:
         """For each block that the journal holds: where its newest version is."""
         transactions = list(self._transactions())
+        self.next_sequence = self._sequence + len(transactions)
         revoked: dict[int, int] = {}
         for sequence, blocks in transactions:
             for kind, number in blocks:

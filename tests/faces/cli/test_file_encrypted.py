@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hvmgr.host import process
+from hvmgr.host import pids, process
 from tests.operations.images import attaching as help_
 from tests.operations.images import mounting
 from tests.storage import encrypted, file_trees
@@ -146,7 +146,7 @@ class TestMount:
         space.hvmgr("unmount", at)
         assert not Path(one["overlay"]).exists()
         assert (base.read_bytes(), image.read_bytes()) == before
-        assert not process.naming("storage-daemon", str(image))
+        assert not pids.naming("storage-daemon", str(image))
         assert help_.is_clean()
 
     def test_shows_a_logical_volume(self, at, tmp_path):
