@@ -165,3 +165,24 @@ class TestMount:
         space.hvmgr("unmount", at)
         assert image.read_bytes() == data
         assert help_.is_clean()
+
+
+def test_an_ordinary_user_needs_no_root(user, disk, require_program):
+    for name in ("fuse2fs", "fusermount3"):
+        require_program(name)
+    help_.skip_where_impossible()
+    folder = user.home / "encrypted"
+    at = folder / "at"
+    at.mkdir(parents=True)
+    image, key = (shutil.copy(one, folder) for one in disk)
+    user.owns(folder)
+    with mounting.space() as space:
+        space.user = user
+        words = ["--image", image, "--partition", "2", "--key-file", key]
+        assert [one["path"] for one in space.hvmgr("file", "hash", "/etc", *words)["files"]] == ["/etc/passwd"]
+        space.sh(f"mknod {folder}/fuse c 10 229; chmod 0666 {folder}/fuse; mount --bind {folder}/fuse /dev/fuse")
+        made = space.hvmgr("mount", at, *words)["mount"]
+        assert (made["device"], made["encrypted"]) == (None, True)
+        assert space.run(*user.command("cat", at / "etc" / "passwd")).stdout == "etc/passwd\n"
+        space.hvmgr("unmount", at)
+        assert not list((user.folder / "run" / "hvmgr").iterdir())
