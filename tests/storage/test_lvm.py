@@ -159,7 +159,7 @@ def test_volumes_that_lvm_made(tmp_path, require, require_program):
                 file.seek(place + (64 << 10))
                 file.write(b"stripe of %d" % number)
     with looking.opened([views.of_image(first), views.of_image(second)], partition="vg-0/wide") as inside:
-        striped = inside.place(inside.volumes[0])
+        striped = inside.bytes_of(inside.volumes[0])
         assert {window.read(striped, at << 16, 11) for at in (2, 3)} == {b"stripe of 0", b"stripe of 1"}
         assert window.read(striped, 0, 11) == bytes(11)
 

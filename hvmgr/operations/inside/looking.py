@@ -19,7 +19,7 @@ from hvmgr.operations.inside.unlocking import Key
 from hvmgr.operations.inside.views import Frozen, Volume
 from hvmgr.storage.filesystems import opening
 from hvmgr.storage.filesystems.signatures import Kind
-from hvmgr.storage.filesystems.window import Mapped, Window
+from hvmgr.storage.filesystems.window import Mapped
 from hvmgr.storage.partitions import Disk
 
 _HINTS = {
@@ -39,7 +39,7 @@ class Inside:
     _places: dict[Volume, Disk | None]
     _browsers: dict[Volume, Browser] = field(default_factory=dict)
 
-    def place(self, volume: Volume) -> Disk:
+    def bytes_of(self, volume: Volume) -> Disk:
         """The volume's own bytes; Unsupported, with the reason, where nobody can read them."""
         disk = self._places[volume]
         if disk is None:
@@ -49,7 +49,7 @@ class Inside:
     def browser(self, volume: Volume) -> Browser:
         """The volume's file system; Unsupported, with the reason, where there is none that can be read."""
         if volume not in self._browsers:
-            disk = self.place(volume)
+            disk = self.bytes_of(volume)
             opened = None if volume.kind is None or volume.why_not else opening.open_reader(volume.kind, disk)
             if opened is None:
                 raise errors.Unsupported(f"{volume.title} of {volume.disk.name} cannot be read: {why_not(volume)}")
@@ -57,16 +57,18 @@ class Inside:
         return self._browsers[volume]
 
     def place(self, volume: Volume) -> tuple[Frozen, int] | None:
-        """On which disk a volume lies in one piece, and from which byte on; None for a logical one that is scattered."""
+        """On which disk a volume lies in one piece, and from which byte on; None for one that is scattered, or encrypted."""
+        if volume.encrypted:
+            return None
         if not volume.logical:
             return volume.disk, volume.start
-        logical = self._logical.get(volume.logical)
+        logical = self._places.get(volume)
         piece = logical.piece if isinstance(logical, Mapped) else None
         if piece is None:
             return None
         below, start = piece
-        index = next((at for at, one in self._sources.items() if isinstance(below, Window) and below.disk is one), None)
-        return None if index is None or not isinstance(below, Window) else (self.disks[index], below.start + start)
+        physical = [one for one, disk in self._places.items() if disk is below and not (one.encrypted or one.logical)]
+        return (physical[0].disk, physical[0].start + start) if physical else None
 
     def choose(self, path: bytes) -> Browser:
         """The file system that a path is looked for in: the only one, or the only one that has it.

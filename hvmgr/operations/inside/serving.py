@@ -42,7 +42,7 @@ def opened(text: bytes) -> Iterator[Disk]:
     with looking.opened(disks, keys=keys) as inside:
         for volume in inside.volumes:
             if _name(volume) == about["volume"]:
-                yield inside.place(volume)
+                yield inside.bytes_of(volume)
                 return
         raise errors.Conflict("what lies on the disks was changed meanwhile", hint="run the command again")
 
