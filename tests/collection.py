@@ -1,7 +1,8 @@
 """The Ansible collection as users get it: built, installed, and checked by ansible-test. For the tests and for ``bench``.
 
 ``ansible-test`` makes virtual environments of its own from the Python package index, and fetches pip for them from a place
-of Ansible's. Here pip comes from the index too: a file in ansible-test's cache, where it looks first, installs that wheel.
+of Ansible's. Here pip comes from the index too: a file in ansible-test's cache, where it looks first, lends that one pip to
+each environment. Installing it took more than all the checks.
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent.parent / "ansible"
 NAME = "hvmgr/hvmgr"
 
 _GET_PIP = """\
-import subprocess, sys
-wheel = {wheel!r}
-sys.exit(subprocess.call([sys.executable, wheel + "/pip", "install", "--quiet", "--no-index", wheel]))
+import pathlib, sysconfig
+pathlib.Path(sysconfig.get_path("purelib"), "lent-pip.pth").write_text({folder!r} + "\\n")
 """
 
 
@@ -91,14 +92,16 @@ def pip_version():
 
 def bring_pip(cache):
     """ansible-test in this HOME finds a pip; ``cache`` is kept from one run to the next."""
-    wheels, version = Path(cache) / "wheels", pip_version()
-    if not list(wheels.glob(f"pip-{version}-*.whl")):
-        argv = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, f"pip=={version}"]
+    version = pip_version()
+    folder = Path(cache) / f"pip-{version}"
+    if not folder.exists():
+        made = Path(tempfile.mkdtemp(dir=cache))
+        argv = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", made, f"pip=={version}"]
         subprocess.run([str(one) for one in argv], check=True, timeout=120, stdin=subprocess.DEVNULL)
-    (wheel,) = wheels.glob(f"pip-{version}-*.whl")
+        made.rename(folder)
     script = Path(cache) / ".ansible" / "test" / "cache" / f"get_pip_{version.replace('.', '_')}.py"
     script.parent.mkdir(parents=True, exist_ok=True)
-    script.write_text(_GET_PIP.format(wheel=str(wheel)))
+    script.write_text(_GET_PIP.format(folder=str(folder)))
 
 
 def sanity(folder, cache, *names):

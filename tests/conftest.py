@@ -13,6 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from hvmgr.faces import guest
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _numbers = itertools.count()
+
+# How long an example takes says nothing on a machine that runs other tests as well.
+hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("patient")
 
 # A job in the background ignores SIGINT, and whatever a test interrupts would do so too.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvmgr import errors
@@ -60,7 +60,6 @@ def test_layout_is_libvirts(tmp_path):
 
 
 @given(texts, st.none() | texts, st.integers(0, 600), st.lists(texts, max_size=4))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_replaced_again_and_again(folder, xml, cookie, slack, others):
     path = save_file(folder / "replace", xml, cookie=cookie, slack=slack)
     size, offset = path.stat().st_size, saved_state.read(path).data_offset

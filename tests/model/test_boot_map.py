@@ -63,7 +63,7 @@ def played(table, files, size):
     return bytes(found)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(disks())
 def test_table_of_device_mapper_shows_the_disk(disk):
     size, base, child = disk
@@ -73,7 +73,7 @@ def test_table_of_device_mapper_shows_the_disk(disk):
         assert played(table, files, chain.size) == read(chain, 0, chain.size)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(disks())
 def test_block_list_of_grub_shows_all_that_the_disk_holds(disk):
     size, base, _ = disk

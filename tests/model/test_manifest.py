@@ -6,7 +6,7 @@ import dataclasses
 from datetime import UTC, datetime
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvmgr import errors
@@ -59,7 +59,6 @@ def test_file_begins_with_what_it_is():
     assert "\nformat: 1\n" in TEXT
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=40))
 def test_any_name_comes_back(name):
     one = dataclasses.replace(WHOLE, snapshots=(dataclasses.replace(WHOLE.snapshots[0], name=name),))

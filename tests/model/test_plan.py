@@ -47,7 +47,7 @@ def a_document() -> Any:
 
 @pytest.mark.parametrize("cls", STEP_CLASSES, ids=lambda cls: cls.__name__)
 @given(data=st.data())
-@settings(max_examples=25, derandomize=True, database=None, deadline=None)
+@settings(max_examples=25, derandomize=True, database=None)
 def test_each_step_comes_back_from_the_journal(cls: type[Step], data: st.DataObject) -> None:
     step = data.draw(steps_of(cls))
     back = Plan.from_json(json.loads(plans.dumps(a_plan(step, switch=step))))
@@ -58,7 +58,7 @@ def test_each_step_comes_back_from_the_journal(cls: type[Step], data: st.DataObj
 
 
 @given(plan=whole_plans)
-@settings(max_examples=100, derandomize=True, database=None, deadline=None)
+@settings(max_examples=100, derandomize=True, database=None)
 def test_each_plan_comes_back_from_the_journal(plan: Plan) -> None:
     line = plans.dumps(plan)
     assert "\n" not in line

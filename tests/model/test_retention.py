@@ -7,8 +7,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import given as drawn
+from hypothesis import given
 from hypothesis import strategies as st
 
 from hvmgr import errors, keeping
@@ -17,7 +16,6 @@ from hvmgr.model import policy, retention
 from hvmgr.model.metadata import SnapshotRecord
 from hvmgr.model.policy import Origin, Policy, Recovery, Rhythm, Schedule, SnapshotDefault
 
-BUSY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no fault
 BERLIN = ZoneInfo("Europe/Berlin")
 BEGIN = datetime(2026, 10, 20, tzinfo=UTC)  # the clocks are put back on the 25th
 ON = Policy(automatic=True, keep=Keep(last=2))
@@ -64,11 +62,6 @@ def by_hand(records, keep):
                 met.append(period(one))
                 kept.add(one.id)
     return {one.id for one in records} - kept
-
-
-def given(*strategies):
-    """Drawn, however long that takes."""
-    return lambda test: BUSY(drawn(*strategies)(test))
 
 
 @given(moments, keeps)

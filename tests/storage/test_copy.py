@@ -53,7 +53,7 @@ pieces = st.tuples(st.integers(0, 3 * MIB), st.sampled_from([1, 511, 4096, 65536
 
 
 @given(st.integers(0, 3 * MIB), st.lists(pieces, max_size=4), st.booleans())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_copy_has_the_same_bytes_and_the_hash_that_sha256sum_tells(folder, size, data, hashed):
     content = [(at, (b"\0" if zeros else b"\xa5") * length) for at, length, zeros in data]
     source = sparse(folder / "source", size, *content)

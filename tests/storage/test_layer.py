@@ -41,7 +41,7 @@ def opened(data, folder, disk=DISK):
     return layer.opened(path, disk)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.integers(0, 699), unique=True, max_size=600), st.integers(0, 255))
 def test_reads_what_was_written(olds, seed):
     pairs = [(old, bytes([(old + seed) % 256]) * CHUNK) for old in olds]

@@ -39,7 +39,7 @@ def test_another_program_reads_the_same(tmp_path, require_program):
     assert told.strip() == Hive.of(file.read_bytes()).value(STATE, "ImageState") == "IMAGE_STATE_COMPLETE"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 8191), st.integers(0, 255)), max_size=12), st.integers(0, 9000))
 def test_damage_is_corrupt_or_another_value_and_never_anything_else(spots, length):
     raw = bytearray(hives.hive(CONTENT))

@@ -152,7 +152,7 @@ def test_bytes_behind_the_end(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_damage_is_an_error_of_ours_or_harmless(data):
     whole = bytearray(packed(("web/a", b"a" * 600), ("web/b", b"b", {"pax_headers": {"path": "web/ü"}})))
     for _ in range(data.draw(st.integers(1, 6))):

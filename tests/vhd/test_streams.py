@@ -145,7 +145,7 @@ def test_qemu_reads_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "back").read_bytes()[:size] == path.read_bytes()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     size=st.integers(1, 5 * UNIT // 512).map(lambda sectors: sectors * 512),
     runs=st.lists(st.tuples(st.integers(0, 5 * UNIT), st.integers(1, UNIT), st.integers(1, 255)), max_size=5),
@@ -527,7 +527,7 @@ def test_spooled_stream_is_as_strict(tmp_path: Path) -> None:
             received(StreamReader(io.BytesIO(data), spool=tmp_path))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     blocks=st.dictionaries(
         st.integers(0, 15),
