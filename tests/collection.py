@@ -96,8 +96,9 @@ def bring_pip(cache):
     folder = Path(cache) / f"pip-{version}"
     if not folder.exists():
         made = Path(tempfile.mkdtemp(dir=cache))
-        argv = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", made, f"pip=={version}"]
-        subprocess.run([str(one) for one in argv], check=True, timeout=120, stdin=subprocess.DEVNULL)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
+        argv = [*pip, "--target", os.fspath(made), f"pip=={version}"]
+        subprocess.run(argv, check=True, timeout=120, stdin=subprocess.DEVNULL)
         made.rename(folder)
     script = Path(cache) / ".ansible" / "test" / "cache" / f"get_pip_{version.replace('.', '_')}.py"
     script.parent.mkdir(parents=True, exist_ok=True)

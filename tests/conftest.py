@@ -9,6 +9,7 @@ import itertools
 import os
 import shutil
 import signal
+import tempfile
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ import pytest
 from hvmgr.faces import guest
 from hvmgr.host import hypervisor
 from hvmgr.operations.automatic import worker
-from tests import ordinary_user, private_libvirt
+from tests import ordinary_user, private_libvirt, shelf
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,6 +35,15 @@ hypothesis.settings.load_profile("patient")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 private_libvirt.take_place_of_init()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes of one run share a folder, which QEMU's user can pass; it goes with the run."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.mkdtemp(prefix="hv", dir="/tmp")
+        Path(folder).chmod(0o711)
+        os.environ["HVMGR_TESTS_SHARED"] = folder
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.hookimpl(trylast=True)
@@ -95,6 +105,12 @@ def _own_settings(_own_place: Path) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _shelf() -> Iterator[None]:
+    yield
+    shelf.clear()
+
+
 @pytest.fixture
 def ahead(monkeypatch):
     """``ahead(hours)``: the clock of what hvmgr does by itself is that much ahead of the host's."""
@@ -108,6 +124,12 @@ def ahead(monkeypatch):
         monkeypatch.setattr(worker, "datetime", Clock)
 
     return set_up
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """A folder that is the same for all processes of this run."""
+    return Path(os.environ["HVMGR_TESTS_SHARED"])
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import re
 import shutil
@@ -24,7 +25,7 @@ from hvmgr.model import configuration
 from hvmgr.model.specification import Acceleration, DiskSpecification, Firmware, Specification
 from hvmgr.operations import background
 from hvmgr.operations.steps import execution
-from hvmgr.storage import vm_home
+from hvmgr.storage import locks, vm_home
 from tests import told
 from tests.operations import agent_guest
 
@@ -163,12 +164,15 @@ class Kind:
 
 @dataclass
 class Factory:
-    """Makes machines that run already: each kind is booted once, later ones go on from that saved memory."""
+    """Makes machines that run already: each kind is booted once, later ones go on from that saved memory.
+
+    That is kept in ``games``, where other test processes find it as well.
+    """
 
     guest: guest.Guest
     folder: Path
+    games: Path
     hosts: list[hvmgr.Host] = field(default_factory=list)
-    games: dict[Kind, Path] = field(default_factory=dict)
 
     def open(self, uri):
         said = []
@@ -197,39 +201,49 @@ class Factory:
     def make(self, uri, kind=None, *, disks=None, running=True):
         """A machine; with ``disks`` of its own it is booted, else it goes on from what this kind has booted before."""
         kind = kind or Kind()
-        host, said = self.open(uri)
-        own = disks is not None or not running
-        game = self.games.get(kind)
-        if own or game is None:
-            disks = disks or tuple(DiskSpecification(size=DISK) for _ in range(kind.disks))
-        else:
-            disks = tuple(DiskSpecification(path=path) for path in sorted(game.glob("disk*.qcow2")))
-        machine = Machine(host, host.create_vm(self.specification(kind, disks)), said)
-        without_screen(machine)
-        if not running:
-            return machine
-        if own or game is None:
-            machine.boot()
-            machine.run_for(2)
-            if not own:
-                self._keep(machine, kind)
-        else:
-            self._go_on(machine, game)
-        said.clear()
+        if disks is not None or not running:
+            return self._new(uri, kind, disks, running=running)
+        game = self.games / hashlib.sha256(repr(kind).encode()).hexdigest()[:12]
+        with locks.held(self.games / f"{game.name}.lock", wait_s=BOOT_S, what="a guest that boots"):
+            if not game.exists():
+                return self._keep(self.first(uri, kind), game)
+        machine = self._machine(uri, kind, tuple(DiskSpecification(path=path) for path in sorted(game.glob("disk*"))))
+        self._go_on(machine, game)
+        machine.said.clear()
         return machine
 
-    def _keep(self, machine, kind):
-        game = Path(tempfile.mkdtemp(prefix="game", dir=self.folder))
-        game.chmod(0o711)
-        machine.domain.save(game / "memory.save")
+    def first(self, uri, kind):
+        """The machine of a kind that boots, and that the others go on from."""
+        return self._new(uri, kind, None)
+
+    def _machine(self, uri, kind, disks):
+        host, said = self.open(uri)
+        machine = Machine(host, host.create_vm(self.specification(kind, disks)), said)
+        without_screen(machine)
+        return machine
+
+    def _new(self, uri, kind, disks, *, running=True):
+        machine = self._machine(uri, kind, disks or (DiskSpecification(size=DISK),) * kind.disks)
+        if running:
+            machine.boot()
+            machine.run_for(2)
+            machine.said.clear()
+        return machine
+
+    def _keep(self, machine, game):
+        """The machine, which runs on; the name of the kept one is there when all of it is."""
+        part = Path(tempfile.mkdtemp(dir=self.games))
+        part.chmod(0o711)
+        memory = part / "memory.save"
+        machine.domain.save(memory)
         present = machine.vm.home.present()
         for number, path in enumerate(vm_home.disks_of(present).values()):
-            shutil.copy(path, game / f"disk{number}.qcow2")
+            shutil.copy(path, part / f"disk{number}.qcow2")
         if present.nvram is not None:
-            shutil.copy(present.nvram, game / "nvram")
-        memory = game / "memory.save"
+            shutil.copy(present.nvram, part / "nvram")
         machine.host.connection.restore(memory, saved_state.read(memory).xml, running=True)
-        self.games[kind] = game
+        part.rename(game)
+        return machine
 
     def _go_on(self, machine, game):
         present = machine.vm.home.present()
@@ -246,7 +260,7 @@ class Factory:
             saved.set_nvram(present.nvram)
         if present.genid is not None:
             saved.set_genid(present.genid)
-        memory = game / f"{uuid.uuid4()}.save"
+        memory = self.folder / f"{uuid.uuid4()}.save"
         saved_state.rewritten(game / "memory.save", memory, saved.to_xml())
         machine.host.connection.restore(memory, saved.to_xml(), running=True)
         memory.unlink()
@@ -265,10 +279,10 @@ def without_screen(machine):
 
 
 @pytest.fixture(scope="session")
-def _factory(counting_guest):
+def _factory(counting_guest, shared):
     folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
     folder.chmod(0o711)
-    yield Factory(counting_guest, folder)
+    yield Factory(counting_guest, folder, games_in(shared / "counting"))
     shutil.rmtree(folder)
 
 
@@ -282,6 +296,21 @@ def factory(_factory):
     _factory.hosts.clear()
 
 
+def games_in(folder):
+    folder.mkdir(mode=0o711, exist_ok=True)
+    return folder
+
+
+class AgentFactory(Factory):
+    """The same with an agent."""
+
+    def first(self, uri, kind):
+        disk = agent_guest.make_disk(self.folder / "disk.qcow2")
+        machine = self._new(uri, kind, (DiskSpecification(path=disk),))
+        agent_guest.Agent(machine).await_answer()
+        return machine
+
+
 class Agents:
     """Machines with an agent: the first one boots, later ones go on from its memory, agent and all."""
 
@@ -289,32 +318,27 @@ class Agents:
         self.factory = factory
 
     def make(self, uri):
-        booted = Kind() in self.factory.games
-        if booted:
-            machine = self.factory.make(uri)
-        else:
-            disk = agent_guest.make_disk(self.factory.folder / "disk.qcow2")
-            machine = self.factory.make(uri, disks=(DiskSpecification(path=disk),))
+        machine = self.factory.make(uri)
         machine.agent = agent_guest.Agent(machine)
         machine.agent.await_answer()
-        if not booted:
-            self.factory._keep(machine, Kind())
-            machine.agent.await_answer()
         machine.said.clear()
         return machine
 
 
 @pytest.fixture(scope="session")
-def _agents(counting_guest, request, require_program):
+def _agents(counting_guest, request, require_program, shared):
     for name in ("ldd", "mke2fs"):
         require_program(name)
     folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
     folder.chmod(0o711)
     made = agent_guest.build(counting_guest, request.config.cache.mkdir("guest-agent"))
-    initrd = folder / "initrd"  # where QEMU's user gets at it
-    shutil.copyfile(made.initrd, initrd)
-    initrd.chmod(0o644)
-    yield Agents(Factory(dataclasses.replace(made, initrd=initrd), folder))
+    games = games_in(shared / "agents")
+    initrd = games / "initrd"  # where QEMU's user gets at it
+    with locks.held(games / "lock", wait_s=BOOT_S, what="the initrd"):
+        if not initrd.exists():
+            shutil.copyfile(made.initrd, initrd)
+            initrd.chmod(0o644)
+    yield Agents(AgentFactory(dataclasses.replace(made, initrd=initrd), folder, games))
     shutil.rmtree(folder)
 
 

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import shutil
-import tempfile
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
 from hvmgr.faces import cli
 from hvmgr.host import hypervisor
-from tests import told
-
-_numbers = itertools.count(1)
+from tests import shelf, told
 
 
 @dataclass(frozen=True)
@@ -58,39 +53,61 @@ def hvmgr(capsys):
 @pytest.fixture
 def root(embed_root, monkeypatch):
     """A root for homes, with the embedded driver as the connection; VMs and files go at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    folder.chmod(0o711)
-    homes = folder / "homes"
     uri = f"qemu:///embed?root={embed_root}"
-    monkeypatch.setenv("HVMGR_ROOT", str(homes))
-    monkeypatch.setenv("HVMGR_INDEX", str(folder / "index"))
     monkeypatch.setenv("LIBVIRT_DEFAULT_URI", uri)
-    yield homes
-    with hypervisor.opened(uri, wait_s=60) as connection:
-        for domain in connection.domains():
-            domain.destroy()
-            domain.undefine(keep_nvram=False, keep_tpm=False)
-    shutil.rmtree(folder)
+    with shelf.place("cli") as folder:
+        homes = folder / "homes"
+        monkeypatch.setenv("HVMGR_ROOT", str(homes))
+        monkeypatch.setenv("HVMGR_INDEX", str(folder / "index"))
+        yield homes
+        with hypervisor.opened(uri, wait_s=60) as connection:
+            for domain in connection.domains():
+                domain.destroy()
+                domain.undefine(keep_nvram=False, keep_tpm=False)
 
 
 @pytest.fixture
-def vm(hvmgr, root):
+def kept(hvmgr, root):
+    """``kept(make)``: the VM whose name ``make(hvmgr)`` gives, made by the first test that asks and put back for the others."""
+
+    def find(make):
+        with hypervisor.opened(os.environ["LIBVIRT_DEFAULT_URI"], wait_s=60) as connection:
+            if not shelf.bring(make, root.parent, connection):
+                make(hvmgr)
+                shelf.keep(make, root.parent, connection)
+        return NAME
+
+    return find
+
+
+NAME = "web1"
+
+
+@pytest.fixture
+def vm(kept):
     """A VM that is off, with one disk: its name."""
-    name = f"web{next(_numbers)}"
-    hvmgr.ok("vm", "create", name, "--memory", "64M", "--disk", "8M", "--network", "none", "--accel", "tcg")
-    return name
+    return kept(make)
 
 
 @pytest.fixture
-def branched(hvmgr, vm):
+def branched(kept):
     """The VM with the snapshots one, two below it and three below one; Now is below three, two in the undo slot."""
+    return kept(make_branched)
+
+
+def make(hvmgr):
+    hvmgr.ok("vm", "create", NAME, "--memory", "64M", "--disk", "8M", "--network", "none", "--accel", "tcg")
+
+
+def make_branched(hvmgr):
+    vm = NAME
+    make(hvmgr)
     hvmgr.ok("snapshot", "create", vm, "one", "--notes", "the first")
     hvmgr.ok("snapshot", "create", vm, "two")
     hvmgr.ok("snapshot", "apply", vm, "one")
     hvmgr.ok("snapshot", "create", vm, "three")
     hvmgr.ok("snapshot", "apply", vm, "two")
     hvmgr.ok("snapshot", "apply", vm, "three")
-    return vm
 
 
 def files_of(root):

@@ -120,7 +120,7 @@ def test_global_options_are_taken_before_and_after(hvmgr, vm, root):
     assert len(answers) == 1
 
 
-def test_a_home_that_cannot_be_read_hides_no_other(hvmgr, vm, branched, root):
+def test_a_home_that_cannot_be_read_hides_no_other(hvmgr, vm, root):
     hvmgr.ok("vm", "create", "broken", "--network", "none")
     (configuration,) = (root / "broken" / "Virtual Machines").glob("*.xml")
     configuration.write_text("<domain>\n  <name>broken</nam>\n")

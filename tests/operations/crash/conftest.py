@@ -1,4 +1,4 @@
-"""A libvirtd for the crash tests of one worker, and the programs that run below it."""
+"""A libvirtd for all crash tests of one worker, and the programs that run below it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(LIMIT_S + 20))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def crash_run(new_embed_root):
     """``crash_run(shape, …)``: runs ``crash.py`` inside a libvirtd of its own; fails with what it found."""
     if os.geteuid() != 0 or shutil.which("libvirtd") is None:

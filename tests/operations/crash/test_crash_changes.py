@@ -42,12 +42,12 @@ pytestmark = pytest.mark.crash
 
 @pytest.mark.parametrize("shape", CHANGES)
 def test_killed_change_is_undone_or_completed(crash_run, shape, every):
-    crash_run(shape, every(2, shape))
+    crash_run(shape, every(3, shape))
 
 
 @pytest.mark.parametrize("shape", WHOLES)
 def test_killed_creation_or_deletion_of_a_vm_is_undone_or_completed(crash_run, shape, every):
-    crash_run(shape, every(5, shape))
+    crash_run(shape, every(8, shape))
 
 
 @pytest.mark.parametrize("shape", FOREIGN)

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.crash
 
 @pytest.mark.parametrize("shape", MERGES)
 def test_killed_deletion_is_completed(crash_run, shape, every):
-    crash_run(shape, every(4, shape))
+    crash_run(shape, every(5, shape))
 
 
 def test_killed_at_any_moment_nothing_is_lost(crash_run, random_kills):

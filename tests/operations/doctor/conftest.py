@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from pathlib import Path
-
 import pytest
 
 import hvmgr
@@ -66,10 +62,7 @@ def files_of(folder):
 @pytest.fixture
 def place():
     """A folder that QEMU's user can pass."""
-    folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    folder.chmod(0o711)
-    yield folder
-    shutil.rmtree(folder)
+    yield from rules.place.__wrapped__()
 
 
 @pytest.fixture
@@ -84,6 +77,10 @@ def bench(connection, place):
 @pytest.fixture
 def vm(bench):
     """Two disks, two snapshots (a, then b below it), each with bytes of its own."""
+    return bench.kept(two_disks)
+
+
+def two_disks(bench):
     vm = bench.make(4, 4)
     bench.write(vm, 1)
     bench.write(vm, 2, slot="hdb")
@@ -92,5 +89,4 @@ def vm(bench):
     vm.create_snapshot("b")
     bench.write(vm, 4, 2 * MIB)
     bench.write(vm, 5, 2 * MIB, slot="hdb")
-    bench.said.clear()
     return vm

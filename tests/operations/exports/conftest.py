@@ -98,7 +98,11 @@ def untouched():
 
 @pytest.fixture
 def branched(bench):
-    """one < two < three, and one < left < now; each with bytes of its own;"""
+    """one < two < three, and one < left < now; each with bytes of its own."""
+    return bench.kept(branch)
+
+
+def branch(bench):
     vm = bench.make(4, name="web")
     for number, name in enumerate(("one", "two", "three"), 1):
         bench.write(vm, 0x10 * number, number << 16)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -109,23 +108,11 @@ def branch(bench, vm):
     return vm
 
 
-@pytest.fixture(scope="session")
-def _shelf():
-    """A place for the forked tree, which is made once by hvmgr's own commands."""
-    folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    yield folder
-    shutil.rmtree(folder)
-
-
 @pytest.fixture
-def branched(bench, _shelf):
-    """A VM with a forked tree; copies of the first one are registered, in a tenth of the time."""
-    home = bench.host.root / "web"
-    if not (_shelf / "web").exists():
-        vm = branch(bench, bench.make(4, name="web"))
-        run("cp", "-a", vm.path, _shelf / "web")
-        shutil.rmtree(_shelf / "web" / ".hvmgr")
-        return vm
-    home.parent.mkdir(mode=0o711)
-    run("cp", "-a", _shelf / "web", home)
-    return bench.bring(home, mode=hvmgr.Mode.REGISTER)
+def branched(bench):
+    """A VM with a forked tree."""
+    return bench.kept(forked_tree)
+
+
+def forked_tree(bench):
+    return branch(bench, bench.make(4, name="web"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import stat
 import subprocess
 import tempfile
@@ -22,7 +21,7 @@ from hvmgr.model import configuration
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.tree import Keeper
 from hvmgr.storage import durable, holes, vm_home
-from tests import private_libvirt, told
+from tests import private_libvirt, shelf, told
 
 MIB = 1 << 20
 PIECE = 64 << 10
@@ -100,6 +99,16 @@ class Bench:
             disks=tuple(to_disk(disk) for disk in disks or (4,)),
         )
         return (host or self.host).create_vm(spec)
+
+    def kept(self, make):
+        """What ``make(bench)`` gives, a VM that is off: made by the first test that asks, and put back for the others."""
+        if shelf.bring((make, self.uri), self.place, self.host.connection):
+            (vm,) = self.host.vms()
+            return vm
+        vm = make(self)
+        shelf.keep((make, self.uri), self.place, self.host.connection)
+        self.said.clear()
+        return vm
 
     def image(self, name, *, size=4, fmt="qcow2", fill=(1,), backing=None, options=None):
         """An image outside all homes with ``fill`` bytes, one MiB each."""
@@ -217,10 +226,8 @@ def format_of(vm, path):
 @pytest.fixture
 def place():
     """A folder that QEMU's user can pass."""
-    folder = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    folder.chmod(0o711)
-    yield folder
-    shutil.rmtree(folder)
+    with shelf.place("bench") as folder:
+        yield folder
 
 
 @pytest.fixture

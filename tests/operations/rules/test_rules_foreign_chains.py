@@ -26,6 +26,10 @@ def uri(daemon):
 @pytest.fixture
 def vm(bench):
     """One disk; snapshots a, then b below it; now: 1 at 0, 2 at 1 MiB, 3 at 2 MiB."""
+    return bench.kept(with_a_and_b)
+
+
+def with_a_and_b(bench):
     vm = bench.make(4)
     bench.without_screen(vm)
     bench.write(vm, 1)
@@ -33,7 +37,6 @@ def vm(bench):
     bench.write(vm, 2, MIB)
     vm.create_snapshot("b")
     bench.write(vm, 3, 2 * MIB)
-    bench.said.clear()
     return vm
 
 

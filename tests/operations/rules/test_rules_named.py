@@ -29,6 +29,10 @@ def elsewhere():
 @pytest.fixture
 def vm(bench):
     """Bytes of its own in a, and in the present."""
+    return bench.kept(with_a)
+
+
+def with_a(bench):
     vm = bench.make(4)
     bench.write(vm, 1)
     vm.create_snapshot("a")

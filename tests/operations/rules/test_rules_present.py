@@ -20,6 +20,10 @@ MIB = 1 << 20
 @pytest.fixture
 def vm(bench):
     """Snapshots a and b in a row, now below b with something of its own."""
+    return bench.kept(with_a_and_b)
+
+
+def with_a_and_b(bench):
     vm = bench.make(4)
     bench.write(vm, 1)
     vm.create_snapshot("a")

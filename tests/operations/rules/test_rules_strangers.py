@@ -45,6 +45,10 @@ def define(bench, vm, change):
 @pytest.fixture
 def vm(bench):
     """Two disks, two snapshots: a, then b below it."""
+    return bench.kept(two_disks)
+
+
+def two_disks(bench):
     vm = bench.make(4, 4)
     bench.write(vm, 1)
     bench.write(vm, 2, slot="hdb")
@@ -53,7 +57,6 @@ def vm(bench):
     vm.create_snapshot("b")
     bench.write(vm, 4, 2 * MIB)
     bench.write(vm, 5, 2 * MIB, slot="hdb")
-    bench.said.clear()
     return vm
 
 

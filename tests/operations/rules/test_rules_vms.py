@@ -237,6 +237,10 @@ def test_running_vm_is_not_deleted(bench, with_disks):
 
 @pytest.fixture
 def vm(bench):
+    return bench.kept(with_a_and_b)
+
+
+def with_a_and_b(bench):
     vm = bench.make(4)
     bench.write(vm, 1)
     vm.create_snapshot("a")

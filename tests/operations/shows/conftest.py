@@ -184,7 +184,7 @@ def gold(_sites, counting_guest):
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HVMGR_INDEX", str(a.folder / "index"))
         host = a.open()
-        plain = Factory(counting_guest, a.folder).specification(Kind(), (DiskSpecification(size=DISK),))
+        plain = Factory(counting_guest, a.folder, a.folder).specification(Kind(), (DiskSpecification(size=DISK),))
         networks = (hvmgr.NetworkSpecification(kind="network", name=a.network),)
         vm = host.create_vm(dataclasses.replace(plain, name="gold", networks=networks))
         machine = Machine(host, vm, [])
