@@ -156,6 +156,8 @@ for word in $(cat /proc/cmdline); do
     esac
 done
 
+mkfifo /run/never
+exec 9<> /run/never
 verdict=ok last=${count#1}
 while [ ! -e /run/stop ]; do
     before=$last last=${count#1}
@@ -166,7 +168,7 @@ while [ ! -e /run/stop ]; do
     [ ! -e /run/broken ] || verdict=MISMATCH
     echo "tick memory=${count#1} disk=$values $verdict"
     write_disks "${count#1}" $((count & 1))
-    sleep 0.1
+    read -r -t 0.1 nothing <&9 # the shell's own sleep: a process for it costs a fifth of a tick under TCG
 done
 sync
 read_disks
