@@ -11,7 +11,7 @@ MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # Each process that a test starts would compile all of hvmgr anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup test compiled lint format demo bench clean
+.PHONY: help setup test lint format demo bench clean
 
 run := $(VENV)/bin/python -m
 
@@ -26,12 +26,12 @@ setup:  ## Debian packages and the virtual environment
 	@.ci/setup "$(VENV)" "$(PYTHON)"
 
 test: setup  ## the whole check: format, lint, types, tests
-	@$(MAKE) --jobs=2 lint compiled
+	@$(MAKE) --jobs=2 lint tests/__pycache__
 	@.ci/test $(VENV)/bin/python $(WORKERS) $(PYTEST)
 
 # On a fresh tree pytest translates all tests first; done here, beside the types, no test process has to do it again.
-compiled: setup
-	@[[ -d tests/__pycache__ ]] || $(run) pytest --collect-only -p no:cacheprovider >/dev/null 2>&1 || true
+tests/__pycache__: | setup
+	@$(run) pytest --collect-only -p no:cacheprovider >/dev/null 2>&1 || true
 
 lint: setup  ## format, lint and types only
 	@$(run) ruff format --check . || { echo 'make format puts this right' >&2; exit 1; }
