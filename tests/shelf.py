@@ -15,17 +15,17 @@ import tempfile
 from pathlib import Path
 
 _names: dict[str, Path] = {}
-_kept: dict[object, Path] = {}
+_kept: dict[tuple[object, Path], Path] = {}
 
 
 @contextlib.contextmanager
 def place(kind):
     """An empty folder that QEMU's user can pass: the same path each time, and gone afterwards."""
-    if kind not in _names:
-        _names[kind] = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
+    folder = _names.get(kind)
+    if folder is None or folder.exists():  # that of a test which could not clear it away is left alone
+        folder = _names[kind] = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
     else:
-        _names[kind].mkdir()
-    folder = _names[kind]
+        folder.mkdir()
     folder.chmod(0o711)
     yield folder
     shutil.rmtree(folder)
@@ -38,17 +38,18 @@ def keep(key, folder, connection):
     if _index().exists():
         _copy(_index(), kept / "index")
     (kept / "domains.json").write_text(json.dumps([one.xml(live=False) for one in connection.domains()]))
-    _kept[key] = kept
+    _kept[key, folder] = kept
 
 
 def bring(key, folder, connection):
     """Puts back what was kept under ``key``, where nothing is yet; False when nothing was."""
-    if key not in _kept:
+    kept = _kept.get((key, folder))
+    if kept is None:
         return False
-    _copy(_kept[key] / "folder", folder)
-    if (_kept[key] / "index").exists():
-        _copy(_kept[key] / "index", _index())
-    for text in json.loads((_kept[key] / "domains.json").read_text()):
+    _copy(kept / "folder", folder)
+    if (kept / "index").exists():
+        _copy(kept / "index", _index())
+    for text in json.loads((kept / "domains.json").read_text()):
         connection.define(text)
     return True
 
