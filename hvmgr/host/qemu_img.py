@@ -1,4 +1,4 @@
-"""What qemu-img tells about an image (``info``, ``map``, ``check``, ``measure``, ``same``), and what it does to copies.
+"""What qemu-img tells about an image (``info``, ``map``, ``said``, ``check``, ``measure``, ``same``), and what it does to copies.
 
 It changes little else: ``name_parent`` writes a header, ``create`` and ``flatten`` make new images, ``resize`` grows or
 cuts one.
@@ -11,7 +11,7 @@ Unsupported for what a format cannot do.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hvmgr import errors
@@ -122,7 +122,24 @@ def info(path: Path, fmt: str, *, force_share: bool = False) -> Info:
 
 def map(path: Path, fmt: str, *, force_share: bool = False) -> list[Extent]:
     """The extents of the whole disk through its chain, in order and without gaps."""
-    answer = _run(path, "map", ["-f", fmt, *_share(force_share=force_share)], timeout_s=_SCAN_S)
+    return _extents(_run(path, "map", ["-f", fmt, *_share(force_share=force_share)], timeout_s=_SCAN_S))
+
+
+def said(chain: Sequence[tuple[Path, str]]) -> list[Extent]:
+    """What these images of a chain (path and format, top first) say; what they stand on is not opened.
+
+    ``present`` is True where one of them says something, be it zeros.
+    """
+    if not all(str(path.absolute()).isprintable() for path, _ in chain):  # JSON takes no name that is not UTF-8
+        return [replace(one, present=one.present and one.depth < len(chain)) for one in map(*chain[0])]
+    node: dict[str, object] | None = None
+    for path, fmt in reversed(chain):
+        node = {"driver": fmt, "file": _file(path)} | ({"backing": node} if fmt == "qcow2" else {})
+    argv = ["qemu-img", "map", "--output=json", "json:" + json.dumps(node, ensure_ascii=False)]
+    return _extents(json.loads(_translated(argv, chain[0][0], timeout_s=_SCAN_S)))
+
+
+def _extents(answer: Any) -> list[Extent]:
     return [
         Extent(
             start=entry["start"],
@@ -271,8 +288,11 @@ def _alone(path: Path) -> list[str | Path]:
     name = str(path.absolute())
     if not name.isprintable():
         return ["-f", "qcow2", name]
-    file = {"driver": "host_device" if path.is_block_device() else "file", "filename": name}
-    return ["json:" + json.dumps({"driver": "qcow2", "file": file, "backing": None}, ensure_ascii=False)]
+    return ["json:" + json.dumps({"driver": "qcow2", "file": _file(path), "backing": None}, ensure_ascii=False)]
+
+
+def _file(path: Path) -> dict[str, str]:
+    return {"driver": "host_device" if path.is_block_device() else "file", "filename": str(path.absolute())}
 
 
 def _translated(

@@ -157,6 +157,11 @@ class Layout:
         return self.private / "contents"
 
     @property
+    def file_index(self) -> Path:
+        """Which files are in which snapshot; may be missing, and is never the truth."""
+        return self.private / "files.sqlite"
+
+    @property
     def put_away(self) -> Path:
         """Memory of a running present while an apply replaces it."""
         return self.private / "present.save"

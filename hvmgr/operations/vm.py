@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.exchange.finding_exports import Found
     from hvmgr.operations.exchange.importing import CloneOptions
     from hvmgr.operations.host import Host
+    from hvmgr.operations.inside.differing import Outcome
     from hvmgr.operations.inside.looking import Inside
     from hvmgr.operations.inside.putting import Put
     from hvmgr.operations.session import Session
@@ -432,6 +433,15 @@ class VM:
 
         with self._work(needs_present=False) as session:
             return returning.restore(session, self, wanted, overwrite=overwrite)
+
+    def compare_files(
+        self, old: str, new: str | None = None, *, slot: str | None = None, paths: Sequence[bytes] = ()
+    ) -> Outcome:
+        """Which files are not the same at a snapshot and at a later one, or at present (``new`` None); below ``paths`` only."""
+        from hvmgr.operations.inside import differing, views
+
+        moments = [views.of_vm(self, snapshot=one, slot=slot) for one in (old, new)]
+        return differing.between(*moments, paths=paths)
 
     def import_disk(
         self,

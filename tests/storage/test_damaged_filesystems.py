@@ -191,12 +191,12 @@ class TestBtrfs:
     def test_compressed_bytes_that_are_none(self, kind, raw):
         one = btrfs_data.Extent(0, 4096, kind, None, 8192, 4096, 0, 4096)
         with pytest.raises(errors.Corrupt, match="the file system is damaged"):
-            list(btrfs_data.Extents(4096, [one], lambda _, length: raw).pieces())
+            list(btrfs_data.Extents(4096, [one], lambda _, length: raw, lambda *_: ()).pieces())
 
     def test_what_the_reader_of_a_content_raises_is_its_own(self):
         one = btrfs_data.Extent(0, 4096, 1, None, 8192, 4096, 0, 4096)
         raw = zlib.compress(b"x" * 4096)
-        pieces = btrfs_data.Extents(4096, [one], lambda _, length: raw).pieces()
+        pieces = btrfs_data.Extents(4096, [one], lambda _, length: raw, lambda *_: ()).pieces()
         assert next(pieces) == (0, b"x" * 4096)
         with pytest.raises(ValueError, match="of another"):
             pieces.throw(ValueError("of another"))
@@ -365,6 +365,9 @@ class TestFat:
             def read(self, offset, length):
                 form = "H" if bits == 16 else "I"
                 return struct.pack(f"<{len(entries)}{form}", *entries)[offset : offset + length]
+
+            def note(self, offset, length):
+                pass
 
         found = fat.Allocation(Table(), 0, 10, bits)
         assert list(found.chain(2, 4)) == [(2, 2), (7, 1), (9, 1)]

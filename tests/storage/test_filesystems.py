@@ -322,7 +322,7 @@ def test_xfs_of_a_mounted_volume(trees, tmp_path, require):
         'mount -o loop "$1" "$2" && cd "$2" && for i in $(seq 200); do '
         'dd if="$3" of=pieces bs=4096 seek=$((2*i)) count=1 conv=notrunc status=none; done && '
         "for i in 1 2 3 4 5 6 7 8; do setfattr -n user.n$i -v $(head -c 700 /dev/zero | tr '\\0' $i) pieces; done && "
-        'cp pieces "$4" && ln pieces other && cd / && sync -f "$2" && cp "$1" "$1.dirty" && umount "$2"'
+        'cp pieces "$4" && ln pieces other && mkdir none && cd / && sync -f "$2" && cp "$1" "$1.dirty" && umount "$2"'
     )
     source, copy = trees / "full/deep/size1048576", tmp_path / "copy"
     file_trees.run("unshare", "-m", "sh", "-c", script, "sh", image, place, source, copy)
@@ -333,6 +333,7 @@ def test_xfs_of_a_mounted_volume(trees, tmp_path, require):
         assert nodes[b"pieces"].id == nodes[b"other"].id
         assert file_trees.hash_of(reader, nodes[b"pieces"]) == sha256(copy.read_bytes())
         assert reader.extras(nodes[b"pieces"]) == {f"user.n{one}": b"%d" % one * 700 for one in range(1, 9)}
+        assert reader.extras(nodes[b"none"]) == {}
     with File(Path(f"{image}.dirty")) as disk:
         assert opened(disk).notes[0].startswith("the log was replayed in memory")
 
@@ -367,7 +368,7 @@ def test_btrfs_of_a_mounted_volume(trees, tmp_path, require):
         "echo inner >root/inner/file && for c in zlib lzo zstd; do mkdir root/$c && "
         "btrfs property set root/$c compression $c && seq 1 60000 >root/$c/seq && seq 1 150 >root/$c/small && "
         'cat root/$c/seq "$3" root/$c/seq >root/$c/mixed; done && setfattr -n user.word -v value root/zlib/seq && '
-        "btrfs subvolume snapshot root before && echo changed >root/zlib/small && "
+        "btrfs subvolume snapshot root before && btrfs subvolume snapshot root again && echo changed >root/zlib/small && "
         'btrfs subvolume set-default "$(btrfs inspect-internal rootid root)" . && '
         'cp root/zlib/mixed "$4" && cp root/zlib/seq "$5" && cd / && sync -f "$2" && umount "$2"'
     )
@@ -391,6 +392,7 @@ def test_btrfs_of_a_mounted_volume(trees, tmp_path, require):
         assert file_trees.hash_of(reader, nodes[b"root/zlib/small"]) == sha256(b"changed\n")
         assert b"before/inner" in nodes
         assert b"before/inner/file" not in nodes
+        assert nodes[b"before/inner"].id != nodes[b"again/inner"].id
 
 
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import click
 
-from hvmgr.faces.cli import arguments, file_put, file_render, file_take, json_out, render
+from hvmgr.faces.cli import file_diff, file_find, file_put, file_render, file_take, json_out, render
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.file_options import CODES
 from hvmgr.faces.cli.groups import Group
@@ -17,17 +16,6 @@ from hvmgr.faces.cli.request import Request
 if TYPE_CHECKING:
     from hvmgr.operations.inside.browsing import Browser, Found
     from hvmgr.operations.inside.looking import Inside
-    from hvmgr.storage.filesystems.reader import Type
-
-_TYPES = {
-    "f": "file",
-    "d": "folder",
-    "l": "link",
-    "b": "block-device",
-    "c": "character-device",
-    "p": "pipe",
-    "s": "socket",
-}
 
 
 @click.group("file", cls=Group)
@@ -120,75 +108,5 @@ def stat(request: Request, where: options.Where) -> None:
             render.facts(file_render.facts(browser, one))
 
 
-@command.command(
-    "find",
-    codes=CODES,
-    examples=[
-        "hvmgr file find web / --name '*.conf'",
-        "hvmgr file find web /home --type f --larger 100M --newer '2026-11-01'",
-        "hvmgr file find web / --name id_rsa --null | xargs -0 -n 1",
-    ],
-)
-@options.where("VM PATH...")
-@click.option("--name", "pattern", metavar="PATTERN", help="Whose name fits this pattern.")
-@click.option("--ignore-case", is_flag=True, help="The name may differ in case.")
-@click.option("--type", "kind", type=click.Choice(tuple(_TYPES)), help="Only files, folders (d), links, ...")
-@click.option("--larger", metavar="SIZE", type=arguments.Size(), help="Larger than this.")
-@click.option("--smaller", metavar="SIZE", type=arguments.Size(), help="Smaller than this.")
-@click.option("--newer", metavar="TIME", help="Changed since this time.")
-@click.option("--older", metavar="TIME", help="Not changed since this time.")
-@click.option("--depth", metavar="N", type=click.IntRange(min=0), help="Not deeper than this.")
-@click.option("-l", "--long", is_flag=True, help="With modes, owners, sizes and times.")
-@click.option("--null", is_flag=True, help="Only the paths, as they are, each with a zero byte behind it.")
-def find(request: Request, where: options.Where, *, long: bool, null: bool, depth: int | None, **wish: Any) -> None:
-    """Find files below folders by name, type, size and time.
-
-    Without a condition all are listed. Exit code 0 also when nothing fits.
-    """
-    options.require_paths(where)
-    fits = _condition(**wish)
-    with options.opened(request, where) as inside:
-        tops = options.found(request, inside, where.paths)
-        found = [
-            (browser, one) for browser, top in tops for _, one in browser.walk(top, depth=depth) if fits(browser, one)
-        ]
-        about = options.about([one for one, _ in tops])
-        if request.json:
-            json_out.show({**about, "entries": [file_render.entry(*one) for one in found]})
-        else:
-            file_render.show_list([one for _, one in found], long=long, null=null, whole=True)
-
-
-def _condition(
-    *, pattern: str | None, ignore_case: bool, kind: str | None, larger: int | None, smaller: int | None,
-    newer: str | None, older: str | None,
-) -> Callable[[Browser, Found], bool]:  # fmt: skip
-    from hvmgr.operations.inside import browsing
-    from hvmgr.storage.filesystems.reader import Type
-
-    wanted: Type | None = None if kind is None else Type(_TYPES[kind])
-    name = None if pattern is None else os.fsencode(pattern)
-    since = None if newer is None else _nanoseconds(newer, "--newer")
-    until = None if older is None else _nanoseconds(older, "--older")
-
-    def fits(browser: Browser, one: Found) -> bool:
-        node = one.node
-        folded = ignore_case or browser.reader.ignores_case
-        return (
-            (wanted is None or node.type is wanted)
-            and (name is None or browsing.fits(one.name, name, ignoring_case=folded))
-            and (larger is None or node.size > larger)
-            and (smaller is None or node.size < smaller)
-            and (since is None or (node.modified or 0) >= since)
-            and (until is None or (node.modified or 0) < until)
-        )
-
-    return fits
-
-
-def _nanoseconds(text: str, option: str) -> int:
-    return int(arguments.moment(text, option).timestamp()) * 1_000_000_000
-
-
-file_take.register(command)
-file_put.register(command)
+for _module in (file_find, file_take, file_put, file_diff):
+    _module.register(command)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CODES = (*READS[:4], 4, 5, *READS[4:])
 _NAMED_MAX = 100  # of what is damaged
-_FORMATS = ("vhd", "vhdx", "qcow2", "raw")
+FORMATS = ("vhd", "vhdx", "qcow2", "raw")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _options(metavar: str) -> list[Callable[[Any], Any]]:
             help="The disks of an export, or of a VM home wherever it lies now; no VM is named.",
         ),
         click.option(
-            "--format", "fmt", type=click.Choice(_FORMATS), help="The format of --image, if it is not to be found out."
+            "--format", "fmt", type=click.Choice(FORMATS), help="The format of --image, if it is not to be found out."
         ),
         key_files.option,
     ]  # fmt: skip

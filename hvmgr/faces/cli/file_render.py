@@ -18,13 +18,14 @@ from hvmgr.storage.filesystems.reader import Type
 if TYPE_CHECKING:
     from hvmgr.operations.inside.browsing import Browser, Found
     from hvmgr.operations.inside.views import Volume
+    from hvmgr.storage.file_index import Entry
     from hvmgr.storage.filesystems.reader import Node
 
 _LETTERS = {
     Type.FILE: stat.S_IFREG, Type.FOLDER: stat.S_IFDIR, Type.LINK: stat.S_IFLNK, Type.BLOCK: stat.S_IFBLK,
     Type.CHARACTER: stat.S_IFCHR, Type.PIPE: stat.S_IFIFO, Type.SOCKET: stat.S_IFSOCK,
 }  # fmt: skip
-_HEADERS = ("Mode", "Links", "Owner", "Group", "Size", "Changed", "Path")
+HEADERS = ("Mode", "Links", "Owner", "Group", "Size", "Changed", "Path")
 _BRANCH, _LAST, _BAR, _GAP = "├── ", "└── ", "│   ", "    "
 
 
@@ -51,10 +52,10 @@ def entry(browser: Browser, one: Found, *, extras: bool = False) -> dict[str, An
         "gid": node.gid,
         "links": node.links,
         "id": node.id,
-        "modified": _stored(node.modified),
-        "changed": _stored(node.changed),
-        "accessed": _stored(node.accessed),
-        "born": _stored(node.born),
+        "modified": stored(node.modified),
+        "changed": stored(node.changed),
+        "accessed": stored(node.accessed),
+        "born": stored(node.born),
         "target": None if node.target is None else node.target.decode("utf-8", "replace"),
         "device": None if node.device is None else list(node.device),
         "streams": [{"name": name, "size": size} for name, size in node.streams],
@@ -97,7 +98,8 @@ def volume(one: Volume) -> dict[str, Any]:
     }
 
 
-def _stored(moment: int | None) -> str | None:
+def stored(moment: int | None) -> str | None:
+    """A time in JSON."""
     found = _moment(moment)
     return None if found is None else units.to_rfc3339(found)
 
@@ -131,7 +133,7 @@ def show_list(found: Sequence[Found], *, long: bool, null: bool, whole: bool) ->
         sys.stdout.buffer.write(b"".join(one.path + b"\0" for one in found))
         return
     if long:
-        render.table(_HEADERS, [_row(one, whole=whole) for one in found], right=("Links", "Size"))
+        render.table(HEADERS, [_row(one, whole=whole) for one in found], right=("Links", "Size"))
         return
     for one in found:
         render.put(render.clean(_name(one, whole=whole)) + "\n")
@@ -148,6 +150,14 @@ def _row(one: Found, *, whole: bool) -> tuple[str, ...]:
         name += f" -> {os.fsdecode(node.target)}"
     size = f"{node.device[0]}, {node.device[1]}" if node.device is not None else units.format_size(one.size)
     return (mode_of(node), str(node.links), _or_dash(node.uid), _or_dash(node.gid), size, _local(node.modified), name)
+
+
+def index_row(one: Entry) -> tuple[str, ...]:
+    """What ``--long`` shows of a file in the index, without its path."""
+    letter = _LETTERS.get(Type(one.type), 0)
+    mode = stat.filemode(letter | (one.mode or 0)) if one.mode is not None else stat.filemode(letter)[0]
+    size = units.format_size(one.size)
+    return (mode, str(one.links), _or_dash(one.uid), _or_dash(one.gid), size, _local(one.modified))
 
 
 def mode_of(node: Node) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -109,10 +110,7 @@ class Browser:
             return False
 
     def _parts(self, path: bytes) -> list[bytes]:
-        if self.reader.ignores_case and b"/" not in path:  # as Windows writes them
-            path = path[2:] if path[1:2] == b":" else path
-            path = path.replace(b"\\", b"/") if not _GLOB & set(path) or path.startswith(b"\\") else path
-        return [one for one in path.split(b"/") if one not in {b"", b"."}]
+        return parts_of(path, ignoring_case=self.reader.ignores_case)
 
     def _walk_to(self, parts: list[bytes], *, follow: bool, budget: Iterator[int] | None = None) -> Found | None:
         """What has the path. ``budget``: as many links may yet be followed for it, wherever on the way they lie."""
@@ -196,11 +194,26 @@ class Browser:
         """All that is in a folder, by name; what is damaged is left out and counted."""
         entries = self._entries(folder.node)
         for name in sorted(entries):
-            found = self._sound(folder, name, entries[name])
+            found = self.sound(folder, name, entries[name])
             if found is not None:
                 yield found
 
-    def _sound(self, folder: Found, name: bytes, ref: Any) -> Found | None:
+    def entries(self, folder: Found) -> dict[bytes, Any]:
+        """The names in a folder, each with what its reader finds it by; read anew."""
+        self.forget()
+        return dict(self._entries(folder.node))
+
+    def forget(self) -> None:
+        """What is asked next is read anew."""
+        self._known.clear()
+        self._folded.clear()
+
+    def is_damaged(self, path: bytes) -> bool:
+        """Whether something of this path was come by, and could not be read."""
+        return (path if len(path) <= _PATH_MAX else hashlib.sha256(path).digest()) in self._damaged
+
+    def sound(self, folder: Found, name: bytes, ref: Any) -> Found | None:
+        """What has a name in a folder; None where that is damaged, which is counted."""
         path = _join(folder.path, name)
         try:
             if len(path) <= _PATH_MAX:
@@ -289,7 +302,7 @@ class Browser:
             if name.startswith(b".") and not pattern.startswith((b".", b"[")):
                 continue  # as in a shell, such a dot has to be meant
             if fits(name, pattern, ignoring_case=self.reader.ignores_case):
-                child = self._sound(folder, name, entries[name])
+                child = self.sound(folder, name, entries[name])
                 if child is not None:
                     yield child
 
@@ -314,6 +327,46 @@ def left_out(browsers: Sequence[Browser]) -> dict[str, int]:
         for why, count in browser.left_out.items():
             found[why] = found.get(why, 0) + count
     return found
+
+
+def parts_of(path: bytes, *, ignoring_case: bool = False) -> list[bytes]:
+    """The names in a path; where case is ignored it may be one of Windows'."""
+    if ignoring_case and b"/" not in path:
+        path = path[2:] if path[1:2] == b":" else path
+        path = path.replace(b"\\", b"/") if not _GLOB & set(path) or path.startswith(b"\\") else path
+    return [one for one in path.split(b"/") if one not in {b"", b"."}]
+
+
+def beginnings(parts: Sequence[bytes], pattern: Sequence[bytes], *, ignoring_case: bool) -> Iterator[int]:
+    """How many names of a path, from its start, are what a pattern means; as often as it means one of them."""
+    if not pattern:
+        yield 0
+    elif pattern[0] == b"**":
+        for count in range(len(parts) + 1):
+            for more in beginnings(parts[count:], pattern[1:], ignoring_case=ignoring_case):
+                yield count + more
+    elif parts and _means(parts[0], pattern[0], ignoring_case=ignoring_case):
+        for more in beginnings(parts[1:], pattern[1:], ignoring_case=ignoring_case):
+            yield 1 + more
+
+
+def _means(name: bytes, pattern: bytes, *, ignoring_case: bool) -> bool:
+    if name == pattern or (ignoring_case and _fold(name) == _fold(pattern)):
+        return True
+    if not is_pattern(pattern) or (name.startswith(b".") and not pattern.startswith((b".", b"["))):
+        return False
+    return fits(name, pattern, ignoring_case=ignoring_case)
+
+
+def is_pattern(part: bytes) -> bool:
+    """Whether something in it may stand for something else."""
+    return bool(_GLOB & set(part))
+
+
+def literals(pattern: bytes) -> list[str]:
+    """What every name that fits a pattern holds, whatever its case."""
+    text = re.sub(r"\[!?\]?[^\]]*\]", "*", _fold(pattern))
+    return [one for one in re.split(r"[*?\[\udc80-\udcff]", text) if one]
 
 
 def fits(name: bytes, pattern: bytes, *, ignoring_case: bool = False) -> bool:

@@ -17,9 +17,9 @@ from hvmgr.operations.inside import unlocking, views
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.unlocking import Key
 from hvmgr.operations.inside.views import Frozen, Volume
-from hvmgr.storage.filesystems import opening
+from hvmgr.storage.filesystems import opening, window
 from hvmgr.storage.filesystems.signatures import Kind
-from hvmgr.storage.filesystems.window import Mapped
+from hvmgr.storage.filesystems.window import Mapped, Window
 from hvmgr.storage.partitions import Disk
 
 _HINTS = {
@@ -69,6 +69,17 @@ class Inside:
         below, start = piece
         physical = [one for one, disk in self._places.items() if disk is below and not (one.encrypted or one.logical)]
         return (physical[0].disk, physical[0].start + start) if physical else None
+
+    def parts(self, volume: Volume) -> list[tuple[str, tuple[object, int, int]]]:
+        """Where a volume lies, each part with the slot of its disk; nothing of one that cannot be read.
+
+        The disks are to be opened without keys: what is encrypted lies nowhere in clear.
+        """
+        disk = self._places[volume]
+        if disk is None:
+            return []
+        slots = {id(one.disk): of.disk.slot or "" for of, one in self._places.items() if isinstance(one, Window)}
+        return [("" if one[0] is None else slots[id(one[0])], one) for one in window.flattened(disk)]
 
     def choose(self, path: bytes) -> Browser:
         """The file system that a path is looked for in: the only one, or the only one that has it.

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from hvmgr import errors
-from hvmgr.storage.filesystems import btrfs_data, btrfs_log, reader
+from hvmgr.model.ranges import Range
+from hvmgr.storage.filesystems import btrfs_data, btrfs_leaves, btrfs_log, reader
 from hvmgr.storage.filesystems.btrfs_data import Extent, Extents
 from hvmgr.storage.filesystems.ext import TYPES
-from hvmgr.storage.filesystems.reader import Content, Node, Type, damaged
+from hvmgr.storage.filesystems.reader import Content, Node, Reader, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached
 from hvmgr.storage.partitions import Disk
 
@@ -64,8 +65,12 @@ class _Tree:
     level: int
 
 
-class Btrfs:
-    """A volume with Btrfs. A file's ``ref`` is its subvolume and its number there."""
+class Btrfs(Watched):
+    """A volume with Btrfs. A file's ``ref`` is its subvolume and its number there.
+
+    Each change anywhere makes a new way from the root to every file. What an answer follows from is therefore the leaves alone,
+    and ``departed`` tells the leaves that are not where they were, in their place among the others (``btrfs_leaves``).
+    """
 
     ignores_case = False
 
@@ -156,7 +161,10 @@ class Btrfs:
                 if place.type == _ROOT:
                     # In a snapshot the name of a subvolume that was left out of it is an empty folder.
                     belongs = self._belongs(tree, number, place.object, name)
-                    yield name, (place.object, _FIRST) if belongs else (_EMPTY, place.object)
+                    yield (
+                        name,
+                        (place.object, _FIRST) if belongs else (_EMPTY, (tree << 64 | number) << 64 | place.object),
+                    )
                 else:
                     yield name, (tree, place.object)
 
@@ -194,6 +202,7 @@ class Btrfs:
                 target=target,
                 device=(device >> 20, device & 0xFFFFF) if kind in {Type.BLOCK, Type.CHARACTER} else None,
                 used=used,
+                generation=struct.unpack_from("<Q", raw)[0],  # the transaction that made it; numbers are used once
             )
 
     def content(self, node: Node, stream: str = "") -> Content:
@@ -203,13 +212,16 @@ class Btrfs:
         with reader.parsing(f"inode {number}"):
             return self._content(tree, number, node.size)
 
+    def stored(self, node: Node, stream: str = "") -> Content:
+        return self.content(node, stream)
+
     def _content(self, tree: int, number: int, size: int) -> Content:
         extents: list[Extent] = []
         for key, data in self._items(tree, number, _EXTENT):
             one = btrfs_data.read_extent(key.offset, data)
             if one is not None:
                 extents.append(one)
-        return Extents(size, extents, self._read)
+        return Extents(size, extents, self._read, self._place)
 
     def extras(self, node: Node) -> Mapping[str, bytes]:
         tree, number = node.ref
@@ -224,6 +236,45 @@ class Btrfs:
                     found[name.decode("utf-8", "surrogateescape")] = value
                     at += 30 + len(name) + len(value)
             return reader.nameable(found)
+
+    # -- what is still the same ----------------------------------------------------------------------------------
+
+    def departed(self, other: Reader) -> Sequence[Range] | None:
+        if not isinstance(other, Btrfs):
+            return None
+        with reader.parsing("its trees"):
+            return btrfs_leaves.departed(other.standing(), self.standing())
+
+    def standing(self) -> btrfs_leaves.Standing:
+        """Where everything is that answers follow from."""
+        return btrfs_leaves.Standing(self._start, frozenset(self._chunks), list(self._leaves()), not self._changed)
+
+    def _leaves(self) -> Iterator[btrfs_leaves.Leaf]:
+        """The leaves of the tree of roots, and of all subvolumes."""
+        yield from self._leaves_of(_ROOT_TREE, self._trees[_ROOT_TREE])
+        roots = list(self._range(self._trees[_ROOT_TREE], _Key(_TOP, _ROOT, 0), _Key(_LAST, _ROOT, _LAST)))
+        for number in dict.fromkeys(key.object for key, _ in roots if key.type == _ROOT):
+            found = self._find_tree(number) if number == _TOP or _FIRST <= number < 1 << 63 else None
+            if found is not None:
+                yield from self._leaves_of(number, found)
+
+    def _leaves_of(self, number: int, tree: _Tree) -> Iterator[btrfs_leaves.Leaf]:
+        if not tree.level:
+            (generation,) = struct.unpack_from("<Q", self._load(tree.root, 0).raw, 80)
+            yield btrfs_leaves.Leaf(number, (0, 0, 0), self._places(tree.root), generation)
+            return
+        pending, seen = [(tree.root, tree.level)], set[int]()
+        while pending:
+            place, level = pending.pop()
+            if place in seen or level > _DEPTH_MAX:
+                raise damaged(f"the block {place} is in two places of a tree")
+            seen.add(place)
+            block = self._load(place, level)
+            if level == 1:
+                for key, (leaf, generation) in zip(block.keys, block.places, strict=True):
+                    yield btrfs_leaves.Leaf(number, tuple(key), self._places(leaf), generation)
+            else:
+                pending += [(one, level - 1) for one, _ in reversed(block.places)]
 
     # -- trees ---------------------------------------------------------------------------------------------------
 
@@ -285,8 +336,12 @@ class Btrfs:
 
     def _load(self, logical: int, level: int) -> _Block:
         found = self._blocks.get(logical)
+        if level == 0 and self._cached.is_watched:
+            for start, end in self._places(logical):
+                self._cached.note(start, end - start)
         if found is None:
-            raw = self._read(logical, self._node)
+            with self._cached.watched():  # the way to a leaf is nothing that an answer follows from
+                raw = self._read(logical, self._node)
             own, count, at_level = struct.unpack_from("<Q40xIB", raw, 48)
             if own != logical:
                 raise damaged(f"there is no block {logical}")
@@ -342,6 +397,10 @@ class Btrfs:
             parts.append((chunk.place + logical - chunk.start, count))
             logical, length = logical + count, length - count
         return parts
+
+    def _places(self, logical: int) -> tuple[Range, ...]:
+        """Where a block of a tree is."""
+        return tuple((place, place + count) for place, count in self._place(logical, self._node))
 
     def _read(self, logical: int, length: int) -> bytes:
         found = b"".join(self._cached.read(place, count) for place, count in self._place(logical, length))

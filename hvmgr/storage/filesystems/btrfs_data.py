@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hvmgr import errors
-from hvmgr.storage.filesystems.reader import PIECE, damaged, parsing, possible
+from hvmgr.storage.filesystems.reader import PIECE, Segment, damaged, parsing, possible
 
 _INLINE, _REGULAR, _PREALLOCATED = 0, 1, 2
 _NONE, _ZLIB, _LZO, _ZSTD = 0, 1, 2, 3
@@ -19,6 +19,7 @@ _LARGEST_COMPRESSED = 1 << 20  # Btrfs itself compresses 128 KiB at once
 _LZO_PAGE = 4096
 
 Read = Callable[[int, int], bytes]
+Place = Callable[[int, int], Sequence[tuple[int, int]]]  # (place, length) of each part of a logical range
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +52,50 @@ def read_extent(start: int, data: bytes) -> Extent | None:
 
 
 class Extents:
-    """A content; ``read`` gives logical bytes."""
+    """A content; ``read`` gives logical bytes, ``place`` says where they are."""
 
-    def __init__(self, size: int, extents: Sequence[Extent], read: Read) -> None:
+    def __init__(self, size: int, extents: Sequence[Extent], read: Read, place: Place) -> None:
         self.size = possible(size)
-        self._extents, self._read = extents, read
+        self._extents, self._read, self._place = extents, read, place
         at = 0
         for one in extents:
             if one.start < at or one.length < 0:
                 raise damaged("a file has overlapping extents")
             at = one.start + one.length
 
-    def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
-        """The data in order."""
+    def pieces(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | memoryview]]:
+        """The data in order, whole extents of it."""
+        last = self.size if end is None else min(end, self.size)
         for one in self._extents:
             end = min(one.start + one.length, self.size)
-            if one.start >= end:
+            if one.start >= last or end <= start:
                 continue
             if one.compression or one.inline is not None:
                 with parsing("a compressed extent makes no sense"):
                     data = self._expanded(one)[one.offset : one.offset + end - one.start]
                 yield one.start, data.ljust(end - one.start, b"\0")
                 continue
-            for at in range(one.start, end, PIECE):
-                yield at, self._read(one.disk + one.offset + at - one.start, min(PIECE, end - at))
+            stop = min(end, last)
+            for at in range(max(one.start, start), stop, PIECE):
+                yield at, self._read(one.disk + one.offset + at - one.start, min(PIECE, stop - at))
+
+    def segments(self) -> list[Segment]:
+        """The extents, those that are not compressed in as many parts as the device has of them."""
+        found: list[Segment] = []
+        for one in self._extents:
+            at, end = one.start, min(one.start + one.length, self.size)
+            if at >= end:
+                continue
+            if one.inline is not None:
+                found.append(Segment(at, end, one.offset - at, (one.compression, one.inline)))
+            elif one.compression:
+                places = tuple((place, place + count) for place, count in self._place(one.disk, one.disk_length))
+                found.append(Segment(at, end, one.offset - at, (one.compression, one.whole, places), places))
+            else:
+                for place, count in self._place(one.disk + one.offset, end - at):
+                    found.append(Segment(at, at + count, place - at))
+                    at += count
+        return found
 
     def ranges(self) -> list[tuple[int, int]]:
         """The stretches that are no holes."""

@@ -10,7 +10,7 @@ from typing import Any
 from hvmgr import errors
 from hvmgr.storage.filesystems import fat, reader
 from hvmgr.storage.filesystems.fat import Allocation
-from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Runs, Type, damaged
+from hvmgr.storage.filesystems.reader import Bytes, Content, Geometry, Node, Runs, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
 
@@ -34,7 +34,7 @@ class _Stream:
     is_contiguous: bool
 
 
-class ExFat:
+class ExFat(Watched):
     """A volume with exFAT."""
 
     ignores_case = True
@@ -55,6 +55,7 @@ class ExFat:
             if not 2 <= root < count + 2:
                 raise damaged("its boot sector makes no sense")
             self._table = Allocation(self._cached, table << sector_shift, count, 32)
+            self._geometry = Geometry((table << sector_shift, self._heap, self._cluster, root))
             self._root = _Stream(b"", 0, root, _FOLDER_MAX, _FOLDER_MAX, is_contiguous=False)
             if flags & _DIRTY:
                 self.notes.append("the exFAT volume was not unmounted cleanly")
@@ -125,7 +126,13 @@ class ExFat:
             runs = self._runs(node.ref, node.size)
             if sum(one.length for one in runs) < min(node.size, node.ref.valid):
                 raise damaged("a file ends before its size")
-            return Runs(self._disk, runs, node.size, node.ref.valid)
+            return Runs(self._cached, runs, node.size, node.ref.valid)
+
+    def stored(self, node: Node, stream: str = "") -> Content:
+        return self.content(node, stream)
+
+    def geometry(self) -> Geometry:
+        return self._geometry
 
     def extras(self, node: Node) -> Mapping[str, bytes]:  # noqa: ARG002 - it has none
         return {}

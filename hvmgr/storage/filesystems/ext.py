@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hvmgr import errors
+from hvmgr.model.ranges import Range
 from hvmgr.storage.filesystems import ext_journal, reader
 from hvmgr.storage.filesystems.ext_fast_commits import Changes
-from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Runs, Type, damaged
+from hvmgr.storage.filesystems.reader import Bytes, Content, Geometry, Node, Runs, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
 
@@ -75,7 +76,7 @@ class _Inode:
     data: bytes  # the 60 bytes that hold block numbers, extents or a short content
 
 
-class Ext:
+class Ext(Watched):
     """A volume with ext2, ext3 or ext4."""
 
     ignores_case = False
@@ -89,6 +90,7 @@ class Ext:
             self._super = _read_super(self._cached.read(1024, 1024))
         self._tables: dict[int, int] = {}
         self._fast = Changes()
+        self._replaced: Sequence[Range] = ()
         if self._super.incompatible & _RECOVER:
             with reader.parsing("its journal"):
                 self._replay()
@@ -102,6 +104,7 @@ class Ext:
         self._fast = found.fast
         if found.disk is not None:
             self._disk, self._cached = found.disk, Cached(found.disk)
+            self._replaced = found.disk.ranges()
             self._tables.clear()
             self._super = _read_super(self._cached.read(1024, 1024))
         if found.disk is not None or found.fast:
@@ -131,7 +134,7 @@ class Ext:
                 return
             if inode.size > _FOLDER_MAX:
                 raise damaged(f"folder {folder.ref} has {inode.size} bytes")
-            content = Runs(self._disk, self._runs(inode), inode.size)
+            content = Runs(self._cached, self._runs(inode), inode.size)
             for _, piece in content.pieces():
                 for at in range(0, len(piece), self._super.block):
                     yield from self._entries(bytes(piece[at : at + self._super.block]), folder.ref)
@@ -177,6 +180,7 @@ class Ext:
             device=_device(inode.data) if kind in {Type.BLOCK, Type.CHARACTER} else None,
             attributes=("encrypted",) if inode.flags & _FLAG_ENCRYPTED else (),
             used=(blocks | blocks_high << 32) * unit,
+            generation=_generation(raw, extra),
         )
 
     def _target(self, inode: _Inode) -> bytes:
@@ -189,19 +193,35 @@ class Ext:
         return reader.whole(self._content(inode), 65536)
 
     def content(self, node: Node, stream: str = "") -> Content:
+        found = self.stored(node, stream)
+        if "encrypted" in node.attributes:
+            raise errors.Unsupported("this file is encrypted (fscrypt), and its key is only in the guest")
+        return found
+
+    def stored(self, node: Node, stream: str = "") -> Content:
         if stream:
             raise errors.NotFound(f"ext file systems have no named streams, and so no '{stream}'")
         with reader.parsing(f"inode {node.ref}"):
-            inode = self._inode(node.ref)
-            if inode.flags & _FLAG_ENCRYPTED:
-                raise errors.Unsupported("this file is encrypted (fscrypt), and its key is only in the guest")
-            return self._content(inode)
+            return self._content(self._inode(node.ref))
+
+    def geometry(self) -> Geometry | None:
+        if self._fast:
+            return None  # what its fast commits changed is in memory alone
+        about = self._super
+        with reader.parsing("its groups"):
+            groups = -(-(about.block_count - about.first_block) // about.per_group)
+            tables = tuple(self._table(group) for group in range(groups))
+        fixed = (about.block, about.inode_size, about.inodes_per_group, about.incompatible & ~_RECOVER)
+        return Geometry(fixed, tables)
+
+    def replaced(self) -> Sequence[Range]:
+        return self._replaced
 
     def _content(self, inode: _Inode) -> Content:
         if inode.flags & _FLAG_INLINE:
             rest = self._attributes(inode).get("system.data", b"") if inode.size > 60 else b""
             return Bytes((inode.data + rest)[: inode.size].ljust(min(inode.size, 65536), b"\0"))
-        return Runs(self._disk, self._runs(inode), inode.size)
+        return Runs(self._cached, self._runs(inode), inode.size)
 
     def extras(self, node: Node) -> Mapping[str, bytes]:
         with reader.parsing(f"the attributes of inode {node.ref}"):
@@ -370,7 +390,7 @@ class Ext:
         inode = self._inode(number)
         if not inode.flags & _FLAG_EA_INODE or inode.size != size:
             raise damaged(f"inode {number} holds no extended attribute")
-        return reader.whole(Runs(self._disk, self._runs(inode), size), 64 << 10)
+        return reader.whole(Runs(self._cached, self._runs(inode), size), 64 << 10)
 
 
 def _read_super(raw: bytes) -> _Super:
@@ -431,6 +451,13 @@ def _time(raw: bytes, seconds: int, extra: int, at: int) -> int:
         return signed * 1_000_000_000
     more: int = struct.unpack_from("<I", raw, at)[0]
     return (signed + ((more & 3) << 32)) * 1_000_000_000 + (more >> 2)
+
+
+def _generation(raw: bytes, extra: int) -> int | None:
+    """A random number that each use of an inode has, and its time of birth; some tools leave one of them out."""
+    (number,) = struct.unpack_from("<I", raw, 100)
+    born = struct.unpack_from("<II", raw, 144) if extra >= 24 else (0, 0)
+    return number | born[0] << 32 | born[1] << 64 or None
 
 
 def _device(data: bytes) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from hvmgr.model.ranges import Range
 from hvmgr.storage.filesystems import ext_fast_commits, window
 from hvmgr.storage.filesystems.ext_fast_commits import Changes
 from hvmgr.storage.filesystems.reader import damaged
@@ -33,6 +34,10 @@ class Redirected:
         self._disk, self._block, self._places = disk, block, places
         self._order = sorted(places)
         self.size = disk.size
+
+    def ranges(self) -> list[Range]:
+        """The blocks that are read elsewhere."""
+        return [(number * self._block, (number + 1) * self._block) for number in self._order]
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """The bytes from ``offset`` on."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from hvmgr import errors
 from hvmgr.storage.filesystems import reader
-from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Runs, Type, damaged
+from hvmgr.storage.filesystems.reader import Bytes, Content, Geometry, Node, Runs, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
 
@@ -49,6 +49,7 @@ class Allocation:
             return int(pair >> 4 if cluster & 1 else pair & 0xFFF)
         per_piece = 16384
         number, index = divmod(cluster, per_piece)
+        self._cached.note(self._start + cluster * self._bits // 8, self._bits // 8)
         found = self._pieces.get(number)
         if found is None:
             width = self._bits // 8
@@ -81,7 +82,7 @@ class Allocation:
             yield start, length
 
 
-class Fat:
+class Fat(Watched):
     """A volume with FAT."""
 
     ignores_case = True
@@ -183,7 +184,15 @@ class Fat:
             runs = [Run(count * self._cluster, self._place(cluster)) for cluster, count in chain]
             if sum(one.length for one in runs) < node.size:
                 raise damaged("a file ends before its size")
-            return Runs(self._disk, runs, node.size)
+            return Runs(self._cached, runs, node.size)
+
+    def stored(self, node: Node, stream: str = "") -> Content:
+        return self.content(node, stream)
+
+    def geometry(self) -> Geometry:
+        return Geometry(
+            (self._cluster, self._root_start, self._root_size, self._root_cluster, self._data, self._table.count)
+        )
 
     def extras(self, node: Node) -> Mapping[str, bytes]:  # noqa: ARG002 - it has none
         return {}

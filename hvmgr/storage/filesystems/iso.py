@@ -16,7 +16,7 @@ from typing import Any
 from hvmgr import errors
 from hvmgr.storage.filesystems import reader
 from hvmgr.storage.filesystems.ext import TYPES
-from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Runs, Type, damaged
+from hvmgr.storage.filesystems.reader import Bytes, Content, Geometry, Node, Runs, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
 
@@ -59,7 +59,7 @@ class _File:
         return sum(length for _, length in self.parts)
 
 
-class Iso:
+class Iso(Watched):
     """A volume with ISO 9660."""
 
     def __init__(self, disk: Disk) -> None:
@@ -185,7 +185,13 @@ class Iso:
             return Bytes(b"")
         if node.size > self._disk.size:
             raise damaged(f"a file of {node.size} bytes is larger than the disk")
-        return Runs(self._disk, [Run(length, start) for start, length in node.ref.parts], node.size)
+        return Runs(self._cached, [Run(length, start) for start, length in node.ref.parts], node.size)
+
+    def stored(self, node: Node, stream: str = "") -> Content:
+        return self.content(node, stream)
+
+    def geometry(self) -> Geometry:
+        return Geometry((self._block, self._root.parts, self._joliet, self._skip))
 
     def extras(self, node: Node) -> Mapping[str, bytes]:  # noqa: ARG002 - it has none
         return {}

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hvmgr import errors
+from hvmgr.model.ranges import Ranges
 from hvmgr.storage.filesystems import ntfs_data, reader
 from hvmgr.storage.filesystems.ntfs_data import Attribute, Geometry
-from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Type, damaged
+from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
 
@@ -55,7 +56,7 @@ class _Record:
         return self.attributes.get((kind, name))
 
 
-class Ntfs:
+class Ntfs(Watched):
     """A volume with NTFS. A file's ``ref`` is its record's number, and the sequence that the record has to have; 0: any."""
 
     ignores_case = True
@@ -69,6 +70,7 @@ class Ntfs:
         self._mft: list[Run] = [Run(1 << 20, self._about.mft)]
         self._mft_starts = [0]
         self._security: dict[int, tuple[int, int]] | None = None
+        self._security_from = Ranges()  # where that was read
         with reader.parsing("its master file table"):
             self._use_mft(self._load(_MFT, whole=False))
             self._use_mft(self._load(_MFT))
@@ -118,13 +120,25 @@ class Ntfs:
         with reader.parsing(f"record {node.id}"):
             record = self._load(*node.ref)
             parts = record.find(_DATA, stream)
+            if parts is not None and not stream:
+                self._require_readable(record)
+        return self.stored(node, stream)
+
+    def stored(self, node: Node, stream: str = "") -> Content:
+        with reader.parsing(f"record {node.id}"):
+            parts = self._load(*node.ref).find(_DATA, stream)
             if parts is None:
                 if not stream:
                     return Bytes(b"")
                 raise errors.NotFound(f"the file has no stream '{stream}'")
-            if not stream:
-                self._require_readable(record)
-            return ntfs_data.content_of(self._disk, parts, self._about)
+            return ntfs_data.content_of(self._cached, parts, self._about)
+
+    def geometry(self) -> reader.Geometry:
+        about, table = self._about, list[int]()
+        for length, start in reader.joined(self._mft):
+            first = -1 if start is None else start
+            table += range(first, first + length, about.cluster) if start is not None else [-1]
+        return reader.Geometry((about.cluster, about.record), tuple(table))
 
     def extras(self, node: Node) -> Mapping[str, bytes]:
         with reader.parsing(f"record {node.id}"):
@@ -146,7 +160,7 @@ class Ntfs:
         reparse = record.find(_REPARSE)
         if reparse is not None:
             tag, target = _reparsed(
-                reader.whole(ntfs_data.content_of(self._disk, reparse, self._about), _OUR_TARGET_MAX)
+                reader.whole(ntfs_data.content_of(self._cached, reparse, self._about), _OUR_TARGET_MAX)
             )
             if target is not None:
                 kind = Type.LINK
@@ -172,11 +186,12 @@ class Ntfs:
             streams=tuple(sorted(streams)),
             attributes=tuple(word for bit, word in _ATTRIBUTES.items() if flags & bit),
             used=sum(parts[0].allocated for (which, _), parts in record.attributes.items() if which == _DATA),
+            generation=record.sequence,
         )
 
     def _interix(self, main: list[Attribute]) -> bytes | None:
         """A link as ntfs-3g and Services for UNIX make it: a small system file."""
-        data = reader.whole(ntfs_data.content_of(self._disk, main, self._about), _OUR_TARGET_MAX)
+        data = reader.whole(ntfs_data.content_of(self._cached, main, self._about), _OUR_TARGET_MAX)
         if not data.startswith(_INTERIX):
             return None
         return data[len(_INTERIX) :].decode("utf-16-le", "surrogatepass").encode("utf-8", "surrogatepass")
@@ -201,7 +216,7 @@ class Ntfs:
         if reparse is None:
             return
         (tag,) = struct.unpack_from(
-            "<I", reader.whole(ntfs_data.content_of(self._disk, reparse, self._about), 64 << 10)
+            "<I", reader.whole(ntfs_data.content_of(self._cached, reparse, self._about), 64 << 10)
         )
         if tag == _WOF:
             raise errors.Unsupported("this file is compressed by Windows' CompactOS, which no reader here knows")
@@ -213,15 +228,19 @@ class Ntfs:
     def _descriptor(self, record: _Record, number: int) -> bytes:
         own = record.find(_SECURITY)
         if own is not None:
-            return reader.whole(ntfs_data.content_of(self._disk, own, self._about), 1 << 20)
+            return reader.whole(ntfs_data.content_of(self._cached, own, self._about), 1 << 20)
         if not number:
             return b""
         secure = self._load(_SECURE)
         if self._security is None:
             self._security = {}
-            for key, data in self._view(secure, "$SII"):
-                place, size = struct.unpack_from("<QI", data, 8)
-                self._security[struct.unpack_from("<I", key)[0]] = (place, size)
+            with self._cached.watched() as asked:
+                for key, data in self._view(secure, "$SII"):
+                    place, size = struct.unpack_from("<QI", data, 8)
+                    self._security[struct.unpack_from("<I", key)[0]] = (place, size)
+            self._security_from = Ranges(asked)
+        for start, end in self._security_from:
+            self._cached.note(start, end - start)
         place, size = self._security.get(number, (0, 0))
         stream = secure.find(_DATA, "$SDS")
         if size <= 20 or size > 1 << 20 or stream is None:
@@ -261,7 +280,7 @@ class Ntfs:
 
     def _listed(self, record: _Record, listed: Attribute) -> Iterator[Attribute]:
         """The attributes in other records than the base one."""
-        data = reader.whole(ntfs_data.content_of(self._disk, [listed], self._about), _LIST_MAX)
+        data = reader.whole(ntfs_data.content_of(self._cached, [listed], self._about), _LIST_MAX)
         others, at = dict[int, None](), 0
         while at + 26 <= len(data):
             length, reference = struct.unpack_from("<H", data, at + 4)[0], struct.unpack_from("<Q", data, at + 16)[0]
@@ -324,7 +343,7 @@ class Ntfs:
             return
         if not (_DEFAULT_SECTOR <= size <= 1 << 20) or size & (size - 1):
             raise damaged(f"the index of record {record.number}")
-        used = reader.whole(ntfs_data.content_of(self._disk, bitmap, self._about), _LIST_MAX)
+        used = reader.whole(ntfs_data.content_of(self._cached, bitmap, self._about), _LIST_MAX)
         runs = ntfs_data.runs_of(more, self._about)
         for number in _bits(used):
             if number >= more[0].size // size:

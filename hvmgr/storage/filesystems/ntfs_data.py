@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from hvmgr.storage.filesystems import window
-from hvmgr.storage.filesystems.reader import Bytes, Content, Runs, damaged, possible
+from hvmgr.storage.filesystems.reader import Bytes, Content, Runs, Segment, damaged, possible
 from hvmgr.storage.filesystems.window import Run
 from hvmgr.storage.partitions import Disk
 
@@ -163,19 +163,34 @@ class Compressed:
             raise damaged("a compressed content makes no sense")
         self._unit = about.cluster << first.unit
 
-    def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
+    def pieces(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | memoryview]]:
         """The data, unit by unit."""
-        offset = 0
+        offset, last = 0, self._end if end is None else min(end, self._end)
         for unit, empty in self._units():
             offset += empty * self._unit
-            if offset >= self._end:
+            if offset >= last:
                 return
             allocated = sum(one.length for one in unit if one.start is not None)
-            if allocated:
+            if allocated and offset + self._unit > start:
                 raw = b"".join(window.read(self._disk, one.start, one.length) for one in unit if one.start is not None)
                 data = raw if allocated == self._unit else expanded(raw, self._unit)
                 yield offset, data[: self._end - offset]
             offset += self._unit
+
+    def segments(self) -> list[Segment]:
+        """Each unit that holds something."""
+        found: list[Segment] = []
+        offset = 0
+        for unit, empty in self._units():
+            offset += empty * self._unit
+            if offset >= self._end:
+                break
+            places = tuple((one.start, one.start + one.length) for one in unit if one.start is not None)
+            if places:
+                end = min(offset + self._unit, self._end)
+                found.append(Segment(offset, end, -offset, (self._unit, places), places))
+            offset += self._unit
+        return found
 
     def ranges(self) -> list[tuple[int, int]]:
         """All of it: holes are found by reading only."""

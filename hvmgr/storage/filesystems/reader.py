@@ -12,10 +12,11 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hvmgr import errors
-from hvmgr.storage.filesystems.window import Run
+from hvmgr.model.ranges import Range
+from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
 
 PIECE = 4 << 20
@@ -39,6 +40,7 @@ class Node:
     """One file, folder or link. What its file system has no word for is None; times are nanoseconds since 1970, UTC.
 
     ``id`` is the same for all names of one file; ``ref`` is the reader's own. ``streams``: named streams and their sizes.
+    ``generation`` is of one use of the ``id``: both together mean this file and never another one. None where that cannot be told.
     """
 
     id: int
@@ -58,6 +60,7 @@ class Node:
     streams: tuple[tuple[str, int], ...] = ()
     attributes: tuple[str, ...] = ()
     used: int | None = None  # bytes that it takes on its volume
+    generation: int | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -65,13 +68,40 @@ class Node:
         return self.type is Type.FOLDER
 
 
+class Segment(NamedTuple):
+    """A stretch of a content and what its bytes come from: two that are equal, over the same bytes of a volume, are the same.
+
+    Byte ``n`` lies at ``n + shift`` of the volume or, with ``how``, of what is made of ``places`` ((start, end) of the volume).
+    """
+
+    start: int
+    end: int
+    shift: int
+    how: object = None
+    places: tuple[Range, ...] = ()
+
+    def cut(self, start: int, end: int) -> Segment:
+        """A part of it."""
+        return self._replace(start=start, end=end)
+
+    def lies(self) -> tuple[Range, ...]:
+        """The bytes of the volume that it comes from."""
+        return self.places if self.how is not None else ((self.start + self.shift, self.end + self.shift),)
+
+
 class Content(Protocol):
     """The bytes of a file or stream."""
 
     size: int
 
-    def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
-        """The data in order, each piece with its offset and valid until the next; what is left out reads as zeros."""
+    def pieces(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | memoryview]]:
+        """The data in order, each piece with its offset and valid until the next; what is left out reads as zeros.
+
+        Of a range all that lies in it, and perhaps something beside it.
+        """
+
+    def segments(self) -> list[Segment]:
+        """What each stretch of the data comes from, in order; the rest are zeros. Nothing of the data is read for that."""
 
     def ranges(self) -> list[tuple[int, int]]:
         """Where all of the data is: (start, end) of each stretch; ``pieces`` gives nothing outside."""
@@ -96,8 +126,59 @@ class Reader(Protocol):
     def content(self, node: Node, stream: str = "") -> Content:
         """The bytes of a file, or of a named stream of it."""
 
+    def stored(self, node: Node, stream: str = "") -> Content:
+        """The same; where only the guest can make sense of them, as they lie there."""
+
+    def watching(self) -> contextlib.AbstractContextManager[list[Range]]:
+        """Which bytes of the volume whatever is asked inside the block follows from, besides ``geometry`` and the arguments."""
+
+    def geometry(self) -> Geometry | None:
+        """What the reader knows of the volume as a whole; None where that is too much to be kept, and ``departed`` alone tells."""
+
+    def departed(self, other: Reader) -> Sequence[Range] | None:
+        """The bytes that answers of another reader may follow from, of this volume at another moment, and answers of this one do not.
+
+        None where an answer may be another one though no byte that it follows from is.
+        """
+
+    def replaced(self) -> Sequence[Range]:
+        """The places whose bytes the reader takes from elsewhere, for a journal has newer ones."""
+
     def extras(self, node: Node) -> Mapping[str, bytes]:
         """Extended attributes by their Linux names, with POSIX ACLs and NTFS security descriptors as Linux shows them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """What says where things lie on a volume; ``table`` grows with the volume, or with what is on it."""
+
+    facts: tuple[object, ...]
+    table: tuple[int, ...] = ()
+
+    def goes_on(self, older: Geometry) -> bool:
+        """Whether all that could be found by the older one is where it was."""
+        return self.facts == older.facts and self.table[: len(older.table)] == older.table
+
+
+class Watched:
+    """What readers have in common that read through a ``Cached`` alone whatever their answers follow from."""
+
+    _cached: Cached
+
+    def watching(self) -> contextlib.AbstractContextManager[list[Range]]:
+        return self._cached.watched()
+
+    def geometry(self) -> Geometry | None:
+        return None
+
+    def departed(self, other: Reader) -> Sequence[Range] | None:
+        one, another = self.geometry(), other.geometry()
+        if not isinstance(other, type(self)) or one is None or another is None:
+            return None
+        return () if one.goes_on(another) or another.goes_on(one) else None
+
+    def replaced(self) -> Sequence[Range]:
+        return ()
 
 
 @dataclass(slots=True)
@@ -110,10 +191,14 @@ class Bytes:
     def __post_init__(self) -> None:
         self.size = len(self.data)
 
-    def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
+    def pieces(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | memoryview]]:  # noqa: ARG002
         """All of it."""
         if self.data:
             yield 0, self.data
+
+    def segments(self) -> list[Segment]:
+        """The bytes themselves."""
+        return [Segment(0, self.size, 0, self.data)] if self.size else []
 
     def ranges(self) -> list[tuple[int, int]]:
         """All of it."""
@@ -128,20 +213,29 @@ class Runs:
         self.size = possible(size)
         self._end = size if valid is None else min(size, valid)
 
-    def pieces(self) -> Iterator[tuple[int, bytes | memoryview]]:
+    def pieces(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | memoryview]]:
         """The data; holes are left out."""
-        buffer = memoryview(bytearray(min(PIECE, max(1, self._end))))
+        last = self._end if end is None else min(end, self._end)
+        buffer = memoryview(bytearray(min(PIECE, max(1, last - start))))
+        for first, stop, shift, *_ in self.segments():
+            for offset in range(max(first, start), min(stop, last), PIECE):
+                piece = buffer[: min(PIECE, stop - offset, last - offset)]
+                self._disk.read_into(offset + shift, piece)
+                yield offset, piece
+            if stop >= last:
+                return
+
+    def segments(self) -> list[Segment]:
+        """The runs that are not holes."""
+        found: list[Segment] = []
         at = 0
         for length, start in joined(self._runs):
-            end = min(at + length, self._end)
-            if start is not None:
-                for offset in range(at, end, PIECE):
-                    piece = buffer[: min(PIECE, end - offset)]
-                    self._disk.read_into(start + offset - at, piece)
-                    yield offset, piece
-            at += length
             if at >= self._end:
-                return
+                break
+            if start is not None:
+                found.append(Segment(at, min(at + length, self._end), start - at))
+            at += length
+        return found
 
     def ranges(self) -> list[tuple[int, int]]:
         """The runs that are not holes."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from hvmgr import errors
+from hvmgr.model.ranges import Range
 from hvmgr.storage.partitions import Disk
 
 _ZEROS = bytes(64 << 10)
@@ -36,12 +38,18 @@ class Window:
             )
         self.disk.read_into(self.start + offset, buffer)
 
+    def parts(self) -> list[Part]:
+        """Where it lies on the disk."""
+        return [(self.disk, self.start, self._there)]
+
+
+Part = tuple[Disk | None, int, int]  # of which disk (None: zeros), where in it, how many bytes
+
 
 class Mapped:
     """Ranges of other disks, one after the other, as one disk."""
 
-    def __init__(self, parts: Sequence[tuple[Disk | None, int, int]]) -> None:
-        """``parts``: the disk (None: zeros), where in it, and how many bytes."""
+    def __init__(self, parts: Sequence[Part]) -> None:
         self._parts: list[tuple[int, Disk | None, int, int]] = []
         at = 0
         for disk, start, length in parts:
@@ -74,6 +82,28 @@ class Mapped:
             else:
                 disk.read_into(start + first - at, part)
 
+    def parts(self) -> list[Part]:
+        """Where all of it lies."""
+        return [(disk, start, length) for _, disk, start, length in self._parts]
+
+
+def flattened(disk: Disk) -> list[Part]:
+    """Where a part of disks, or a part of parts, lies on the disks themselves."""
+    if not isinstance(disk, Window | Mapped):
+        return [(disk, 0, disk.size)]
+    found: list[Part] = []
+    for below, start, length in disk.parts():
+        if below is None:
+            found.append((None, 0, length))
+            continue
+        at = 0
+        for one, place, count in flattened(below):
+            first, last = max(at, start), min(at + count, start + length)
+            if first < last:
+                found.append((one, place + first - at, last - first))
+            at += count
+    return found
+
 
 class Cached:
     """A disk whose small reads are answered from whole pieces that were read before."""
@@ -84,11 +114,33 @@ class Cached:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._pieces: dict[int, bytes] = {}
+        self._asked: list[Range] | None = None
         self.size = disk.size
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[Range]]:
+        """Where whatever is read inside the block stands, be it remembered or not."""
+        before, self._asked = self._asked, []
+        try:
+            yield self._asked
+        finally:
+            self._asked = before
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether somebody wants to know."""
+        return self._asked is not None
+
+    def note(self, offset: int, length: int) -> None:
+        """Somebody needs these bytes, and has them already."""
+        if self._asked is not None:
+            self._asked.append((offset, offset + length))
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes; they end where the disk does."""
         length = max(0, min(length, self.size - offset))
+        if self._asked is not None:
+            self._asked.append((offset, offset + length))
         if length > self.PIECE:
             buffer = bytearray(length)
             self._disk.read_into(offset, memoryview(buffer))
@@ -99,6 +151,7 @@ class Cached:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Large reads, past what is remembered."""
+        self.note(offset, len(buffer))
         self._disk.read_into(offset, buffer)
 
     def _piece(self, number: int) -> bytes:
@@ -125,6 +178,10 @@ class Patched:
     def is_changed(self) -> bool:
         """Whether anything was written."""
         return bool(self._changed)
+
+    def ranges(self) -> list[Range]:
+        """The sectors that have other bytes."""
+        return [(number * self._sector, (number + 1) * self._sector) for number in self._changed]
 
     def write(self, offset: int, data: bytes) -> None:
         """From ``offset`` on the disk has these bytes; Corrupt where that is no place of it."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hvmgr import errors
+from hvmgr.model.ranges import Range
 from hvmgr.storage.filesystems import reader, xfs_attributes, xfs_log
 from hvmgr.storage.filesystems.ext import TYPES
-from hvmgr.storage.filesystems.reader import Bytes, Content, Node, Runs, Type, damaged
+from hvmgr.storage.filesystems.reader import Bytes, Content, Geometry, Node, Runs, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
 
@@ -64,7 +65,7 @@ class _Inode:
     is_big: bool  # its times
 
 
-class Xfs:
+class Xfs(Watched):
     """A volume with XFS."""
 
     ignores_case = False
@@ -73,6 +74,7 @@ class Xfs:
         self.title = "hvmgr's own reader of XFS"
         self.notes: list[str] = []
         self._disk, self._cached = disk, Cached(disk)
+        self._replaced: Sequence[Range] = ()
         with reader.parsing("its superblock"):
             self._super = _read_super(self._cached.read(0, 512), disk.size)
         with reader.parsing("its log"):
@@ -105,7 +107,7 @@ class Xfs:
     def _long(self, inode: _Inode) -> Iterator[tuple[bytes, int]]:
         size = self._super.folder_block
         runs = self._runs(inode, min(inode.size, _FOLDER_DATA_END))
-        for _, piece in Runs(self._disk, runs, sum(one.length for one in runs)).pieces():
+        for _, piece in Runs(self._cached, runs, sum(one.length for one in runs)).pieces():
             for at in range(0, len(piece) - size + 1, size):
                 yield from self._block_entries(bytes(piece[at : at + size]), inode.number)
 
@@ -155,6 +157,7 @@ class Xfs:
             target=self._target(inode) if kind is Type.LINK else None,
             device=_device(inode.data) if kind in {Type.BLOCK, Type.CHARACTER} else None,
             used=blocks * self._super.block,
+            generation=_generation(inode),
         )
 
     def _target(self, inode: _Inode) -> bytes:
@@ -182,7 +185,18 @@ class Xfs:
                 raise errors.Unsupported("the file lies on a real-time device, which is another disk")
             if inode.format == _LOCAL:
                 return Bytes(inode.data[: inode.size])
-            return Runs(self._disk, self._runs(inode, inode.size), inode.size)
+            return Runs(self._cached, self._runs(inode, inode.size), inode.size)
+
+    def stored(self, node: Node, stream: str = "") -> Content:
+        return self.content(node, stream)
+
+    def replaced(self) -> Sequence[Range]:
+        return self._replaced
+
+    def geometry(self) -> Geometry:
+        about = self._super
+        fixed = (about.block, about.inode, about.per_group, about.group_log, about.folder_block, about.root)
+        return Geometry((*fixed, about.is_5, about.has_types))
 
     def extras(self, node: Node) -> Mapping[str, bytes]:
         with reader.parsing(f"the attributes of inode {node.ref}"):
@@ -330,6 +344,7 @@ class Xfs:
         self.notes += found.notes
         if found.disk is not None:
             self._disk, self._cached = found.disk, Cached(found.disk)
+            self._replaced = found.disk.ranges()
             self._super = _read_super(self._cached.read(0, 512), found.disk.size)
 
 
@@ -380,6 +395,13 @@ def _time(inode: _Inode, at: int) -> int:
     seconds, nanoseconds = struct.unpack_from(">iI", inode.raw, at)
     whole: int = seconds * 1_000_000_000 + nanoseconds
     return whole
+
+
+def _generation(inode: _Inode) -> int | None:
+    """A random number that each use of an inode has, and its time of birth."""
+    (number,) = struct.unpack_from(">I", inode.raw, 92)
+    born = struct.unpack_from(">Q", inode.raw, 144)[0] if inode.core > 100 else 0
+    return number | born << 32 or None
 
 
 def _device(data: bytes) -> tuple[int, int]:

@@ -51,7 +51,7 @@ class Place:
 class Replayed:
     """The disk as it is after a replay; None when there was nothing to replay."""
 
-    disk: Disk | None
+    disk: Patched | None
     notes: list[str] = field(default_factory=list)
 
 

@@ -161,6 +161,9 @@ SHAPED = {
     "file get": ["file", "get", "/a file", "--image", "FILES/ext4.raw", "--to", "FILES"],
     "file hash": ["file", "hash", "/", "--image", "FILES/ext4.raw"],
     "file put": ["file", "put", "with-files", "FILES/answer", "/"],
+    "file find index": ["file", "find", "holding", "/", "--name", "a file", "--index"],
+    "file index": ["file", "index", "VM"],
+    "file diff": ["file", "diff", "--image", "FILES/ext4.raw", "--image", "FILES/later.raw"],
     "space": ["space", "VM"],
     "plan": ["snapshot", "create", "VM", "--dry-run"],
     "snapshot delete": ["snapshot", "delete", "VM", "two"],
@@ -214,7 +217,11 @@ def files(hvmgr, tmp_path):
     (folder / "tree" / "etc").mkdir(parents=True)
     (folder / "tree" / "etc" / "machine-id").write_text("0123456789abcdef")
     (folder / "tree" / "a file").write_text("text")
-    subprocess.run(["mke2fs", "-q", "-d", folder / "tree", folder / "ext4.raw", "2M"], check=True, timeout=60)
+    for name in ("ext4.raw", "later.raw"):
+        subprocess.run(["mke2fs", "-q", "-d", folder / "tree", folder / name, "2M"], check=True, timeout=60)
+        (folder / "tree" / "a file").write_text("another text")
+    hvmgr.ok("vm", "create", "holding", "--memory", "64M", "--disk", folder / "ext4.raw", "--network", "none")
+    hvmgr.ok("snapshot", "create", "holding", "a")
     return folder
 
 

@@ -203,4 +203,7 @@ def test_completion_proposes_vms_and_snapshots(hvmgr, branched, monkeypatch, cap
     assert complete(f"hvmgr snapshot apply {branched} t") == ["plain,two", "plain,three"]
     assert complete(f"hvmgr snapshot apply {branched} {spaced[:4]}") == [f"plain,{spaced}"]
     assert complete("hvmgr snapshot ap") == ["plain,apply"]
+    assert complete("hvmgr file diff we") == [f"plain,{branched}"]
+    assert complete(f"hvmgr file diff {branched} one t") == ["plain,two", "plain,three"]
+    assert complete(f"hvmgr file diff {branched} one two t") == []
     assert complete("hvmgr --root /etc/passwd vm show w") == []

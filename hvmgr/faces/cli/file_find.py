@@ -1,0 +1,288 @@
+"""``hvmgr file find`` and ``hvmgr file index``: files by name, type, size and time, at one moment or in all snapshots."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from hvmgr import errors, settings
+from hvmgr.faces.cli import arguments, file_render, json_out, render
+from hvmgr.faces.cli import file_options as options
+from hvmgr.faces.cli.file_options import CODES
+from hvmgr.faces.cli.groups import Command, Group
+from hvmgr.faces.cli.request import Request
+
+if TYPE_CHECKING:
+    from hvmgr.operations.inside.browsing import Browser, Found
+    from hvmgr.operations.inside.indexing import Updated
+    from hvmgr.operations.inside.searching import Hit
+    from hvmgr.operations.vm import VM
+    from hvmgr.storage.file_index import Entry, FileIndex
+
+_TYPES = {
+    "f": "file",
+    "d": "folder",
+    "l": "link",
+    "b": "block-device",
+    "c": "character-device",
+    "p": "pipe",
+    "s": "socket",
+}
+
+
+def register(group: Group) -> None:
+    """The commands are commands of the group."""
+    group.add_command(find)
+    group.add_command(index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    """What has to be true of a file."""
+
+    name: bytes | None
+    ignore_case: bool
+    type: str | None
+    larger: int | None
+    smaller: int | None
+    since: int | None
+    until: int | None
+
+    def fits(self, browser: Browser, one: Found) -> bool:
+        """Whether it is, of a file on a disk."""
+        from hvmgr.operations.inside import browsing
+
+        folded = self.ignore_case or browser.reader.ignores_case
+        return self._suits(one.node.type.value, one.size, one.node.modified) and (
+            self.name is None or browsing.fits(one.name, self.name, ignoring_case=folded)
+        )
+
+    def suits(self, entry: Entry) -> bool:
+        """Whether it is, but for the name, of a file in the index."""
+        return self._suits(entry.type, entry.size, entry.modified)
+
+    def _suits(self, kind: str, size: int, modified: int | None) -> bool:
+        return (
+            (self.type is None or kind == self.type)
+            and (self.larger is None or size > self.larger)
+            and (self.smaller is None or size < self.smaller)
+            and (self.since is None or (modified or 0) >= self.since)
+            and (self.until is None or (modified or 0) < self.until)
+        )
+
+
+@click.command(
+    "find",
+    cls=Command,
+    codes=CODES,
+    examples=[
+        "hvmgr file find web / --name '*.conf'",
+        "hvmgr file find web /home --type f --larger 100M --newer '2026-11-01'",
+        "hvmgr file find web / --name id_rsa --null | xargs -0 -n 1",
+        "hvmgr file find web /etc/nginx.conf --index",
+    ],
+)
+@options.where("VM PATH...")
+@click.option("--index", "indexed", is_flag=True, help="In all snapshots at once, by the index of files.")
+@click.option("--name", "pattern", metavar="PATTERN", help="Whose name fits this pattern.")
+@click.option("--ignore-case", is_flag=True, help="The name may differ in case.")
+@click.option("--type", "kind", type=click.Choice(tuple(_TYPES)), help="Only files, folders (d), links, ...")
+@click.option("--larger", metavar="SIZE", type=arguments.Size(), help="Larger than this.")
+@click.option("--smaller", metavar="SIZE", type=arguments.Size(), help="Smaller than this.")
+@click.option("--newer", metavar="TIME", help="Changed since this time.")
+@click.option("--older", metavar="TIME", help="Not changed since this time.")
+@click.option("--depth", metavar="N", type=click.IntRange(min=0), help="Not deeper than this.")
+@click.option("-l", "--long", is_flag=True, help="With modes, owners, sizes and times.")
+@click.option("--null", is_flag=True, help="Only the paths, as they are, each with a zero byte behind it.")
+def find(
+    request: Request, where: options.Where, *, indexed: bool, long: bool, null: bool, depth: int | None, **wish: Any
+) -> None:
+    """Find files below folders by name, type, size and time.
+
+    Without a condition all are listed. With --index it is told which snapshots have them. Exit code 0 also when nothing fits.
+    """
+    options.require_paths(where)
+    condition = _condition(**wish)
+    if indexed:
+        _find_in_index(request, where, condition, depth=depth, long=long, null=null)
+        return
+    with options.opened(request, where) as inside:
+        tops = options.found(request, inside, where.paths)
+        found = [
+            (browser, one)
+            for browser, top in tops
+            for _, one in browser.walk(top, depth=depth)
+            if condition.fits(browser, one)
+        ]
+        about = options.about([one for one, _ in tops])
+        if request.json:
+            json_out.show({**about, "entries": [file_render.entry(*one) for one in found]})
+        else:
+            file_render.show_list([one for _, one in found], long=long, null=null, whole=True)
+
+
+def _condition(
+    *, pattern: str | None, ignore_case: bool, kind: str | None, larger: int | None, smaller: int | None,
+    newer: str | None, older: str | None,
+) -> _Condition:  # fmt: skip
+    return _Condition(
+        name=None if pattern is None else os.fsencode(pattern),
+        ignore_case=ignore_case,
+        type=None if kind is None else _TYPES[kind],
+        larger=larger,
+        smaller=smaller,
+        since=None if newer is None else _nanoseconds(newer, "--newer"),
+        until=None if older is None else _nanoseconds(older, "--older"),
+    )
+
+
+def _nanoseconds(text: str, option: str) -> int:
+    return int(arguments.moment(text, option).timestamp()) * 1_000_000_000
+
+
+# --- in all snapshots -----------------------------------------------------------------------------------------------
+
+
+def _find_in_index(
+    request: Request, where: options.Where, condition: _Condition, *, depth: int | None, long: bool, null: bool
+) -> None:
+    if where.image is not None or where.home is not None:
+        raise errors.UsageError("only VMs have an index of files", hint="name a VM, or leave out --index")
+    if where.present or where.key_files:
+        raise errors.UsageError(
+            "the index holds snapshots, and nothing that is encrypted",
+            hint="leave out --index, or --present and --key-file",
+        )
+    from hvmgr.operations.inside import indexing, searching
+
+    with request.host() as host:
+        vm = host.vm(where.words[0])
+        chosen = None if where.snapshot is None else frozenset([vm.snapshot(where.snapshot).id])
+        wish = searching.Wish(
+            paths=where.paths, name=condition.name, ignore_case=condition.ignore_case, depth=depth, suits=condition.suits,
+            snapshots=chosen, disk=where.slot, partition=where.partition,
+        )  # fmt: skip
+        with indexing.opened(vm, wait_s=_wait_s(request)) as found:
+            if not request.dry_run:
+                indexing.update(vm, found, request.report)
+            hits = searching.search(found, wish)
+            left_out = _left_out(found)
+        names = {one.id: one.name for one in vm.snapshots()}
+        options.tell_left_out(left_out)
+        if request.json:
+            json_out.show({"left_out": left_out, "entries": [_hit(one, names) for one in hits]})
+        else:
+            _show_hits(hits, names, long=long, null=null)
+
+
+def _left_out(index: FileIndex) -> dict[str, int]:
+    from hvmgr.operations.inside.browsing import DAMAGED
+
+    count = sum(one.left_out for one in index.points())
+    return {DAMAGED: count} if count else {}
+
+
+def _hit(one: Hit, names: dict[str, str]) -> dict[str, Any]:
+    entry = one.entry
+    return {
+        **file_render.name_of(one.path),
+        "type": entry.type,
+        "size": entry.size,
+        "mode": None if entry.mode is None else f"{entry.mode:04o}",
+        "uid": entry.uid,
+        "gid": entry.gid,
+        "links": entry.links,
+        "modified": file_render.stored(entry.modified),
+        "disk": one.place.disk,
+        "partition": one.place.partition,
+        "logical": one.place.logical or None,
+        "snapshots": [{"id": snapshot, "name": names.get(snapshot)} for snapshot in one.snapshots],
+    }
+
+
+def _show_hits(hits: Sequence[Hit], names: dict[str, str], *, long: bool, null: bool) -> None:
+    if null:
+        paths = dict.fromkeys(one.path for one in hits)
+        sys.stdout.buffer.write(b"".join(one + b"\0" for one in paths))
+        return
+    several = len({(one.place.disk, one.place.partition, one.place.logical) for one in hits}) > 1
+    headers = [*(file_render.HEADERS[:-1] if long else ()), "Path", "Snapshots", *(["On"] if several else [])]
+    rows = []
+    for one in hits:
+        facts = file_render.index_row(one.entry) if long else ()
+        where = [names.get(snapshot) or snapshot for snapshot in one.snapshots]
+        row = [*facts, render.clean(os.fsdecode(one.path)), render.clean(", ".join(where))]
+        place = one.place.logical or " ".join(filter(None, (one.place.disk, str(one.place.partition or ""))))
+        rows.append([*row, place] if several else row)
+    render.table(headers, rows, right=("Links", "Size"))
+
+
+@click.command(
+    "index",
+    cls=Command,
+    codes=(*CODES[:-2], 7, *CODES[-2:]),
+    examples=["hvmgr file index web", "hvmgr file index web --rebuild"],
+)
+@arguments.vm
+@click.option("--rebuild", is_flag=True, help="Forget all of it first.")
+@click.pass_obj
+def index(request: Request, vm: str, *, rebuild: bool) -> None:
+    """Bring the index of the files in all snapshots up to date, for 'file find --index'.
+
+    A new snapshot costs what was written since the one before. The index lies in the VM's home and may be removed at any time.
+    """
+    from hvmgr.operations.inside import indexing
+
+    with request.host() as host:
+        found = host.vm(vm)
+        path = indexing.place_of(found)
+        if request.dry_run:
+            _show_missing(request, found, rebuild=rebuild)
+            return
+        with indexing.opened(found, wait_s=_wait_s(request), anew=rebuild) as opened:
+            done = indexing.update(found, opened, request.report)
+            points, left_out = opened.points(), _left_out(opened)
+        options.tell_left_out(left_out)
+        sentence = f"{len(points)} snapshot{'' if len(points) == 1 else 's'} in {path} ({_told(done)})"
+        request.done(
+            sentence,
+            _facts(path, [one.snapshot for one in points], done, left_out),
+            changed=bool(done.added or done.removed),
+        )
+
+
+def _facts(path: Any, snapshots: list[str], done: Updated, left_out: dict[str, int]) -> dict[str, Any]:
+    size = path.stat().st_size
+    return {
+        "file": str(path), "size": size, "snapshots": snapshots, "added": done.added, "removed": done.removed,
+        "folders": done.folders, "left_out": left_out,
+    }  # fmt: skip
+
+
+def _told(done: Updated) -> str:
+    parts = [f"{len(done.added)} added" if done.added else "", f"{len(done.removed)} removed" if done.removed else ""]
+    return ", ".join(filter(None, parts)) or "up to date"
+
+
+def _show_missing(request: Request, vm: VM, *, rebuild: bool) -> None:
+    from hvmgr.operations.inside import indexing
+
+    if rebuild or not indexing.place_of(vm).exists():
+        added, removed = [one.id for one in vm.snapshots()], []
+    else:
+        with indexing.opened(vm, wait_s=_wait_s(request)) as opened:
+            coming, gone = indexing.missing(vm, opened)
+        added, removed = [one.id for one in coming], [one.snapshot for one in gone]
+    if request.json:
+        json_out.show({"plan": None, "added": added, "removed": removed})
+    else:
+        render.say(f"{len(added)} snapshots would be added, {len(removed)} removed")
+
+
+def _wait_s(request: Request) -> float:
+    return settings.LOCK_WAIT_S if request.wait_s is None else request.wait_s

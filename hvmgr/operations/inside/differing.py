@@ -1,0 +1,166 @@
+"""Which files differ between two moments of the disks of a VM, an export or image files: over all file systems on them.
+
+    found = differing.between(views.of_vm(vm, snapshot="a"), views.of_vm(vm, snapshot="b"))
+    for one in found.differences:
+        print(one.change, one.path)
+
+Where the disks may differ at all is told by their images (``changed``); a file system below which nothing was written is
+not even opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from hvmgr import errors
+from hvmgr.host import image_locks
+from hvmgr.model.ranges import Ranges
+from hvmgr.operations.inside import browsing, changed, looking
+from hvmgr.operations.inside.browsing import Browser, Found
+from hvmgr.operations.inside.comparison import Comparison, Difference
+from hvmgr.storage.filesystems.signatures import Kind
+
+if TYPE_CHECKING:
+    from hvmgr.operations.inside.looking import Inside
+    from hvmgr.operations.inside.views import Frozen, Volume
+
+
+_TOLD = (None, Kind.LVM)  # nothing is known to be there; its logical volumes are told themselves
+
+
+@dataclass(frozen=True, slots=True)
+class Uncompared:
+    """A volume that changed and that nobody can read."""
+
+    volume: Volume
+    why: str
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What was found. ``browsers`` are the file systems that were looked into; ``size`` is how much of the disks may differ."""
+
+    differences: list[Difference] = field(default_factory=list)
+    uncompared: list[Uncompared] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    browsers: list[tuple[Browser | None, Browser | None]] = field(default_factory=list)
+    size: int = 0
+
+
+def between(
+    old: Sequence[Frozen], new: Sequence[Frozen], *, paths: Sequence[bytes] = (), partition: str | None = None
+) -> Outcome:
+    """All that differs, or what is and is below the ``paths``, which may be patterns. NotFound for one that was never there."""
+    with contextlib.ExitStack() as stack:
+        for path in dict.fromkeys(one.links[0].path for one in (*old, *new)):
+            stack.enter_context(
+                image_locks.held(path, writable=False)
+            )  # what is said of a disk holds until it was read
+        return _between(old, new, paths, partition)
+
+
+def _between(old: Sequence[Frozen], new: Sequence[Frozen], paths: Sequence[bytes], partition: str | None) -> Outcome:
+    ranges = changed_ranges(old, new)
+    outcome = Outcome(size=sum(one.size for one in ranges.values() if one != Ranges.everything()))
+    if not any(ranges.values()) and not paths and partition is None:
+        return outcome
+    with looking.opened(old) as before, looking.opened(new) as after:
+        pairs = list(_pairs(before, after, partition))
+        if partition is not None and not pairs:
+            there = looking.described(after.volumes) or "none"
+            raise errors.NotFound(f"there is no partition {partition}", hint=f"there are: {there}")
+        wanted = set(paths)
+        for one, other in pairs:
+            touched = changed.of_volume(_parts(before, one), _parts(after, other), ranges)
+            if not touched and not paths:
+                continue
+            wanted -= _compare(before, after, (one, other), touched, paths, outcome)
+        for path in paths:
+            if path in wanted:
+                after.choose(path).expand(path)  # says what is there instead
+                raise errors.NotFound(f"there is no {path.decode(errors='replace')} at either moment")
+    return outcome
+
+
+def changed_ranges(old: Sequence[Frozen], new: Sequence[Frozen]) -> dict[str, Ranges]:
+    """Where each disk may differ, by its slot; all of it where one of them does not have it."""
+    before, after = ({one.slot or "": one for one in disks} for disks in (old, new))
+    found = {slot: Ranges.everything() for slot in before.keys() ^ after.keys()}
+    return found | {slot: changed.between(before[slot], after[slot]) for slot in before.keys() & after.keys()}
+
+
+def _pairs(before: Inside, after: Inside, partition: str | None) -> Iterator[tuple[Volume | None, Volume | None]]:
+    """The same place at both moments: a partition by its number on a disk, a logical volume by its name."""
+    mine, theirs = (
+        {
+            (one.disk.slot or "", one.number, one.logical) if not one.logical else ("", None, one.logical): one
+            for one in volumes
+        }
+        for volumes in (before.volumes, after.volumes)
+    )
+    for key in {**mine, **theirs}:
+        if partition is None or partition in {str(key[1]), key[2]}:
+            yield mine.get(key), theirs.get(key)
+
+
+def _parts(inside: Inside, volume: Volume | None) -> list[changed.Placed]:
+    return [] if volume is None else inside.parts(volume)
+
+
+def _compare(
+    before: Inside, after: Inside, pair: tuple[Volume | None, Volume | None], touched: Ranges,
+    paths: Sequence[bytes], outcome: Outcome,
+) -> set[bytes]:  # fmt: skip
+    """Takes one file system into the outcome; which of the paths it has, or had."""
+    one, other = pair
+    old, new = opened = _browser(before, one), _browser(after, other)
+    packed = [
+        each for each in (other, one) if each is not None and each.kind not in _TOLD and not looking.is_readable(each)
+    ]
+    if packed and touched:
+        outcome.uncompared.append(Uncompared(packed[0], looking.why_not(packed[0])))
+    if old is None and new is None:
+        return set()
+    outcome.browsers.append((old, new))
+    found: set[bytes] = set()
+    tops: dict[bytes, tuple[Found | None, Found | None]] = {}
+    for path in paths or (b"/",):
+        those, these = ({} if each is None else _expanded(each, path) for each in opened)
+        if those or these:
+            found.add(path)
+        tops |= {key: (those.get(key), these.get(key)) for key in {**those, **these}}
+    work = Comparison(old, new, touched)
+    outcome.differences += work.differences(_topmost(tops))
+    for counts in (work.left_out, browsing.left_out([each for each in opened if each is not None])):
+        for why, count in counts.items():
+            outcome.left_out[why] = outcome.left_out.get(why, 0) + count
+    return found
+
+
+def _browser(inside: Inside, volume: Volume | None) -> Browser | None:
+    """The file system at one moment; None where there is none that can be read."""
+    return None if volume is None or not looking.is_readable(volume) else inside.browser(volume)
+
+
+def _expanded(browser: Browser, path: bytes) -> dict[bytes, Found]:
+    try:
+        return {one.path: one for one in browser.expand(path, follow=False)}
+    except errors.NotFound:
+        return {}
+
+
+def _topmost(
+    tops: dict[bytes, tuple[Found | None, Found | None]],
+) -> Iterator[tuple[Found | None, Found | None]]:
+    """Those that do not lie below another one, which has them in it."""
+    for path, pair in tops.items():
+        above = path.rstrip(b"/")
+        while above:
+            above = above.rpartition(b"/")[0]
+            if (above or b"/") in tops and path != b"/":
+                break
+        else:
+            yield pair

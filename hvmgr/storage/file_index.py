@@ -1,0 +1,448 @@
+"""An index of the files in all snapshots of a VM: SQLite, with a full-text index over their names. Never the truth.
+
+A snapshot's files are told by what differs from another one, its ``base``: a path is at a snapshot what the nearest row says,
+in the snapshot itself, then in its base, and so on. So a snapshot costs what differs in it, whatever the tree looks like.
+
+| table | holds |
+|---|---|
+| `points` | the snapshots, each with its base |
+| `volumes` | the file systems of each, with what the reader knew of them |
+| `paths` | each name once, below its folder; the topmost ones are the file systems |
+| `words` | the full-text index over the names |
+| `entries` | what a path is from a snapshot on; without a type it is gone |
+| `units`, `asked` | at which snapshot a folder was read, and which blocks of the volume that followed from |
+
+It may be removed at any time, and is made anew where it does not fit. Each snapshot is taken in by one transaction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from hvmgr import errors
+from hvmgr.model.ranges import Range
+from hvmgr.storage import durable
+from hvmgr.storage.filesystems.reader import Geometry
+
+FORMAT = 1
+BLOCK = 4096  # bytes of a volume
+_MOST = (1 << 63) - 1  # what SQLite can hold
+_AT_ONCE = 500
+_LEAST = 3  # characters that the full-text index can look for
+
+_TABLES = """
+CREATE TABLE about (vm TEXT);
+CREATE TABLE points (id INTEGER PRIMARY KEY, snapshot TEXT UNIQUE, base INTEGER, left_out INTEGER);
+CREATE TABLE volumes (point INTEGER, root INTEGER, disk TEXT, partition INTEGER, logical TEXT, ignores_case INTEGER,
+                      parts BLOB, facts BLOB, PRIMARY KEY (point, root)) WITHOUT ROWID;
+CREATE TABLE paths (id INTEGER PRIMARY KEY, folder INTEGER, name BLOB, UNIQUE (folder, name));
+CREATE VIRTUAL TABLE words USING fts5 (name, content = '', tokenize = 'trigram');
+CREATE TABLE entries (path INTEGER, point INTEGER, type TEXT, size INTEGER, mode INTEGER, uid INTEGER, gid INTEGER,
+                      links INTEGER, modified INTEGER, ref BLOB, PRIMARY KEY (path, point)) WITHOUT ROWID;
+CREATE INDEX entries_of_point ON entries (point);
+CREATE TABLE units (path INTEGER, point INTEGER, PRIMARY KEY (path, point)) WITHOUT ROWID;
+CREATE TABLE asked (root INTEGER, block INTEGER, path INTEGER, point INTEGER,
+                    PRIMARY KEY (root, block, path, point)) WITHOUT ROWID;
+CREATE INDEX asked_of_unit ON asked (point, path);
+"""
+
+
+class Entry(NamedTuple):
+    """What is known of a file; ``ref`` is what its reader finds it by, of folders alone."""
+
+    type: str
+    size: int
+    mode: int | None
+    uid: int | None
+    gid: int | None
+    links: int
+    modified: int | None
+    ref: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A file system at one snapshot: where it lay, what its reader knew of it (``known``), what a journal had newer bytes of."""
+
+    root: int
+    disk: str | None
+    partition: int | None
+    logical: str
+    ignores_case: bool
+    parts: list[tuple[str, int | None, int]]  # which disk, where on it (None: zeros), how many bytes
+    geometry: Geometry | None
+    replaced: list[Range]
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A snapshot in the index."""
+
+    id: int
+    snapshot: str
+    base: int | None
+    left_out: int
+
+
+@contextlib.contextmanager
+def opened(path: Path, vm_id: str, *, wait_s: float, anew: bool = False) -> Iterator[FileIndex]:
+    """The index of a VM in this file, made or emptied where it does not fit, or with ``anew``. Busy when another writes."""
+    index = FileIndex(path, wait_s)
+    try:
+        with _translated(path):
+            index.make_fit(vm_id, anew=anew)
+            yield index
+    finally:
+        index.close()
+
+
+@contextlib.contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "locked" in str(error) or "busy" in str(error):
+            raise errors.Busy(
+                f"another command writes the index of files {path}",
+                hint="run it again later, or wait longer with --wait",
+            ) from error
+        if "full" in str(error):
+            raise errors.NoSpace(f"there is no space for the index of files {path}") from error
+        raise errors.HostFailed(f"the index of files {path} cannot be used: {error}", hint="remove the file") from error
+    except sqlite3.DatabaseError as error:
+        raise errors.HostFailed(f"the index of files {path} cannot be used: {error}", hint="remove the file") from error
+
+
+class FileIndex:
+    """An open index."""
+
+    def __init__(self, file: Path, wait_s: float) -> None:
+        self.file = file
+        self._wait_s = wait_s
+        self._database = self._connected()
+
+    def close(self) -> None:
+        """The file is closed."""
+        self._database.close()
+
+    def _connected(self) -> sqlite3.Connection:
+        if not self.file.exists():
+            with durable.explained(self.file):
+                os.close(os.open(self.file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        return sqlite3.connect(self.file, timeout=self._wait_s, isolation_level=None)
+
+    def make_fit(self, vm_id: str, *, anew: bool) -> None:
+        """It is one of this VM and of this format; what is damaged is removed."""
+        try:
+            self._make_fit(vm_id, anew=anew)
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError:
+            self._database.close()
+            for name in ("", "-wal", "-shm"):
+                with contextlib.suppress(errors.NotFound):
+                    durable.remove(self.file.with_name(self.file.name + name))
+            self._database = self._connected()
+            self._make_fit(vm_id, anew=False)
+
+    def _make_fit(self, vm_id: str, *, anew: bool) -> None:
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        if not anew and self._fits(vm_id):
+            return
+        with self.writing():
+            if not anew and self._fits(vm_id):  # another process was faster
+                return
+            for kind, name in self._rows(
+                "SELECT type, name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'words\\_%' ESCAPE '\\'"
+            ):
+                self._database.execute(f'DROP {kind} "{name}"')
+            for statement in filter(str.strip, _TABLES.split(";")):
+                self._database.execute(statement)
+            self._database.execute("INSERT INTO about VALUES (?)", (vm_id,))
+            self._database.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def _fits(self, vm_id: str) -> bool:
+        (version,) = self._one("PRAGMA user_version") or (0,)
+        return version == FORMAT and self._one("SELECT vm FROM about") == (vm_id,)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """All that is written inside the block is there afterwards, or nothing of it."""
+        self._database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._database.rollback()
+            raise
+        self._database.commit()
+
+    def _rows(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:  # type: ignore[type-arg]  # as SQL says
+        return self._database.execute(statement, values).fetchall()
+
+    def _one(self, statement: str, values: Sequence[object] = ()) -> tuple | None:  # type: ignore[type-arg]
+        found: tuple | None = self._database.execute(statement, values).fetchone()  # type: ignore[type-arg]
+        return found
+
+    # -- snapshots -----------------------------------------------------------------------------------------------
+
+    def points(self) -> list[Point]:
+        """All snapshots, each behind its base."""
+        found = {
+            row[0]: Point(*row) for row in self._rows("SELECT id, snapshot, base, left_out FROM points ORDER BY id")
+        }
+        ordered: dict[int, Point] = {}
+
+        def put(one: Point) -> None:
+            trail = [one]
+            while trail[-1].base is not None and trail[-1].base not in ordered and trail[-1].base in found:
+                trail.append(found[trail[-1].base])
+            ordered.update((each.id, each) for each in reversed(trail))
+
+        for one in found.values():
+            put(one)
+        return list(ordered.values())
+
+    def add_point(self, snapshot: str, base: Point | None) -> Point:
+        """A snapshot that has, so far, the files of its base and no file system."""
+        cursor = self._database.execute(
+            "INSERT INTO points (snapshot, base, left_out) VALUES (?, ?, 0)",
+            (snapshot, None if base is None else base.id),
+        )
+        assert cursor.lastrowid is not None
+        return Point(cursor.lastrowid, snapshot, None if base is None else base.id, 0)
+
+    def note_left_out(self, point: Point, count: int) -> None:
+        """So much of it could not be read."""
+        self._database.execute("UPDATE points SET left_out = ? WHERE id = ?", (count, point.id))
+
+    def remove_point(self, point: Point) -> None:
+        """The snapshot is gone, with all rows that nobody else stands on: the others show what they showed."""
+        run = self._database.execute
+        candidates = [row[0] for row in self._rows("SELECT path FROM entries WHERE point = ?", (point.id,))]
+        for (heir,) in self._rows("SELECT id FROM points WHERE base = ?", (point.id,)):
+            run(
+                "INSERT OR IGNORE INTO entries SELECT path, ?, type, size, mode, uid, gid, links, modified, ref "
+                "FROM entries WHERE point = ?",
+                (heir, point.id),
+            )
+            run(
+                "INSERT OR IGNORE INTO asked SELECT root, block, path, ? FROM asked "
+                "WHERE point = ? AND path NOT IN (SELECT path FROM units WHERE point = ?)",
+                (heir, point.id, heir),
+            )
+            run("INSERT OR IGNORE INTO units SELECT path, ? FROM units WHERE point = ?", (heir, point.id))
+            run("UPDATE points SET base = ? WHERE id = ?", (point.base, heir))
+        for table in ("entries", "asked", "units", "volumes"):
+            run(f"DELETE FROM {table} WHERE point = ?", (point.id,))  # noqa: S608 - names of ours
+        run("DELETE FROM points WHERE id = ?", (point.id,))
+        self._forget_paths(candidates)
+
+    def _forget_paths(self, candidates: Sequence[int]) -> None:
+        """Names that are nowhere any more."""
+        for path in candidates:
+            if self._one("SELECT 1 FROM entries WHERE path = ? AND type IS NOT NULL", (path,)) is not None:
+                continue
+            row = self._one("SELECT name, folder FROM paths WHERE id = ?", (path,))
+            self._database.execute("DELETE FROM entries WHERE path = ?", (path,))
+            if row is None or self._one("SELECT 1 FROM paths WHERE folder = ?", (path,)) is not None:
+                continue
+            if row[1]:
+                self._database.execute(
+                    "INSERT INTO words (words, rowid, name) VALUES ('delete', ?, ?)", (path, as_text(row[0]))
+                )
+            self._database.execute("DELETE FROM paths WHERE id = ?", (path,))
+
+    # -- file systems --------------------------------------------------------------------------------------------
+
+    def places(self, point: Point) -> list[Place]:
+        """The file systems of a snapshot."""
+        return [
+            _place(*row)
+            for row in self._rows(
+                "SELECT root, disk, partition, logical, ignores_case, parts, facts FROM volumes WHERE point = ?",
+                (point.id,),
+            )
+        ]
+
+    def put_place(self, point: Point, place: Place) -> None:
+        """The snapshot has this file system."""
+        geometry = place.geometry
+        facts = [None if geometry is None else [geometry.facts[0], geometry.table], place.replaced]
+        values = (place.root, place.disk, place.partition, place.logical, place.ignores_case, _packed(place.parts))
+        self._database.execute(
+            "INSERT OR REPLACE INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (point.id, *values, _packed(facts))
+        )
+
+    def root(self, name: str) -> int:
+        """The topmost path of a file system, by a name of its own."""
+        return self.path(0, name.encode())
+
+    # -- paths ---------------------------------------------------------------------------------------------------
+
+    def path(self, folder: int, name: bytes) -> int:
+        """The number of a path, made where it is new."""
+        row = self._one("SELECT id FROM paths WHERE folder = ? AND name = ?", (folder, name))
+        if row is not None:
+            return int(row[0])
+        cursor = self._database.execute("INSERT INTO paths (folder, name) VALUES (?, ?)", (folder, name))
+        assert cursor.lastrowid is not None
+        if folder:
+            self._database.execute("INSERT INTO words (rowid, name) VALUES (?, ?)", (cursor.lastrowid, as_text(name)))
+        return cursor.lastrowid
+
+    def above(self, path: int) -> tuple[int, bytes] | None:
+        """A path's folder and its name there; None for what is no path."""
+        row = self._one("SELECT folder, name FROM paths WHERE id = ?", (path,))
+        return None if row is None else (int(row[0]), bytes(row[1]))
+
+    def below(self, folder: int) -> list[tuple[int, bytes]]:
+        """The names in a folder, at whatever snapshot."""
+        return self._rows("SELECT id, name FROM paths WHERE folder = ?", (folder,))
+
+    def all_below(self, paths: Sequence[int]) -> Iterator[int]:
+        """These paths and all that ever was below them."""
+        for path in paths:
+            rows = self._rows(
+                "WITH RECURSIVE found (id) AS (VALUES (?) UNION SELECT paths.id FROM paths JOIN found ON folder = found.id) "
+                "SELECT id FROM found",
+                (path,),
+            )
+            yield from (row[0] for row in rows)
+
+    def all_paths(self) -> list[tuple[int, bytes]]:
+        """Every name with its number."""
+        return self._rows("SELECT id, name FROM paths WHERE folder != 0")
+
+    def with_words(self, texts: Sequence[str]) -> list[tuple[int, bytes]] | None:
+        """The names that hold all these texts, in whatever case; None where they are too short to be looked for."""
+        wanted = " ".join('"' + one.replace('"', '""') + '"' for one in texts if len(one) >= _LEAST and "\0" not in one)
+        if not wanted:
+            return None
+        return self._rows(
+            "SELECT id, name FROM paths WHERE id IN (SELECT rowid FROM words WHERE words MATCH ?)", (wanted,)
+        )
+
+    # -- what they are -------------------------------------------------------------------------------------------
+
+    def line(self, point: Point | None) -> dict[int, int]:
+        """A snapshot and what it stands on, by their numbers: how far away each is."""
+        bases = dict(self._rows("SELECT id, base FROM points"))
+        found: dict[int, int] = {}
+        at = None if point is None else point.id
+        while at is not None and at not in found:
+            found[at] = len(found)
+            at = bases.get(at)
+        return found
+
+    def children(self, line: dict[int, int], folder: int) -> dict[bytes, tuple[int, Entry]]:
+        """What is in a folder at the snapshot that the line is of, with the numbers of the paths."""
+        rows = self._rows(
+            "SELECT paths.id, name, point, type, size, mode, uid, gid, links, modified, ref FROM paths "
+            "JOIN entries ON path = paths.id WHERE folder = ?",
+            (folder,),
+        )
+        nearest: dict[bytes, tuple[int, int, Entry]] = {}
+        for path, name, point, *facts in rows:
+            far = line.get(point)
+            if far is not None and (name not in nearest or far < nearest[name][0]):
+                nearest[name] = (far, path, Entry(*facts))
+        return {name: (path, one) for name, (_, path, one) in nearest.items() if one.type is not None}
+
+    def entry(self, line: dict[int, int], path: int) -> Entry | None:
+        """What a path is at the snapshot that the line is of."""
+        found = [(line[point], one) for point, one in self.entries([path]).get(path, {}).items() if point in line]
+        return min(found, key=lambda one: one[0])[1] if found else None
+
+    def entries(self, paths: Iterable[int]) -> dict[int, dict[int, Entry | None]]:
+        """All rows of paths: by snapshot what they are from there on, None where they are gone."""
+        found: dict[int, dict[int, Entry | None]] = {}
+        wanted = list(paths)
+        for start in range(0, len(wanted), _AT_ONCE):
+            some = wanted[start : start + _AT_ONCE]
+            marks = ",".join("?" * len(some))
+            for path, point, *facts in self._rows(f"SELECT * FROM entries WHERE path IN ({marks})", some):  # noqa: S608
+                found.setdefault(path, {})[point] = None if facts[0] is None else Entry(*facts)
+        return found
+
+    def put(self, path: int, point: Point, entry: Entry | None) -> None:
+        """What a path is from this snapshot on; None: it is gone."""
+        facts = (None,) * len(Entry._fields) if entry is None else held(entry)
+        self._database.execute(
+            "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (path, point.id, *facts)
+        )
+
+    # -- what they follow from -----------------------------------------------------------------------------------
+
+    def put_unit(self, root: int, path: int, point: Point, blocks: Iterable[Range]) -> None:
+        """A folder was read at this snapshot, and what was found followed from these blocks of its file system."""
+        self._database.execute("INSERT OR REPLACE INTO units VALUES (?, ?)", (path, point.id))
+        self._database.executemany(
+            "INSERT OR IGNORE INTO asked VALUES (?, ?, ?, ?)",
+            ((root, block, path, point.id) for first, last in blocks for block in range(first, last)),
+        )
+
+    def touched(self, line: dict[int, int], root: int, blocks: Iterable[Range]) -> set[int]:
+        """The folders of a file system that do not follow from other blocks than these alone, at the line's snapshot."""
+        found: set[tuple[int, int]] = set()
+        for first, last in blocks:
+            found.update(
+                self._rows(
+                    "SELECT DISTINCT path, point FROM asked WHERE root = ? AND block >= ? AND block < ?",
+                    (root, min(first, _MOST), min(last, _MOST)),
+                )
+            )
+        return {path for path, point in found if point in line and self._unit(line, path) == point}
+
+    def _unit(self, line: dict[int, int], path: int) -> int | None:
+        """The snapshot at which a folder was read last."""
+        points = [row[0] for row in self._rows("SELECT point FROM units WHERE path = ?", (path,)) if row[0] in line]
+        return min(points, key=lambda one: line[one], default=None)
+
+
+def as_text(name: bytes) -> str:
+    """A name as the full-text index has it: without case, and a sign for each byte that is no text."""
+    text = name.decode("utf-8", "surrogateescape").casefold()
+    return "".join("\ufffd" if "\udc80" <= one <= "\udcff" else one for one in text)
+
+
+def held(entry: Entry) -> Entry:
+    """An entry as it comes back."""
+    modified = entry.modified
+    if -_MOST <= (modified or 0) <= _MOST and entry.size <= _MOST:
+        return entry
+    modified = None if modified is None else max(-_MOST, min(modified, _MOST))
+    return entry._replace(size=min(entry.size, _MOST), modified=modified)
+
+
+def known(geometry: Geometry | None) -> Geometry | None:
+    """What a reader knows, as it comes back."""
+    return None if geometry is None else Geometry((repr(geometry.facts),), geometry.table)
+
+
+def _packed(value: object) -> bytes:
+    return zlib.compress(json.dumps(value).encode(), 1)
+
+
+def _place(
+    root: int, disk: str | None, partition: int | None, logical: str, ignores_case: int, parts: bytes, facts: bytes
+) -> Place:
+    geometry, replaced = json.loads(zlib.decompress(facts))
+    return Place(
+        root,
+        disk,
+        partition,
+        logical,
+        bool(ignores_case),
+        [(name, start, length) for name, start, length in json.loads(zlib.decompress(parts))],
+        None if geometry is None else Geometry((geometry[0],), tuple(geometry[1])),
+        [(start, end) for start, end in replaced],
+    )

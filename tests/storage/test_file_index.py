@@ -1,0 +1,149 @@
+"""The index of files against a simple model: whole snapshots as dictionaries."""
+
+from __future__ import annotations
+
+import sqlite3
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvmgr import errors
+from hvmgr.operations.inside import browsing, searching
+from hvmgr.storage import file_index
+from hvmgr.storage.file_index import Entry, Place
+from hvmgr.storage.filesystems.reader import Geometry
+
+NAMES = ["a", "b", "passwd", "pass\udcffwd"]
+
+
+def entry(size):
+    return Entry("file", size, 0o644, 0, 0, 1, 0, None)
+
+
+def place(root):
+    return Place(root, "vda", 1, "", False, [("vda", 0, 100)], Geometry(("x",), (1, 2)), [(1, 2)])
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return tmp_path_factory.mktemp("index") / "files.sqlite"
+
+
+CHANGES = st.dictionaries(st.sampled_from(NAMES), st.one_of(st.none(), st.integers(0, 3)), max_size=4)
+READ = st.sets(st.integers(0, 6), max_size=4)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(0, 20), CHANGES, READ), st.tuples(st.just("remove"), st.integers(0, 20))
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(STEPS)
+def test_each_snapshot_shows_what_it_was_given_whatever_comes_and_goes(file, steps):
+    with file_index.opened(file, "vm", wait_s=5, anew=True) as index:
+        files, folders = {}, {}  # by snapshot: names with sizes; the blocks that its folder follows from
+        for number, (kind, which, *more) in enumerate(steps):
+            points = index.points()
+            chosen = points[which % len(points)] if points else None
+            with index.writing():
+                if kind == "remove":
+                    if chosen is not None:
+                        index.remove_point(chosen)
+                        del files[chosen.snapshot], folders[chosen.snapshot]
+                    continue
+                changes, blocks = more
+                base = chosen if which < 15 else None
+                point = index.add_point(f"s{number}", base)
+                root = index.root("disk")
+                index.put_place(point, place(root))
+                shown = {} if base is None else dict(files[base.snapshot])
+                for name, size in changes.items():
+                    if size is not None or name in shown:
+                        raw = name.encode("utf-8", "surrogateescape")
+                        index.put(index.path(root, raw), point, None if size is None else entry(size))
+                        shown[name] = size
+                files[point.snapshot] = {name: size for name, size in shown.items() if size is not None}
+                folders[point.snapshot] = {} if base is None else folders[base.snapshot]
+                if blocks:
+                    index.put_unit(root, root, point, [(one, one + 1) for one in blocks])
+                    folders[point.snapshot] = blocks
+        check(index, files, folders)
+
+
+def check(index, files, folders):
+    points = index.points()
+    assert {one.snapshot for one in points} == files.keys()
+    seen = set()
+    for point in points:
+        assert point.base is None or point.base in seen
+        seen.add(point.id)
+        (found,) = index.places(point)
+        assert found == place(found.root)
+        line = index.line(point)
+        shown = {
+            name.decode("utf-8", "surrogateescape"): one.size
+            for name, (_, one) in index.children(line, found.root).items()
+        }
+        assert shown == files[point.snapshot]
+        for block in range(7):
+            touched = bool(index.touched(line, found.root, [(block, block + 1)]))
+            assert touched is (block in folders[point.snapshot])
+    hits = searching.search(index, searching.Wish(paths=(b"/",), name=b"*ASS*", ignore_case=True))
+    told = {(one.path.decode("utf-8", "surrogateescape")[1:], one.entry.size): set(one.snapshots) for one in hits}
+    expected = {}
+    for snapshot, names in files.items():
+        for name, size in names.items():
+            if "ass" in name:
+                expected.setdefault((name, size), set()).add(snapshot)
+    assert told == expected
+    alive = {name for names in files.values() for name in names}
+    assert {name.decode("utf-8", "surrogateescape") for _, name in index.all_paths()} == alive
+
+
+TEXT = st.text(st.sampled_from("abßKİﬁ*?[]!-.é\udcff"), max_size=8)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT, TEXT, st.booleans())
+def test_no_name_that_fits_is_missed_by_the_words_of_a_pattern(name, pattern, ignoring):
+    raw, wanted = (one.encode("utf-8", "surrogateescape") for one in (name, pattern))
+    if browsing.fits(raw, wanted, ignoring_case=ignoring):
+        assert all(one in file_index.as_text(raw) for one in browsing.literals(wanted))
+
+
+@pytest.mark.parametrize(
+    ("path", "pattern", "counts"),
+    [
+        (b"/etc/passwd", b"/etc", [1]),
+        (b"/etc/passwd", b"/", [0]),
+        (b"/etc/passwd", b"/etc/*", [2]),
+        (b"/etc/.hidden", b"/etc/*", []),
+        (b"/etc/.hidden", b"/etc/.*", [2]),
+        (b"/a/b/c", b"/**", [0, 1, 2, 3]),
+        (b"/a/b/c", b"/**/c", [3]),
+        (b"/a/*/c", b"/a/*", [2]),
+        (b"/a/[x]/c", b"/a/[x]", [2]),
+        (b"/a", b"/a/b", []),
+    ],
+)
+def test_beginnings_of_paths_are_what_patterns_mean(path, pattern, counts):
+    parts = [browsing.parts_of(one) for one in (path, pattern)]
+    assert sorted(browsing.beginnings(*parts, ignoring_case=False)) == counts
+
+
+def test_windows_paths_ignore_case():
+    parts = browsing.parts_of(rb"C:\Users\X", ignoring_case=True)
+    assert list(browsing.beginnings([b"users", b"x", b"y"], parts, ignoring_case=True)) == [2]
+
+
+def test_a_disk_that_is_full_or_a_file_that_is_none_is_one_sentence(tmp_path):
+    said = pytest.raises(errors.HvmgrError, match="cannot be used")
+    with said, file_index.opened(tmp_path / "x", "vm", wait_s=0) as index:
+        index._database.execute("SELECT * FROM nothing")
+    with pytest.raises(errors.NoSpace), file_index.opened(tmp_path / "x", "vm", wait_s=0):
+        raise sqlite3.OperationalError("database or disk is full")
+    with pytest.raises(errors.NotFound), file_index.opened(tmp_path / "no" / "x", "vm", wait_s=0):
+        pass
