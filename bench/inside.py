@@ -1,6 +1,7 @@
-"""Files out of disks, beside a loop mount of the same chain and a plain copy, and guestfish where it is installed.
+"""Files out of disks, which of them differ, and which snapshots have them, beside what a user would take instead.
 
-The mount is what an administrator does by hand as root: a storage daemon exports the qcow2 chain by FUSE, a loop device
+That is a loop mount of the same chain, a plain copy, ``diff -rq`` over two mounts, and where they are installed guestfish and
+virt-diff. The mount is what an administrator does by hand as root: a storage daemon exports the qcow2 chain by FUSE, a loop device
 lies on that, and the kernel mounts it, in a mount namespace of its own. hvmgr needs none of it.
 """
 
@@ -16,10 +17,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from bench import harness
+import hvmgr
+from bench import harness, snapshots
 from bench.harness import Result
 from hvmgr import units
-from hvmgr.operations.inside import getting, looking, views
+from hvmgr.operations.inside import differing, getting, indexing, looking, views
 
 # FUSE export, loop mount, the work at "$2", and everything taken down again.
 _MOUNTED = """
@@ -36,6 +38,28 @@ trap 'end "$@"' EXIT
 mount -o loop,ro "$1/disk" "$2"
 {work}
 """
+# The same for all images behind "$1", at "$1/0", "$1/1" and so on.
+_ALL_MOUNTED = """
+set -e
+folder=$1; shift
+end() {
+    for one in "$folder"/*.disk; do umount "${one%.disk}" || true; kill "$(cat "$one.pid")"; done
+    for one in "$folder"/*.disk; do for _ in $(seq 2000); do mountpoint -q "$one" || break; sleep 0.005; done; done
+}
+trap end EXIT
+number=0
+for image; do
+    disk=$folder/$number.disk
+    touch "$disk"; mkdir "$folder/$number"
+    qemu-storage-daemon --daemonize --pidfile "$disk.pid" --blockdev driver=file,node-name=f,filename="$image",read-only=on \
+      --blockdev driver=qcow2,node-name=q,file=f,read-only=on --export type=fuse,id=e,node-name=q,mountpoint="$disk"
+    mount -o loop,ro,norecovery "$disk" "$folder/$number"
+    number=$((number + 1))
+done
+cd "$folder"
+{work}
+cd /
+"""
 _HVMGR = [sys.executable, "-P", "-m", "hvmgr", "file"]
 
 
@@ -47,6 +71,7 @@ class Scale:
     warm_up: int = 1
     files: int = 10_000
     large: int = units.GIB
+    changed: int = 20
     small_disk: int = units.GIB
     large_disk: int = 100 * units.GIB
 
@@ -60,8 +85,12 @@ def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Resu
         image = _disk(folder, "disk", _tree(folder, scale), scale.large + scale.files * 8192 + 64 * units.MIB)
         say("inside: list and get")
         results = [*_list(folder, image, scale), *_get(folder, image, scale)]
+        say("inside: what differs")
+        results += _diff(folder, image, scale)
         say("inside: first byte")
-        return [*results, *_first_byte(folder, scale)]
+        results += _first_byte(folder, scale)
+        say("inside: which snapshots have a file")
+        return [*results, *_index(folder, image, scale)]
 
 
 def _tree(folder: Path, scale: Scale) -> Path:
@@ -152,8 +181,10 @@ def _first_byte(folder: Path, scale: Scale) -> list[Result]:
         rounds=scale.rounds,
         warm_up=scale.warm_up,
     )
+    differ = _grown(small, large, scale)
     size = units.format_size(scale.large_disk)
     return [
+        *differ,
         *_results(f"first byte of a small file, {size}", times, aim=None, limit=0.3),
         Result(
             f"the same, beside {units.format_size(scale.small_disk)}", times["ours"], times["small"], "hvmgr", aim=1.2
@@ -161,8 +192,114 @@ def _first_byte(folder: Path, scale: Scale) -> list[Result]:
     ]
 
 
-def _results(what: str, times: dict[str, float], *, aim: float | None, limit: float | None = None) -> list[Result]:
-    names = {"mount": "FUSE export, loop mount", "guestfish": "guestfish"}
+def _child(image: Path, name: str, paths: list[bytes]) -> Path:
+    """A link more, in which some files have other bytes."""
+    with looking.opened([views.of_image(image)]) as inside:
+        reader = (browser := inside.choose(b"/")).reader
+        places = [reader.content(browser.find(path).node).segments()[0].lies()[0][0] for path in paths]
+    child = image.with_name(f"{name}.qcow2")
+    harness.program(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(image), str(child)])
+    writes = [word for place in places for word in ("-c", f"write -q -P 1 {place} 512")]
+    harness.program(["qemu-io", "-f", "qcow2", *writes, str(child)])
+    return child
+
+
+def _some(scale: Scale) -> list[bytes]:
+    step = max(1, scale.files // scale.changed)
+    return [b"/many/file %05d" % number for number in range(0, scale.files, step)]
+
+
+def _diff(folder: Path, image: Path, scale: Scale) -> list[Result]:
+    new = _child(image, "changed", _some(scale))
+
+    def in_process() -> None:
+        found = differing.between([views.of_image(image)], [views.of_image(new)])
+        assert len(found.differences) == len(_some(scale))
+
+    words = [*_HVMGR, "diff", "--image", str(image), "--image", str(new)]
+    contenders: dict[str, Callable[[], object]] = {"ours": partial(harness.program, words), "in process": in_process}
+    if _can_mount():
+        contenders["mount"] = partial(_all_mounted, folder, [image, new], "diff -rq 0 1 >/dev/null || [ $? -eq 1 ]")
+    if shutil.which("virt-diff"):
+        contenders["guestfish"] = partial(harness.program, ["virt-diff", "-a", str(image), "-A", str(new)])
+    times = harness.in_turns(contenders, rounds=scale.rounds, warm_up=scale.warm_up)
+    what = f"file diff, {len(_some(scale))} of {scale.files} files, {units.format_size(scale.large)}"
+    return _results(what, times, aim=0.5, names={"mount": "both mounted, diff -rq", "guestfish": "virt-diff"})
+
+
+def _grown(small: Path, large: Path, scale: Scale) -> list[Result]:
+    """The same change on disks of two sizes."""
+    runs = {}
+    for name, image in (("ours", large), ("small", small)):
+        child = _child(image, f"{image.stem}-changed", [b"/file"])
+        runs[name] = partial(harness.program, [*_HVMGR, "diff", "--image", str(image), "--image", str(child)])
+    times = harness.in_turns(runs, rounds=scale.rounds, warm_up=scale.warm_up)
+    what = f"file diff of one file, {units.format_size(scale.large_disk)}, beside {units.format_size(scale.small_disk)}"
+    return [Result(what, times["ours"], times["small"], "hvmgr", aim=1.5)]
+
+
+def _index(folder: Path, image: Path, scale: Scale) -> list[Result]:
+    """A VM with four snapshots of the disk, in each of which some files changed."""
+    with snapshots.prepared() as bench:
+        raw = folder / "vm.raw"
+        harness.program(["qemu-img", "convert", "-O", "raw", str(image), str(raw)])
+        disk = hvmgr.DiskSpecification(path=raw)
+        wish = hvmgr.Specification("files", template="generation1", memory=snapshots.MEMORY, disks=(disk,), networks=())
+        vm = bench.host.create_vm(wish)
+        for number in range(4):
+            vm.create_snapshot(f"s{number}")
+            (top,) = vm.now().disks.values()
+            with vm.look_inside() as inside:
+                reader = (browser := inside.choose(b"/")).reader
+                places = [reader.content(browser.find(path).node).segments()[0].lies()[0][0] for path in _some(scale)]
+            writes = [word for place in places for word in ("-c", f"write -q -P {number} {place} 512")]
+            harness.program(["qemu-io", "-f", "qcow2", *writes, top])
+        images = [Path(path) for one in vm.snapshots() for path in one.disks.values()]
+
+        def renewed() -> None:
+            with indexing.opened(vm, wait_s=10) as index:
+                with index.writing():
+                    index.remove_point(index.points()[-1])
+                assert len(indexing.update(vm, index, lambda _: None).added) == 1
+
+        def rebuilt() -> None:
+            with indexing.opened(vm, wait_s=10, anew=True) as index:
+                indexing.update(vm, index, lambda _: None)
+
+        wanted = "file 00001"
+        runs: dict[str, Callable[[], object]] = {
+            "rebuilt": rebuilt,
+            "renewed": renewed,
+            "ours": partial(bench.hvmgr, "file", "find", "files", "/", "--name", wanted, "--index"),
+        }
+        if _can_mount():
+            qcow2 = [one for one in images if one.suffix == ".qcow2"]
+            runs["mount"] = partial(
+                _all_mounted, folder, qcow2, f"for one in [0-9]; do find $one -name '{wanted}'; done"
+            )
+        times = harness.in_turns(runs, rounds=scale.rounds, warm_up=scale.warm_up)
+        what = f"which of {len(images)} snapshots have a file, {scale.files} files"
+        return [
+            *_results(what, times, aim=1.0, names={"mount": "each mounted, find"}),
+            Result(
+                f"file index of one snapshot more, {scale.files} files",
+                times["renewed"],
+                times["rebuilt"],
+                "all anew",
+                aim=0.5,
+            ),
+        ]
+
+
+def _results(
+    what: str,
+    times: dict[str, float],
+    *,
+    aim: float | None,
+    limit: float | None = None,
+    names: dict[str, str] | None = None,
+) -> list[Result]:
+    names = names or {"mount": "FUSE export, loop mount", "guestfish": "guestfish"}
     results = [
         Result(what, times["ours"], times[key], name, times.get("in process"), aim if key == "mount" else None)
         for key, name in names.items()
@@ -176,12 +313,25 @@ def _results(what: str, times: dict[str, float], *, aim: float | None, limit: fl
 def _others(folder: Path, image: Path, work: str, commands: list[str]) -> dict[str, Callable[[], object]]:
     """The same by other means, as far as this host and this user have them."""
     found: dict[str, Callable[[], object]] = {}
-    if os.geteuid() == 0 and Path("/dev/fuse").exists() and Path("/dev/loop-control").exists():
+    if _can_mount():
         found["mount"] = partial(_mounted, folder, image, work)
     if shutil.which("guestfish"):
         line = ["guestfish", "--ro", "--format=qcow2", "-a", str(image), "-m", "/dev/sda", *commands]
         found["guestfish"] = partial(harness.program, line)
     return found
+
+
+def _can_mount() -> bool:
+    return os.geteuid() == 0 and Path("/dev/fuse").exists() and Path("/dev/loop-control").exists()
+
+
+def _all_mounted(folder: Path, images: list[Path], work: str) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        script = _ALL_MOUNTED.replace("{work}", work)
+        words = ["unshare", "-m", "sh", "-c", script, "sh", name, *map(str, images)]
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+        if done.returncode != 0:
+            raise SystemExit(f"bench: the mounts failed: {done.stderr.decode(errors='replace')}")
 
 
 def _mounted(folder: Path, image: Path, work: str) -> None:

@@ -175,6 +175,7 @@ def test_ansible_is_measured():
     assert [one.ratio is not None for one in results] == [True, True]
 
 
+@pytest.mark.libvirtd
 def test_files_inside_disks_are_measured(require_program):
     require_program("mke2fs")
     scale = inside.Scale(
