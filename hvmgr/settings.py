@@ -186,16 +186,23 @@ def templates_folder() -> Path:
 
 def units_folder() -> Path:
     """The shipped systemd units: inside the installed package, or beside it in an editable install."""
-    package = Path(__file__).resolve().parent
-    inside = package / "systemd"
-    return inside if inside.is_dir() else package.parent / "share" / "systemd"
+    return _shipped("systemd")
 
 
 def native_boot_folder() -> Path:
     """The shipped parts of an initramfs that boots from a VHD: found as the units are."""
+    return _shipped("native-boot")
+
+
+def netboot_folder() -> Path:
+    """The shipped parts of the system that a machine starts over the network: found as the units are."""
+    return _shipped("netboot")
+
+
+def _shipped(name: str) -> Path:
     package = Path(__file__).resolve().parent
-    inside = package / "native-boot"
-    return inside if inside.is_dir() else package.parent / "share" / "native-boot"
+    inside = package / name
+    return inside if inside.is_dir() else package.parent / "share" / name
 
 
 def _preferences(folder: Path) -> Mapping[str, Preference]:

@@ -57,9 +57,9 @@ _MODULES = {
     "power": ("evdev", "button"),
     "port": ("virtio_console",),  # not loaded by the init script: for a guest that has an agent besides
 }
-# What is kept beside the guest besides, for guests that boot from a file on a volume (native boot of VHDs), and for machines
-# that write file systems.
-_KEPT = ("virtio_pci", "virtio_blk", "ext4", "loop", "dm_mod", "dm_snapshot", "dm_zero", "xfs", "btrfs", "exfat",
+# What is kept beside the guest besides, for guests that boot from a file on a volume (native boot of VHDs), machines that write
+# file systems, and machines that start over the network.
+_KEPT = ("virtio_pci", "virtio_blk", "virtio_net", "ext4", "loop", "dm_mod", "dm_snapshot", "dm_zero", "xfs", "btrfs", "exfat",
          "crc32c_generic", "xxhash_generic", "sha256_generic", "blake2b_generic")  # fmt: skip
 _DOWNLOAD_S = 600.0
 _PROGRAM_S = 120.0
@@ -76,7 +76,7 @@ class Guest:
 
     @property
     def modules(self) -> Path:
-        """A folder as ``/lib/modules`` of such a kernel, with the modules of virtio disks, ext4, XFS, Btrfs, exFAT, loop and device mapper."""
+        """A folder as ``/lib/modules`` of such a kernel, with the modules of virtio, ext4, XFS, Btrfs, exFAT, loop and device mapper."""
         return self.kernel.parent / "modules"
 
 

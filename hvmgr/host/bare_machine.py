@@ -27,6 +27,7 @@ class Machine:
     uefi: bool = False
     loader_folder: Path | None = None
     kernel: tuple[Path, Path, str] | None = None  # started directly: kernel, initramfs, arguments
+    boot_url: str | None = None  # what its network card loads first; 10.0.2.2 is this host's loopback
 
 
 def lines(machine: Machine, work: Path, *, time_s: float) -> Iterator[str]:
@@ -105,6 +106,9 @@ def _command(machine: Machine, log: Path, accelerator: str) -> list[str | Path]:
         keep = "off" if written else "on"
         argv += ["-drive", f"if=none,id=disk{number},format={fmt},snapshot={keep},file={_escaped(path)}"]
         argv += ["-device", f"virtio-blk-pci,drive=disk{number}"]
+    if machine.boot_url is not None:
+        argv += ["-netdev", f"user,id=net,bootfile={machine.boot_url.replace(',', ',,')}"]
+        argv += ["-device", "virtio-net-pci,netdev=net,bootindex=0"]
     if machine.kernel is not None:
         kernel, initrd, arguments = machine.kernel
         argv += ["-kernel", kernel, "-initrd", initrd, "-append", arguments]

@@ -32,6 +32,7 @@ _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin",
 
 # Debian's names; Fedora and RHEL carry most of them in a package of the program's own name.
 _PACKAGES = {
+    "blkdiscard": "util-linux",
     "cryptsetup": "cryptsetup-bin",
     "debugfs": "e2fsprogs",
     "dmsetup": "dmsetup",

@@ -117,8 +117,11 @@ class Catalog:
         self._write([*(one for one in self.entries() if one.name != entry.name), entry])
 
     def drop(self, name: str) -> None:
-        """The document does not have it."""
+        """The document does not have it, and nothing is known to stand on it."""
         self._write([one for one in self.entries() if one.name != name])
+        known = self._links()
+        if known.pop(name, None) is not None:
+            self._write_links(known)
 
     def move(self, name: str, group: str) -> None:
         """The image is in that group."""
@@ -138,10 +141,16 @@ class Catalog:
         return [Path(one) for one in self._links().get(name, ())]
 
     def note_link(self, name: str, child: Path) -> None:
-        """One more of them, before it is made; the caller is ``changing`` the catalog until it is."""
+        """One more of them, before it has its name; the caller is ``changing`` the catalog until it has."""
         known = self._links()
         known[name] = sorted({*known.get(name, ()), str(child)})
-        durable.write_file(self.folder / _LINKS, json.dumps(known).encode())
+        self._write_links(known)
+
+    def forget_link(self, name: str, child: Path) -> None:
+        """One less: it was not made."""
+        known = self._links()
+        known[name] = [one for one in known.get(name, ()) if one != str(child)]
+        self._write_links(known)
 
     def _links(self) -> dict[str, list[str]]:
         try:
@@ -154,6 +163,9 @@ class Catalog:
             raise errors.Corrupt(
                 f"{file} is damaged: nobody knows what stands on the images", path=str(file)
             ) from error
+
+    def _write_links(self, known: dict[str, list[str]]) -> None:
+        durable.write_file(self.folder / _LINKS, json.dumps(known).encode())
 
     def _write(self, entries: list[Entry]) -> None:
         document = {"version": VERSION, "images": [one.document() for one in entries]}

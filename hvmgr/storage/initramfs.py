@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hvmgr import errors
@@ -64,3 +64,13 @@ def with_libraries(program: str) -> dict[str, Path]:
     if "loader" not in found:
         raise errors.HostFailed(f"ldd does not say what {path} is linked with: {told.strip()}")
     return found
+
+
+def programs(wanted: Iterable[str], folder: str) -> Iterator[tuple[str, int, bytes]]:
+    """Programs of this host in ``folder/bin``, and what they are linked with, once each, in ``folder/lib``: to be packed."""
+    packed: dict[str, Path] = {}
+    for program in wanted:
+        for name, path in with_libraries(program).items():
+            packed.setdefault(f"{folder}/{'bin' if name == program else 'lib'}/{name}", path)
+    for name, path in packed.items():
+        yield name, 0o100755, path.read_bytes()

@@ -98,15 +98,20 @@ def group(request: Request, /, *, names: tuple[str, ...], group: str, folder: Pa
         request.done(f"{', '.join(names)}: group {group}", {"images": [one.document() for one in moved]})
 
 
-@command.command("remove", examples=["hvmgr catalog remove debian"])
+@command.command("remove", examples=["hvmgr catalog remove debian",
+                                     "hvmgr catalog remove debian --gone /srv/vms/web.vhd"])  # fmt: skip
 @click.argument("name", metavar="NAME")
+@click.option(
+    "--gone", metavar="FILE", type=_path, multiple=True,
+    help="An image that was made on it here, and was removed since, not moved. Repeatable.",
+)  # fmt: skip
 @_place
 @click.pass_obj
-def remove(request: Request, /, *, name: str, folder: Path | None) -> None:
+def remove(request: Request, /, *, name: str, gone: tuple[Path, ...], folder: Path | None) -> None:
     """Remove an image from the catalog, with its file; refused while something stands on it."""
     request.require_consent(f"the image '{name}' is removed from the catalog, with its file")
     with request.host() as host, request.changing():
-        gone = _catalog(host, folder).remove(name)
+        gone = _catalog(host, folder).remove(name, gone=gone)
         request.done(f"removed {name}", _facts(gone))
 
 
@@ -147,6 +152,45 @@ def deploy(request: Request, /, *, name: str, target: str, folder: Path | None, 
         vm = catalog.deploy_vm(name, _specification(target, wish), linked=linked, answered=answered)
         facts = {"image": name, "path": str(vm.path), "vm": vm.name, "linked": linked}
         request.done(f"deployed {name} to the VM {vm.name} in {vm.path}", facts)
+
+
+@command.command("netboot", examples=["hvmgr catalog netboot --url http://deploy/catalog",
+                                      "hvmgr catalog netboot debian --url http://deploy/catalog --expand",
+                                      "hvmgr catalog netboot debian --url http://deploy/catalog --default debian"])  # fmt: skip
+@click.argument("names", metavar="NAME…", nargs=-1)
+@click.option("--url", metavar="URL", required=True, help="Where a web server shows the catalog's folder: http://….")
+@click.option("--expand", is_flag=True, help="Write what a VHD shows to the whole disk, not the VHD to a volume of it.")
+@click.option("--disk", metavar="DISK", help="The machines' disk, as Linux names it (sda); without it their only one.")
+@click.option("--overwrite", is_flag=True, help="Give up what the disk, or a VHD of the same name on it, holds.")
+@click.option("--default", metavar="NAME", help="Take this image when nobody chooses; without it the machine's own disk.")
+@click.option("--timeout", "timeout_s", metavar="S", type=click.IntRange(min=0), default=15, show_default=True,
+              help="Seconds in which somebody may choose; 0 asks nobody.")  # fmt: skip
+@click.option("--append", "arguments", metavar="ARGS", default="", help="More arguments of the environment's kernel.")
+@click.option("--kernel", metavar="FILE", type=_path, help="The environment's kernel; without it this host's newest.")
+@click.option("--modules", metavar="DIR", type=_path, help="The folder lib/modules/VERSION of that kernel.")
+@_place
+@click.pass_obj
+def netboot(request: Request, /, *, names: tuple[str, ...], folder: Path | None, **wish: Any) -> None:
+    """Let machines that start over the network get images of the catalog onto their disks.
+
+    Writes a script for iPXE and a small boot environment into the catalog's folder. A VHD is put on a volume of the machine's
+    disk, with a boot entry; a raw image is written to the whole disk. A disk that holds anything else is left alone.
+    """
+    from hvmgr.model.netboot import NetbootOptions
+
+    with request.host() as host, request.changing():
+        made = _catalog(host, folder).netboot(NetbootOptions(names=names, **wish))
+        for name, why in made.left_out:
+            host.reporter.notice(f"'{name}' is left out: {why}")
+        request.done(
+            f"machines start {made.url}",
+            {
+                "folder": str(made.folder),
+                "url": made.url,
+                "images": [{"name": one.name, "how": one.how.value} for one in made.offers],
+                "left_out": [{"name": name, "why": why} for name, why in made.left_out],
+            },
+        )
 
 
 def _catalog(host: Host, folder: Path | None) -> Images:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hvmgr import errors
-from hvmgr.storage import ext, partitions
+from hvmgr.storage import ext, kernel_modules, partitions
 from hvmgr.storage.ext import Disk, FileSystem
 
 _KERNEL = re.compile(r"vmlinuz-(.+)")
@@ -180,23 +180,8 @@ def _unpacked(files: FileSystem, path: str) -> bytes:
     if data is None:
         raise errors.NotFound(f"{files.what} has no {path}", hint="run depmod in the system itself")
     try:
-        return _plain(path, data)
+        return kernel_modules.plain(path, data)
     except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise errors.Corrupt(
             f"{files.what} has a damaged {path}: {error}", hint="install that kernel again in the system itself"
         ) from error
-
-
-def _plain(path: str, data: bytes) -> bytes:
-    if path.endswith(".xz"):
-        return lzma.decompress(data)
-    if path.endswith(".gz"):
-        return gzip.decompress(data)
-    if path.endswith(".zst"):
-        from hvmgr.host import process
-
-        told = process.run(["zstd", "-dcq"], input=data, timeout_s=60, ok_codes=(0, 1))
-        if told.code != 0:
-            raise EOFError(told.stderr.strip())
-        return told.stdout
-    return data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,32 +64,32 @@ def prepare(
     with vhd.open_chain(path, folders=found.folders) as chain:
         requirements.require_space(path, chain, has_layer=has_layer, others=others)
         system = guest_system.find(chain, str(path), wish.kernel)
-        files = tuple(requirements.describe(image.path, place, _head(image)) for image in chain.images)
+        files = describe(chain, place)
         layers.require_fitting(path, chain.size, old, files, has_layer=has_layer)
-        blocks, copied = _kernel_from(chain, wish)
-        entry = _entry(path, found, wish, place, system, files, (entry_id, has_layer, copied))
-        table = boot_map.mapper_table(boot_map.joined(chain.pieces()))
-        damage = layers.damage(entry)
-        return Made(
-            entry,
-            boot_menu.section(entry, partition=system.boot.grub_name, table=blocks),
-            supplement.build(entry, system, table),
-            system.kernel_files() if copied else None,
-            has_layer and not Path(entry.layer_file).exists(),
-            system.warnings if damage is None else (*system.warnings, f"{damage}; hvmgr boot revert throws it away"),
-        )
+        made = assemble(chain, found, wish, place, system, files, image=str(path), entry_id=entry_id)
+        damage = layers.damage(made.entry)
+        if damage is None:
+            return made
+        return replace(made, warnings=(*made.warnings, f"{damage}; hvmgr boot revert throws it away"))
 
 
-def _entry(
-    path: Path, found: Recognised, wish: BootOptions, place: Place, system: LinuxSystem, files: tuple[ImageFile, ...],
-    chosen: tuple[str, bool, bool],
-) -> BootEntry:  # fmt: skip
-    entry_id, has_layer, copied = chosen
+def describe(chain: Chain, place: Place) -> tuple[ImageFile, ...]:
+    """The files of a disk as they are now, the VHD first."""
+    return tuple(requirements.describe(image.path, place, _head(image)) for image in chain.images)
+
+
+def assemble(
+    chain: Chain, found: Recognised, wish: BootOptions, place: Place, system: LinuxSystem, files: tuple[ImageFile, ...],
+    *, image: str, entry_id: str,
+) -> Made:  # fmt: skip
+    """All parts of an entry, for a VHD that lies, or is going to lie, at the path ``image`` on its machine."""
+    has_layer = wants_layer(found, wish)
+    blocks, copied = _kernel_from(chain, wish)
     number = "" if system.root.number is None else str(system.root.number)
-    return BootEntry(
+    entry = BootEntry(
         id=entry_id,
-        title=wish.title or path.name,
-        image=str(path),
+        title=wish.title or Path(image).name,
+        image=image,
         kind=found.type.value,
         size=found.size,
         volume=place.id,
@@ -103,6 +103,15 @@ def _entry(
         extra=wish.arguments,
         copied=copied,
         added=units.to_rfc3339(datetime.now(UTC)),
+    )
+    table = boot_map.mapper_table(boot_map.joined(chain.pieces()))
+    return Made(
+        entry,
+        boot_menu.section(entry, partition=system.boot.grub_name, table=blocks),
+        supplement.build(entry, system, table),
+        system.kernel_files() if copied else None,
+        has_layer and not Path(entry.layer_file).exists(),
+        system.warnings,
     )
 
 

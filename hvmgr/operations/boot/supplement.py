@@ -34,21 +34,24 @@ def _contents(entry: BootEntry, system: LinuxSystem, table: str) -> Iterator[tup
     yield "conf/conf.d/hvmgr", _FILE, (shipped / "conf").read_bytes()
     for name in ("local-top", "local-bottom", "shutdown"):
         yield f"hvmgr/{name}", _PROGRAM, (shipped / name).read_bytes()
-    yield "hvmgr/boot.conf", _FILE, _words(entry).encode()
+    yield "hvmgr/boot.conf", _FILE, words(entry).encode()
     lines = (
         f"{one.length} {one.mtime if entry.layer else '-'} {one.head} {one.sha256} {one.path}\n" for one in entry.files
     )
     yield "hvmgr/images", _FILE, "".join(lines).encode("utf-8", "surrogateescape")
     yield "hvmgr/table", _FILE, table.encode()
     yield "hvmgr/bin/busybox", _PROGRAM, initramfs.installed_busybox()
-    yield from _programs(_PROGRAMS[entry.volume_type])
+    programs = _PROGRAMS[entry.volume_type]
+    yield from initramfs.programs(programs, "hvmgr")
+    if "ntfs-3g" in programs:
+        yield "hvmgr/bin/@ntfs-3g", _LINK, b"../lib/loader"
     modules = guest_system.modules(system, _MODULES[entry.volume_type])
     yield "hvmgr/modules/ORDER", _FILE, "".join(f"{name}\n" for name, _ in modules).encode()
     for name, data in modules:
         yield f"hvmgr/modules/{name}", _FILE, data
 
 
-def _words(entry: BootEntry) -> str:
+def words(entry: BootEntry) -> str:
     """What the scripts want to know, as words of the shell."""
     facts = {
         "host": f"UUID={entry.volume}",
@@ -58,15 +61,3 @@ def _words(entry: BootEntry) -> str:
         "sectors": str(entry.size // _SECTOR),
     }
     return "".join(f"{name}={shlex.quote(value)}\n" for name, value in facts.items())
-
-
-def _programs(wanted: tuple[str, ...]) -> Iterator[tuple[str, int, bytes]]:
-    packed: dict[str, bytes] = {}
-    for program in wanted:
-        for name, path in initramfs.with_libraries(program).items():
-            folder = "bin" if name == program else "lib"
-            packed.setdefault(f"hvmgr/{folder}/{name}", path.read_bytes())
-    for name, data in packed.items():
-        yield name, _PROGRAM, data
-    if "ntfs-3g" in wanted:
-        yield "hvmgr/bin/@ntfs-3g", _LINK, b"../lib/loader"

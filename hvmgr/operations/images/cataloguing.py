@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,8 @@ from hvmgr.storage import copy, durable, index
 from hvmgr.storage.catalog import WIM, Answer, AnswerKind, Catalog, Entry, require_group, require_name
 
 if TYPE_CHECKING:
+    from hvmgr.model.netboot import NetbootOptions
+    from hvmgr.operations.boot.netboot import Published
     from hvmgr.operations.host import Host
     from hvmgr.operations.vm import VM
 
@@ -113,17 +115,21 @@ class Images:
                 self._catalog.move(one.name, group)
         return [self._catalog.entry(name) for name in names]
 
-    def remove(self, name: str) -> Entry:
-        """The image is not in the catalog any more; Conflict while a VM or another image stands on it."""
+    def remove(self, name: str, *, gone: Sequence[Path | str] = ()) -> Entry:
+        """The image is not in the catalog any more; Conflict while a VM or another image stands on it.
+
+        One that was made on it and is not at its place may have been moved: the caller says which of these are ``gone``.
+        """
         entry = self._catalog.entry(name)
+        removed = self._gone(name, gone)
         path = self._catalog.path(entry.file)
         if path.exists():
             changes.complete(self._host, [path])
-        self._require_unneeded(name, path)
+        self._require_unneeded(name, path, removed)
         self._approve("catalog remove", f"remove '{name}' ({entry.file}) from {self.folder}")
         with self._standing(entry):
             changes.require_settled([path])
-            self._require_unneeded(name, path)
+            self._require_unneeded(name, path, removed)
             self._catalog.drop(name)
             durable.remove(path)
             if entry.answer is not None:
@@ -183,6 +189,12 @@ class Images:
                 self._make(entry, target, report, linked=False, answered=True)
             return self._host.create_vm(_with_disk(spec, DiskSpecification(path=target)))
 
+    def netboot(self, options: NetbootOptions) -> Published:
+        """Machines that start over the network can get the images onto their disks, as long as a web server serves the folder."""
+        from hvmgr.operations.boot import netboot
+
+        return netboot.publish(self._host, self._catalog, options)
+
     def _require_new(self, name: str) -> None:
         if any(one.name == name for one in self._catalog.entries()):
             raise errors.Conflict(
@@ -199,12 +211,26 @@ class Images:
                 raise changes.changed_meanwhile(path)
             yield
 
-    def _require_unneeded(self, name: str, path: Path) -> None:
+    def _gone(self, name: str, gone: Sequence[Path | str]) -> set[Path]:
+        """Those that the caller speaks of, which were made on the image."""
+        told = {Path(os.path.realpath(one)) for one in gone}
+        if unknown := told - set(self._catalog.links(name)):
+            raise errors.UsageError(f"{min(unknown)} was not made on '{name}'")
+        return told
+
+    def _require_unneeded(self, name: str, path: Path, gone: Container[Path]) -> None:
         """Conflict while a VM or another image stands on it."""
         if not path.exists():
             return
         for child in self._catalog.links(name):
-            if _may_stand_on(child, path):
+            if not _is_there(child):
+                if child not in gone:
+                    raise errors.Conflict(
+                        f"{child}, which was made on '{name}', is not there any more; if it was moved, it needs '{name}'",
+                        hint=f"if it was removed, say so: hvmgr catalog remove {name} --gone {shlex.quote(str(child))}",
+                        path=str(child),
+                    )
+            elif _may_stand_on(child, path):
                 raise errors.Conflict(
                     f"{child} stands on '{name}'", hint="remove or merge that one first", path=str(child)
                 )
@@ -256,11 +282,19 @@ class Images:
             path=str(target), format=(ImageFormat.VHD if fmt is ImageFormat.VHD else ImageFormat.QCOW2).value,
             type="differencing", size=entry.disk or 0, parent=str(source), parent_format=_driver(fmt), block_size=None,
         )  # fmt: skip
-        self._catalog.note_link(
-            entry.name, target
-        )  # first: a note without an image says nothing, the reverse loses one
-        with making.named(target) as part:
+        with self._noted(entry.name, target), making.named(target) as part:
             making.make(part, target, step)
+
+    @contextlib.contextmanager
+    def _noted(self, name: str, target: Path) -> Iterator[None]:
+        """Before it is there: a note without an image asks a question, an image without a note is lost."""
+        self._catalog.note_link(name, target)
+        try:
+            yield
+        except BaseException:
+            if not target.exists():
+                self._catalog.forget_link(name, target)
+            raise
 
     def _require_unchanged(self, entry: Entry, *, thoroughly: bool = False) -> None:
         path = self._catalog.path(entry.file)
@@ -305,14 +339,19 @@ class Images:
         changes.require_approval(self._host, changes.plan_of(operation, f"{operation} in {self.folder}", steps))
 
 
-def _may_stand_on(child: Path, path: Path) -> bool:
-    """Whether an image has another below it; one that nobody can read may have."""
+def _is_there(child: Path) -> bool:
+    """Whether there is anything at the place of an image; what nobody can look at may be there."""
     try:
         child.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError:
         return True
+    return True
+
+
+def _may_stand_on(child: Path, path: Path) -> bool:
+    """Whether an image has another below it; one that nobody can read may have."""
     try:
         return any(one.samefile(path) for one in recognition.chain_of(child, [path.parent]))
     except (errors.HvmgrError, OSError):
