@@ -111,8 +111,8 @@ def remove(request: Request, /, *, name: str, gone: tuple[Path, ...], folder: Pa
     """Remove an image from the catalog, with its file; refused while something stands on it."""
     request.require_consent(f"the image '{name}' is removed from the catalog, with its file")
     with request.host() as host, request.changing():
-        gone = _catalog(host, folder).remove(name, gone=gone)
-        request.done(f"removed {name}", _facts(gone))
+        removed = _catalog(host, folder).remove(name, gone=gone)
+        request.done(f"removed {name}", _facts(removed))
 
 
 @command.command("deploy", examples=["hvmgr catalog deploy debian --to web --memory 2G",
@@ -128,6 +128,8 @@ def remove(request: Request, /, *, name: str, gone: tuple[Path, ...], folder: Pa
 @click.option("--vcpus", type=click.IntRange(min=1), metavar="N", help="Of the VM; the template decides otherwise.")
 @click.option("--template", metavar="T", help="Of the VM: generation1, or generation2, the default.")
 @click.option("--network", "networks", multiple=True, metavar="NET", help="Of the VM, as of 'vm create'. Repeatable.")
+@click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True,
+              help="Of the VM, as of 'vm create'.")  # fmt: skip
 @click.option("--size", metavar="S", type=arguments.Size(), help="Of a WIM: the size of the disk that is made.")
 @click.option("--image", metavar="N|NAME", help="Of a WIM: which of its images.")
 @click.option(
@@ -162,7 +164,9 @@ def deploy(request: Request, /, *, name: str, target: str, folder: Path | None, 
 @click.option("--expand", is_flag=True, help="Write what a VHD shows to the whole disk, not the VHD to a volume of it.")
 @click.option("--disk", metavar="DISK", help="The machines' disk, as Linux names it (sda); without it their only one.")
 @click.option("--overwrite", is_flag=True, help="Give up what the disk, or a VHD of the same name on it, holds.")
-@click.option("--default", metavar="NAME", help="Take this image when nobody chooses; without it the machine's own disk.")
+@click.option(
+    "--default", metavar="NAME", help="Take this image when nobody chooses; without it the machine's own disk."
+)
 @click.option("--timeout", "timeout_s", metavar="S", type=click.IntRange(min=0), default=15, show_default=True,
               help="Seconds in which somebody may choose; 0 asks nobody.")  # fmt: skip
 @click.option("--append", "arguments", metavar="ARGS", default="", help="More arguments of the environment's kernel.")
@@ -206,6 +210,7 @@ def _specification(name: str, wish: dict[str, Any]) -> Specification:
         memory=wish["memory"],
         vcpus=wish["vcpus"],
         networks=specification.parse_networks(wish["networks"]),
+        accel=specification.Acceleration(wish["accel"]),
     )
 
 

@@ -23,13 +23,33 @@ _PROGRAMS = ("sfdisk", "mke2fs", "blkdiscard")
 # Which drivers it has, by their places in a distribution's tree; a folder without places holds what it should.
 _DRIVERS = tuple(
     f"kernel/{one}"
-    for one in """
-    drivers/net/ethernet/ drivers/net/phy/ drivers/net/mdio/ drivers/net/usb/ drivers/net/virtio_net drivers/net/vmxnet3/
-    drivers/net/hyperv/ drivers/net/xen-netfront drivers/ata/ drivers/nvme/host/ drivers/scsi/ drivers/message/fusion/
-    drivers/block/virtio_blk drivers/block/xen-blkfront drivers/virtio/ drivers/hv/ drivers/mmc/ drivers/usb/host/
-    drivers/usb/storage/ drivers/hid/ drivers/pci/controller/ drivers/input/serio/
-    fs/ext4/ arch/x86/crypto/crc32 crypto/crc32c
-    """.split()
+    for one in [
+        "drivers/net/ethernet/",
+        "drivers/net/phy/",
+        "drivers/net/mdio/",
+        "drivers/net/usb/",
+        "drivers/net/virtio_net",
+        "drivers/net/vmxnet3/",
+        "drivers/net/hyperv/",
+        "drivers/net/xen-netfront",
+        "drivers/ata/",
+        "drivers/nvme/host/",
+        "drivers/scsi/",
+        "drivers/message/fusion/",
+        "drivers/block/virtio_blk",
+        "drivers/block/xen-blkfront",
+        "drivers/virtio/",
+        "drivers/hv/",
+        "drivers/mmc/",
+        "drivers/usb/host/",
+        "drivers/usb/storage/",
+        "drivers/hid/",
+        "drivers/pci/controller/",
+        "drivers/input/serio/",
+        "fs/ext4/",
+        "arch/x86/crypto/crc32",
+        "crypto/crc32c",
+    ]
 )
 _FIRMWARE = Path("/lib/firmware")
 _CORE_SECTOR = 40  # as in share/netboot/layout, like the size of the EFI system partition

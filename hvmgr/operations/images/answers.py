@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hvmgr import errors
+from hvmgr import errors, units
 from hvmgr.host import e2fsprogs, ntfs
 from hvmgr.operations.images import disks, volumes
 from hvmgr.operations.images.recognition import Recognised
@@ -12,8 +12,29 @@ from hvmgr.operations.images.volumes import Found
 from hvmgr.storage.catalog import AnswerKind
 from hvmgr.vhd.source import RawSource
 
+_ANSWER_MAX = 16 * units.MIB
 _PANTHER = "Windows/Panther"
 _SEED = "/var/lib/cloud/seed/nocloud"
+
+
+def kind_of(path: Path) -> AnswerKind:
+    """An XML file is Windows' answer file; what begins as cloud-init's user data is that."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except FileNotFoundError:
+        raise errors.NotFound(f"there is no {path}", path=str(path)) from None
+    except IsADirectoryError:
+        raise errors.UsageError(f"{path} is a folder, not an answer file") from None
+    if path.stat().st_size > _ANSWER_MAX:
+        raise errors.UsageError(f"{path} is too large for an answer file", hint="it has at most 16 MiB")
+    if b"<unattend" in head or (path.suffix.lower() == ".xml" and head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<")):
+        return AnswerKind.UNATTEND
+    if head.startswith((b"#cloud-config", b"#!", b"#include", b"Content-Type: multipart", b"## template: jinja")):
+        return AnswerKind.CLOUD_INIT
+    raise errors.UsageError(
+        f"{path} is no answer file", hint="give an unattend.xml of Windows, or cloud-init's user data (#cloud-config …)"
+    )
 
 
 def put(found: Recognised, kind: AnswerKind, answer: Path, place: Path, report: disks.Report) -> None:

@@ -24,7 +24,7 @@ from hvmgr.model.progress import Progress
 from hvmgr.model.specification import DiskSpecification, Specification
 from hvmgr.model.wim_options import WimApplyOptions
 from hvmgr.operations import image_users
-from hvmgr.operations.images import answers, changes, disks, making, recognition, sysprep, volumes
+from hvmgr.operations.images import answers, catalog_links, changes, disks, making, recognition, sysprep, volumes
 from hvmgr.operations.images.recognition import Recognised
 from hvmgr.storage import copy, durable, index
 from hvmgr.storage.catalog import WIM, Answer, AnswerKind, Catalog, Entry, require_group, require_name
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
 _READABLE = 0o444
-_ANSWER_MAX = 16 * units.MIB
 
 
 class Images:
@@ -80,7 +79,7 @@ class Images:
         wanted = path.stem if name is None else name
         require_name(wanted)
         require_group(group)
-        told = None if answer is None else _answer_of(Path(answer))
+        told = None if answer is None else answers.kind_of(Path(answer))
         kind, disk, parts = self._looked_at(path)
         self._require_new(wanted)
         self._approve("catalog add", f"copy {path} into {self.folder} as '{wanted}', group '{group}'")
@@ -121,7 +120,7 @@ class Images:
         One that was made on it and is not at its place may have been moved: the caller says which of these are ``gone``.
         """
         entry = self._catalog.entry(name)
-        removed = self._gone(name, gone)
+        removed = catalog_links.gone(self._catalog, name, gone)
         path = self._catalog.path(entry.file)
         if path.exists():
             changes.complete(self._host, [path])
@@ -211,29 +210,11 @@ class Images:
                 raise changes.changed_meanwhile(path)
             yield
 
-    def _gone(self, name: str, gone: Sequence[Path | str]) -> set[Path]:
-        """Those that the caller speaks of, which were made on the image."""
-        told = {Path(os.path.realpath(one)) for one in gone}
-        if unknown := told - set(self._catalog.links(name)):
-            raise errors.UsageError(f"{min(unknown)} was not made on '{name}'")
-        return told
-
     def _require_unneeded(self, name: str, path: Path, gone: Container[Path]) -> None:
         """Conflict while a VM or another image stands on it."""
         if not path.exists():
             return
-        for child in self._catalog.links(name):
-            if not _is_there(child):
-                if child not in gone:
-                    raise errors.Conflict(
-                        f"{child}, which was made on '{name}', is not there any more; if it was moved, it needs '{name}'",
-                        hint=f"if it was removed, say so: hvmgr catalog remove {name} --gone {shlex.quote(str(child))}",
-                        path=str(child),
-                    )
-            elif _may_stand_on(child, path):
-                raise errors.Conflict(
-                    f"{child} stands on '{name}'", hint="remove or merge that one first", path=str(child)
-                )
+        catalog_links.require_none(self._catalog, name, path, gone)
         managed = {one.name for one in index.entries()}
         for user in image_users.of(self._host, path):
             raise changes.needed(path, user, managed)
@@ -282,19 +263,8 @@ class Images:
             path=str(target), format=(ImageFormat.VHD if fmt is ImageFormat.VHD else ImageFormat.QCOW2).value,
             type="differencing", size=entry.disk or 0, parent=str(source), parent_format=_driver(fmt), block_size=None,
         )  # fmt: skip
-        with self._noted(entry.name, target), making.named(target) as part:
+        with catalog_links.noted(self._catalog, entry.name, target), making.named(target) as part:
             making.make(part, target, step)
-
-    @contextlib.contextmanager
-    def _noted(self, name: str, target: Path) -> Iterator[None]:
-        """Before it is there: a note without an image asks a question, an image without a note is lost."""
-        self._catalog.note_link(name, target)
-        try:
-            yield
-        except BaseException:
-            if not target.exists():
-                self._catalog.forget_link(name, target)
-            raise
 
     def _require_unchanged(self, entry: Entry, *, thoroughly: bool = False) -> None:
         path = self._catalog.path(entry.file)
@@ -339,47 +309,8 @@ class Images:
         changes.require_approval(self._host, changes.plan_of(operation, f"{operation} in {self.folder}", steps))
 
 
-def _is_there(child: Path) -> bool:
-    """Whether there is anything at the place of an image; what nobody can look at may be there."""
-    try:
-        child.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _may_stand_on(child: Path, path: Path) -> bool:
-    """Whether an image has another below it; one that nobody can read may have."""
-    try:
-        return any(one.samefile(path) for one in recognition.chain_of(child, [path.parent]))
-    except (errors.HvmgrError, OSError):
-        return True
-
-
 def _with_disk(spec: Specification, disk: DiskSpecification) -> Specification:
     return replace(spec, disks=(disk, *spec.disks))
-
-
-def _answer_of(path: Path) -> AnswerKind:
-    """An XML file is Windows' answer file; what begins as cloud-init's user data is that."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-    except FileNotFoundError:
-        raise errors.NotFound(f"there is no {path}", path=str(path)) from None
-    except IsADirectoryError:
-        raise errors.UsageError(f"{path} is a folder, not an answer file") from None
-    if path.stat().st_size > _ANSWER_MAX:
-        raise errors.UsageError(f"{path} is too large for an answer file", hint="it has at most 16 MiB")
-    if b"<unattend" in head or (path.suffix.lower() == ".xml" and head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"<")):
-        return AnswerKind.UNATTEND
-    if head.startswith((b"#cloud-config", b"#!", b"#include", b"Content-Type: multipart", b"## template: jinja")):
-        return AnswerKind.CLOUD_INIT
-    raise errors.UsageError(
-        f"{path} is no answer file", hint="give an unattend.xml of Windows, or cloud-init's user data (#cloud-config …)"
-    )
 
 
 def _copy(source: Path, target: Path, report: disks.Report, *, mode: int = 0o600) -> None:

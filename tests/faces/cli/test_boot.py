@@ -24,8 +24,7 @@ from hvmgr.vhd.source import read
 from tests.operations.boot import mini, physical
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "commands.md").read_text("utf-8")
-VERSION = "6.1.0-1-amd64"
-MODULES = ("loop", "dm_mod", "dm_snapshot", "dm_zero", "ext4")
+VERSION = mini.LOOKALIKE
 SIZE = 12 << 20
 CHUNK = layer.CHUNK
 
@@ -36,19 +35,7 @@ def raw(tmp_path_factory, require_program):
     for program in ("mke2fs", "dmsetup", "ldd"):
         require_program(program)
     folder = tmp_path_factory.mktemp("raw")
-    tree = folder / "tree"
-    modules = tree / "lib" / "modules" / VERSION
-    for one in (modules, tree / "etc" / "default", tree / "boot"):
-        one.mkdir(parents=True)
-    (modules / "modules.dep").write_text("".join(f"kernel/{name}.ko:\n" for name in MODULES))
-    (modules / "kernel").mkdir()
-    for name in MODULES:
-        (modules / "kernel" / f"{name}.ko").write_bytes(b"module")
-    (tree / "boot" / f"vmlinuz-{VERSION}").write_bytes(b"kernel")
-    (tree / "boot" / f"initrd.img-{VERSION}").write_bytes(b"initrd")
-    (tree / "etc" / "default" / "grub").write_text('GRUB_CMDLINE_LINUX="quiet"\n')
-    (tree / "etc" / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
-    mini.write_partitioned(folder / "raw", tree, SIZE)
+    mini.make_lookalike(folder / "raw", folder / "tree", SIZE)
     return folder / "raw"
 
 

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
+
+from hvmgr.faces import console
+from hvmgr.host import hypervisor
+from hvmgr.operations.boot import machine
+from tests.operations.boot import mini
+
+BOOT_S = 400  # beside other tests
 
 
 @pytest.fixture
@@ -66,3 +76,37 @@ def test_refusals_are_one_sentence(hvmgr, place):
     for linked in ((), ("--linked",)):
         assert hvmgr("catalog", "deploy", "gold", "--to", f"{place}/vms", *linked, *words).code == 6
     assert list((place / "vms").iterdir()) == []
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(900)
+def test_vms_of_an_image_boot(hvmgr, place, counting_guest, require_program):
+    """An image with a boot loader and the counting guest: a copy and a linked VM start from it, and count on their disks."""
+    for program in ("mke2fs", "grub-mkimage"):
+        require_program(program)
+    tree = place / "tree"
+    (tree / "boot" / "grub").mkdir(parents=True)
+    shutil.copy(counting_guest.kernel, tree / "kernel")
+    shutil.copy(counting_guest.initrd, tree / "initrd")
+    lines = f"linux /kernel {counting_guest.command_line}\ninitrd /initrd\nboot\n"
+    (tree / "boot" / "grub" / "grub.cfg").write_text(lines)
+    # The guest counts where the volume begins: in its first KiB, which belongs to nobody.
+    machine.make_disk(place / "gold.raw", tree, mini.VOLUME, free=8 << 20)
+    hvmgr.ok("image", "convert", place / "gold.raw", place / "gold.vhd")
+    words = ("--catalog", place / "catalog")
+    hvmgr.ok("catalog", "add", place / "gold.vhd", "--group", "Linux", *words)
+    assert [line[:3] for line in hvmgr.ok("catalog", "list", *words).lines] == [["Linux", "gold", "vhd"]]
+    how = ("--template", "generation1", "--memory", "128M", "--network", "none", "--accel", "tcg")
+    for name, more in (("copied", ()), ("linked", ("--linked",))):
+        hvmgr.ok("catalog", "deploy", "gold", "--to", name, *more, *how, *words)
+        hvmgr.ok("vm", "start", name)
+    with hypervisor.opened(os.environ["LIBVIRT_DEFAULT_URI"], wait_s=60) as connection:
+        for name in ("copied", "linked"):
+            with console.Console(connection.find_domain(name).serial_path()) as screen:
+                tick = screen.next_tick(BOOT_S)
+            assert tick.ok
+            assert len(tick.disks) == 1
+    assert hvmgr("catalog", "remove", "gold", *words).code == 4  # the linked one needs it
+    for name in ("copied", "linked"):
+        hvmgr.ok("vm", "stop", name, "--force", "--yes")
+    hvmgr.ok("catalog", "list", "--verify", *words)

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 WITH_SBIN = {**os.environ, "PATH": f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"}
 SIZE = 48 << 20
 START = 1 << 20
+LOOKALIKE = "6.1.0-1-amd64"
 VOLUME = "6f1e2d3c-0000-4000-8000-00000000b007"
 # As the counting guest boots, and with a panic that ends the machine.
 ARGUMENTS = (
@@ -42,6 +43,22 @@ def make_raw(path: Path, guest: Guest, work: Path) -> None:
     (tree / "boot" / f"vmlinuz-{version}").write_bytes(guest.kernel.read_bytes())
     (tree / "boot" / f"initrd.img-{version}").write_bytes(initrd(guest))
     write_partitioned(path, tree, SIZE)
+
+
+def make_lookalike(path: Path, tree: Path, size: int) -> None:
+    """A disk that has all that a Linux needs to be booted natively, and would not start."""
+    modules = tree / "lib" / "modules" / LOOKALIKE
+    for one in (modules / "kernel", tree / "etc" / "default", tree / "boot"):
+        one.mkdir(parents=True)
+    names = ("loop", "dm_mod", "dm_snapshot", "dm_zero", "ext4")
+    (modules / "modules.dep").write_text("".join(f"kernel/{name}.ko:\n" for name in names))
+    for name in names:
+        (modules / "kernel" / f"{name}.ko").write_bytes(b"module")
+    (tree / "boot" / f"vmlinuz-{LOOKALIKE}").write_bytes(b"kernel")
+    (tree / "boot" / f"initrd.img-{LOOKALIKE}").write_bytes(b"initrd")
+    (tree / "etc" / "default" / "grub").write_text('GRUB_CMDLINE_LINUX="quiet"\n')
+    (tree / "etc" / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+    write_partitioned(path, tree, size)
 
 
 def write_partitioned(path: Path, tree: Path, size: int) -> None:

@@ -8,11 +8,13 @@ import subprocess
 import pytest
 
 import hvmgr
-from hvmgr import errors
+from hvmgr import errors, vhd
 from hvmgr.model.disk_layout import FileSystem, LayoutWish, TableKind
 from hvmgr.model.wim_options import WimApplyOptions
+from hvmgr.operations.images import making
 from hvmgr.storage import copy, index
 from hvmgr.storage.catalog import AnswerKind, Catalog
+from hvmgr.vhd.source import read
 
 MIB = 1 << 20
 
@@ -89,7 +91,7 @@ def test_linked_image_stands_on_the_catalogs_own_which_stays(folder, catalog, ta
     with pytest.raises(errors.Conflict, match="stands on 'a'"):
         catalog.remove("a")
     made.unlink()
-    catalog.remove("a")
+    catalog.remove("a", gone=[made])
     assert list((folder / "catalog" / "images").iterdir()) == []
     assert catalog.entries() == []
 
@@ -253,3 +255,43 @@ def test_image_that_nobody_can_read_may_stand_on_the_catalogs_own(folder, catalo
     with pytest.raises(errors.Conflict, match="stands on 'a'"):
         catalog.remove("a")
     assert catalog.verify() == []
+
+
+def test_linked_image_that_was_moved_is_not_lost(folder, catalog, target):
+    """Its place tells nothing of where it went, on whatever disk: only somebody can say that it is gone."""
+    data = folder.raw("a.raw")
+    folder.images.convert(folder / "a.raw", folder / "a.vhd")
+    catalog.add(folder / "a.vhd")
+    made = catalog.deploy("a", target, linked=True)
+    moved = made.rename(folder / "moved.vhd")
+    with pytest.raises(errors.Conflict, match="if it was moved, it needs 'a'"):
+        catalog.remove("a")
+    target.rmdir()
+    with pytest.raises(errors.Conflict, match="is not there any more"):
+        catalog.remove("a")
+    with pytest.raises(errors.UsageError, match="was not made on 'a'"):
+        catalog.remove("a", gone=[moved])
+    with vhd.open_chain(moved, folders=[catalog.folder / "images"]) as disk:
+        assert read(disk, 0, disk.size) == data
+    target.mkdir()
+    moved.rename(made)
+    with pytest.raises(errors.Conflict, match="stands on 'a'"):  # whatever anybody says
+        catalog.remove("a", gone=[made])
+    made.unlink()
+    catalog.remove("a", gone=[made])
+    folder.images.create(folder / "b.vhd", 4 * MIB)
+    catalog.add(folder / "b.vhd", name="a")
+    catalog.remove("a")  # nothing was made on this one
+
+
+def test_linked_image_that_could_not_be_made_is_asked_for_by_nobody(folder, catalog, target, monkeypatch):
+    folder.images.create(folder / "a.vhd", 4 * MIB)
+    catalog.add(folder / "a.vhd")
+
+    def fail(*_):
+        raise errors.NoSpace("no space left")
+
+    monkeypatch.setattr(making, "make", fail)
+    with pytest.raises(errors.NoSpace):
+        catalog.deploy("a", target, linked=True)
+    catalog.remove("a")

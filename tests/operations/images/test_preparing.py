@@ -13,6 +13,8 @@ import hvmgr
 from hvmgr import errors
 from hvmgr.host import formatting
 from hvmgr.model.disk_layout import FileSystem, LayoutWish, TableKind
+from hvmgr.storage import partitions as storage_partitions
+from hvmgr.storage.filesystems import opening, signatures, window
 from tests.operations.images.test_crash import killed
 
 MIB = 1 << 20
@@ -69,6 +71,40 @@ def test_linux_disk_has_an_mbr_and_a_sound_volume(folder, name):
     assert (table["label"], table["partitions"][0]["type"], table["partitions"][0]["bootable"]) == ("dos", "83", True)
     run("e2fsck", "-f", "-n", main)
     assert run("e2label", main) == "root\n"
+
+
+@pytest.mark.parametrize(
+    ("file_system", "size", "probe"),
+    [
+        pytest.param(FileSystem.XFS, 320, ("xfs_repair", "-n", "-f"), id="xfs"),
+        pytest.param(FileSystem.BTRFS, 160, ("btrfs", "check", "--readonly"), id="btrfs"),
+    ],
+)
+def test_volume_of_another_file_system_is_sound_and_readable(folder, require_program, file_system, size, probe):
+    """As the file system's own check sees it, as sfdisk does, and as our reader does."""
+    for program in (f"mkfs.{file_system.value}", probe[0]):
+        require_program(program)
+    folder.images.prepare(folder / "a.raw", LayoutWish(file_system, TableKind.NONE, "data-1"), size=size * MIB)
+    run(*probe, folder / "a.raw")
+    layout = folder.images.prepare(folder / "b.raw", LayoutWish(file_system, label="data-1"), size=size * MIB)
+    (told,) = json.loads(run("sfdisk", "-J", folder / "b.raw"))["partitiontable"]["partitions"]
+    assert (told["type"], told["start"] * 512) == ("0FC63DAF-8483-4772-8E79-3D69D8477DE4", layout.main.start)
+    for name, start in (("a.raw", 0), ("b.raw", layout.main.start)):
+        with storage_partitions.File(folder / name) as disk:
+            volume = window.Window(disk, start, disk.size - start)
+            seen = signatures.recognise(volume)
+            assert (seen.kind.value, seen.label) == (file_system.value, "data-1")
+            reader = opening.open_reader(seen.kind, volume)
+            assert [one for one, _ in reader.names(reader.root()) if one not in {b".", b".."}] == []
+
+
+@pytest.mark.parametrize(("file_system", "size"), [(FileSystem.XFS, 299), (FileSystem.BTRFS, 127)])
+def test_disk_that_is_too_small_for_another_file_system_is_one_sentence(folder, file_system, size):
+    with pytest.raises(errors.UsageError, match="too small"):
+        folder.images.prepare(folder / "a.vhd", LayoutWish(file_system), size=size * MIB)
+    with pytest.raises(errors.UsageError, match="too long"):
+        folder.images.prepare(folder / "a.vhd", LayoutWish(file_system, label="l" * 256), size=400 * MIB)
+    assert folder.names() == set()
 
 
 def test_new_image_is_made_whole(folder):

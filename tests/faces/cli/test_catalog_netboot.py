@@ -1,0 +1,349 @@
+"""``hvmgr catalog netboot``: what machines are handed, what the shell makes of it, and a machine that starts over the network."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import json
+import random
+import shlex
+import subprocess
+import threading
+
+import pytest
+
+from hvmgr import settings, vhd
+from hvmgr.host import bare_machine, grub
+from hvmgr.model import boot_menu
+from hvmgr.operations.boot import machine, netboot_system
+from hvmgr.storage import ext, initramfs, layer, partitions
+from tests.operations.boot import mini
+
+MIB = 1 << 20
+URL = "http://deploy.example:8080/catalog"
+SIZE = 12 * MIB
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; what ``cut`` names ends in the middle."""
+
+    cut = ""
+
+    def log_message(self, *_):
+        pass
+
+    def copyfile(self, source, outputfile):
+        if self.cut and self.path.endswith(self.cut):
+            outputfile.write(source.read(100_000))
+            return
+        super().copyfile(source, outputfile)
+
+
+@pytest.fixture
+def serve():
+    """``serve(folder, cut)``: a web server on the loopback that shows a folder; its port."""
+    servers = []
+
+    def start(folder, cut=""):
+        handler = functools.partial(type("Cut", (Handler,), {"cut": cut}), directory=str(folder))
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1].server_port
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """A kernel and modules that nothing would start: what the commands want to see."""
+    folder = tmp_path_factory.mktemp("kernel")
+    modules = folder / "modules" / "6.1.0"
+    (modules / "kernel" / "drivers" / "nvme" / "host").mkdir(parents=True)
+    (modules / "kernel" / "drivers" / "nvme" / "host" / "nvme-x.ko").write_bytes(b"..\0alias=pci:v1*\0depends=base\0")
+    (modules / "kernel" / "base.ko").write_bytes(b"base")
+    (modules / "kernel" / "sound.ko").write_bytes(b"sound")
+    text = "kernel/drivers/nvme/host/nvme-x.ko: kernel/base.ko\nkernel/base.ko:\nkernel/sound.ko:\n"
+    (modules / "modules.dep").write_text(text)
+    (folder / "vmlinuz").write_bytes(b"kernel")
+    return ("--kernel", folder / "vmlinuz", "--modules", modules)
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory, require_program):
+    """A dynamic VHD with a system that could be booted natively, if it had a kernel."""
+    for program in ("mke2fs", "dmsetup", "ldd", "sfdisk", "mcopy", "mkfs.fat", "grub-mkimage"):
+        require_program(program)
+    folder = tmp_path_factory.mktemp("system")
+    mini.make_lookalike(folder / "raw", folder / "tree", SIZE)
+    mini.make_vhd(folder / "os.vhd", folder / "raw", vhd.Kind.DYNAMIC)
+    return folder / "os.vhd"
+
+
+@pytest.fixture
+def catalog(tmp_path):
+    return tmp_path / "catalog"
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """The environment, which takes a second to pack, is not what the test is about."""
+    monkeypatch.setattr(netboot_system, "initrd", lambda _kernel: b"initrd")
+
+
+def read_order(file):
+    """What the shell makes of an order."""
+    names = ("how", "vhd", "id", "files", "mtime", "layer", "words", "entry", "volume_id", "size", "file", "map")
+    script = f". {shlex.quote(str(file))}; " + "; ".join(f'printf "%s\\0" "${name}"' for name in names)
+    told = subprocess.run([initramfs.BUSYBOX, "sh", "-c", script], check=True, capture_output=True, timeout=20)
+    return dict(zip(names, told.stdout.decode().split("\0"), strict=False))
+
+
+def test_script_and_orders_hold_each_other(hvmgr, catalog, system, kernel, tmp_path):
+    words = ("--catalog", catalog)
+    assert hvmgr("catalog", "add", system, "--name", "os", "--group", "Linux", *words).code == 0
+    (tmp_path / "disk.raw").write_bytes(bytes(MIB) + b"data".ljust(512))
+    assert hvmgr("catalog", "add", tmp_path / "disk.raw", *words).code == 0
+    assert hvmgr("image", "create", tmp_path / "other.qcow2", "--size", "4M").code == 0
+    assert hvmgr("catalog", "add", tmp_path / "other.qcow2", *words).code == 0
+    dry = hvmgr("catalog", "netboot", "--url", URL, "--dry-run", *kernel, *words)
+    assert (dry.code, "hand out 'os' (as a VHD with a boot entry)" in dry.out) == (0, True)
+    assert not (catalog / "netboot").exists()
+    told = hvmgr("catalog", "netboot", "--url", URL, "--json", *kernel, *words)
+    assert told.code == 0, told
+    assert told.json["images"] == [{"name": "disk", "how": "expand"}, {"name": "os", "how": "native"}]
+    assert [one["name"] for one in told.json["left_out"]] == ["other"]
+    assert told.json["url"] == f"{URL}/netboot/boot.ipxe"
+    folder = catalog / "netboot"
+    script = (folder / "boot.ipxe").read_text().splitlines()
+    assert "choose --default local --timeout 15000 picked || goto local" in script
+    for name in ("os", "disk"):
+        digest = hashlib.sha256((folder / name / "order").read_bytes()).hexdigest()
+        (line,) = [one for one in script if f"hvmgr.image={name} hvmgr.order={digest}" in one]
+        assert line.startswith(f"kernel {URL}/netboot/kernel initrd=initrd.img ")
+        order = read_order(folder / name / "order")
+        for served in [
+            one.split(" ") for one in (order["files"], order["file"], order["map"]) if one for one in one.split("\n")
+        ]:
+            data = (catalog / served[2]).read_bytes()
+            assert (hashlib.sha256(data).hexdigest(), len(data)) == (served[0], int(served[1]))
+    order = read_order(folder / "os" / "order")
+    (entry,) = boot_menu.entries(order["entry"])
+    assert (entry.image, entry.title, entry.volume) == ("/VHD/os.vhd", "os", order["volume_id"])
+    assert order["layer"] == str(layer.size_for(SIZE))
+    assert f"host=UUID={order['volume_id']}\n" in order["words"]
+    # Everybody may read what a web server shows; of an image that went nothing is left.
+    assert {one.stat().st_mode & 0o444 for one in folder.rglob("*")} == {0o444}
+    assert hvmgr("catalog", "remove", "disk", "--yes", *words).code == 0
+    assert hvmgr("catalog", "netboot", "os", "--url", URL, "--expand", "--default", "os", *kernel, *words).code == 0
+    assert read_order(folder / "os" / "order")["how"] == "expand"
+    assert not (folder / "disk").exists()
+    unpacked = subprocess.run(
+        ["sh", "-c", 'gzip -dc "$1" | cpio -t --quiet', "sh", folder / "initrd.img"], check=True, capture_output=True, text=True
+    ).stdout.split()  # fmt: skip
+    assert {"lib/modules/6.1.0/nvme_x.ko", "lib/modules/6.1.0/base.ko", "init", "hvmgr/esp.gz"} < set(unpacked)
+    assert "lib/modules/6.1.0/sound.ko" not in unpacked
+
+
+def test_names_of_others_stay_names(hvmgr, quickly, catalog, system, kernel):
+    """Whoever writes the catalog's document writes no line of a script."""
+    words = ("--catalog", catalog)
+    description = "${net0/mac} || shell `reboot`\u2028&& ä \\"
+    assert hvmgr("catalog", "add", system, "--name", "os", "--description", description, *words).code == 0
+    document = json.loads((catalog / "catalog.json").read_text())
+    odd = "images/o s'; reboot; ${x} \"`.vhd"
+    (catalog / "images" / "os.vhd").rename(catalog / odd)
+    document["images"][0] |= {"file": odd, "group": "-x\n:local\nshell"}
+    (catalog / "catalog.json").write_text(json.dumps(document))
+    told = hvmgr("catalog", "netboot", "--url", URL, *kernel, *words)
+    assert told.code == 0, told
+    script = (catalog / "netboot" / "boot.ipxe").read_text()
+    assert "item --gap -- -x?:local?shell\n" in script
+    assert "item image-os os, as a VHD on the disk. ??net0/mac? ?? shell ?reboot???? ? ?\n" in script
+    assert script.count("\n:local\n") == 1
+    first = read_order(catalog / "netboot" / "os" / "order")["files"].split("\n")[0].split(" ")
+    assert first[2:] == ["images/o%20s%27%3B%20reboot%3B%20%24%7Bx%7D%20%22%60.vhd", "os.vhd"]
+    document["images"][0]["sha256"] = "$(reboot)"
+    (catalog / "catalog.json").write_text(json.dumps(document))
+    told = hvmgr("catalog", "netboot", "--url", URL, *kernel, *words)
+    assert (told.code, "not what was put into the catalog" in told.err) == (6, True)
+
+
+def test_refusals_change_nothing(hvmgr, catalog, system, kernel, tmp_path):
+    words = ("--catalog", catalog)
+    told = hvmgr("catalog", "netboot", "--url", URL, *kernel, *words)
+    assert (told.code, "has no image for machines" in told.err) == (3, True)
+    assert hvmgr("image", "create", tmp_path / "blank.vhd", "--size", "4M").code == 0
+    assert hvmgr("catalog", "add", tmp_path / "blank.vhd", *words).code == 0
+    assert hvmgr("catalog", "add", system, "--name", "os", *words).code == 0
+    for more, code, what in (
+        (("blank",), 5, "no Linux"),
+        (("none",), 3, "no image 'none'"),
+        (("os", "--timeout", "0"), 2, "somebody has to choose"),
+        (("os", "--default", "blank"), 2, "not among the images"),
+        (("os", "--disk", "sd a"), 2, "no name of a disk"),
+        (("os", "--append", "a=${x}"), 2, "characters"),
+        (("os", "--url", "https://deploy/catalog"), 2, "no address"),
+        (("os", "--url", "http://deploy/a b"), 2, "no address"),
+        (("os", "--modules", kernel[1]), 3, "no modules.dep"),
+        (("os", "--kernel", tmp_path / "none"), 3, "there is no kernel"),
+    ):
+        told = hvmgr("catalog", "netboot", "--url", URL, *kernel, *more, *words)
+        assert (told.code, what in told.err) == (code, True), told
+    told = hvmgr("catalog", "netboot", "--url", URL, *kernel[:2], *words)
+    assert (told.code, "belong together" in told.err) == (2, True)
+    assert not (catalog / "netboot" / "boot.ipxe").exists()
+
+
+class Environment:
+    """The boot environment's scripts in a folder of this host: the disk is a file, a failure ends them."""
+
+    def __init__(self, folder, catalog, port):
+        self.folder, self.catalog = folder, catalog
+        self.disk = folder / "disk"
+        self.url = f"http://127.0.0.1:{port}"
+        (folder / "run").mkdir(exist_ok=True)
+
+    def run(self, name, *, digest=None, overwrite=True):
+        order = self.catalog / "netboot" / name / "order"
+        digest = digest or hashlib.sha256(order.read_bytes()).hexdigest()
+        wishes = f"quiet hvmgr.url={self.url} hvmgr.image={name} hvmgr.order={digest}"
+        scripts = settings.netboot_folder()
+        text = f"""
+            set -f -o pipefail
+            run={shlex.quote(str(self.folder / "run"))}
+            . {scripts}/functions
+            say() {{ echo "hvmgr: $1"; }}
+            fail() {{ say "$1"; kill $$; exit 1; }}
+            disk={shlex.quote(str(self.disk))} disk_size=$(stat -c %s {shlex.quote(str(self.disk))})
+            read_wishes {shlex.quote(wishes + (" hvmgr.overwrite" if overwrite else ""))}
+            read_order
+            . "{scripts}/$how"
+            zero() {{ dd if=/dev/zero of="$disk" bs=512 seek=$(($1 / 512)) count=$(($2 / 512)) conv=notrunc 2> /dev/null; }}
+            place_image
+            say "$image is on $disk"
+        """
+        # As on the machine: the programs are all busybox's.
+        bin_folder = self.folder / "bin"
+        if not bin_folder.exists():
+            bin_folder.mkdir()
+            subprocess.run([initramfs.BUSYBOX, "--install", "-s", bin_folder], check=True, timeout=20)
+        told = subprocess.run(
+            [initramfs.BUSYBOX, "sh", "-c", text], check=False, capture_output=True, text=True, timeout=60, env={"PATH": str(bin_folder)}
+        )  # fmt: skip
+        assert all(one.startswith(("wget: ", "Terminated")) for one in told.stderr.splitlines()), told.stderr
+        return told.stdout.splitlines()[-1]
+
+
+@pytest.fixture
+def expanding(hvmgr, quickly, catalog, kernel, tmp_path, serve, require_program):
+    """``expanding(kind, cut)``: an image with holes, handed out to be written to a whole disk, which holds old data."""
+    for program in ("sfdisk", "mcopy", "mkfs.fat", "grub-mkimage"):
+        require_program(program)
+
+    def make(kind, cut=""):
+        chosen = random.Random(7)
+        data = bytearray(9 * MIB)
+        for at in (0, 700_000 // 512 * 512, MIB - 512, 2 * MIB - 1024, 5 * MIB + 512):
+            data[at : at + 300_032] = chosen.randbytes(300_032)
+        (tmp_path / "a.raw").write_bytes(data)
+        if kind != "raw":
+            with vhd.RawSource(tmp_path / "a.raw") as source:
+                vhd.write_image(tmp_path / "a.vhd", source, kind=vhd.Kind(kind))
+        name = "a.raw" if kind == "raw" else "a.vhd"
+        assert hvmgr("catalog", "add", tmp_path / name, "--catalog", catalog).code == 0
+        told = hvmgr("catalog", "netboot", "--url", URL, "--expand", *kernel, "--catalog", catalog)
+        assert told.code == 0, told
+        found = Environment(tmp_path, catalog, serve(catalog, cut))
+        found.disk.write_bytes(b"old!" * (3 * MIB))
+        return found, bytes(data)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["raw", "fixed", "dynamic"])
+def test_whole_disk_is_what_the_image_shows(expanding, kind):
+    environment, data = expanding(kind)
+    assert environment.run("a") == f"hvmgr: a is on {environment.disk}"
+    written = environment.disk.read_bytes()
+    assert written[: len(data)] == data
+    assert written[len(data) : -MIB] == b"old!" * ((len(written) - MIB - len(data)) // 4)
+    assert written[-MIB:] == bytes(MIB)  # an old table's second copy
+
+
+@pytest.mark.parametrize("kind", ["raw", "dynamic"])
+def test_damaged_download_leaves_a_disk_that_starts_nothing(expanding, kind):
+    environment, _ = expanding(kind)
+    file = environment.catalog / "images" / f"a.{'raw' if kind == 'raw' else 'vhd'}"
+    file.chmod(0o600)
+    with file.open("r+b") as image:
+        image.seek(5 * MIB + 5000 if kind == "raw" else 1_000_000)
+        image.write(b"x")
+    said = environment.run("a")
+    assert "is not what the catalog says (its checksum)" in said
+    assert said.endswith("starts nothing")
+    assert environment.disk.read_bytes()[:MIB] == bytes(MIB)
+
+
+def test_download_that_is_cut_off_leaves_a_disk_that_starts_nothing(expanding):
+    environment, _ = expanding("dynamic", cut=".vhd")
+    said = environment.run("a")
+    assert "did not come whole" in said
+    assert environment.disk.read_bytes()[:MIB] == bytes(MIB)
+
+
+def test_disk_that_holds_something_is_left_alone(expanding):
+    environment, _ = expanding("dynamic")
+    before = environment.disk.read_bytes()
+    assert "holds something already" in environment.run("a", overwrite=False)
+    assert "is not what the catalog says" in environment.run("a", digest="0" * 64)
+    environment.disk.write_bytes(before[: 8 * MIB])
+    assert "needs 9: nothing was written" in environment.run("a")
+    assert environment.disk.read_bytes() == before[: 8 * MIB]
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(600)
+def test_machine_that_starts_over_the_network_gets_a_vhd_and_its_entry(
+    hvmgr, catalog, system, counting_guest, tmp_path, serve, require_program
+):
+    require_program("qemu-system-x86_64")
+    words = ("--catalog", catalog)
+    assert hvmgr("catalog", "add", system, "--name", "os", *words).code == 0
+    url = f"http://10.0.2.2:{serve(catalog)}"
+    kernel = ("--kernel", counting_guest.kernel, "--modules", next(counting_guest.modules.iterdir()))
+    console = f"{mini.ARGUMENTS} lsm="
+    told = hvmgr(
+        "catalog", "netboot", "--url", url, "--default", "os", "--timeout", "0", "--append", console, *kernel, *words
+    )  # fmt: skip
+    assert told.code == 0, told
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(160 * MIB)
+    own = bare_machine.Machine([(disk, "raw", True)], 192 * MIB, boot_url=f"{url}/netboot/boot.ipxe")
+    lines = bare_machine.lines(own, tmp_path, time_s=500)
+    said = machine.listen(lines, "Enter starts").lines
+    assert any("hvmgr: os is on /dev/vda" in one for one in said), said
+    with partitions.File(disk) as raw:
+        table = partitions.read(raw)
+        assert [one.start for one in table.partitions] == [40 * 512, MIB, 37 * MIB]
+        files = ext.FileSystem(raw, 37 * MIB, "the machine's volume")
+        assert files.read("/VHD/os.vhd") == system.read_bytes()
+        (entry,) = boot_menu.entries(files.read("/boot/grub/custom.cfg").decode())
+        supplement = files.read("/VHD/os.vhd.boot/supplement")
+        assert files.read("/VHD/os.vhd.boot/layer") == bytes(layer.size_for(SIZE))
+        assert b"custom.cfg" in files.read("/boot/grub/grub.cfg")
+    volume = subprocess.run(
+        ["dumpe2fs", "-h", f"{disk}?offset={37 * MIB}"], check=True, capture_output=True, text=True, env=mini.WITH_SBIN, timeout=20
+    ).stdout  # fmt: skip
+    assert entry.volume in volume
+    served = (catalog / "netboot" / "os" / "supplement").read_bytes()
+    assert supplement.startswith(served)
+    assert f"host=UUID={entry.volume}\n".encode() in supplement[len(served) :]
+    head = disk.read_bytes()[: 2 * MIB]
+    code, core = grub.at_sector(*grub.bios_loader("(,gpt3)/boot/grub", tmp_path), 40)
+    assert head[:440] == code.ljust(440, b"\0")
+    assert head[40 * 512 :].startswith(core)
