@@ -46,7 +46,7 @@ demo: setup  ## a guided tour with a real guest, no libvirt daemon needed
 	@$(VENV)/bin/hvmgr demo
 
 bench: setup  ## measures the promises of speed against the usual tools
-	@.ci/setup "$(VENV)" "$(PYTHON)" virtinst virtnbdbackup
+	@.ci/setup "$(VENV)" "$(PYTHON)" virtinst virtnbdbackup mmdebstrap
 	@if [[ -f bench/__main__.py ]]; then exec $(run) bench; fi; \
 	shopt -s nullglob; files=(bench/[!_]*.py); \
 	(( $${#files[@]} )) || { echo 'bench: nothing to measure yet'; exit 0; }; \

@@ -17,6 +17,7 @@ from bench import (
     inside,
     live,
     live_merge,
+    native,
     running_backup,
     snapshots,
     transfer,
@@ -41,6 +42,7 @@ SUITES = {
     "inside": inside.measure,
     "ansible": ansible.measure,
     "boot": boot.measure,
+    "native": native.measure,
 }
 
 

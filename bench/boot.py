@@ -41,7 +41,7 @@ class Scale:
 def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Result]:
     """All results of this suite."""
     scale = scale or Scale()
-    with tempfile.TemporaryDirectory(prefix="hvmgr-bench-") as name, _own_index(Path(name)):
+    with tempfile.TemporaryDirectory(prefix="hvmgr-bench-") as name, own_index(Path(name)):
         folder = Path(name)
         say("boot: the small system, and machines to boot it")
         disks = _machines(folder)
@@ -54,7 +54,8 @@ def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Resu
 
 
 @contextlib.contextmanager
-def _own_index(folder: Path) -> Iterator[None]:
+def own_index(folder: Path) -> Iterator[None]:
+    """The host-wide index is one of the bench's own."""
     before = os.environ.get("HVMGR_INDEX")
     os.environ["HVMGR_INDEX"] = str(folder / "index")
     try:
@@ -74,7 +75,7 @@ def _machines(folder: Path) -> dict[str, Path]:
     _plain(folder / "root", disks["plain"])
     for kind in _KINDS:
         tree = folder / kind
-        path = _vhd(tree, raw, kind)
+        path = made_vhd(tree, raw, kind)
         menu = tree / "boot" / "grub"
         menu.mkdir(parents=True)
         (menu / "grub.cfg").write_text(machine.MENU)
@@ -97,7 +98,8 @@ def _plain(root: Path, disk: Path) -> None:
     machine.make_disk(disk, root, mini.VOLUME)
 
 
-def _vhd(tree: Path, raw: Path, kind: str) -> Path:
+def made_vhd(tree: Path, raw: Path, kind: str) -> Path:
+    """``VHD/os.vhd`` below the tree shows the disk."""
     (tree / "VHD").mkdir(parents=True)
     path = tree / "VHD" / "os.vhd"
     if kind != "differencing":

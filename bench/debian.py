@@ -1,6 +1,6 @@
 """A whole Debian for benches: its root file system as a tar archive, made once by mmdebstrap and kept in the cache.
 
-It is the ordinary system, with systemd and an initramfs of initramfs-tools. When it is up it checks what it wrote at earlier starts,
+It is the ordinary system, with systemd. When it is up it checks what it wrote at earlier starts,
 writes more, says ``MINI boot=N root=DEVICE`` on the console, and turns itself off, as the small system of the tests does.
 """
 
@@ -15,7 +15,7 @@ from hvmgr.storage import durable, locks
 
 SIZE = 1200 << 20  # of the disk
 ARGUMENTS = "console=ttyS0 quiet mitigations=off"
-_PACKAGES = "systemd-sysv,udev,kmod,initramfs-tools,linux-image-cloud-amd64,e2fsprogs"
+_PACKAGES = "systemd-sysv,udev,kmod,linux-image-cloud-amd64,e2fsprogs"
 _BUILD_S = 1800.0
 
 _COUNT = """#!/bin/sh
@@ -45,24 +45,26 @@ _FILES = {
     "etc/default/grub": f'GRUB_CMDLINE_LINUX="{ARGUMENTS}"\n',
     "etc/fstab": "LABEL=root / ext4 defaults 0 1\n",
     "etc/hostname": "bench\n",
+    "etc/dracut.conf.d/any.conf": 'hostonly="no"\n',
     "var/lib/count/count": "0\n",
 }
 
 
-def root() -> Path:
-    """The archive; made if need be, which takes minutes and downloads some 150 MB."""
-    recipe = hashlib.sha256(repr((_PACKAGES, sorted(_FILES.items()))).encode()).hexdigest()[:12]
+def root(initramfs: str) -> Path:
+    """The archive; made if need be, which takes minutes and downloads some 150 MB. ``initramfs``: the package that makes that."""
+    packages = f"{_PACKAGES},{initramfs}"
+    recipe = hashlib.sha256(repr((packages, sorted(_FILES.items()))).encode()).hexdigest()[:12]
     folder = settings.cache_folder() / "bench"
     archive = folder / f"debian-{recipe}.tar"
     folder.mkdir(parents=True, exist_ok=True)
     with locks.held(folder / ".lock", wait_s=_BUILD_S, what="the Debian of the benches"):
         if not archive.exists():
             durable.sweep(folder)
-            _build(folder, archive)
+            _build(folder, archive, packages)
     return archive
 
 
-def _build(folder: Path, archive: Path) -> None:
+def _build(folder: Path, archive: Path, packages: str) -> None:
     process.require("mmdebstrap")
     tree = folder / "files"
     for name, text in _FILES.items():
@@ -77,7 +79,7 @@ def _build(folder: Path, archive: Path) -> None:
         '--customize-hook=: > "$1/etc/machine-id"',
     ]
     with durable.appearing(archive) as part:
-        command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={_PACKAGES}", "--format=tar"]
+        command = ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={packages}", "--format=tar"]
         sources = [
             one
             for one in (Path("/etc/apt/sources.list.d/debian.sources"), Path("/etc/apt/sources.list"))

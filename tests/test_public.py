@@ -116,7 +116,8 @@ def test_wheel_holds_the_package_its_templates_units_scripts_and_the_selinux_mod
     expected = {str(path.relative_to(ROOT)) for path in sources}
     expected |= {f"hvmgr/templates/{name}" for name in template_names(ROOT / "templates")}
     expected |= {f"hvmgr/systemd/{name}" for name in template_names(ROOT / "share" / "systemd")}
-    expected |= {f"hvmgr/native-boot/{name}" for name in template_names(ROOT / "share" / "native-boot")}
+    for folder in ("native-boot", "netboot"):
+        expected |= {f"hvmgr/{folder}/{name}" for name in template_names(ROOT / "share" / folder)}
     expected.add(f"hvmgr-{hvmgr.__version__}.data/data/share/hvmgr/selinux/hvmgr.cil")
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}

@@ -10,7 +10,18 @@ from hvmgr.host import process
 
 _FOLDER = Path("/usr/lib/grub")
 _MODULES = [
-    *("normal", "configfile", "linux", "search", "search_fs_uuid", "part_msdos", "part_gpt", "ext2", "loopback"),
+    *(
+        "normal",
+        "configfile",
+        "linux",
+        "search",
+        "search_fs_uuid",
+        "part_msdos",
+        "part_gpt",
+        "ext2",
+        "ntfs",
+        "loopback",
+    ),
     *("serial", "terminal", "echo", "test", "loadenv", "true", "regexp"),
 ]
 _BIOS, _UEFI = "i386-pc", "x86_64-efi"

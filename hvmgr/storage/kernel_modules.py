@@ -53,6 +53,14 @@ def plain(path: str, data: bytes) -> bytes:
     return data
 
 
+def require(folder: Path) -> None:
+    """NotFound where the folder is none of a kernel."""
+    if not (folder / "modules.dep").is_file():
+        raise errors.NotFound(
+            f"{folder} has no modules.dep: it holds no modules of a kernel", hint="make it with: depmod"
+        )
+
+
 def chosen(folder: Path, wanted: Callable[[str], bool]) -> list[Module]:
     """The modules whose paths are ``wanted``, with all that they need; NotFound where the folder is none of a kernel."""
     needs = _dependencies(folder)
@@ -66,12 +74,8 @@ def chosen(folder: Path, wanted: Callable[[str], bool]) -> list[Module]:
 
 def _dependencies(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """By name: a module's path, and the paths of all that it needs, what comes first last (modules.dep(5))."""
-    try:
-        text = (folder / "modules.dep").read_text("utf-8", "surrogateescape")
-    except (FileNotFoundError, NotADirectoryError):
-        raise errors.NotFound(
-            f"{folder} has no modules.dep: it holds no modules of a kernel", hint="make it with: depmod"
-        ) from None
+    require(folder)
+    text = (folder / "modules.dep").read_text("utf-8", "surrogateescape")
     lines = (line.partition(":") for line in text.splitlines())
     return {name_of(path): (path, rest.split()) for path, _, rest in lines}
 

@@ -77,6 +77,7 @@ def kernel(file: Path | None, modules: Path | None) -> Kernel:
     if file is not None and modules is not None:
         if not file.is_file():
             raise errors.NotFound(f"there is no kernel {file}")
+        kernel_modules.require(modules)
         return Kernel(file, modules)
     known = [
         Kernel(file, Path("/lib/modules") / file.name.removeprefix("vmlinuz-"))

@@ -1,7 +1,7 @@
 """The second initramfs of an entry: what the system's own one lacks to find its disk in a file. GRUB loads both.
 
 So nothing is installed in the VHD, and its system needs no change and no root here: the kernel unpacks the two archives one over
-the other. The programs are this host's with their libraries and loader in a folder of their own, the modules the kernel's.
+the other. It knows initramfs-tools and dracut, whose archives have their hooks in different places. The programs are this host's with their libraries and loader in a folder of their own, the modules the kernel's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
 from hvmgr import settings
 from hvmgr.model.boot_entry import BootEntry, Volume
@@ -20,6 +21,12 @@ _MODULES = {Volume.EXT: ("ext4",), Volume.NTFS: ("fuse",)}
 _PROGRAMS = {Volume.EXT: ("dmsetup",), Volume.NTFS: ("dmsetup", "ntfs-3g")}
 _SECTOR = 512
 _FOLDER, _PROGRAM, _FILE, _LINK = 0o040755, 0o100755, 0o100644, 0o120777
+# Where dracut looks; /lib may be a link in its archive, so that this one never names it. Others do not look there.
+_DRACUT = {
+    "usr/lib/dracut/hooks/initqueue/settled/90-hvmgr.sh": "dracut-start",
+    "usr/lib/dracut/hooks/pre-pivot/90-hvmgr.sh": "dracut-mounted",
+    "usr/lib/udev/rules.d/90-hvmgr.rules": "udev.rules",
+}
 
 
 def build(entry: BootEntry, system: LinuxSystem, table: str) -> bytes:
@@ -34,6 +41,10 @@ def _contents(entry: BootEntry, system: LinuxSystem, table: str) -> Iterator[tup
     yield "conf/conf.d/hvmgr", _FILE, (shipped / "conf").read_bytes()
     for name in ("local-top", "local-bottom", "shutdown"):
         yield f"hvmgr/{name}", _PROGRAM, (shipped / name).read_bytes()
+    for folder in sorted({str(one) for name in _DRACUT for one in Path(name).parents[:-1]}):
+        yield folder, _FOLDER, b""
+    for name, source in _DRACUT.items():
+        yield name, _FILE, (shipped / source).read_bytes()
     yield "hvmgr/boot.conf", _FILE, words(entry).encode()
     lines = (
         f"{one.length} {one.mtime if entry.layer else '-'} {one.head} {one.sha256} {one.path}\n" for one in entry.files

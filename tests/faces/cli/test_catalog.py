@@ -98,11 +98,12 @@ def test_vms_of_an_image_boot(hvmgr, place, counting_guest, require_program):
     assert [line[:3] for line in hvmgr.ok("catalog", "list", *words).lines] == [["Linux", "gold", "vhd"]]
     how = ("--template", "generation1", "--memory", "128M", "--network", "none", "--accel", "tcg")
     for name, more in (("copied", ()), ("linked", ("--linked",))):
-        hvmgr.ok("catalog", "deploy", "gold", "--to", name, *more, *how, *words)
-        hvmgr.ok("vm", "start", name)
+        told = hvmgr("catalog", "deploy", "gold", "--to", name, *more, *how, *words)
+        assert told.code == 0, told
+        assert hvmgr("vm", "start", name).code == 0
     with hypervisor.opened(os.environ["LIBVIRT_DEFAULT_URI"], wait_s=60) as connection:
-        for name in ("copied", "linked"):
-            with console.Console(connection.find_domain(name).serial_path()) as screen:
+        for domain in connection.domains():
+            with console.Console(domain.serial_path()) as screen:
                 tick = screen.next_tick(BOOT_S)
             assert tick.ok
             assert len(tick.disks) == 1
