@@ -18,6 +18,7 @@ from bench import (
     live,
     live_merge,
     native,
+    netboot,
     running_backup,
     snapshots,
     transfer,
@@ -43,6 +44,7 @@ SUITES = {
     "ansible": ansible.measure,
     "boot": boot.measure,
     "native": native.measure,
+    "netboot": netboot.measure,
 }
 
 

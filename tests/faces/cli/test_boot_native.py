@@ -110,7 +110,9 @@ def test_machine_boots_from_vhds(machine, done, monkeypatch):
     rubbish = dict.fromkeys(range(mini.START // layer.CHUNK, 2 * mini.START // layer.CHUNK), b"\xff" * layer.CHUNK)
     physical.write_layer(volume / "child.vhd.boot" / "layer", rubbish)
     assert done("boot", "revert", "child", "--yes", "--json", *machine.boot_dir).json["bytes"] == mini.START
-    tried = done("boot", "test", "child", "--until", "MINI boot=", "--memory", "256M", "--json", *machine.boot_dir).json
+    tried = done(
+        "boot", "test", "child", "--uefi", "--until", "MINI boot=", "--memory", "256M", "--json", *machine.boot_dir
+    ).json
     assert tried["found"], tried
     assert "MINI boot=1 root=/dev/mapper/hvmgr-disk1" in tried["lines"][-1]
     assert {one.name for one in (volume / "child.vhd.boot").iterdir()} == {"initrd", "kernel", "layer", "supplement"}
