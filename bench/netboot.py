@@ -53,7 +53,7 @@ def measure(say: Callable[[str], None]) -> list[Result]:
             for expand in (True, False):
                 how = "to the whole disk" if expand else "as a VHD with its entry"
                 say(f"netboot: {how}")
-                catalog.netboot(_options(url, expand=expand))
+                catalog.netboot(_options(folder, url, expand=expand))
                 seconds, last = _deploy(folder, url)
                 _require(last.endswith("small is on /dev/vda"), last)
                 results.append(Result(f"from power-on to deployed, {how}", seconds))
@@ -63,7 +63,7 @@ def measure(say: Callable[[str], None]) -> list[Result]:
             _one_more(say, catalog, folder, url)
             for expand in (False, True):
                 say(f"netboot: a damaged image{', to the whole disk' if expand else ''}")
-                catalog.netboot(_options(url, expand=expand))
+                catalog.netboot(_options(folder, url, expand=expand))
                 with _damaged(file):
                     _, last = _deploy(folder, url)
                 _require("is not what the catalog says (its checksum)" in last, last)
@@ -81,11 +81,11 @@ def _served(folder: Path) -> Iterator[str]:
         server.shutdown()
 
 
-def _options(url: str, *, expand: bool = False) -> NetbootOptions:
+def _options(folder: Path, url: str, *, expand: bool = False) -> NetbootOptions:
     found = guest.build()
     return NetbootOptions(
         url, expand=expand, default="small", timeout_s=0, arguments=mini.ARGUMENTS, kernel=found.kernel,
-        modules=next(found.modules.iterdir()),
+        modules=mini.netboot_modules(found, folder),
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _one_more(say: Callable[[str], None], catalog: Images, folder: Path, url: st
     _, last = _deploy(folder, url, is_blank=False)
     _require(last.endswith("has small.vhd already; --overwrite gives it up: nothing was written"), last)
     catalog.add(folder / "os.vhd", name="other")
-    catalog.netboot(replace(_options(url), default="other"))
+    catalog.netboot(replace(_options(folder, url), default="other"))
     _, last = _deploy(folder, url, is_blank=False)
     _require(last.endswith("other is on /dev/vda"), last)
     with partitions.File(folder / "disk") as disk:

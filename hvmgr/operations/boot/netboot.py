@@ -75,14 +75,14 @@ def publish(host: Host, catalog: Catalog, options: NetbootOptions) -> Published:
         raise errors.UsageError(f"'{options.default}' is not among the images that are handed out")
     folder = catalog.path(netboot.FOLDER)
     steps = [
-        image_plan.PrepareWork(f"make a boot environment of {kernel.file} in {folder}"),
+        image_plan.PrepareWork(f"make a boot environment of {kernel.image} in {folder}"),
         *(image_plan.PrepareWork(f"hand out '{one.name}' ({_WORDS[one.how]})") for one in offers),
     ]
     changes.require_approval(host, changes.plan_of("catalog netboot", f"hand out images of {catalog.folder}", steps))
     with catalog.changing(host.wait_s):
         durable.make_folder(folder, mode=0o755)
         durable.sweep(folder)
-        durable.copy_file(kernel.file, folder / netboot.KERNEL, mode=0o644)
+        durable.copy_file(kernel.image, folder / netboot.KERNEL, mode=0o644)
         durable.write_file(folder / netboot.INITRD, netboot_system.initrd(kernel), mode=0o644)
         for one in prepared:
             _write(folder / one.offer.name, one)

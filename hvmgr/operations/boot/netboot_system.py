@@ -7,17 +7,16 @@ kernel, and the boot loaders that it writes.
 from __future__ import annotations
 
 import gzip
-import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors, settings, units
-from hvmgr.host import formatting, grub, process
+from hvmgr.host import formatting, grub, mtools
 from hvmgr.model import boot_menu
 from hvmgr.model.disk_layout import FileSystem, Role, Volume
-from hvmgr.storage import allocation, initramfs, kernel_modules
+from hvmgr.storage import allocation, initramfs, kernel_modules, kernels
+from hvmgr.storage.kernels import Kernel
 
 _PROGRAMS = ("sfdisk", "mke2fs", "blkdiscard")
 # Which drivers it has, by their places in a distribution's tree; a folder without places holds what it should.
@@ -61,15 +60,6 @@ _SEARCH = (
     "set prefix=($hvmgr_disk,gpt3)/boot/grub\nset root=$hvmgr_disk,gpt3\nconfigfile $prefix/grub.cfg\n"
 )
 _FOLDER, _PROGRAM, _FILE, _NODE = 0o040755, 0o100755, 0o100644, 0o020600
-_PROGRAM_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Kernel:
-    """A kernel and the folder with its modules, which bears its version's name."""
-
-    file: Path
-    modules: Path
 
 
 def kernel(file: Path | None, modules: Path | None) -> Kernel:
@@ -79,17 +69,13 @@ def kernel(file: Path | None, modules: Path | None) -> Kernel:
             raise errors.NotFound(f"there is no kernel {file}")
         kernel_modules.require(modules)
         return Kernel(file, modules)
-    known = [
-        Kernel(file, Path("/lib/modules") / file.name.removeprefix("vmlinuz-"))
-        for file in Path("/boot").glob("vmlinuz-*")
-    ]
-    found = [one for one in known if (one.modules / "modules.dep").is_file()]
-    if not found:
+    found = kernels.find(("ext4",))
+    if found is None:
         raise errors.NotFound(
             "this host has no kernel in /boot with modules in /lib/modules, for machines to start",
             hint="name one with --kernel vmlinuz-V --modules lib/modules/V, or install one, on Debian: linux-image-amd64",
         )
-    return max(found, key=lambda one: [int(part) for part in re.findall(r"\d+", one.modules.name)])
+    return found
 
 
 def initrd(chosen: Kernel) -> bytes:
@@ -143,6 +129,7 @@ def _loaders() -> Iterator[tuple[str, int, bytes]]:
         formatting.make(esp, Volume(2, Role.ESP, 1 * units.MIB, _ESP, FileSystem.FAT32))
         loader = work / "loader"
         loader.write_bytes(grub.uefi_loader(_SEARCH, work))
-        process.run(["mmd", "-i", esp, "::/EFI", "::/EFI/BOOT"], timeout_s=_PROGRAM_S)
-        process.run(["mcopy", "-i", esp, loader, "::/EFI/BOOT/BOOTX64.EFI"], timeout_s=_PROGRAM_S)
+        for folder in ("/EFI", "/EFI/BOOT"):
+            mtools.make_folder(esp, folder)
+        mtools.write(esp, "/EFI/BOOT/BOOTX64.EFI", str(loader))
         yield "hvmgr/esp.gz", _FILE, gzip.compress(esp.read_bytes(), 6, mtime=0)

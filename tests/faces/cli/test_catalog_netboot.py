@@ -20,7 +20,7 @@ from hvmgr import settings, vhd
 from hvmgr.host import bare_machine, grub
 from hvmgr.model import boot_menu
 from hvmgr.operations.boot import machine, netboot_system
-from hvmgr.storage import ext, initramfs, layer, partitions
+from hvmgr.storage import ext, initramfs, kernels, layer, partitions
 from tests.operations.boot import mini
 
 MIB = 1 << 20
@@ -155,7 +155,7 @@ def test_environment_has_drivers_and_loaders_but_not_all_modules(kernel, require
     for program in ("sfdisk", "mke2fs", "mcopy", "mkfs.fat", "grub-mkimage", "cpio"):
         require_program(program)
     made = tmp_path / "initrd.img"
-    made.write_bytes(netboot_system.initrd(netboot_system.Kernel(kernel[1], kernel[3])))
+    made.write_bytes(netboot_system.initrd(kernels.Kernel(kernel[1], kernel[3])))
     words = ["sh", "-c", 'gzip -dc "$1" | cpio -idm --quiet -D "$2"', "sh", made, tmp_path]
     subprocess.run(words, check=True, capture_output=True, timeout=60)
     modules = tmp_path / "lib" / "modules" / "6.1.0"
@@ -339,7 +339,7 @@ def test_machine_that_starts_over_the_network_gets_a_vhd_and_its_entry(
     words = ("--catalog", catalog)
     assert hvmgr("catalog", "add", system, "--name", "os", *words).code == 0
     url = f"http://10.0.2.2:{serve(catalog)}"
-    kernel = ("--kernel", counting_guest.kernel, "--modules", next(counting_guest.modules.iterdir()))
+    kernel = ("--kernel", counting_guest.kernel, "--modules", mini.netboot_modules(counting_guest, tmp_path))
     console = f"{mini.ARGUMENTS} lsm="
     told = hvmgr(
         "catalog", "netboot", "--url", url, "--default", "os", "--timeout", "0", "--append", console, *kernel, *words

@@ -88,6 +88,24 @@ def initrd(guest: Guest) -> bytes:
     return initramfs.pack(entries)
 
 
+def netboot_modules(guest: Guest, work: Path) -> Path:
+    """Of the guest's modules those that a machine needs which starts over the network: fewer are faster."""
+    modules = next(guest.modules.iterdir())
+    folder = work / "modules" / modules.name
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = (modules / "modules.dep").read_text().splitlines(keepends=True)
+    wanted: set[str] = set()
+    for line in lines:
+        name, _, needs = line.partition(":")
+        if name in {"virtio_pci.ko", "virtio_blk.ko", "virtio_net.ko", "ext4.ko"}:
+            wanted |= {name, *needs.split()}
+    (folder / "modules.dep").write_text("".join(line for line in lines if line.partition(":")[0] in wanted))
+    for name in wanted:
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(modules / name)
+    return folder
+
+
 def make_vhd(path: Path, raw: Path, kind: vhd.Kind) -> None:
     """The same disk as a VHD."""
     with vhd.RawSource(raw) as source:
