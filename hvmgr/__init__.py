@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hvmgr.model.image_info import ImageCheck, ImageFault, ImageInfo, ImageOptions, ImageParent
     from hvmgr.model.import_options import ImportOptions, Mode
     from hvmgr.model.metadata import SavedState, SnapshotType
+    from hvmgr.model.netboot import NetbootOptions
     from hvmgr.model.plan import Plan
     from hvmgr.model.policy import Origin, Policy
     from hvmgr.model.progress import Progress
@@ -75,6 +76,7 @@ __all__ = [
     "Layout",
     "LayoutWish",
     "Mode",
+    "NetbootOptions",
     "NetworkSpecification",
     "Origin",
     "Outgoing",
@@ -129,6 +131,7 @@ _HOMES = {
     "Layout": "hvmgr.model.disk_layout",
     "LayoutWish": "hvmgr.model.disk_layout",
     "Mode": "hvmgr.model.import_options",
+    "NetbootOptions": "hvmgr.model.netboot",
     "NetworkSpecification": "hvmgr.model.specification",
     "Origin": "hvmgr.model.policy",
     "Outgoing": "hvmgr.operations.transfer.outgoing",

@@ -42,6 +42,7 @@ PUBLIC = [
     "Layout",
     "LayoutWish",
     "Mode",
+    "NetbootOptions",
     "NetworkSpecification",
     "Origin",
     "Outgoing",
