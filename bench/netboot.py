@@ -29,7 +29,7 @@ from hvmgr.operations.images.cataloguing import Images
 from hvmgr.storage import ext, partitions
 from tests.operations.boot import mini
 
-_DISK = 256 << 20
+_DISK = 384 << 20
 _MEMORY = 256 << 20
 _VOLUME = 37 << 20  # where it begins on the machine's disk
 _DEPLOY_S = 1800.0
