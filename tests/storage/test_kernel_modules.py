@@ -42,10 +42,11 @@ def test_module_comes_with_all_that_it_needs(tree):
     ("name", "data", "error"),
     [
         ("kernel/net/card-1.ko.xz", b"no xz", errors.Corrupt),
-        ("kernel/bus-x.ko.gz", gzip.compress(b"bus")[:-4], errors.Corrupt),
+        ("kernel/bus-x.ko.gz", gzip.compress(b"bus", mtime=0)[:-4], errors.Corrupt),
         ("kernel/ring.ko", None, errors.NotFound),
         ("modules.dep", None, errors.NotFound),
     ],
+    ids=["xz", "gz", "missing", "no-list"],
 )
 def test_damaged_folder_is_one_sentence(tree, name, data, error):
     (tree / name).unlink()
