@@ -25,6 +25,8 @@ PIECE = 64 << 10
 _CALL_S = 30
 _SCRIPT_S = 60.0
 _POLL_S = 0.02
+_SLOWEST = 256 << 10  # bytes a second, of a guest that gets somewhere
+_ABSENT = ("No such file", "cannot find the file", "cannot find the path")
 _FILES = ("guest-file-open", "guest-file-read", "guest-file-write", "guest-file-close", "guest-file-flush")
 _SCRIPTS = ("guest-exec", "guest-exec-status")
 _WINDOWS = "mswindows"
@@ -49,48 +51,69 @@ class GuestFiles:
     # -- contents ------------------------------------------------------------------------------------------------
 
     def exists(self, path: str) -> bool:
-        """Whether a file can be opened there, for an agent that may run nothing."""
+        """Whether a file is there, for an agent that may run nothing; HostFailed where it does not say."""
         try:
             with self._open(path, "r"):
                 return True
         except errors.HvmgrError as error:
             if guest_agent.is_silence(error):
                 raise
-            return False
+            if any(words in error.message for words in _ABSENT):
+                return False
+            raise errors.HostFailed(
+                f"whether {path} is there in the guest cannot be told: {error.message}",
+                hint="--overwrite replaces what may be there",
+            ) from error
 
     def write(self, path: str, mode: str, pieces: Iterator[bytes], wrote: Callable[[int], None]) -> str:
         """The file holds the pieces, one after the other; the SHA-256 of them all. ``mode`` is that of fopen(3)."""
         digest = hashlib.sha256()
         with self._open(path, mode) as handle:
             for piece in pieces:
-                self._write(handle, piece, path)
+                self._write(handle, piece, path, wrote)
                 digest.update(piece)
-                wrote(len(piece))
             self._ask("guest-file-flush", handle=handle)
         return digest.hexdigest()
 
-    def _write(self, handle: int, piece: bytes, path: str) -> None:
-        view = memoryview(piece)
+    def _write(self, handle: int, piece: bytes, path: str, wrote: Callable[[int], None]) -> None:
+        view, limit = memoryview(piece), self._limit(path, len(piece))
         while view:
+            limit()
             answer = self._ask("guest-file-write", handle=handle, **{"buf-b64": base64.b64encode(view).decode()})
             count = answer.get("count") if isinstance(answer, dict) else None
             if not isinstance(count, int) or not 0 < count <= len(view):
                 raise errors.HostFailed(f"the guest agent of {self._domain.name} does not write {path}")
             view = view[count:]
+            wrote(count)
 
-    def digest(self, path: str) -> str:
-        """The SHA-256 of a file's content, read back in pieces."""
-        digest = hashlib.sha256()
+    def digest(self, path: str, size: int, waiting: Callable[[], None] = lambda: None) -> str:
+        """The SHA-256 of a file's content, read back in pieces; of one that is larger than ``size``, another one."""
+        digest, count, limit = hashlib.sha256(), 0, self._limit(path, size)
         with self._open(path, "r") as handle:
             while True:
+                waiting()
+                limit()
                 answer = self._ask("guest-file-read", handle=handle, count=PIECE)
                 try:
                     data, is_end = base64.b64decode(answer["buf-b64"], validate=True), bool(answer["eof"])
                 except (KeyError, TypeError, ValueError, binascii.Error) as error:
                     raise errors.HostFailed(f"the guest agent of {self._domain.name} does not read {path}") from error
                 digest.update(data)
-                if is_end or not data:
+                count += len(data)
+                if is_end or not data or count > size:
                     return digest.hexdigest()
+
+    def _limit(self, path: str, size: int) -> Callable[[], None]:
+        """Raises once that many bytes took longer than any guest needs."""
+        deadline = time.monotonic() + limit_s(size)
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise errors.HostFailed(
+                    f"the guest agent of {self._domain.name} takes longer than {limit_s(size):.0f} s for {path}"
+                )
+
+        return check
 
     @contextlib.contextmanager
     def _open(self, path: str, mode: str) -> Iterator[int]:
@@ -108,15 +131,21 @@ class GuestFiles:
 
     # -- scripts -------------------------------------------------------------------------------------------------
 
-    def run(self, script: str, *words: str, limit_s: float = _SCRIPT_S) -> Answer:
-        """What a script of the guest's shell says with these as ``$1``, ``$2``, ...; HostFailed where it does not end in time."""
+    def run(
+        self, script: str, *words: str, limit_s: float = _SCRIPT_S, waiting: Callable[[], None] = lambda: None
+    ) -> Answer:
+        """What a script of the guest's shell says with these as ``$1``, ``$2``, ...; HostFailed where it does not end in time.
+
+        ``waiting`` is called now and then meanwhile; what it raises leaves the script to itself.
+        """
         started = self._ask("guest-exec", path="sh", arg=["-c", script, "sh", *words], **{"capture-output": True})
         pid = started.get("pid") if isinstance(started, dict) else None
         deadline, pause = time.monotonic() + limit_s, _POLL_S
         while True:
             state = self._ask("guest-exec-status", pid=pid)
             if isinstance(state, dict) and state.get("exited"):
-                return Answer(int(state.get("exitcode", 255)), _text(state, "out-data") + _text(state, "err-data"))
+                return Answer(_code(state), _text(state, "out-data") + _text(state, "err-data"))
+            waiting()
             if time.monotonic() > deadline:
                 raise errors.HostFailed(
                     f"a program in the guest of {self._domain.name} did not end within {limit_s:g} s"
@@ -126,6 +155,11 @@ class GuestFiles:
 
     def _ask(self, command: str, **arguments: object) -> Any:
         return self._domain.ask_agent(command, timeout_s=_CALL_S, arguments=arguments)
+
+
+def limit_s(size: int) -> float:
+    """How long a guest may take to read or write that many bytes."""
+    return _SCRIPT_S + size / _SLOWEST
 
 
 def opened(domain: Domain) -> GuestFiles:
@@ -164,6 +198,12 @@ def _system(domain: Domain) -> str:
         if guest_agent.is_silence(error):
             raise
         return ""
+
+
+def _code(state: dict[str, Any]) -> int:
+    """255 for one that was killed, and for what is no exit code."""
+    code = state.get("exitcode")
+    return code if isinstance(code, int) and not isinstance(code, bool) else 255
 
 
 def _text(state: dict[str, Any], key: str) -> str:

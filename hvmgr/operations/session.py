@@ -49,8 +49,11 @@ class Arriving(Protocol):
 class Putting(Protocol):
     """Files that are put into a disk."""
 
-    def write(self, session: Session, step: PutFiles) -> None:
-        """All of them are in the step's child, and read back as what they are; Conflict, NoSpace, Corrupt otherwise."""
+    def write(self, session: Session, step: PutFiles, spool: Path) -> None:
+        """All of them are in the step's child, and read back as what they are; Conflict, NoSpace, Corrupt otherwise.
+
+        ``spool`` is a folder for what is needed meanwhile.
+        """
 
 
 @dataclass(slots=True)

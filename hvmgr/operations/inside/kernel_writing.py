@@ -77,7 +77,7 @@ class KernelWriter:
         with tempfile.TemporaryDirectory(dir=spool, prefix="put-") as folder:
             place = Path(folder)
             contents = place / "contents"
-            script = "".join(_script(acts, _collected(acts, contents, spool, report), with_owners=self.keeps_owners))
+            script = "".join(_script(acts, _collected(acts, contents, report), with_owners=self.keeps_owners))
             programs = initramfs.with_libraries(_ATTRIBUTES) if _sets_attributes(acts) else {}
             entries = self._entries(kernel, os.fsencode(script), programs)
             (place / "initrd").write_bytes(initramfs.pack(entries))
@@ -135,20 +135,21 @@ def _stays(act: Act) -> bool:
     return there is not None and there.node.type is act.item.type is Type.FILE and there.node.links == 1
 
 
-def _collected(acts: Sequence[Act], target: Path, spool: Path, report: Report) -> list[int]:
+def _collected(acts: Sequence[Act], target: Path, report: Report) -> list[int]:
     """All contents one after the other in a file, each on a block of its own; where each begins, in blocks."""
     starts, at = [], 0
     with target.open("wb") as file:
         for one in acts:
             starts.append(at // _BLOCK)
             if one.item.source is not None:
-                with one.item.source.opened(spool) as descriptor:
-                    size = os.fstat(descriptor).st_size
-                    for place in range(0, size, 1 << 20):
-                        piece = os.pread(descriptor, 1 << 20, place)
-                        os.pwrite(file.fileno(), piece, at + place)
-                        report(0)
-                at += -(-size // _BLOCK) * _BLOCK
+                place = at
+                for piece in one.item.source.pieces(1 << 20):
+                    if piece.count(0) != len(piece):
+                        file.seek(place)
+                        file.write(piece)
+                    place += len(piece)
+                    report(0)
+                at += -(-(place - at) // _BLOCK) * _BLOCK
             report(one.item.size)
         file.truncate(max(at, _BLOCK))
     return starts

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from hvmgr.operations.images.volumes import require_room
 from hvmgr.operations.inside import arranging, exporting, looking, owners, views, writing
 from hvmgr.operations.inside.arranging import Act, Arrangement
 from hvmgr.operations.inside.browsing import Browser, shown
+from hvmgr.operations.inside.kernel_writing import KernelWriter
 from hvmgr.operations.inside.looking import Inside
 from hvmgr.operations.inside.sources import Gathered
 from hvmgr.operations.inside.views import Frozen, Volume
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
 _PIECE = 4 << 20
+_COPIED_AT_ONCE = 256 << 20  # of what another moment holds, as batches are made, but for a larger file
 _COARSE_NS = 2_000_000_000  # as FAT keeps times
 
 
@@ -108,7 +111,7 @@ def put(
         )  # fmt: skip
     if not arranged.acts:
         return done
-    require_room(session.layout.images, arranged.size, "what is put")
+    _require_room(session.layout.images, arranged.acts, writer, is_inside=manner.as_before)
     one = _plan(session, where[0], arranged, browser.volume, name, operation)
     session.putting = _Putting(browser.volume, where, arranged.acts, writer)
     try:
@@ -117,6 +120,21 @@ def put(
     finally:
         session.putting = None
     return dataclasses.replace(done, snapshot=snapshots.snapshot_of(one))
+
+
+def _require_room(folder: Path, acts: Sequence[Act], writer: Writer, *, is_inside: bool) -> None:
+    """NoSpace when the new image and what is copied on the way do not fit; only data counts, but a kernel fills holes."""
+
+    def needed(sizes: Sequence[int]) -> int:
+        if isinstance(writer, KernelWriter):  # all contents are at hand at once
+            return whole + sum(sizes)
+        return sum(sizes) + (min(sum(sizes), max([*sizes, _COPIED_AT_ONCE])) if is_inside else 0)
+
+    sizes = [one.item.size for one in acts]
+    whole = sum(sizes)
+    if shutil.disk_usage(folder).free < needed(sizes):
+        data = [0 if one.item.source is None else one.item.source.data_size() for one in acts]
+        require_room(folder, needed(data), "what is put, with the copies on the way,")
 
 
 def _choose(inside: Inside, path: bytes) -> Browser:
@@ -172,10 +190,10 @@ class _Putting:
     acts: Sequence[Act]
     writer: Writer
 
-    def write(self, session: Session, step: plan.PutFiles) -> None:
+    def write(self, session: Session, step: plan.PutFiles, spool: Path) -> None:
         disk, start = self.where
         links = (Link(Path(step.child), images.QCOW2), *disk.links)
-        spool, done, what = session.layout.private, 0, f"put {step.files} files"
+        done, what = 0, f"put {step.files} files"
 
         def report(count: int) -> None:
             nonlocal done

@@ -1,19 +1,20 @@
 """``file restore --to running``: files of a snapshot into the guest that runs, by its agent.
 
-Each file is written beside its place under a name of its own, compared by its hash, given its owner, mode and time, and only
-then renamed. Where the agent may not run programs, or the guest is a Windows, it is written in place instead, and that is told.
+Each file is written into a folder that only root can reach (``guest_scripts``), compared by its hash, given its owner, mode and time,
+and only then moved to its place. Where the agent may not run programs, or the guest is a Windows, it is written in place instead,
+and that is told.
 
 | what happens                         | what is in the guest then                                                |
 |--------------------------------------|--------------------------------------------------------------------------|
 | an error, Ctrl-C                     | the file's old content; the new one's beginning is removed               |
 | the agent dies or hangs              | the file's old content; the error names where the beginning of the new lies |
+| the same while it is moved           | the old content or the new one, whole: OutcomeUnknown, unless asked again the agent says |
 | the same while it is written in place| a part of the new content; the error says so                             |
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import uuid
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -21,12 +22,13 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.host import guest_agent, guest_files
 from hvmgr.host.domain import State
-from hvmgr.host.guest_files import GuestFiles
+from hvmgr.host.guest_files import Answer, GuestFiles
 from hvmgr.model.plan import Plan
 from hvmgr.model.progress import Progress
 from hvmgr.model.put_options import FilesWanted
 from hvmgr.operations import occasions
-from hvmgr.operations.inside import restoring
+from hvmgr.operations.inside import guest_scripts, restoring
+from hvmgr.operations.inside.arranging import LABEL
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.putting import Put
 from hvmgr.operations.inside.sources import Gathered, Item
@@ -37,16 +39,8 @@ if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
 _CLEAN_S = 10.0
+_ATTRIBUTES = "extended attributes and ACLs"
 _LINKS = "links and folders (the agent may not run programs)"
-# $1 is a path. A link to a folder counts as one: what is renamed to its name would go into that folder.
-_LOOK = 'if [ -d "$1" ]; then echo folder; elif [ -e "$1" ] || [ -L "$1" ]; then echo file; fi'
-_BEGIN = 'umask 077; set -C; : > "$1"'  # nobody else reads what is not yet whole, and nothing is written over
-_HASH = 'sha256sum < "$1"'
-_LABEL = 'if command -v restorecon > /dev/null 2>&1; then restorecon "$2" || :; fi'
-# $1 the new file, $2 its place, then owner, group, mode, seconds since 1970
-_PLACE = f'chown "$3:$4" "$1" && chmod "$5" "$1" && touch -d "@$6" "$1" && mv -f "$1" "$2" && {{ {_LABEL}; }}'
-_FOLDER = f'mkdir "$2" && chown "$3:$4" "$2" && chmod "$5" "$2" && {{ {_LABEL}; }}'
-_LINK = f'ln -s "$7" "$1" && chown -h "$3:$4" "$1" && mv -f "$1" "$2" && {{ {_LABEL}; }}'
 
 
 def restore(session: Session, vm: VM, wanted: FilesWanted, *, overwrite: bool) -> Put:
@@ -78,10 +72,17 @@ def _put(
     subject = f"restore of {len(taken)} file{'' if len(taken) == 1 else 's'} into the running {name}"
     engine = "the guest agent" if guest.can_run else "the guest agent, in place"
     if not guest.can_run:
-        session.say(f"the agent of {name} runs no programs here: files are written in place, without owner and mode")
+        session.say(
+            f"the agent of {name} runs no programs here: files are written in place, without owner and mode, and where a"
+            " link of one of the guest's users leads"
+        )
     with occasions.operation(session, Plan(session.new_id(), session.home.vm_id, "file restore", subject)):
-        for one, path in taken:
-            work.put(one, path)
+        try:
+            for one, path in taken:
+                work.put(one, path)
+        except errors.Cancelled as error:
+            became = f"; {error.facts['became']}" if "became" in error.facts else ""
+            raise errors.Cancelled(f"stopped; {work.files} of {len(taken)} files are in the guest{became}") from error
     for why, count in gathered.left_out.items():
         work.left_out[why] = work.left_out.get(why, 0) + count
     return Put(
@@ -90,7 +91,9 @@ def _put(
 
 
 def _path(into: bytes, one: Item) -> str:
-    path = into.rstrip(b"/") + b"/" + b"/".join(one.parts)
+    path = b"/".join([into.rstrip(b"/"), *one.parts])
+    if path.startswith(b"/"):
+        path = b"/" + b"/".join(part for part in path.split(b"/") if part not in {b"", b"."})
     try:
         return path.decode()
     except UnicodeDecodeError:
@@ -111,11 +114,7 @@ class _Work:
     def is_there(self, one: Item, path: str, *, overwrite: bool) -> bool:
         """Whether a folder is there already; Conflict for what is in the way. Nothing is changed."""
         self._session.interrupts.check()
-        if not self._guest.can_run:
-            found = "file" if one.type is Type.FILE and self._guest.exists(path) else ""
-        else:
-            answer = self._guest.run(_LOOK, path)
-            found = answer.said.strip() if answer.code == 0 else ""
+        found = self._look(path) if self._guest.can_run else self._tried(one, path, overwrite=overwrite)
         if one.type is Type.FOLDER and found == "folder":
             return True
         if found and (found == "folder" or one.type is Type.FOLDER):
@@ -129,80 +128,138 @@ class _Work:
             self._there.add(path)
         return False
 
+    def _look(self, path: str) -> str:
+        """Empty for nothing; what could not be looked at is never taken for that."""
+        answer = self._guest.run(guest_scripts.LOOK, path)
+        found = answer.said.strip()
+        if answer.code != 0 or found not in {"folder", "file", "none"}:
+            raise errors.HostFailed(f"{path} cannot be looked at in the guest: {_line(answer.said)}", path=path)
+        return "" if found == "none" else found
+
+    def _tried(self, one: Item, path: str, *, overwrite: bool) -> str:
+        if one.type is not Type.FILE:
+            return ""
+        try:
+            return "file" if self._guest.exists(path) else ""
+        except errors.HvmgrError as error:
+            if overwrite and not guest_agent.is_silence(error):
+                return ""
+            raise
+
     def put(self, one: Item, path: str) -> None:
         """It is in the guest."""
         self._session.progress(Progress(self._wrote, self._total, f"restore {path}"))
+        if one.extras.keys() - {LABEL}:
+            self.left_out[_ATTRIBUTES] = self.left_out.get(_ATTRIBUTES, 0) + 1
         if one.type is not Type.FILE and not self._guest.can_run:
             self.left_out[_LINKS] = self.left_out.get(_LINKS, 0) + 1
             return
-        if one.type is Type.FOLDER:
-            self._run(_FOLDER, path, path, one)
-        elif self._guest.can_run:
-            self._put_beside(one, path)
+        if self._guest.can_run:
+            self._put_by_move(one, path)
         else:
             self._put_in_place(one, path)
         self.files += 1
         self.replaced += path in self._there
         self.size += one.size
 
-    def _put_beside(self, one: Item, path: str) -> None:
-        folder, _, _ = path.rpartition("/")
-        part = f"{folder}/.hvmgr-{uuid.uuid4().hex[:12]}.part"
-        with self._cleaned(part, path):
-            if one.type is Type.LINK:
-                self._run(_LINK, part, path, one)
-                return
-            begun = self._guest.run(_BEGIN, part)
-            if begun.code != 0:
-                raise errors.HostFailed(f"{path} cannot be written in the guest: {_line(begun.said)}", path=path)
-            sent = self._guest.write(part, "r+", self._pieces(one), self._count)
-            answer = self._guest.run(_HASH, part, limit_s=600)
-            told = answer.said.split()[0] if answer.code == 0 and answer.said.split() else self._guest.digest(part)
-            self._require_same(sent, told, path)
-            self._run(_PLACE, part, path, one)
+    def _put_by_move(self, one: Item, path: str) -> None:
+        folder, _, name = path.rpartition("/")
+        made = self._begin(folder or "/", path)
+        sent = ""
+        with self._cleaned(made, path):
+            if one.type is Type.FILE:
+                part = f"{made}/{guest_scripts.NEW}"
+                sent = self._guest.write(part, "w", self._pieces(one), self._count)
+                self._require_same(sent, self._told(part, one.size), path)
+            self._check()
+        answer = self._move(one, (folder or "/", made, name), path, sent)
+        if answer is None or answer.code == 0:
+            return
+        with self._cleaned(made, path):
+            kind = errors.Conflict if answer.code == guest_scripts.TAKEN else errors.HostFailed
+            raise kind(f"{path} cannot be made in the guest: {_line(answer.said)}", path=path)
+
+    def _begin(self, folder: str, path: str) -> str:
+        """Where it is made: a new folder, which only root can reach, in ``folder`` or above it."""
+        own = f".hvmgr-{uuid.uuid4().hex[:12]}"
+        try:
+            answer = self._guest.run(guest_scripts.BEGIN, folder, own)
+        except errors.HvmgrError as error:
+            raise _with(error, f"{path} is what it was; an empty {own} may be in its folder or above it") from error
+        where = answer.said.strip().rpartition("\n")[2].removeprefix("in ")
+        above = where.removesuffix(own)
+        if answer.code == 0 and above != where and above.startswith("/") and f"{folder.rstrip('/')}/".startswith(above):
+            return where
+        kind = errors.Conflict if answer.code == guest_scripts.REFUSED else errors.HostFailed
+        raise kind(
+            f"{path} cannot be made in the guest: {_line(answer.said)}; it is what it was",
+            hint="restore it elsewhere: --into DIR",
+            path=path,
+        )
+
+    def _told(self, part: str, size: int) -> str:
+        """The guest's hash of what was written."""
+        limit_s = guest_files.limit_s(size)
+        answer = self._guest.run(guest_scripts.HASH, part, limit_s=limit_s, waiting=self._check)
+        if answer.code == 0 and answer.said.split():
+            return answer.said.split()[0]
+        return self._guest.digest(part, size, self._check)
+
+    def _move(self, one: Item, place: tuple[str, str, str], path: str, sent: str) -> Answer | None:
+        """What the guest says of it; None when it went silent, and is in its place all the same. OutcomeUnknown."""
+        script = {Type.FILE: guest_scripts.FILE, Type.FOLDER: guest_scripts.FOLDER, Type.LINK: guest_scripts.LINK}
+        facts = (f"{one.uid or 0}:{one.gid or 0}", f"{one.mode:o}", str((one.modified or 0) // 1_000_000_000))
+        manner = "replace" if path in self._there else "new"
+        target = one.target.decode("utf-8", "surrogateescape")
+        try:
+            return self._guest.run(script[one.type], *place, *facts, manner, target)
+        except errors.HvmgrError as error:
+            with contextlib.suppress(errors.HvmgrError):
+                answer = self._guest.run(guest_scripts.IS_PLACED, path, place[1], limit_s=_CLEAN_S)
+                if answer.code == 0 and (answer.said.split() or [""])[0] == sent:
+                    return None
+            what = "holds its old content or the new one, whole" if one.type is Type.FILE else "is made, or is not"
+            raise errors.OutcomeUnknown(
+                f"{error.message}; {path} {what}; {place[1]} is left where it is the old one",
+                hint="see to the guest and its agent, look there, and run the command again with --overwrite",
+                path=path,
+            ) from error
 
     def _put_in_place(self, one: Item, path: str) -> None:
         try:
             sent = self._guest.write(path, "w", self._pieces(one), self._count)
-            self._require_same(sent, self._guest.digest(path), path)
+            self._require_same(sent, self._guest.digest(path, one.size, self._check), path)
         except errors.HvmgrError as error:
             raise _with(error, f"{path} was written in place, and may hold a part of the new content only") from error
 
-    def _run(self, script: str, part: str, path: str, one: Item) -> None:
-        facts = (str(one.uid or 0), str(one.gid or 0), f"{one.mode:o}", str((one.modified or 0) // 1_000_000_000))
-        target = () if one.type is not Type.LINK else (one.target.decode("utf-8", "surrogateescape"),)
-        answer = self._guest.run(script, part, path, *facts, *target)
-        if answer.code != 0:
-            raise errors.HostFailed(f"{path} cannot be made in the guest: {_line(answer.said)}", path=path)
-
     @contextlib.contextmanager
-    def _cleaned(self, part: str, path: str) -> Iterator[None]:
+    def _cleaned(self, made: str, path: str) -> Iterator[None]:
         """What was begun is removed after an error, or named where that cannot be done."""
         try:
             yield
         except errors.HvmgrError as error:
-            left = "" if self._removes(part, error) else f"; what was written so far lies beside it as {part}"
+            left = "" if self._removes(made, error) else f"; what was written so far lies in {made}"
             raise _with(error, f"{path} is what it was{left}") from error
 
-    def _removes(self, part: str, error: errors.HvmgrError) -> bool:
+    def _removes(self, made: str, error: errors.HvmgrError) -> bool:
         """Whether what was begun is gone; an agent that is silent is not asked once more."""
         if guest_agent.is_silence(error):
             return False
         try:
-            return self._guest.run('rm -f "$1"', part, limit_s=_CLEAN_S).code == 0
+            return self._guest.run(guest_scripts.CLEAN, made, limit_s=_CLEAN_S).code == 0
         except errors.HvmgrError:
             return False
 
-    def _pieces(self, one: Item) -> Iterator[bytes]:
+    @staticmethod
+    def _pieces(one: Item) -> Iterator[bytes]:
         assert one.source is not None
-        with one.source.opened(self._session.layout.private) as descriptor:
-            at = 0
-            while piece := os.pread(descriptor, guest_files.PIECE, at):
-                yield piece
-                at += len(piece)
+        return one.source.pieces(guest_files.PIECE)
 
     def _count(self, count: int) -> None:
         self._wrote += count
+        self._check()
+
+    def _check(self) -> None:
         self._session.progress(Progress(self._wrote, self._total, f"restore {self._total} bytes"))
 
     @staticmethod
@@ -217,4 +274,4 @@ def _line(said: str) -> str:
 
 def _with(error: errors.HvmgrError, more: str) -> errors.HvmgrError:
     """The same error, which says besides what became of the file."""
-    return type(error)(f"{error.message}; {more}", hint=error.hint, **error.facts)
+    return type(error)(f"{error.message}; {more}", hint=error.hint, **{**error.facts, "became": more})

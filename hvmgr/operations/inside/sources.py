@@ -7,6 +7,7 @@ when it is needed, and has to be what was seen then: one that changes meanwhile 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import tempfile
@@ -32,6 +33,12 @@ class Source(Protocol):
 
     def opened(self, spool: Path) -> contextlib.AbstractContextManager[int]:
         """A descriptor of a file with all of it; ``spool`` is a folder with room for a copy."""
+
+    def pieces(self, at_once: int) -> Iterator[bytes]:
+        """All of it in order, holes as zeros, in pieces that are no larger than that; no copy is made."""
+
+    def data_size(self) -> int:
+        """How many bytes of it are not holes, roughly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +83,70 @@ class Gathered:
 
 @dataclass(frozen=True, slots=True)
 class _HostFile:
-    path: Path
-    seen: tuple[int, int, int, int]
+    """``names`` lead from ``top``, which was named, to the file: no link among them is followed, then or later."""
+
+    top: Path
+    names: tuple[bytes, ...]
+    seen: os.stat_result
 
     @contextlib.contextmanager
     def opened(self, spool: Path) -> Iterator[int]:  # noqa: ARG002 - it is a file already
-        with explained(self.path):
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = self._open()
         try:
             self._require_seen(descriptor)
+            self._require_whole(descriptor)
             yield descriptor
             self._require_seen(descriptor)
         finally:
             os.close(descriptor)
 
+    def pieces(self, at_once: int) -> Iterator[bytes]:
+        with self.opened(self.top) as descriptor:
+            for at in range(0, self.seen.st_size, at_once):
+                yield os.pread(descriptor, at_once, at)
+
+    def data_size(self) -> int:
+        return min(self.seen.st_size, self.seen.st_blocks * 512)
+
+    def _open(self) -> int:
+        with explained(self._path):
+            descriptor = os.open(self.top, _READ | (os.O_DIRECTORY if self.names else 0))
+            for number, name in enumerate(self.names, 1):
+                above = descriptor
+                try:
+                    flags = os.O_NOFOLLOW | (os.O_DIRECTORY if number < len(self.names) else 0)
+                    descriptor = os.open(name, _READ | flags, dir_fd=above)
+                except OSError as error:
+                    if error.errno in _SWAPPED:
+                        raise self._changed() from error
+                    raise
+                finally:
+                    os.close(above)
+        return descriptor
+
     def _require_seen(self, descriptor: int) -> None:
-        if _stamp(os.fstat(descriptor)) != self.seen:
+        if _stamp(os.fstat(descriptor)) != _stamp(self.seen):
+            raise self._changed()
+
+    def _require_whole(self, descriptor: int) -> None:
+        """Files of /proc and /sys say another size than they have; what has none would land empty."""
+        size = self.seen.st_size
+        with explained(self._path):
+            is_whole = not os.pread(descriptor, 1, size) and (size == 0 or len(os.pread(descriptor, 1, size - 1)) == 1)
+        if not is_whole:
             raise errors.Conflict(
-                f"{self.path} was changed while it was read", hint="put a copy of it, or run the command again"
+                f"{self._path} does not hold the {size} bytes that it says it has",
+                hint="put a copy of it: cp it to a disk first",
             )
+
+    def _changed(self) -> errors.Conflict:
+        return errors.Conflict(
+            f"{self._path} was changed while it was read", hint="put a copy of it, or run the command again"
+        )
+
+    @property
+    def _path(self) -> Path:
+        return self.top.joinpath(*map(os.fsdecode, self.names))
 
 
 def of_host(paths: Sequence[Path]) -> Gathered:
@@ -111,33 +163,88 @@ def of_host(paths: Sequence[Path]) -> Gathered:
         if name in names:
             raise errors.UsageError(f"{names[name]} and {path} would both be '{shown(name)}'")
         names[name] = path
-        _walk(gathered, path, (name,), follow=True)
+        _HostWalk(gathered, path, name).gather()
     return gathered
 
 
-def _walk(gathered: Gathered, top: Path, parts: tuple[bytes, ...], *, follow: bool) -> None:
-    pending = [(top, parts, follow)]
-    while pending:
-        path, parts, follow = pending.pop()
+class _HostWalk:
+    """One SRC and all below it, by open folders: nobody who may write in one can lead the walk out of it by a link."""
+
+    def __init__(self, gathered: Gathered, top: Path, name: bytes) -> None:
+        self._gathered, self._top, self._name = gathered, top, name
+
+    def gather(self) -> None:
+        with explained(self._top):
+            facts = self._top.stat()
+        if _TYPES.get(stat.S_IFMT(facts.st_mode)) is not Type.FOLDER:
+            self._add(facts, ())
+            return
+        with explained(self._top):
+            folder = os.open(self._top, _READ | os.O_DIRECTORY)
+        opened: list[int] = [folder]
+        try:
+            self._gather_below(opened)
+        finally:
+            for one in opened:
+                os.close(one)
+
+    def _gather_below(self, opened: list[int]) -> None:
+        """``opened``: the folders on the way, each in the one before."""
+        pending: list[tuple[tuple[bytes, ...], Iterator[bytes]]] = [((), self._names_in(opened[0], ()))]
+        while pending:
+            names, below = pending[-1]
+            if (name := next(below, None)) is None:
+                pending.pop()
+                os.close(opened.pop())
+            elif (folder := self._entry(opened[-1], (*names, name))) is not None:
+                opened.append(folder)
+                pending.append(((*names, name), self._names_in(folder, (*names, name))))
+
+    def _names_in(self, folder: int, names: tuple[bytes, ...]) -> Iterator[bytes]:
+        """The folder is taken; what is in it."""
+        self._add(os.fstat(folder), names)
+        with explained(self._path(names)):
+            return iter(sorted(os.fsencode(one) for one in os.listdir(folder)))
+
+    def _entry(self, above: int, names: tuple[bytes, ...]) -> int | None:
+        """A folder is opened, anything else is taken."""
+        name, path = names[-1], self._path(names)
         with explained(path):
-            facts = path.stat() if follow else path.lstat()
+            facts = os.stat(name, dir_fd=above, follow_symlinks=False)
             kind = _TYPES.get(stat.S_IFMT(facts.st_mode))
-            target = os.fsencode(path.readlink()) if kind is Type.LINK else b""
-            below = sorted(path.iterdir()) if kind is Type.FOLDER else []
+            try:
+                if kind is Type.FOLDER:
+                    return os.open(name, _READ | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=above)
+                target = os.readlink(name, dir_fd=above) if kind is Type.LINK else b""
+            except OSError as error:
+                if error.errno not in {*_SWAPPED, errno.EINVAL}:
+                    raise
+                raise errors.Conflict(
+                    f"{path} was changed while it was looked at", hint="run the command again"
+                ) from error
+        self._add(facts, names, target)
+        return None
+
+    def _add(self, facts: os.stat_result, names: tuple[bytes, ...], target: bytes = b"") -> None:
+        kind = _TYPES.get(stat.S_IFMT(facts.st_mode))
         if kind is None:
-            gathered.leave_out(SPECIAL)
-            continue
-        source = _HostFile(path, _stamp(facts)) if kind is Type.FILE else None
-        gathered.items.append(
+            self._gathered.leave_out(SPECIAL)
+            return
+        source = _HostFile(self._top, names, facts) if kind is Type.FILE else None
+        self._gathered.items.append(
             Item(
-                parts, kind, facts.st_size if source is not None else 0, stat.S_IMODE(facts.st_mode), None, None,
-                facts.st_mtime_ns, target, source=source, origin=str(path),
+                (self._name, *names), kind, facts.st_size if source is not None else 0, stat.S_IMODE(facts.st_mode),
+                None, None, facts.st_mtime_ns, target, source=source, origin=str(self._path(names)),
             )
         )  # fmt: skip
-        pending += [(one, (*parts, os.fsencode(one.name)), False) for one in reversed(below)]
+
+    def _path(self, names: tuple[bytes, ...]) -> Path:
+        return self._top.joinpath(*map(os.fsdecode, names))
 
 
 _TYPES = {stat.S_IFREG: Type.FILE, stat.S_IFDIR: Type.FOLDER, stat.S_IFLNK: Type.LINK}
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+_SWAPPED = (errno.ELOOP, errno.ENOTDIR)  # a link, or another thing, has the name by now
 
 
 def _stamp(facts: os.stat_result) -> tuple[int, int, int, int]:
@@ -163,6 +270,23 @@ class _InsideFile:
                 if self.found.node.modified is not None:
                     os.utime(file.fileno(), ns=(self.found.node.modified, self.found.node.modified))
             yield file.fileno()
+
+    def pieces(self, at_once: int) -> Iterator[bytes]:
+        content, at = self.browser.content(self.found), 0
+        for offset, piece in content.pieces():
+            yield from _zeros(offset - at, at_once)
+            for start in range(0, len(piece), at_once):
+                yield bytes(piece[start : start + at_once])
+            at = offset + len(piece)
+        yield from _zeros(content.size - at, at_once)
+
+    def data_size(self) -> int:
+        return sum(end - start for start, end in self.browser.content(self.found).ranges())
+
+
+def _zeros(count: int, at_once: int) -> Iterator[bytes]:
+    for at in range(0, count, at_once):
+        yield bytes(min(at_once, count - at))
 
 
 def of_browser(wanted: Sequence[tuple[Browser, Found]], *, whole_path: bool) -> Gathered:
