@@ -192,7 +192,7 @@ class _Work:
             return where
         kind = errors.Conflict if answer.code == guest_scripts.REFUSED else errors.HostFailed
         raise kind(
-            f"{path} cannot be made in the guest: {_line(answer.said)}; it is what it was",
+            f"{path} cannot be made in the guest: {_line(answer.said)}; {path} is what it was",
             hint="restore it elsewhere: --into DIR",
             path=path,
         )

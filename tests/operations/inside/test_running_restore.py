@@ -10,7 +10,7 @@ import pytest
 from hvmgr import errors
 from hvmgr.host import guest_files
 from hvmgr.model.put_options import FilesWanted
-from hvmgr.operations.inside import returning
+from hvmgr.operations.inside import guest_scripts
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
@@ -73,16 +73,19 @@ def test_files_come_back_into_the_guest_that_runs(machine, monkeypatch):
 
     done = restore(machine, b"/tree/data", b"/tree/empty")
     assert (done.files, done.replaced, done.size, done.engine) == (2, 1, 600 << 10, "the guest agent")
-    assert machine.files.digest("/files/tree/data") == data
+    assert machine.files.digest("/files/tree/data", 600 << 10) == data
     assert machine.shell("cd /files/tree; stat -c '%u:%g %a %Y' data; stat -c %s empty") == "7:8 4750 1600000000\n0"
     machine.shell("rm /files/tree/deep")
     done = restore(machine, b"/tree/deep")
     assert done.files == 3
+    machine.shell("cd /files/tree; rm -r deep; chown 7 .")  # what others may write in is filled from outside
+    assert restore(machine, b"/tree/deep", b"/tree/empty", overwrite=True).replaced == 1
+    assert machine.shell("cd /files/tree; stat -c %u deep/link . ; chown 0 .") == "0\n7"
     assert machine.shell("cd /files/tree/deep; readlink link; cat 'odd \"name\"'") == "../no\nsmall"
 
     with pytest.raises(errors.UsageError, match="not the root of a system"):
         restore(machine, b"/tree/data", into=None)
-    with pytest.raises(errors.HostFailed, match=r"/no/such/data cannot be written in the guest"):
+    with pytest.raises(errors.HostFailed, match=r"/no/such/data cannot be made in the guest"):
         restore(machine, b"/tree/data", into=b"/no/such")
     with pytest.raises(errors.NotFound):
         restore(machine, b"/tree/no")
@@ -95,19 +98,19 @@ def test_files_come_back_into_the_guest_that_runs(machine, monkeypatch):
         restore(machine, b"/tree/data")
     machine.shell("rm /files/full; sync")
     with monkeypatch.context() as patch:
-        patch.setattr(returning, "_HASH", "echo wrong")
+        patch.setattr(guest_scripts, "HASH", "echo wrong")
         with pytest.raises(errors.HostFailed, match=r"reads back in the guest otherwise .* is what it was$"):
             restore(machine, b"/tree/data")
     write, calls = guest_files.GuestFiles._write, []
 
-    def interrupted(files, handle, piece, path):
+    def interrupted(files, handle, piece, path, wrote):
         calls.append(path)
         os.kill(os.getpid(), signal.SIGINT)
-        write(files, handle, piece, path)
+        write(files, handle, piece, path, wrote)
 
     with monkeypatch.context() as patch:
         patch.setattr(guest_files.GuestFiles, "_write", interrupted)
-        with pytest.raises(errors.Cancelled, match="is what it was"):
+        with pytest.raises(errors.Cancelled, match=r"stopped; 0 of 1 files are in the guest; \S+/data is what it was$"):
             restore(machine, b"/tree/data")
     assert len(calls) == 1
     assert machine.shell("cat /files/tree/data") == "mine"
@@ -122,18 +125,16 @@ def test_an_agent_that_stops_in_the_middle_leaves_the_old_file(machine, monkeypa
     monkeypatch.setattr(guest_files, "_CALL_S", 3)
     write, calls = guest_files.GuestFiles._write, []
 
-    def stopped(files, handle, piece, path):
+    def stopped(files, handle, piece, path, wrote):
         if len(calls) == 1:
             machine.agent.nudge()
             machine.agent.await_silence()
         calls.append(path)
-        write(files, handle, piece, path)
+        write(files, handle, piece, path, wrote)
 
     with monkeypatch.context() as patch:
         patch.setattr(guest_files.GuestFiles, "_write", stopped)
-        with pytest.raises(
-            errors.HvmgrError, match=r"/files/tree/data is what it was; .* lies beside it as (\S+)$"
-        ) as failure:
+        with pytest.raises(errors.HvmgrError, match=r"/files/tree/data is what it was; .* lies in (\S+)$") as failure:
             restore(machine, b"/tree/data")
     machine.agent.nudge()
     machine.agent.await_answer()
@@ -152,7 +153,7 @@ def test_an_agent_that_may_run_nothing_writes_in_place(machine):
     assert (done.engine, done.files, done.replaced) == ("the guest agent, in place", 3, 3)
     assert done.left_out == {"links and folders (the agent may not run programs)": 3}
     assert any("files are written in place, without owner and mode" in one for one in machine.said)
-    assert machine.files.digest("/files/tree/data") == data
+    assert machine.files.digest("/files/tree/data", 600 << 10) == data
 
 
 def test_without_an_agent_that_may_nothing_is_tried(machine, make_machine):
