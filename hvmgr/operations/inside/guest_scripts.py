@@ -24,7 +24,7 @@ here=$(pwd -P)
 [ "$here" = "$1" ] || {{ echo "$1 leads through a link to $here: name that"; exit {REFUSED}; }}
 """
 
-# $1 the folder, $2 a name of our own; the last line is "in " and where that is made.
+# $1 the folder, $2 a name of our own; the last line is "in " and how many names of the folder lead to where that is made.
 BEGIN = f"""
 set -f
 {_ENTER}
@@ -32,9 +32,9 @@ is_roots() {{
     set -- $(stat -c '%u %a' -- "$1")
     [ "$1" = 0 ] && {{ [ $((0$2 & 022)) = 0 ] || [ $((0$2 & 01000)) != 0 ]; }}
 }}
-at=/ rest=${{1#/}} place=
+at=/ rest=${{1#/}} place= depth=-1
 while is_roots "$at"; do
-    place=$at
+    place=$at depth=$((depth + 1))
     [ "$at" != "$1" ] || break
     at=${{at%/}}/${{rest%%/*}} rest=${{rest#*/}}
 done
@@ -42,7 +42,7 @@ done
     echo "others may write in $at, and no folder above it on its file system is root's alone"
     exit {REFUSED}
 }}
-mkdir -m 700 -- "${{place%/}}/$2" && echo "in ${{place%/}}/$2"
+mkdir -m 700 -- "${{place%/}}/$2" && echo "in $depth"
 """
 
 # $1 the folder, $2 where it was made, $3 its name, then owner:group, mode, seconds since 1970, whether it replaces, a link's target
@@ -69,8 +69,8 @@ LINK = f"""{_ENTER}
 ln -s -- "$8" "$2/{NEW}" && chown -h "$4" "$2/{NEW}" || exit
 {_PUT}"""
 
-# $1 the place, $2 where it was made: says the hash of a file that got there, and fails where it did not.
-IS_PLACED = f"""
-[ -d "$2" ] && {{ [ -e "$2/{NEW}" ] || [ -L "$2/{NEW}" ]; }} && exit 1
+# $1 the place, $2 where it was made, which goes last: says the hash of a file that got there, and fails where it did not.
+IS_PLACED = """
+[ ! -e "$2" ] || exit 1
 if [ -f "$1" ] && [ ! -L "$1" ]; then sha256sum < "$1"; else [ -d "$1" ] || [ -L "$1" ]; fi
 """

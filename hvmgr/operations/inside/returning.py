@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _CLEAN_S = 10.0
 _ATTRIBUTES = "extended attributes and ACLs"
+_IN_THE_WAY = (guest_scripts.REFUSED, guest_scripts.TAKEN)
 _LINKS = "links and folders (the agent may not run programs)"
 
 
@@ -176,7 +177,7 @@ class _Work:
         if answer is None or answer.code == 0:
             return
         with self._cleaned(made, path):
-            kind = errors.Conflict if answer.code == guest_scripts.TAKEN else errors.HostFailed
+            kind = errors.Conflict if answer.code in _IN_THE_WAY else errors.HostFailed
             raise kind(f"{path} cannot be made in the guest: {_line(answer.said)}", path=path)
 
     def _begin(self, folder: str, path: str) -> str:
@@ -186,11 +187,11 @@ class _Work:
             answer = self._guest.run(guest_scripts.BEGIN, folder, own)
         except errors.HvmgrError as error:
             raise _with(error, f"{path} is what it was; an empty {own} may be in its folder or above it") from error
-        where = answer.said.strip().rpartition("\n")[2].removeprefix("in ")
-        above = where.removesuffix(own)
-        if answer.code == 0 and above != where and above.startswith("/") and f"{folder.rstrip('/')}/".startswith(above):
-            return where
-        kind = errors.Conflict if answer.code == guest_scripts.REFUSED else errors.HostFailed
+        told = answer.said.strip().rpartition("\n")[2].removeprefix("in ")
+        names = [one for one in folder.split("/") if one]
+        if answer.code == 0 and len(told) < 6 and told.isdecimal() and int(told) <= len(names):
+            return "/" + "/".join([*names[: int(told)], own])
+        kind = errors.Conflict if answer.code in _IN_THE_WAY else errors.HostFailed
         raise kind(
             f"{path} cannot be made in the guest: {_line(answer.said)}; {path} is what it was",
             hint="restore it elsewhere: --into DIR",

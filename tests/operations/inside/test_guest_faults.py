@@ -186,7 +186,7 @@ def test_a_user_of_the_guest_gains_nothing_by_his_folder(agent, put, folder, tmp
         folder.symlink_to(secret)
 
     agent.before(guest_scripts.FILE, swap)
-    with pytest.raises(errors.HostFailed, match=r"leads through a link to .*/secret.* is what it was$"):
+    with pytest.raises(errors.Conflict, match=r"leads through a link to .*/secret.* is what it was$"):
         put(folder, file(b"data", b"evil"))
     agent.faults.clear()
     with pytest.raises(errors.Conflict, match=r"leads through a link to .*/secret: name that; .*/data is what it was"):
@@ -197,6 +197,17 @@ def test_a_user_of_the_guest_gains_nothing_by_his_folder(agent, put, folder, tmp
     assert ((secret / "data").read_text(), (secret / "data").stat().st_uid) == ("root's", 0)
     assert (tmp_path / "away" / "data").read_text() == "mine"
     assert names(tmp_path) == ["away", "away/data", "folder", "secret", "secret/data"]
+
+
+def test_whatever_names_there_are(put, folder):
+    inner = folder / "a\nb '\u200b*"
+    inner.mkdir()
+    os.chown(inner, USER, USER)
+    put(inner, file(b"-n\n"), Item((b"-l",), Type.LINK, 0, 0o777, 0, 0, 0, target=b"-t"))
+    put(f"/{folder}//./", file(b"data", b"other"), overwrite=True)
+    assert sorted(os.listdir(inner)) == ["-l", "-n\n"]
+    assert (inner / "-l").readlink().name == "-t"
+    assert (folder / "data").read_text() == "other"
 
 
 def test_without_a_folder_of_roots_it_is_refused(put, folder, monkeypatch):
