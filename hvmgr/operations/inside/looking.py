@@ -26,6 +26,7 @@ _HINTS = {
     Kind.LUKS: unlocking.NO_KEY,
     Kind.BITLOCKER: "it is encrypted (BitLocker), and its key is only in the guest",
     Kind.SWAP: "it is swap space",
+    Kind.SWSUSPEND: "it is swap space, with the memory of a system that sleeps",
     Kind.LVM: "its logical volumes (LVM) are told on their own",
 }
 
@@ -56,19 +57,39 @@ class Inside:
             self._browsers[volume] = Browser(volume, opened)
         return self._browsers[volume]
 
-    def place(self, volume: Volume) -> tuple[Frozen, int] | None:
-        """On which disk a volume lies in one piece, and from which byte on; None for one that is scattered, or encrypted."""
-        if volume.encrypted:
-            return None
-        if not volume.logical:
-            return volume.disk, volume.start
-        logical = self._places.get(volume)
-        piece = logical.piece if isinstance(logical, Mapped) else None
-        if piece is None:
-            return None
-        below, start = piece
+    @property
+    def everything(self) -> list[Volume]:
+        """All places of the disks, whichever partition was asked for."""
+        return list(self._places)
+
+    def place(self, volume: Volume) -> tuple[Frozen, int]:
+        """On which disk a volume lies in one piece, and from which byte on.
+
+        Unsupported for one that is scattered or encrypted, or of which there is a second copy that would not follow.
+        """
+        if volume.copied:
+            raise errors.Unsupported(f"{volume.title} cannot be written so: {volume.copied}", hint=_RUNNING)
+        below, start = (self._places.get(volume), 0)
+        if isinstance(below, Mapped) and not volume.encrypted:
+            below, start = below.piece or (None, 0)
         physical = [one for one, disk in self._places.items() if disk is below and not (one.encrypted or one.logical)]
-        return (physical[0].disk, physical[0].start + start) if physical else None
+        if below is None or not physical:
+            raise errors.Unsupported(
+                f"{volume.title} lies in several pieces, or on several disks, and cannot be written so", hint=_RUNNING
+            )
+        self._require_alone(physical[0], below)
+        return physical[0].disk, physical[0].start + start
+
+    @staticmethod
+    def _require_alone(volume: Volume, place: Disk) -> None:
+        from hvmgr.storage.filesystems import raid
+
+        whole = place.disk if isinstance(place, Window) else place
+        if raid.is_type(volume.type) or raid.is_member(place) or raid.is_member(whole):
+            raise errors.Unsupported(
+                f"{volume.title} is a part of a RAID or of a dynamic disk, and cannot be written on its own",
+                hint=_RUNNING,
+            )
 
     def parts(self, volume: Volume) -> list[tuple[str, tuple[object, int, int]]]:
         """Where a volume lies, each part with the slot of its disk; nothing of one that cannot be read.
@@ -105,7 +126,7 @@ class Inside:
             raise broken[0]
         if not having:
             where = ", ".join(one.title for one in readable)
-            others = [one for one in self.volumes if not is_readable(one) and one.kind not in {None, Kind.SWAP}]
+            others = [one for one in self.volumes if not is_readable(one) and one.kind not in _SWAP]
             more = "".join(f"; {one.title} cannot be read: {why_not(one)}" for one in others)
             raise errors.NotFound(f"there is no {shown(path)} in {where}{more}", hint=_CHOOSE)
         raise errors.UsageError(f"{shown(path)} is in {len(having)} file systems: {described(having)}", hint=_CHOOSE)
@@ -122,6 +143,8 @@ class Inside:
         return errors.Unsupported(f"{what} has neither a partition table nor a file system that is known")
 
 
+_SWAP = {None, Kind.SWAP, Kind.SWSUSPEND}
+_RUNNING = "start the VM: file restore --to running"
 _CHOOSE = "choose one with --disk SLOT and --partition N or GROUP/VOLUME; all of them: hvmgr file list without a path"
 
 
@@ -210,6 +233,19 @@ def _logical(physical: Mapping[Volume, Disk]) -> Iterator[tuple[Volume, Disk | N
             found, why_not = None, error.message
         kind, label, uuid = (None, "", one.uuid) if found is None else (found.kind, found.label, found.uuid)
         yield (
-            Volume(first, None, 0, one.size, kind, label, uuid, "lvm", one.name, logical=one.name, why_not=why_not),
+            Volume(
+                first,
+                None,
+                0,
+                one.size,
+                kind,
+                label,
+                uuid,
+                "lvm",
+                one.name,
+                logical=one.name,
+                why_not=why_not,
+                copied=one.copied,
+            ),
             one.disk,
         )

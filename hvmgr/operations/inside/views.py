@@ -69,6 +69,7 @@ class Volume:
     logical: str = ""
     why_not: str = ""  # nobody can read it
     encrypted: bool = False
+    copied: str = ""  # where a copy of it is, which would not follow if it were written
 
     @property
     def title(self) -> str:

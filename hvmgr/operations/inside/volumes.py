@@ -13,12 +13,19 @@ from hvmgr.operations.inside.views import Frozen, Volume
 from hvmgr.storage.filesystems.signatures import Kind
 
 _FIRMWARE = ("ef", "c12a7328-f81f-11d2-ba4b-00a0c93ec93b")  # the EFI system partition
-_NAMES = {Kind.LUKS: "LUKS", Kind.BITLOCKER: "BitLocker", Kind.LVM: "LVM", Kind.SWAP: "swap space"}
+_NAMES = {
+    Kind.LUKS: "LUKS",
+    Kind.BITLOCKER: "BitLocker",
+    Kind.LVM: "LVM",
+    Kind.SWAP: "swap space",
+    Kind.SWSUSPEND: "a system that sleeps",
+}
 _PACKED = {
     Kind.LUKS: "is encrypted with LUKS, and its key can be given: --key-file FILE",
     Kind.BITLOCKER: "is encrypted with BitLocker",
     Kind.LVM: "is a physical volume of LVM, not a file system",
     Kind.SWAP: "is swap space, not a file system",
+    Kind.SWSUSPEND: "is swap space with the memory of a system that sleeps, not a file system",
 }
 
 

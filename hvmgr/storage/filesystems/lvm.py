@@ -21,6 +21,7 @@ _SECTOR, _LABELS = 512, 4
 _LABEL, _TYPE, _MAGIC = b"LABELONE", b"LVM2 001", b" LVM2 x[5A%r0N*>"
 _AREAS_MAX, _TEXT_MAX, _DEPTH_MAX = 16, 64 << 20, 16
 _STRIPES_MAX = 1 << 20
+_ORIGIN = {"origin", "external_origin"}  # of a snapshot, and of a thin one
 _TOKEN = re.compile(rb'\s+|#[^\n]*|(?P<word>[A-Za-z0-9_.+-]+)|"(?P<text>(?:[^"\\]|\\.)*)"|(?P<sign>[{}\[\]=,])')
 
 
@@ -33,6 +34,7 @@ class Logical:
     uuid: str
     disk: Disk | None
     why: str = ""
+    copied: str = ""  # what stands on its being as it is: whoever writes it past LVM spoils that
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,10 +160,14 @@ def _volumes(name: str, group: Mapping[str, Any], places: Mapping[str, Disk]) ->
     starts: dict[str, tuple[Disk | None, int]] = {}
     for key, one in group["physical_volumes"].items():
         starts[key] = (places.get(str(one["id"]).replace("-", "")), int(one["pe_start"]) * _SECTOR)
-    for key, one in group.get("logical_volumes", {}).items():
+    logical = group.get("logical_volumes", {})
+    origins = {
+        segment[word] for one in logical.values() for segment in _segments(one) for word in _ORIGIN & segment.keys()
+    }
+    for key, one in logical.items():
         if "VISIBLE" not in one.get("status", []):
             continue  # a part of another one
-        segments = [one[f"segment{number}"] for number in range(1, int(one["segment_count"]) + 1)]
+        segments = _segments(one)
         size = sum(int(segment["extent_count"]) for segment in segments) * extent
         title, uuid = f"{name}/{key}", str(one.get("id", ""))
         why = _why_not(segments, starts)
@@ -169,7 +175,12 @@ def _volumes(name: str, group: Mapping[str, Any], places: Mapping[str, Disk]) ->
             yield Logical(title, size, uuid, None, why)
             continue
         parts = [part for segment in segments for part in _parts(segment, extent, starts)]
-        yield Logical(title, size, uuid, Mapped(parts))
+        copied = "a snapshot of it (LVM) holds what is changed only" if key in origins else ""
+        yield Logical(title, size, uuid, Mapped(parts), copied=copied)
+
+
+def _segments(one: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [one[f"segment{number}"] for number in range(1, int(one["segment_count"]) + 1)]
 
 
 def _why_not(segments: Sequence[Mapping[str, Any]], starts: Mapping[str, tuple[Disk | None, int]]) -> str:

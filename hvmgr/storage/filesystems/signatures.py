@@ -11,6 +11,9 @@ from hvmgr import errors
 from hvmgr.storage.filesystems import window
 from hvmgr.storage.partitions import Disk
 
+# The kernel's, uswsusp's, and those of older kernels and of TuxOnIce: in the place of SWAPSPACE2 until the system has gone on.
+_ASLEEP = (b"S1SUSPEND", b"S2SUSPEND", b"ULSUSPEND", b"LINHIB0001", b"\xed\xc3\x02\xe9\x98\x56\xe5\x0c")
+
 
 class Kind(StrEnum):
     """What may lie on a partition."""
@@ -28,6 +31,7 @@ class Kind(StrEnum):
     LUKS = "luks"
     BITLOCKER = "bitlocker"
     SWAP = "swap"
+    SWSUSPEND = "swsuspend"  # swap space with the memory of a Linux that sleeps
 
     @property
     def is_encrypted(self) -> bool:
@@ -37,7 +41,7 @@ class Kind(StrEnum):
     @property
     def holds_files(self) -> bool:
         """Whether it is a file system."""
-        return self not in {Kind.LVM, Kind.LUKS, Kind.BITLOCKER, Kind.SWAP}
+        return self not in {Kind.LVM, Kind.LUKS, Kind.BITLOCKER, Kind.SWAP, Kind.SWSUSPEND}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +144,10 @@ def _lvm(head: bytes) -> Found | None:
 
 def _swap(head: bytes) -> Found | None:
     for page in (4096, 8192, 16384, 65536):
-        if head[page - 10 : page] == b"SWAPSPACE2":
-            return Found(Kind.SWAP, _text(head[1052:1068]), str(uuid.UUID(bytes=head[1036:1052])))
+        mark = head[page - 10 : page]
+        if mark == b"SWAPSPACE2" or mark.startswith(_ASLEEP):
+            kind = Kind.SWAP if mark == b"SWAPSPACE2" else Kind.SWSUSPEND
+            return Found(kind, _text(head[1052:1068]), str(uuid.UUID(bytes=head[1036:1052])))
     return None
 
 
