@@ -30,21 +30,21 @@ class Machine:
     boot_url: str | None = None  # what its network card loads first; 10.0.2.2 is this host's loopback
 
 
-def lines(machine: Machine, work: Path, *, time_s: float) -> Iterator[str]:
-    """What the machine says on its serial console, line by line, until it turns itself off; HostFailed after ``time_s``.
+def lines(machine: Machine, work: Path, *, time_s: float, hint: str = "give it more time with --time") -> Iterator[str]:
+    """What the machine says on its serial console, line by line, until it turns itself off.
 
-    Whoever stops reading ends it, as pulling the plug does.
+    HostFailed with the ``hint`` after ``time_s``. Whoever stops reading ends it, as pulling the plug does.
     """
     deadline = time.monotonic() + time_s
     if os.access("/dev/kvm", os.R_OK | os.W_OK):
         try:
-            yield from _run(machine, work, "kvm", deadline)
+            yield from _run(machine, work, "kvm", deadline, hint)
         except _NotStarted:
             pass  # some hosts have the device, and no guest of it can run
         else:
             return
     try:
-        yield from _run(machine, work, "tcg", deadline)
+        yield from _run(machine, work, "tcg", deadline, hint)
     except _NotStarted as error:
         raise errors.HostFailed(str(error)) from error
 
@@ -53,7 +53,7 @@ class _NotStarted(Exception):
     """QEMU ended before the machine said a word."""
 
 
-def _run(machine: Machine, work: Path, accelerator: str, deadline: float) -> Iterator[str]:
+def _run(machine: Machine, work: Path, accelerator: str, deadline: float, hint: str) -> Iterator[str]:
     log = work / "console"
     log.write_bytes(b"")
     has_spoken = False
@@ -76,7 +76,7 @@ def _run(machine: Machine, work: Path, accelerator: str, deadline: float) -> Ite
             if time.monotonic() > deadline:
                 raise errors.HostFailed(
                     f"the machine did not come to its end in time; its last words: '{_plain(rest)}'",
-                    hint="give it more time with --time",
+                    hint=hint,
                 )
 
 

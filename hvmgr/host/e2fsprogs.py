@@ -20,6 +20,7 @@ _VERSION = re.compile(r"^debugfs \d+\.\d.*$")
 _ENTRY = re.compile(r"^/(\d+)/(\d{6})/(\d+)/(\d+)/(.*)/(\d*)/$")
 _FOLDER, _LINK, _KINDS = 0o040000, 0o120000, 0o170000
 _DIRECT_MAX = 4  # extents that fit an inode
+_PROGRESS = re.compile(r"Pass \d|e2fsck \d+\.\d")
 _ENDS = ("\n", "\r", "\0")  # of a line in debugfs' script
 _LINE_MAX = 8000  # debugfs reads pieces of 8191 bytes: what comes behind would be a command of its own
 _HARMLESS = (0, 1)  # exit codes of e2fsck: what it found is right now
@@ -56,9 +57,12 @@ def replay(volume: Path) -> None:
     _fsck(volume, ["-E", "journal_only", "-p"])
 
 
-def settle(volume: Path) -> None:
-    """What the guest does before it mounts: the journal is replayed, files without a name go; Corrupt where that is not enough."""
-    _fsck(volume, ["-p"])
+def settle(volume: Path, *, whole: bool = False) -> None:
+    """What the guest does before it mounts: the journal is replayed, files without a name go; Corrupt where that is not enough.
+
+    ``whole``: all of it is looked at and quotas are counted anew.
+    """
+    _fsck(volume, ["-f", "-p"] if whole else ["-p"])
 
 
 def check(volume: Path) -> None:
@@ -69,9 +73,8 @@ def check(volume: Path) -> None:
 def _fsck(volume: Path, options: Sequence[str]) -> None:
     done = process.run(["e2fsck", *options, volume], timeout_s=_LIMIT_S, ok_codes=range(128))
     if done.code not in _HARMLESS:
-        words = "; ".join(
-            line.strip() for line in (done.stdout.decode("utf-8", "replace") + done.stderr).splitlines()[:3]
-        )
+        said = (line.strip() for line in (done.stdout.decode("utf-8", "replace") + done.stderr).splitlines())
+        words = "; ".join([line for line in said if line and not _PROGRESS.match(line)][:3])
         raise errors.Corrupt(
             f"the file system is damaged: {words}", hint="start the system and let it check its disk, or e2fsck it"
         )

@@ -33,9 +33,13 @@ def make_folder(volume: Path, path: str) -> None:
     _run(volume, ["mmd", "-D", "s", "-i", volume, f"::{path}"])
 
 
-def write(volume: Path, path: str, source: str) -> None:
-    """The file holds the bytes of ``source`` and has its time; whatever it held before."""
-    _run(volume, ["mcopy", "-n", "-o", "-m", "-i", volume, source, f"::{path}"])
+def write(volume: Path, path: str, source: str, *, replaces: bool) -> None:
+    """The file holds the bytes of ``source`` and has its time.
+
+    Where it is not to replace one, and the name leads to one all the same, as the short names of others do, that stays what it is.
+    """
+    clash = "o" if replaces else "s"
+    _run(volume, ["mcopy", "-n", "-m", "-D", clash, "-i", volume, source, f"::{path}"])
 
 
 def check(volume: Path) -> None:

@@ -35,14 +35,17 @@ _EPOCH = 116_444_736_000_000_000  # 1970, in NTFS' time: steps of 100 ns since 1
 class Order:
     """One thing that is to be there. ``source`` is the path of a content, None for a folder; times are nanoseconds.
 
-    ``path`` are the names from the root on. What has that name already keeps all but its content. ``acl``: the security
-    descriptor; without one it is inherited from the folder, as Windows does.
+    ``path`` are the names from the root on. What has that name already keeps all but its content, under its other names
+    as well; where ``is_new`` it is in the way. ``acl``: the security descriptor; without one what is new inherits it from its
+    folder, as Windows does. ``attributes``: hidden, system and the like, four bytes.
     """
 
     path: tuple[str, ...]
     source: str | None
     modified: int | None
-    acl: str | None = None  # hexadecimal
+    is_new: bool
+    acl: str | None = None  # hexadecimal, as the next one
+    attributes: str | None = None
 
 
 def require() -> None:
@@ -91,9 +94,9 @@ def _explained(number: int, doing: str) -> errors.HvmgrError:
 class _Failed(Exception):
     """The library said no."""
 
-    def __init__(self, doing: str) -> None:
+    def __init__(self, doing: str, number: int | None = None) -> None:
         super().__init__(doing)
-        self.doing, self.number = doing, ctypes.get_errno() or errno.EIO
+        self.doing, self.number = doing, number or ctypes.get_errno() or errno.EIO
 
 
 class _Context(ctypes.Structure):
@@ -169,6 +172,12 @@ class _Volume:
         self._set_times = _function(
             library, "ntfs_inode_set_times", ctypes.c_int, _POINTER, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int
         )
+        self._times = _function(
+            library, "ntfs_inode_get_times", ctypes.c_int, _POINTER, ctypes.c_char_p, ctypes.c_size_t
+        )
+        self._set_attributes = _function(
+            library, "ntfs_set_ntfs_attrib", ctypes.c_int, _POINTER, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int
+        )
         self._attribute = _function(library, "ntfs_attr_open", _POINTER, _POINTER, _UINT32, _POINTER, _UINT32)
         self._put = _function(library, "ntfs_attr_pwrite", _INT64, _POINTER, _INT64, _INT64, ctypes.c_char_p)
         self._truncate = _function(library, "ntfs_attr_truncate", ctypes.c_int, _POINTER, _INT64)
@@ -210,6 +219,8 @@ class _Volume:
     def _node(self, folder: int, order: Order) -> int:
         name = order.path[-1]
         there = self._look(folder, name)
+        if there is not None and order.is_new:
+            raise _Failed(f"make {name!r}", errno.EEXIST)
         if there is not None:
             node = self._open(self._volume, there)
         else:
@@ -245,9 +256,16 @@ class _Volume:
             value = bytes.fromhex(order.acl)
             if self._set_acl(ctypes.byref(self._context), node, value, len(value), 0):
                 raise _Failed("set the security descriptor")
+        if order.attributes is not None:
+            value = bytes.fromhex(order.attributes)
+            if self._set_attributes(node, value, len(value), 0):
+                raise _Failed("set the attributes")
         if order.modified is not None:
             moment = max(0, order.modified // 100 + _EPOCH).to_bytes(8, "little")
-            if self._set_times(node, moment * 3, 24, 0):  # made, modified, read
+            born = ctypes.create_string_buffer(moment, 8)
+            if not order.is_new and self._times(node, born, 8) != 8:
+                raise _Failed("read the times")
+            if self._set_times(node, born.raw + moment * 2, 24, 0):  # made, modified, read
                 raise _Failed("set the times")
 
 

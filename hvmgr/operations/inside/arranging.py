@@ -12,17 +12,21 @@ from dataclasses import dataclass, field
 
 from hvmgr import errors
 from hvmgr.model.put_options import PutOptions
-from hvmgr.operations.inside.browsing import Browser, Found, shown
+from hvmgr.operations.inside.browsing import Browser, Found, folded, shown
 from hvmgr.operations.inside.sources import Item
 from hvmgr.storage.filesystems.reader import Type
 
 LABEL = "security.selinux"
+ACL, DEFAULT_ACL = "system.posix_acl_access", "system.posix_acl_default"
 _NAME_MAX, _TARGET_MAX = 255, 4095
 
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """One thing that is to be made at ``path``, with all that is to be set; ``replaced`` stands there now."""
+    """One thing that is to be made at ``path``, with all that is to be set; ``replaced`` stands there now.
+
+    ``anew``: nothing of what is replaced stays. ``inherits``: its folder gives what is made in it an ACL.
+    """
 
     path: bytes
     item: Item
@@ -32,6 +36,8 @@ class Act:
     modified: int | None
     extras: Mapping[str, bytes]
     replaced: Found | None = None
+    anew: bool = False
+    inherits: bool = False
 
     @property
     def parts(self) -> tuple[bytes, ...]:
@@ -138,6 +144,11 @@ class _Arranger:
         above = self._there.get(key[:-1])
         _require_name(parts[-1])
         there = self._there.get(key) or (None if above is None else self._browser.child(above, parts[-1]))
+        if above is not None and (other := self._browser.by_short_name(above, parts[-1])) is not None:
+            raise errors.Conflict(
+                f"'{shown(parts[-1])}' is the short name (8.3) of '{shown(other)}' in {shown(above.path)}",
+                hint="put it under another name",
+            )
         if item.type is Type.FOLDER and there is not None and there.node.is_folder:
             self._there[key] = there
             return
@@ -156,7 +167,7 @@ class _Arranger:
     def _key(self, parts: tuple[bytes, ...]) -> tuple[bytes, ...]:
         if not self._browser.reader.ignores_case:
             return parts
-        return tuple(os.fsencode(os.fsdecode(one).casefold()) for one in parts)
+        return tuple(os.fsencode(folded(os.fsdecode(one))) for one in parts)
 
 
 def _require_name(name: bytes) -> None:
@@ -196,7 +207,8 @@ def _act(
         extras = {key: value for key, value in browser.reader.extras(above.node).items() if key == LABEL}
     uid = manner.uid if manner.uid is not None else uid
     gid = manner.gid if manner.gid is not None else gid
-    return Act(path, item, mode, uid, gid, item.modified, extras, there)
+    inherits = above is not None and DEFAULT_ACL in browser.reader.extras(above.node)
+    return Act(path, item, mode, uid, gid, item.modified, extras, there, manner.as_before, inherits)
 
 
 def _mode(item: Item, manner: PutOptions) -> int:

@@ -19,7 +19,7 @@ from hvmgr.model import names
 from hvmgr.operations.inside.views import Volume
 from hvmgr.storage.extraction import UNNAMEABLE
 from hvmgr.storage.filesystems import reader
-from hvmgr.storage.filesystems.reader import Content, Node, Reader, Type
+from hvmgr.storage.filesystems.reader import Content, HasShortNames, Node, Reader, Type
 
 DAMAGED = "what is damaged in the file system"
 _LINKS_MAX = 40
@@ -59,6 +59,7 @@ class Browser:
         self._damaged: set[bytes] = set()
         self._known: dict[int, dict[bytes, Any]] = {}
         self._folded: dict[int, dict[str, bytes]] = {}
+        self._short: dict[int, dict[str, bytes]] = {}
 
     @property
     def left_out(self) -> dict[str, int]:
@@ -154,7 +155,7 @@ class Browser:
         if found is None or not wanted:
             return found
         for one, _ in found.node.streams:
-            if one.casefold() == wanted.casefold():
+            if folded(one) == folded(wanted):
                 return Found(found.path, found.node, one)
         raise names.not_found("stream", wanted, [one for one, _ in found.node.streams], where=f"in {shown(found.path)}")
 
@@ -189,6 +190,17 @@ class Browser:
         if name not in entries:
             return None
         return Found(_join(folder.path, name), self.reader.stat(entries[name]))
+
+    def by_short_name(self, folder: Found, name: bytes) -> bytes | None:
+        """The name of another file in the folder, whose short name (8.3) is this one."""
+        if not isinstance(self.reader, HasShortNames):
+            return None
+        known = self._short.get(folder.node.id)
+        if known is None:
+            pairs = self.reader.short_names(folder.node)
+            known = {_fold(short): long for short, long in pairs if _fold(short) != _fold(long)}
+            self._short[folder.node.id] = known
+        return known.get(_fold(name))
 
     def children(self, folder: Found) -> Iterator[Found]:
         """All that is in a folder, by name; what is damaged is left out and counted."""
@@ -237,6 +249,7 @@ class Browser:
             if len(self._known) >= _REMEMBERED:
                 self._known.clear()
                 self._folded.clear()
+                self._short.clear()
             self._known[folder.id] = found
         return found
 
@@ -381,8 +394,18 @@ def shown(path: bytes) -> str:
     return os.fsdecode(path)
 
 
+def folded(name: str) -> str:
+    """A name as file systems fold it that ignore case: one letter of UTF-16 becomes one other, and never two ('ß' is no 'ss')."""
+    return "".join(map(_capital, name))
+
+
+def _capital(letter: str) -> str:
+    upper = letter.upper()
+    return upper if len(upper) == 1 and upper.lower() == letter <= "\uffff" else letter
+
+
 def _fold(name: bytes) -> str:
-    return name.decode("utf-8", "surrogateescape").casefold()
+    return folded(name.decode("utf-8", "surrogateescape"))
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from hvmgr import errors
 from hvmgr.host import bare_machine, process
 from hvmgr.host.bare_machine import Machine
-from hvmgr.operations.inside.arranging import Act
+from hvmgr.operations.inside.arranging import ACL, DEFAULT_ACL, Act
 from hvmgr.operations.inside.browsing import Browser
 from hvmgr.operations.inside.sources import Report
 from hvmgr.storage import initramfs, kernels
 from hvmgr.storage.filesystems.reader import Type
+from hvmgr.storage.filesystems.xfs import Xfs
 
 _BLOCK = 4096
 _MEMORY = 256 << 20
-_TIME_S, _SLOWEST = 300.0, 1 << 20  # bytes a second, in emulation on a busy host
+_TIME_S, _ACT_S, _SLOWEST = 300.0, 2.0, 1 << 20  # bytes a second, in emulation on a busy host
+_SECOND = 1_000_000_000
 _DISKS = ("virtio_pci", "virtio_blk")
 # What file systems ask the kernel for by name, where it is no part of it.
 _SUMS = ("crc32c_generic", "xxhash_generic", "sha256_generic", "blake2b_generic", "libcrc32c")
 _ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off nokaslr cryptomgr.notests audit=0 nowatchdog"
 _ATTRIBUTES = "setfattr"  # the one thing that busybox cannot
 _SETTER = f"/lib/loader --library-path /lib /lib/{_ATTRIBUTES}"
+_TOO_NEW = ("unknown incompat", "unknown read-only compat", "unknown compat", "unsupported optional features")
 _DONE, _FAILED = "hvmgr-done", "hvmgr-failed "
 _INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -39,7 +43,7 @@ mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 fail() { echo "hvmgr-failed $*" | tr '\\n' ' '; echo; sync; poweroff -f; sleep 60; }
 while read -r name; do insmod "/modules/$name.ko" 2> /dev/null; done < /order
-mount -t %(driver)s -o %(options)s /dev/vda /volume 2> /said || fail "mount: $(cat /said)"
+mount -t %(driver)s -o %(options)s /dev/vda /volume 2> /said || fail "mount: $(cat /said) $(dmesg | tail -n 4)"
 cd /volume
 . /acts
 cd /
@@ -57,11 +61,21 @@ class KernelWriter:
 
     module: str
     keeps_owners: bool
+    first: int = 0
+    last: int = (1 << 63) - 1
     options: str = "rw"
+    writes_in_place: ClassVar[bool] = False
 
     @property
     def title(self) -> str:
         return f"a small machine of its own ({self.module} of a Linux kernel)"
+
+    def times(self, browser: Browser) -> tuple[int, int]:
+        return self.first, browser.reader.last_time if isinstance(browser.reader, Xfs) else self.last
+
+    def kept(self, extras: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Btrfs' own properties aside, which are inherited."""
+        return {name: value for name, value in extras.items() if self.keeps_owners and not name.startswith("btrfs.")}
 
     def require(self, acts: Sequence[Act], browser: Browser) -> None:  # noqa: ARG002 - as its promise
         kernels.require((*_DISKS, self.module), self.module)
@@ -83,11 +97,11 @@ class KernelWriter:
             (place / "initrd").write_bytes(initramfs.pack(entries))
             disks = ((volume, "raw", True), (contents, "raw", False))
             machine = Machine(disks, memory=_MEMORY, kernel=(kernel.image, place / "initrd", _ARGUMENTS))
-            self._run(machine, place, _TIME_S + sum(one.item.size for one in acts) / _SLOWEST, report)
+            self._run(machine, place, _TIME_S + sum(_ACT_S + one.item.size / _SLOWEST for one in acts), report)
 
     def _run(self, machine: Machine, place: Path, time_s: float, report: Report) -> None:
         last = ""
-        for line in bare_machine.lines(machine, place, time_s=time_s):
+        for line in bare_machine.lines(machine, place, time_s=time_s, hint="put less at a time"):
             report(0)
             if line.startswith(_FAILED):
                 raise self._explained(line.removeprefix(_FAILED).strip())
@@ -100,6 +114,11 @@ class KernelWriter:
         if "No space left" in words:
             return errors.NoSpace(
                 "the file system has no space left for it", hint="free space in the guest, or put less"
+            )
+        if words.startswith("mount") and any(one in words for one in _TOO_NEW):
+            return errors.Unsupported(
+                f"the {self.module} file system has features that no Linux kernel of this host knows",
+                hint="install a newer kernel, or start the VM: file restore --to running",
             )
         if words.startswith("mount"):
             return errors.Corrupt(
@@ -126,13 +145,15 @@ class KernelWriter:
 
 
 def _sets_attributes(acts: Sequence[Act]) -> bool:
-    return any(one.extras and not _stays(one) for one in acts)
+    return any(one.extras or (one.anew and one.inherits) for one in acts)
 
 
 def _stays(act: Act) -> bool:
     """Whether the file that is there is written anew, and keeps what is its own."""
     there = act.replaced
-    return there is not None and there.node.type is act.item.type is Type.FILE and there.node.links == 1
+    return (
+        not act.anew and there is not None and there.node.type is act.item.type is Type.FILE and there.node.links == 1
+    )
 
 
 def _collected(acts: Sequence[Act], target: Path, report: Report) -> list[int]:
@@ -157,14 +178,25 @@ def _collected(acts: Sequence[Act], target: Path, report: Report) -> list[int]:
 
 def _script(acts: Sequence[Act], starts: Sequence[int], *, with_owners: bool) -> Iterator[str]:
     for act, start in zip(acts, starts, strict=True):
-        commands = [*_making(act, start), *(_settling(act) if with_owners else []), _time(act)]
-        yield from _checked(commands)
-    yield from _checked([_time(one) for one in reversed(acts) if one.item.type is Type.FOLDER])
+        yield from _checked(_making(act, start) if with_owners else (*_required_new(act), *_making(act, start)))
+        yield from _checked(_without_inherited(act))
+        if act.item.type is not Type.FOLDER:
+            yield from _checked(_settling(act, with_owners=with_owners))
+    for act in reversed(acts):  # what is put into a folder changes its time, and would inherit its ACL
+        if act.item.type is Type.FOLDER:
+            yield from _checked(_settling(act, with_owners=with_owners))
 
 
-def _checked(commands: Sequence[str]) -> Iterator[str]:
+def _checked(commands: Iterable[str]) -> Iterator[str]:
     for command in commands:
         yield f'{command} 2> /said || fail "$(tail -c 300 /said)"\n'
+
+
+def _required_new(act: Act) -> Iterator[str]:
+    """Where case is ignored, the kernel may take a name for that of another file."""
+    if act.replaced is None:
+        path = _word(b"." + act.path)
+        yield f"{{ [ ! -e {path} ] || {{ echo {path} is there already >&2; false; }}; }}"
 
 
 def _making(act: Act, start: int) -> Iterator[str]:
@@ -174,29 +206,31 @@ def _making(act: Act, start: int) -> Iterator[str]:
     if act.item.type is Type.FOLDER:
         yield f"mkdir {path}"
     elif act.item.type is Type.LINK:
-        yield f"ln -s {_word(act.item.target)} {path}"
+        yield f"ln -s -- {_word(act.item.target)} {path}"
     else:
-        yield f": > {path}"
+        yield f"true > {path}"
         blocks = -(-act.item.size // _BLOCK)
         if blocks:
             yield f"dd if=/dev/vdb of={path} bs={_BLOCK} skip={start} count={blocks}"
             yield f"truncate -s {act.item.size} {path}"
 
 
-def _settling(act: Act) -> Iterator[str]:
+def _settling(act: Act, *, with_owners: bool) -> Iterator[str]:
     path = _word(b"." + act.path)
-    yield f"chown -h {act.uid}:{act.gid} {path}"
-    if act.item.type is not Type.LINK:
-        yield f"chmod {act.mode:o} {path}"
-    if not _stays(act):
+    if with_owners:
+        yield f"chown -h {act.uid}:{act.gid} {path}"
+        if act.item.type is not Type.LINK:
+            yield f"chmod {act.mode:o} {path}"
         for key, value in act.extras.items():
             yield f"{_SETTER} -h -n {_word(key.encode())} -v 0x{value.hex()} {path}"
+    if act.modified is not None:
+        yield f"touch -h -d @{act.modified // _SECOND} {path}"
 
 
-def _time(act: Act) -> str:
-    if act.modified is None:
-        return ":"
-    return f"touch -h -d @{max(0, act.modified) // 1_000_000_000} {_word(b'.' + act.path)}"
+def _without_inherited(act: Act) -> Iterator[str]:
+    if act.anew and act.inherits and act.item.type is not Type.LINK:
+        for one in (ACL, DEFAULT_ACL) if act.item.type is Type.FOLDER else (ACL,):
+            yield f"{_SETTER} -x {one} {_word(b'.' + act.path)}"
 
 
 def _word(text: bytes) -> str:

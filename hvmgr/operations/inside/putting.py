@@ -11,7 +11,7 @@ import dataclasses
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from hvmgr.model.progress import Progress
 from hvmgr.model.put_options import PutOptions
 from hvmgr.operations import occasions, snapshots
 from hvmgr.operations.images.volumes import require_room
-from hvmgr.operations.inside import arranging, exporting, looking, owners, views, writing
+from hvmgr.operations.inside import arranging, asleep, exporting, looking, owners, views, writing
 from hvmgr.operations.inside.arranging import Act, Arrangement
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.kernel_writing import KernelWriter
@@ -35,7 +35,7 @@ from hvmgr.operations.inside.writing import Writer
 from hvmgr.operations.steps import execution
 from hvmgr.storage import images
 from hvmgr.storage.filesystems import opening
-from hvmgr.storage.filesystems.reader import Content, Type
+from hvmgr.storage.filesystems.reader import Content, Node, Type
 from hvmgr.storage.filesystems.window import Window
 
 if TYPE_CHECKING:
@@ -94,17 +94,14 @@ def put(
         writer = writing.find(browser.volume.kind, browser.volume.title)
         exporting.require()
         where = inside.place(browser.volume)
-        if where is None:
-            raise errors.Unsupported(
-                f"{browser.volume.title} lies in several pieces, or on several disks, and cannot be written so",
-                hint="start the VM: file restore --to running",
-            )
+        _require_awake(vm, inside, place, browser.volume)
         if owner is not None:
             uid, gid = owners.resolve(browser, owner)
             manner = dataclasses.replace(manner, uid=uid, gid=gid)
         arranged = arranging.arrange(browser, place.path, gathered.items, manner)
         writer.require(arranged.acts, browser)
-        _tell(session, browser, arranged)
+        arranged.acts = writing.within(arranged.acts, *writer.times(browser))
+        _tell(session, browser, arranged, writer)
         done = Put(
             arranged.folder, browser.volume.title, writer.title, arranged.files, arranged.replaced, arranged.size,
             left_out=gathered.left_out,
@@ -137,6 +134,15 @@ def _require_room(folder: Path, acts: Sequence[Act], writer: Writer, *, is_insid
         require_room(folder, needed(data), "what is put, with the copies on the way,")
 
 
+def _require_awake(vm: VM, inside: Inside, place: Place, volume: Volume) -> None:
+    """What sleeps on another disk of the VM sleeps with this one in its memory as well."""
+    if place.slot is None:
+        asleep.require_awake(inside, volume.kind)
+        return
+    with looking.opened(views.of_vm(vm)) as all_of_it:
+        asleep.require_awake(all_of_it, volume.kind)
+
+
 def _choose(inside: Inside, path: bytes) -> Browser:
     """The file system that has the path, or the folder that it would be in."""
     parts = [one for one in path.split(b"/") if one]
@@ -148,11 +154,12 @@ def _choose(inside: Inside, path: bytes) -> Browser:
     return inside.choose(b"/")
 
 
-def _tell(session: Session, browser: Browser, arranged: Arrangement) -> None:
+def _tell(session: Session, browser: Browser, arranged: Arrangement, writer: Writer) -> None:
     for note in browser.reader.notes:
         session.say(f"{browser.volume.title}: {note}")
     for path in arranged.linked:
-        session.say(f"{shown(path)} has other names, under which it stays what it was")
+        what = "is replaced as well" if writer.writes_in_place else "stays what it was"
+        session.say(f"{shown(path)} has other names, under which it {what}")
 
 
 def _plan(
@@ -221,33 +228,34 @@ class _Putting:
                     )
 
     def _difference(self, browser: Browser, act: Act, spool: Path) -> str | None:
-        node, item = browser.find(act.path, follow=False).node, act.item
+        try:
+            node, item = browser.find(act.path, follow=False).node, act.item
+        except errors.NotFound:
+            return "it is not there"
         if node.type is not item.type or (item.type is Type.LINK and node.target != item.target):
             return f"it is {node.type.value}"
-        if self.writer.keeps_owners and (node.uid, node.gid) != (act.uid, act.gid):
-            return f"it belongs to {node.uid}:{node.gid}"
-        if self.writer.keeps_owners and item.type is not Type.LINK and node.mode != act.mode:
-            return f"its mode is {node.mode:o}"
-        if (
-            act.modified is not None
-            and item.type is Type.FILE
-            and abs((node.modified or 0) - act.modified) > _COARSE_NS
-        ):
-            return "it has another time"
-        if item.source is None:
-            return None
+        if (why := self._other_facts(browser, node, act)) or item.source is None:
+            return why
         with item.source.opened(spool) as descriptor:
             is_same = _is_same(self._content(browser, act), descriptor)
         return None if is_same else "its content differs"
 
+    def _other_facts(self, browser: Browser, node: Node, act: Act) -> str | None:
+        if self.writer.keeps_owners and (node.uid, node.gid) != (act.uid, act.gid):
+            return f"it belongs to {node.uid}:{node.gid}"
+        if self.writer.keeps_owners and act.item.type is not Type.LINK and node.mode != act.mode:
+            return f"its mode is {node.mode:o}"
+        moment = act.modified if act.item.type is Type.FILE else None
+        if moment is not None and abs((node.modified or 0) - moment) > _COARSE_NS:
+            return "it has another time"
+        wanted, found = self.writer.kept(act.extras), self.writer.kept(browser.reader.extras(node))
+        names = wanted.keys() | found.keys() if act.anew else wanted.keys()
+        differing = sorted(name for name in names if wanted.get(name) != found.get(name))
+        return f"another {', '.join(differing)}" if differing else None
+
     @staticmethod
     def _content(browser: Browser, act: Act) -> Content:
         return browser.content(browser.find(act.path, follow=False))
-
-
-def _texts(extras: Mapping[str, bytes], names: Iterable[str]) -> dict[str, bytes]:
-    """Those attributes; a text may end in a zero byte or not."""
-    return {name: extras[name].rstrip(b"\0") for name in names if name in extras}
 
 
 def _is_same(content: Content, descriptor: int) -> bool:

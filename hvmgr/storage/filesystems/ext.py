@@ -24,6 +24,7 @@ _ROOT = 2
 _MAGIC = 0xEF53
 _RECOVER, _META_BG, _64BIT, _LARGE_FOLDERS = 0x4, 0x10, 0x80, 0x4000
 _REFUSED = {0x1: "compression", 0x8: "being the journal of another file system", 0x1000: "data in folders"}
+_QUOTA = 0x100
 _SPARSE_SUPER, _SPARSE_SUPER2 = 0x1, 0x200
 _FLAG_ENCRYPTED, _FLAG_EXTENTS, _FLAG_EA_INODE, _FLAG_INLINE = 0x800, 0x80000, 0x200000, 0x10000000
 _EXTENT_MAGIC, _EXTENT_DEPTH = 0xF30A, 5
@@ -94,6 +95,11 @@ class Ext(Watched):
         if self._super.incompatible & _RECOVER:
             with reader.parsing("its journal"):
                 self._replay()
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether it counts in hidden files whose the space is."""
+        return bool(self._super.read_only & _QUOTA)
 
     def _replay(self) -> None:
         if not self._super.journal:

@@ -121,6 +121,16 @@ class Fat(Watched):
         return Node(id=0, ref=None, type=Type.FOLDER, size=0)
 
     def names(self, folder: Node) -> Iterator[tuple[bytes, Any]]:
+        for name, found in self._files(folder):
+            yield name.encode("utf-8", "surrogatepass"), found
+
+    def short_names(self, folder: Node) -> Iterator[tuple[bytes, bytes]]:
+        for name, found in self._files(folder):
+            short = _short_name(found.raw)
+            if short != name:
+                yield short.encode(), name.encode("utf-8", "surrogatepass")
+
+    def _files(self, folder: Node) -> Iterator[tuple[str, _File]]:
         with reader.parsing("a folder"):
             long: dict[int, bytes] = {}
             for place, raw in self._entries(folder.ref):
@@ -139,7 +149,7 @@ class Fat(Watched):
                     name = _long_name(long, raw) or _short_name(raw)
                     long.clear()
                     if name not in {".", ".."}:
-                        yield name.encode("utf-8", "surrogatepass"), _File(raw, place)
+                        yield name, _File(raw, place)
 
     def _entries(self, folder: _File | None) -> Iterator[tuple[int, bytes]]:
         for start, length in self._places(folder):

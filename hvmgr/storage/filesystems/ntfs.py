@@ -100,16 +100,25 @@ class Ntfs(Watched):
         return self.stat((_ROOT, 0))
 
     def names(self, folder: Node) -> Iterator[tuple[bytes, Any]]:
+        for space, name, number, sequence in self._names(folder):
+            if space != _DOS_NAME:
+                yield name, (number, sequence)
+
+    def short_names(self, folder: Node) -> Iterator[tuple[bytes, bytes]]:
+        short, long = dict[int, bytes](), dict[int, bytes]()
+        for space, name, number, _ in self._names(folder):
+            (short if space == _DOS_NAME else long)[number] = name
+        yield from ((name, long.get(number, name)) for number, name in short.items())
+
+    def _names(self, folder: Node) -> Iterator[tuple[int, bytes, int, int]]:
         with reader.parsing(f"folder {folder.id}"):
             record = self._load(*folder.ref)
             for key, reference in self._index(record, _FOLDER_INDEX):
                 length, space = key[64], key[65]
                 number = reference & _REFERENCE
-                if space == _DOS_NAME or number < _FIRST_USER:
-                    continue
                 name = key[66 : 66 + 2 * length].decode("utf-16-le", "surrogatepass")
-                if name not in {".", ".."}:
-                    yield name.encode("utf-8", "surrogatepass"), (number, reference >> _SEQUENCE)
+                if number >= _FIRST_USER and name not in {".", ".."}:
+                    yield space, name.encode("utf-8", "surrogatepass"), number, reference >> _SEQUENCE
 
     def stat(self, ref: Any) -> Node:
         number, sequence = ref
@@ -177,7 +186,7 @@ class Ntfs(Watched):
             ref=(record.number, record.sequence),
             type=kind,
             size=len(target) if target is not None else 0 if main is None or kind is Type.FOLDER else main[0].size,
-            links=max(1, record.links),
+            links=max(1, record.links - _short_names(record)),
             modified=modified,
             changed=changed,
             accessed=accessed,
@@ -360,6 +369,11 @@ class Ntfs(Watched):
         if not runs or runs[0].start is None or offset + size > runs[0].length:
             raise damaged("an index")
         return self._cached.read(runs[0].start + offset, size)
+
+
+def _short_names(record: _Record) -> int:
+    """How many of its names are the second ones (8.3) of others, which the record counts as well."""
+    return sum(len(one.value) > 65 and one.value[65] == _DOS_NAME for one in record.find(_NAME) or [])
 
 
 def _sequence(raw: bytes) -> int:

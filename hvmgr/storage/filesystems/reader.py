@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from hvmgr import errors
 from hvmgr.model.ranges import Range
@@ -179,6 +179,14 @@ class Watched:
 
     def replaced(self) -> Sequence[Range]:
         return ()
+
+
+@runtime_checkable
+class HasShortNames(Protocol):
+    """A reader of a file system that knows some files under a second name (8.3) as well."""
+
+    def short_names(self, folder: Node) -> Iterator[tuple[bytes, bytes]]:
+        """The short names in a folder, each with the name that ``names`` gives for the same file."""
 
 
 @dataclass(slots=True)

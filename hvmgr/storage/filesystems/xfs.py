@@ -32,6 +32,7 @@ _BLOCK_MAGICS = {b"XD2B", b"XDB3"}
 _LINK_MAGIC, _LINK_HEADER, _LINK_MAX = b"XSLM", 56, 4096
 _DEPTH_MAX, _ATTRIBUTE_BLOCKS_MAX = 9, 1 << 16
 _EPOCH_BIG = (1 << 31) * 1_000_000_000
+_LAST, _LAST_BIG = (1 << 31) * 1_000_000_000 - 1, (1 << 64) - 1 - _EPOCH_BIG
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class _Super:
     folder_block: int
     is_5: bool
     has_types: bool
+    has_large_times: bool
     log_start: int
     log_size: int
 
@@ -79,6 +81,11 @@ class Xfs(Watched):
             self._super = _read_super(self._cached.read(0, 512), disk.size)
         with reader.parsing("its log"):
             self._replay()
+
+    @property
+    def last_time(self) -> int:
+        """The last moment that it can keep, in nanoseconds since 1970."""
+        return _LAST_BIG if self._super.has_large_times else _LAST
 
     # -- what a reader gives -------------------------------------------------------------------------------------
 
@@ -383,6 +390,7 @@ def _read_super(raw: bytes, size: int) -> _Super:
         folder_block=block << raw[192],
         is_5=is_5,
         has_types=bool(incompatible & _FTYPE if is_5 else features_2 & _FTYPE_4),
+        has_large_times=is_5 and bool(incompatible & _BIGTIME),
         log_start=log_start,
         log_size=log_blocks * block,
     )
