@@ -139,6 +139,20 @@ def counting_guest(require_program):
     return guest.build()
 
 
+@pytest.fixture
+def own_kernel(counting_guest, tmp_path, monkeypatch, require_program):
+    """The kernel of the counting guest, as if it were this host's: small machines of hvmgr's own start with it."""
+    from hvmgr.storage import kernels
+
+    require_program("setfattr")
+    (version,) = counting_guest.modules.iterdir()
+    boot = tmp_path / "boot"
+    boot.mkdir()
+    (boot / f"vmlinuz-{version.name}").symlink_to(counting_guest.kernel)
+    monkeypatch.setattr(kernels, "BOOT", boot)
+    monkeypatch.setattr(kernels, "MODULES", counting_guest.modules)
+
+
 @pytest.fixture(scope="session")
 def capability_cache(request):
     """A folder with what libvirt learnt about this host's QEMUs (8 s to learn); kept from one run to the next.
