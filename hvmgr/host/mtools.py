@@ -33,7 +33,7 @@ def make_folder(volume: Path, path: str) -> None:
     _run(volume, ["mmd", "-D", "s", "-i", volume, f"::{path}"])
 
 
-def write(volume: Path, path: str, source: str, *, replaces: bool) -> None:
+def write(volume: Path, path: str, source: str, *, replaces: bool = False) -> None:
     """The file holds the bytes of ``source`` and has its time.
 
     Where it is not to replace one, and the name leads to one all the same, as the short names of others do, that stays what it is.
