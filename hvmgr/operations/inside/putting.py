@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
 _PIECE = 4 << 20
-_COPIED_AT_ONCE = 256 << 20  # of what another moment holds, as batches are made, but for a larger file
 _COARSE_NS = 2_000_000_000  # as FAT keeps times
 
 
@@ -125,7 +124,7 @@ def _require_room(folder: Path, acts: Sequence[Act], writer: Writer, *, is_insid
     def needed(sizes: Sequence[int]) -> int:
         if isinstance(writer, KernelWriter):  # all contents are at hand at once
             return whole + sum(sizes)
-        return sum(sizes) + (min(sum(sizes), max([*sizes, _COPIED_AT_ONCE])) if is_inside else 0)
+        return sum(sizes) + (min(sum(sizes), max([*sizes, writing.BYTES_AT_ONCE])) if is_inside else 0)
 
     sizes = [one.item.size for one in acts]
     whole = sum(sizes)

@@ -30,7 +30,7 @@ from hvmgr.storage.filesystems.reader import Type
 from hvmgr.storage.filesystems.signatures import Kind
 
 _ACTS_AT_ONCE = 200
-_BYTES_AT_ONCE = 256 << 20
+BYTES_AT_ONCE = 256 << 20  # of what another moment holds, but for a larger file
 # A key goes into debugfs' script as it is: nothing that could end the line, or the word.
 _KEY = re.compile(r"(user|trusted|security|system)\.[A-Za-z0-9_.@:+-]+")
 _KINDS = {Type.FILE: stat.S_IFREG, Type.FOLDER: stat.S_IFDIR, Type.LINK: stat.S_IFLNK}
@@ -125,7 +125,7 @@ def _path_of(descriptor: int) -> str:
 def _batches(acts: Sequence[Act]) -> Iterator[Sequence[Act]]:
     first, size = 0, 0
     for number, one in enumerate(acts):
-        if number > first and (number - first >= _ACTS_AT_ONCE or size + one.item.size > _BYTES_AT_ONCE):
+        if number > first and (number - first >= _ACTS_AT_ONCE or size + one.item.size > BYTES_AT_ONCE):
             yield acts[first:number]
             first, size = number, 0
         size += one.item.size
