@@ -43,10 +43,11 @@ if TYPE_CHECKING:
     from hvmgr.operations.images.image_files import Images
     from hvmgr.operations.images.wims import Wims
     from hvmgr.operations.reporter import Reporter
+    from hvmgr.operations.snapshot import Snapshot
     from hvmgr.operations.transfer.outgoing import Outgoing
     from hvmgr.operations.transfer.vdis import Disks, Vdi
     from hvmgr.operations.usage import Usage
-    from hvmgr.operations.vm import VM, Snapshot
+    from hvmgr.operations.vm import VM
     from hvmgr.operations.watching import Happening
 
 __all__ = [
@@ -144,7 +145,7 @@ _HOMES = {
     "Reporter": "hvmgr.operations.reporter",
     "SavedState": "hvmgr.model.metadata",
     "Severity": "hvmgr.model.finding",
-    "Snapshot": "hvmgr.operations.vm",
+    "Snapshot": "hvmgr.operations.snapshot",
     "SnapshotType": "hvmgr.model.metadata",
     "Specification": "hvmgr.model.specification",
     "State": "hvmgr.host.domain",

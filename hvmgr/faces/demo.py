@@ -26,7 +26,8 @@ from hvmgr.host import hypervisor, process
 from hvmgr.host.domain import State
 from hvmgr.operations import roles
 from hvmgr.operations.host import Host
-from hvmgr.operations.vm import VM, Snapshot
+from hvmgr.operations.snapshot import Snapshot
+from hvmgr.operations.vm import VM
 
 _NAMES = ("web", "old")
 _GUEST_NAMES = ("hvmgr-demo-web", "hvmgr-demo-old")  # among VMs of others

@@ -15,7 +15,8 @@ from pathlib import Path
 from hvmgr.faces import guest
 from hvmgr.faces.console import Console, Tick
 from hvmgr.host import process
-from hvmgr.operations.vm import VM, Snapshot
+from hvmgr.operations.snapshot import Snapshot
+from hvmgr.operations.vm import VM
 
 TICK_S = 60.0  # a tenth of a second, on a machine that has nothing else to do
 BOOT_S = 120.0  # two seconds, likewise

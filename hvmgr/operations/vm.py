@@ -7,20 +7,20 @@ by the next call that touches the VM. Values are as of the call that gave them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors, settings
 from hvmgr.model import names, tree
-from hvmgr.model.metadata import SavedState, SnapshotType
-from hvmgr.model.policy import Origin, Policy
+from hvmgr.model.metadata import SnapshotType
+from hvmgr.model.policy import Policy
 from hvmgr.model.tree import Tree
+from hvmgr.operations import working
+from hvmgr.operations.snapshot import Snapshot
 from hvmgr.storage import journal, locks, vm_home
-from hvmgr.storage.vm_home import SnapshotEntry, VmHome
+from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from hvmgr.host.domain import State
     from hvmgr.model.export_options import ExportOptions
     from hvmgr.model.image_format import ImageFormat
-    from hvmgr.model.plan import Plan
     from hvmgr.model.put_options import FilesWanted, PutOptions
     from hvmgr.operations.adopt.release import Release
     from hvmgr.operations.exchange.finding_exports import Found
@@ -84,7 +83,7 @@ class VM:
     def snapshots(self) -> list[Snapshot]:
         """All snapshots, oldest first."""
         self._complete()
-        return [_snapshot(self, entry) for entry in self.home.entries()]
+        return [Snapshot.of(self, entry) for entry in self.home.entries()]
 
     def snapshot(self, reference: str) -> Snapshot:
         """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
@@ -145,7 +144,7 @@ class VM:
 
         wanted = settings.compression() == "zstd" if compress is None else compress
         how = background.How(fallback=fallback, compress=wanted)
-        with self._work() as session:
+        with working.on(self) as session:
             kind = SnapshotType(type) if type is not None else policies.default_type(self.policy, self.name)
             return self._create(session, snapshots.Wish(name, notes, kind, how))
 
@@ -159,7 +158,7 @@ class VM:
             if other is None:
                 raise
             made = self._take(session, other)
-        return _snapshot(self, self.home.entry(made))
+        return Snapshot.of(self, self.home.entry(made))
 
     def _take(self, session: Session, wish: Wish) -> str:
         """The id of the snapshot that was taken."""
@@ -167,7 +166,7 @@ class VM:
 
         plan = snapshots.plan_create(session, wish)
         try:
-            self._run(session, plan)
+            working.carry_out(session, plan)
         except errors.Cancelled as error:
             if error.facts.get("complete") and background.is_in_background(plan):
                 background.take_back(session, snapshots.snapshot_of(plan))
@@ -178,8 +177,10 @@ class VM:
         """Present and undo slot change places."""
         from hvmgr.operations import replacement
 
-        with self._work() as session:
-            self._run(session, replacement.plan_undo(session, replacement.Replacement(discard_state=discard_state)))
+        with working.on(self) as session:
+            working.carry_out(
+                session, replacement.plan_undo(session, replacement.Replacement(discard_state=discard_state))
+            )
 
     def revert(self, *, without_state: bool = False, keep_undo: bool = True, discard_state: bool = False) -> Snapshot:
         """Back to the snapshot above the present."""
@@ -198,10 +199,10 @@ class VM:
         """
         from hvmgr.operations import merge
 
-        with self._work(bandwidth=bandwidth) as session:
+        with working.on(self, bandwidth=bandwidth) as session:
             plan = merge.plan_merge(session, [Path(image) for image in images])
             if plan.finish:
-                self._run(session, plan)
+                working.carry_out(session, plan)
             merge.merge_upwards(session, plan)
         return bool(plan.finish)
 
@@ -233,39 +234,39 @@ class VM:
         )
         wishes.check()
         wishes.applied(self.policy, self.home.facts().created, lambda _: "")  # says what is wrong before anything else
-        with self._work() as session:
+        with working.on(self) as session:
             plan = policies.plan_set(session, wishes, lambda reference: self.snapshot(reference).id)
             if plan is not None:
-                self._run(session, plan)
+                working.carry_out(session, plan)
         return plan is not None
 
     def start(self) -> bool:
         """The VM runs; whether that is a change."""
         from hvmgr.operations import vms
 
-        with self._work() as session:
+        with working.on(self) as session:
             return vms.start(session)
 
     def stop(self, *, force: bool = False, timeout_s: float = 60.0) -> bool:
         """The VM is off; whether that is a change. ``force`` is like pulling the plug."""
         from hvmgr.operations import vms
 
-        with self._work(needs_present=False) as session:
+        with working.on(self, needs_present=False) as session:
             return vms.stop(session, force=force, timeout_s=timeout_s)
 
     def rename(self, name: str) -> None:
         """The VM has another name; its home keeps its folder."""
         from hvmgr.operations import vms
 
-        with self._work() as session:
-            self._run(session, vms.plan_rename(session, name))
+        with working.on(self) as session:
+            working.carry_out(session, vms.plan_rename(session, name))
 
     def find_export(self, dest: Path | str, options: ExportOptions | None = None) -> Found | None:
         """What ``export`` would meet below ``dest``: a complete export of this kind, or None."""
         from hvmgr.model.export_options import ExportOptions
         from hvmgr.operations.exchange import finding_exports
 
-        with self._work() as session:
+        with working.on(self) as session:
             return finding_exports.find(session, Path(dest), options or ExportOptions())
 
     def export(self, dest: Path | str, options: ExportOptions | None = None) -> Path:
@@ -276,7 +277,7 @@ class VM:
         from hvmgr.model.export_options import ExportOptions
         from hvmgr.operations.exchange import export_
 
-        with self._work() as session:
+        with working.on(self) as session:
             return export_.export(session, Path(dest), options or ExportOptions())
 
     def export_archive(self, target: Path | str | int, options: ExportOptions | None = None) -> None:
@@ -285,15 +286,15 @@ class VM:
         from hvmgr.operations.exchange import archive
 
         to = archive.Target(descriptor=target) if isinstance(target, int) else archive.Target(file=Path(target))
-        with self._work() as session:
+        with working.on(self) as session:
             archive.export(session, to, options or ExportOptions())
 
     def delete(self, *, with_disks: bool = False) -> list[str]:
         """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
         from hvmgr.operations import vms
 
-        with self._work() as session:
-            self._run(session, vms.plan_delete(session, with_disks=with_disks))
+        with working.on(self) as session:
+            working.carry_out(session, vms.plan_delete(session, with_disks=with_disks))
         return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
 
     def clone(self, name: str, options: CloneOptions | None = None) -> VM:
@@ -307,8 +308,8 @@ class VM:
         from hvmgr.operations.exchange import moving
 
         target = moving.target_of(Path(folder), self.path)
-        with self._work() as session:
-            self._run(session, moving.plan_move(session, target))
+        with working.on(self) as session:
+            working.carry_out(session, moving.plan_move(session, target))
         return VM(self.host, vm_home.open_home(target))
 
     def resize_disk(self, slot: str, size: int, *, shrink: bool = False) -> bool:
@@ -318,10 +319,10 @@ class VM:
         """
         from hvmgr.operations import resizing
 
-        with self._work() as session:
+        with working.on(self) as session:
             plan = resizing.plan_resize(session, slot, size, shrink=shrink)
             if plan is not None:
-                self._run(session, plan)
+                working.carry_out(session, plan)
         return plan is not None
 
     def export_disk(
@@ -407,7 +408,7 @@ class VM:
         from hvmgr.operations.inside import sources as inside_sources
 
         gathered = inside_sources.of_host([Path(one) for one in sources])
-        with self._work() as session:
+        with working.on(self) as session:
             putting.require_off(session, hint=f"stop it first: hvmgr vm stop {self.name}")
             how, place = manner or PutOptions(), putting.Place(destination, slot, partition)
             return putting.put(session, self, gathered, place, how, owner=owner, name=name, operation="file put")
@@ -420,7 +421,7 @@ class VM:
         from hvmgr.model.put_options import PutOptions
         from hvmgr.operations.inside import restoring
 
-        with self._work() as session:
+        with working.on(self) as session:
             return restoring.restore(session, self, wanted, manner or PutOptions(), name=name)
 
     def restore_into_guest(self, wanted: FilesWanted, *, overwrite: bool = False) -> Put:
@@ -431,7 +432,7 @@ class VM:
         """
         from hvmgr.operations.inside import returning
 
-        with self._work(needs_present=False) as session:
+        with working.on(self, needs_present=False) as session:
             return returning.restore(session, self, wanted, overwrite=overwrite)
 
     def compare_files(
@@ -462,28 +463,28 @@ class VM:
         from hvmgr.operations.transfer import landing
         from hvmgr.operations.transfer.incoming import Incoming
 
-        with self._work() as session:
+        with working.on(self) as session:
             landing.require_ready(session, slot)
         spool = self.home.layout.private
         made = Incoming(source, format, spool=spool, length=length, to_end=to_end, name=name)
-        with made as stream, self._work() as session:
+        with made as stream, working.on(self) as session:
             landing.receive(session, slot, stream, force=force)
 
     def require_importable(self, slot: str) -> None:
         """Raises what ``import_disk`` would say of the disk and the VM before anything arrives."""
         from hvmgr.operations.transfer import landing
 
-        with self._work() as session:
+        with working.on(self) as session:
             landing.require_ready(session, slot)
 
     def localize(self, slot: str) -> bool:
         """The disk, in every state, needs no image outside the home any more; whether that is a change."""
         from hvmgr.operations.exchange import localizing
 
-        with self._work() as session:
+        with working.on(self) as session:
             plan = localizing.plan_localize(session, slot)
             if plan is not None:
-                self._run(session, plan)
+                working.carry_out(session, plan)
         return plan is not None
 
     def convert_disk(self, slot: str) -> bool:
@@ -493,15 +494,15 @@ class VM:
         """
         from hvmgr.operations.exchange import converting
 
-        with self._work() as session:
+        with working.on(self) as session:
             if converting.has_to_go_on(session, slot):
                 if session.dry_run:
                     session.say("what is shown is the first part; the new image then takes in all that is below it")
-                self._run(session, converting.plan_go_on(session, slot))
+                working.carry_out(session, converting.plan_go_on(session, slot))
                 session.forget_uses()
             plan = converting.plan_convert(session, slot)
             if plan is not None:
-                self._run(session, plan)
+                working.carry_out(session, plan)
         return plan is not None
 
     def foresee_release(self, *, flatten: bool = False) -> Release:
@@ -518,38 +519,10 @@ class VM:
         """
         from hvmgr.operations.adopt import release
 
-        with self._work() as session:
+        with working.on(self) as session:
             made = release.of(session, flatten=flatten)
-            self._run(session, release.plan_release(session, flatten=flatten))
+            working.carry_out(session, release.plan_release(session, flatten=flatten))
         return made
-
-    @contextlib.contextmanager
-    def _work(
-        self,
-        *,
-        needs_present: bool = True,
-        patient: bool = True,
-        bandwidth: int | None = None,
-        stop: Callable[[], bool] | None = None,
-    ) -> Iterator[Session]:
-        """Exclusive work; without ``needs_present`` also while nobody can tell what others did to the present.
-
-        Without ``patient`` it is Busy while libvirt or QEMU goes on with what a command asked for that died.
-        """
-        from hvmgr.operations import reconcile
-
-        with self.host.session(self.home, stop=stop) as session:
-            session.patient, session.bandwidth = patient, bandwidth or 0
-            reconcile.bring_together(session, needs_present=needs_present)
-            yield session
-
-    def _run(self, session: Session, plan: Plan, snapshots: Sequence[str] = ()) -> None:
-        """Carry a plan out; ``snapshots`` are those that it is about, besides the one that it makes."""
-        from hvmgr.operations import occasions
-        from hvmgr.operations.steps import execution
-
-        with occasions.operation(session, plan, snapshots=snapshots):
-            execution.run(session, plan)
 
     def _complete(self) -> None:
         """A reader never waits; but what a dead command left open is not a state to show."""
@@ -558,118 +531,11 @@ class VM:
             return
         if journal.is_open(layout.journal):
             try:
-                with self._work(needs_present=False, patient=False):
+                with working.on(self, needs_present=False, patient=False):
                     pass
             except errors.Busy as error:
                 if not error.facts.get("goes_on"):
                     raise
         elif layout.guest_at_rest.exists():  # its agent is asked again, which hides nothing from a reader
-            with contextlib.suppress(errors.HvmgrError), self._work(needs_present=False):
+            with contextlib.suppress(errors.HvmgrError), working.on(self, needs_present=False):
                 pass
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One snapshot as it was when it was asked for."""
-
-    vm: VM = dataclasses.field(repr=False)
-    id: str
-    name: str
-    notes: str
-    created: datetime
-    parent: str | None
-    type: SnapshotType
-    state: SavedState
-    damaged: tuple[str, ...]
-    automatic: Origin | None
-    entry: SnapshotEntry = dataclasses.field(repr=False, compare=False)
-
-    @property
-    def disks(self) -> Mapping[str, str]:
-        """The frozen images by slot."""
-        return self.entry.disks
-
-    @property
-    def has_state(self) -> bool:
-        """Whether applying it brings the VM back running or paused."""
-        return self.state is not SavedState.NONE
-
-    def apply(
-        self,
-        *,
-        snapshot_first: bool = False,
-        without_state: bool = False,
-        keep_undo: bool = True,
-        discard_state: bool = False,
-    ) -> Snapshot | None:
-        """The VM becomes what it was here; with ``snapshot_first`` the snapshot of the old present is returned."""
-        from hvmgr.operations import background, replacement, snapshots
-
-        still = background.How(in_background=False)  # it is stopped anyway: what it did meanwhile would be lost
-        how = replacement.Replacement(without_state=without_state, keep_undo=keep_undo, discard_state=discard_state)
-        first = None
-        with self.vm._work(needs_present=snapshot_first) as session:  # noqa: SLF001 - one module, one idea
-            replacement.plan_apply(session, self.id, how)  # refuses before anything is done
-            if snapshot_first:
-                plan = snapshots.plan_create(session, snapshots.Wish(how=still))
-                self.vm._run(session, plan)  # noqa: SLF001
-                first = snapshots.snapshot_of(plan)
-                session.forget_uses()
-            self.vm._run(session, replacement.plan_apply(session, self.id, how), [self.id])  # noqa: SLF001
-        return None if first is None else self.vm.snapshot(first)
-
-    def is_still_present(self, *, without_state: bool = False) -> bool:
-        """Whether applying it would change nothing: the VM is off, and provably what it was here."""
-        from hvmgr.operations import untouched
-
-        with self.vm._work(needs_present=False) as session:  # noqa: SLF001
-            return untouched.is_still(session, self.id, without_state=without_state)
-
-    def delete(self, *, subtree: bool = False, state_only: bool = False, bandwidth: int | None = None) -> list[str]:
-        """The snapshot is gone (with ``subtree`` all below it too); the ids of what was deleted.
-
-        A running VM merges what it has open, at most ``bandwidth`` bytes a second.
-        """
-        from hvmgr.operations import merge, policies
-
-        with self.vm._work(bandwidth=bandwidth) as session:  # noqa: SLF001
-            if state_only:
-                self.vm._run(session, merge.plan_delete_state(session, self.id), [self.id])  # noqa: SLF001
-                return []
-            gone = self.vm.home.tree().subtree(self.id) if subtree else [self.id]
-            plan = merge.plan_delete(session, gone)
-            self.vm._run(session, plan, gone)  # noqa: SLF001
-            policies.say_lost_target(session, gone)
-            merge.merge_live(session, plan)
-        return gone
-
-    def rename(self, name: str) -> None:
-        """The snapshot has another name."""
-        from hvmgr.operations import snapshots
-
-        with self.vm._work(needs_present=False) as session:  # noqa: SLF001
-            snapshots.describe(session, self.id, name=name)
-
-    def set_notes(self, notes: str) -> None:
-        """The snapshot has other notes."""
-        from hvmgr.operations import snapshots
-
-        with self.vm._work(needs_present=False) as session:  # noqa: SLF001
-            snapshots.describe(session, self.id, notes=notes)
-
-
-def _snapshot(vm: VM, entry: SnapshotEntry) -> Snapshot:
-    record = entry.record
-    return Snapshot(
-        vm=vm,
-        id=record.id,
-        name=record.name,
-        notes=record.notes,
-        created=record.created,
-        parent=record.parent,
-        type=record.type,
-        state=record.state,
-        damaged=record.damaged,
-        automatic=record.automatic,
-        entry=entry,
-    )

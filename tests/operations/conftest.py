@@ -23,7 +23,7 @@ from hvmgr.faces import console, guest
 from hvmgr.host import saved_state
 from hvmgr.model import configuration
 from hvmgr.model.specification import Acceleration, DiskSpecification, Firmware, Specification
-from hvmgr.operations import background
+from hvmgr.operations import background, working
 from hvmgr.operations.steps import execution
 from hvmgr.storage import locks, vm_home
 from tests import told
@@ -274,7 +274,7 @@ def without_screen(machine):
         devices.remove(device)
     etree.SubElement(etree.SubElement(devices, "video"), "model", type="none")
     machine.host.connection.define(present.to_xml())
-    with machine.vm._work():
+    with working.on(machine.vm):
         pass
 
 

@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from hvmgr.model.policy import Policy
     from hvmgr.model.tree import Image, Tree
     from hvmgr.operations.doctor.repair import Repaired
+    from hvmgr.operations.snapshot import Snapshot
     from hvmgr.operations.transfer.outgoing import Outgoing
     from hvmgr.operations.transfer.recurrence import FoundDisk
     from hvmgr.operations.transfer.vdis import Vdi
     from hvmgr.operations.usage import Usage
-    from hvmgr.operations.vm import VM, Snapshot
+    from hvmgr.operations.vm import VM
 
 SCHEMA = 1
 

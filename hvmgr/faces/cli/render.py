@@ -18,8 +18,9 @@ from hvmgr import errors, units
 
 if TYPE_CHECKING:
     from hvmgr.model.tree import Tree
+    from hvmgr.operations.snapshot import Snapshot
     from hvmgr.operations.usage import Usage
-    from hvmgr.operations.vm import VM, Snapshot
+    from hvmgr.operations.vm import VM
 
 _BRANCH, _LAST, _BAR, _GAP = "├── ", "└── ", "│   ", "    "
 

@@ -16,7 +16,8 @@ from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import State
-    from hvmgr.operations.vm import VM, Snapshot
+    from hvmgr.operations.snapshot import Snapshot
+    from hvmgr.operations.vm import VM
 
 _TYPES = ("standard", "production", "production-only", "disk-only")
 

@@ -29,7 +29,7 @@ from hvmgr.host.domain import State, StopReason
 from hvmgr.model import retention, tree
 from hvmgr.model.metadata import SnapshotRecord, SnapshotType
 from hvmgr.model.policy import Origin, Policy, SnapshotDefault
-from hvmgr.operations import merge, policies, replacement, vms
+from hvmgr.operations import merge, policies, replacement, vms, working
 from hvmgr.operations.replacement import Replacement
 from hvmgr.operations.session import Session
 from hvmgr.operations.snapshots import Wish
@@ -79,7 +79,7 @@ def at_start(one: VM, started: datetime, now: datetime) -> Iterator[Deed]:
     if now - started > START_LASTS:
         one.host.reporter.notice(f"{one.name}: its start is too long ago for a snapshot of it")
         return
-    with one._work(patient=False) as session:  # noqa: SLF001 - as the operations of people do
+    with working.on(one, patient=False) as session:
         if session.state() in _ACTIVE and not one.home.entries():
             require_rest(session, now)
             yield _take_at_start(one, session, policy)
@@ -87,7 +87,7 @@ def at_start(one: VM, started: datetime, now: datetime) -> Iterator[Deed]:
 
 def after_stop(one: VM, told: str, stopped: datetime, now: datetime) -> Iterator[Deed]:
     """The VM is off; ``told`` is why, in the hook's words, for where libvirt does not know it any more."""
-    with one._work(patient=False) as session:  # noqa: SLF001
+    with working.on(one, patient=False) as session:
         if session.state() is not State.OFF:
             return
         reason = session.domain().stop_reason()
@@ -105,7 +105,7 @@ def on_schedule(one: VM, now: datetime) -> Iterator[Deed]:
     policy = one.policy
     if not _is_due(one, policy, now):
         return
-    with one._work(patient=False) as session:  # noqa: SLF001
+    with working.on(one, patient=False) as session:
         policy, state = one.policy, session.state()
         if not _is_due(one, policy, now) or state not in (*_ACTIVE, State.OFF, State.SAVED):
             return
@@ -137,7 +137,7 @@ def prune(one: VM, now: datetime) -> Iterator[Deed]:
     """Only what hvmgr took by itself, and nobody has shown interest in."""
     if not retention.to_delete(*_facts(one)):
         return
-    with one._work(patient=False) as session:  # noqa: SLF001
+    with working.on(one, patient=False) as session:
         yield from _delete(one, session, retention.to_delete(*_facts(one)), now)
 
 
@@ -156,13 +156,13 @@ def merge_waiting(one: VM, now: datetime, stop: Callable[[], bool]) -> Iterator[
         return gave_way
 
     try:  # around all of it: a merge that a dead command left to the running VM is followed before there is a session
-        with one._work(stop=has_to_stop) as session:  # noqa: SLF001
+        with working.on(one, stop=has_to_stop) as session:
             waiting = merge.plan_merge(session)
             if not waiting.finish:
                 return
             if not session.is_active() and abs(now - _last_written(session)) < QUIET:
                 raise errors.Busy(f"{one.name} was at work a moment ago: its images are merged later")
-            one._run(session, waiting)  # noqa: SLF001
+            working.carry_out(session, waiting)
             yield _deed(one, Action.MERGED, f"merged images of {one.name} that had waited")
     except errors.Cancelled as error:
         if not gave_way:
@@ -232,7 +232,7 @@ def _recover(one: VM, session: Session, stopped: datetime, now: datetime) -> Ite
     if has_written(session):
         yield _take(one, session, Origin.CRASH, SnapshotType.STANDARD)
         session.forget_uses()
-    one._run(session, replacement.plan_apply(session, target.id, Replacement(keep_undo=False)))  # noqa: SLF001
+    working.carry_out(session, replacement.plan_apply(session, target.id, Replacement(keep_undo=False)))
     if session.state() is State.OFF:
         vms.start(session)
     sentence = f"{one.name} crashed; it was put back to snapshot '{target.name}' and started"
@@ -254,7 +254,7 @@ def _target(one: VM) -> SnapshotRecord | None:
 
 
 def _take(one: VM, session: Session, why: Origin, kind: SnapshotType) -> Deed:
-    made = one._create(session, Wish(type=kind, automatic=why))  # noqa: SLF001
+    made = one._create(session, Wish(type=kind, automatic=why))  # noqa: SLF001 - as people's are made
     return _deed(one, Action.SNAPSHOT, f"took snapshot '{made.name}' of {one.name}", made.id)
 
 
@@ -264,7 +264,7 @@ def _delete(one: VM, session: Session, gone: list[str], now: datetime) -> Iterat
         return
     require_rest(session, now)
     names = [f"'{one.home.entry(snapshot_id).record.name}'" for snapshot_id in gone]
-    one._run(session, merge.plan_delete(session, gone, merging=False))  # noqa: SLF001
+    working.carry_out(session, merge.plan_delete(session, gone, merging=False))
     session.forget_uses()
     yield _deed(one, Action.DELETED, f"deleted {', '.join(names)} of {one.name}", *gone)
 

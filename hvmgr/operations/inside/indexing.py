@@ -26,7 +26,8 @@ from hvmgr.storage.file_index import BLOCK, Entry, FileIndex, Place, Point
 if TYPE_CHECKING:
     from hvmgr.operations.inside.looking import Inside
     from hvmgr.operations.inside.views import Frozen, Volume
-    from hvmgr.operations.vm import VM, Snapshot
+    from hvmgr.operations.snapshot import Snapshot
+    from hvmgr.operations.vm import VM
 
 Report = Callable[[Progress], None]
 

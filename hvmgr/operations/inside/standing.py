@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.host.domain import State
+from hvmgr.operations import working
 from hvmgr.operations.exchange import freezing
 from hvmgr.operations.inside import looking, views
 from hvmgr.operations.inside.looking import Inside
@@ -31,7 +32,7 @@ _DONE = "what was asked for is complete"
 def still(vm: VM, *, slot: str | None = None) -> Iterator[list[Frozen]]:
     """The disks of a VM at this moment, or ``slot`` alone, as long as the block lasts; the VM may run, and is not stopped."""
     with contextlib.ExitStack() as stack:
-        with vm._work() as session:  # noqa: SLF001 - this is a part of what a VM does
+        with working.on(vm) as session:
             forest = session.home.present_tree()
             slots = [slot] if slot is not None else sorted(forest.present.disks)
             found = [points.of_slot(session.home, one, forest) for one in slots]
@@ -57,7 +58,7 @@ def opened(
 
 def _merge(vm: VM) -> None:
     try:
-        with vm._work() as session:  # noqa: SLF001
+        with working.on(vm) as session:
             freezing.end(session, outcome=_DONE)
     except errors.HvmgrError as error:  # what was read is read
         vm.host.reporter.notice(

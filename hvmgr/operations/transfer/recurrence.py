@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from hvmgr import errors
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.progress import Progress
+from hvmgr.operations import working
 from hvmgr.operations.transfer import outgoing, sending
 from hvmgr.operations.transfer.outgoing import Outgoing
 from hvmgr.operations.transfer.points import Point
@@ -55,7 +56,7 @@ def find(
     """
     if not os.path.lexists(file):
         return None
-    with vm._work() as session:  # noqa: SLF001 - as sending does
+    with working.on(vm) as session:
         point, base = find_point(), None if find_base is None else find_base()
         outgoing.check(point, base, fmt)
         found = FoundDisk(point.uuid, fmt, None if base is None else base.uuid, point.size, _length(file))

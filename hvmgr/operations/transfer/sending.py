@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.model.image_format import ImageFormat
-from hvmgr.operations import occasions
+from hvmgr.operations import occasions, working
 from hvmgr.operations.exchange import freezing
 from hvmgr.operations.session import Session
 from hvmgr.operations.transfer import outgoing
@@ -37,7 +37,7 @@ def of_vm(
 
     ``path`` is where it goes, if that is a file, for the administrator's hooks.
     """
-    with vm._work() as session:  # noqa: SLF001 - sending is a part of what a VM does
+    with working.on(vm) as session:
         point, base = find(), None if find_base is None else find_base()
         outgoing.check(point, base, fmt)
         for one in (point, base):
@@ -67,7 +67,7 @@ def _of_running(vm: VM, session: Session, point: Point, base: Point | None, fmt:
 
 def _end(vm: VM) -> None:
     try:
-        with vm._work() as session:  # noqa: SLF001
+        with working.on(vm) as session:
             freezing.end(session)
     except errors.HvmgrError as error:  # the stream is complete all the same
         vm.host.reporter.notice(

@@ -22,6 +22,7 @@ from hvmgr import errors, units
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.plan import Plan
 from hvmgr.model.tree import Tree
+from hvmgr.operations import working
 from hvmgr.operations.transfer import points, sending, shelving
 from hvmgr.operations.transfer.points import Point
 from hvmgr.storage import disk_snapshots, free_disks, images, vm_home
@@ -124,7 +125,7 @@ class Disks:
         from hvmgr.operations.transfer import disk_snapshotting
 
         _require_disk(place, wanted)
-        with place.vm._work() as session:  # noqa: SLF001 - a part of what a VM does
+        with working.on(place.vm) as session:
             return disk_snapshotting.create(session, place.slot, name)
 
     def destroy(self, wanted: str) -> None:
@@ -138,7 +139,7 @@ class Disks:
             raise _belongs(place, wanted)
         from hvmgr.operations.transfer import disk_snapshotting
 
-        with place.vm._work() as session:  # noqa: SLF001
+        with working.on(place.vm) as session:
             disk_snapshotting.destroy(session, place.alone)
 
     def export(

@@ -55,6 +55,7 @@ from hvmgr.host import libvirt_snapshots, qmp, saved_state
 from hvmgr.host.domain import Domain
 from hvmgr.model import configuration
 from hvmgr.model.tree import Tree
+from hvmgr.operations import working
 from hvmgr.storage import durable, frozen, index, vm_home
 
 for _one in pkgutil.walk_packages(hvmgr.__path__, "hvmgr."):
@@ -722,7 +723,7 @@ class Run:
         with opened(self.place, notices) as host:
             open_before = any((home / ".hvmgr" / "journal").exists() for home in self.place.homes.iterdir())
             for vm in host.vms():
-                with vm._work():  # what every changing command does first
+                with working.on(vm):  # what every changing command does first
                     pass
             assert notices or not open_before, "a command that found an open journal said nothing"
             seen = describe(self.place, host)

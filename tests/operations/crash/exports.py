@@ -26,6 +26,7 @@ import hvmgr
 from hvmgr import errors, vhd
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.manifest import Extent
+from hvmgr.operations import working
 from hvmgr.operations.exchange import export_, freezing, verification  # noqa: F401 - imported before the forks
 from hvmgr.storage import copy, source_home
 
@@ -93,7 +94,7 @@ class Export(Run):
 
     def _freeze(self):
         """What the VM is while it is exported, and when that was killed: the next attempt needs what was frozen."""
-        with opened(self.place) as host, host.vm(NAME)._work() as session:
+        with opened(self.place) as host, working.on(host.vm(NAME)) as session:
             freezing.freeze(session, with_memory=False, quiesce=False)
 
     def _reset(self):

@@ -21,6 +21,7 @@ from crash import NAME, Place, forked, opened
 from hvmgr import errors
 from hvmgr.host import pids, qmp, storage_daemon
 from hvmgr.model import plan
+from hvmgr.operations import working
 from hvmgr.operations.steps import execution
 
 FOLDER = Path(os.environ["HVMGR_CRASH_FOLDER"])
@@ -417,7 +418,7 @@ def stopped_and_seen(case, started):
                 frozen = {path for one in vm.snapshots() for path in one.disks.values()}
                 intact = not frozen & {str(path) for path in domain.writable_files()}
                 vm.stop(force=True)
-            with vm._work():
+            with working.on(vm):
                 pass
             vm.merge()
         seen = crash.describe(case.place, host)
@@ -437,7 +438,7 @@ def second_command():
     reader, writer = os.pipe()
     first = os.fork()
     if first == 0:
-        with opened(case.place) as host, host.vm(NAME)._work():
+        with opened(case.place) as host, working.on(host.vm(NAME)):
             os.write(writer, b"x")
             time.sleep(60)
         os._exit(1)

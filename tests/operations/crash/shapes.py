@@ -15,7 +15,7 @@ from lxml import etree
 import hvmgr
 from hvmgr import errors, settings
 from hvmgr.host import background_snapshot, process
-from hvmgr.operations import merge
+from hvmgr.operations import merge, working
 from hvmgr.operations.exchange import converting
 from hvmgr.operations.inside import writing
 from hvmgr.operations.steps import execution
@@ -399,7 +399,7 @@ def point(host, path, *, write=False):
 
 def look(host):
     """Home and libvirt are brought together, and nothing else."""
-    with vm(host)._work():
+    with working.on(vm(host)):
         pass
 
 
@@ -512,7 +512,7 @@ def pull(host):
 
 def go_on(host):
     """The first part of a conversion while the VM writes to the VHD itself."""
-    with vm(host)._work() as session:
+    with working.on(vm(host)) as session:
         execution.run(session, converting.plan_go_on(session, SLOT))
 
 

@@ -374,7 +374,7 @@ def test_rebased_image_that_somebody_looked_at_is_the_present_as_it_is(bench, vm
     seen = bench.bytes_of(working)
     with pytest.raises(errors.Conflict, match="no longer stands on"):
         vm.create_snapshot("c")
-    with vm._work(needs_present=False) as session:
+    with working.on(vm, needs_present=False) as session:
         assert reconcile.accept_present(session) == ["hda"]
     vm.create_snapshot("c")
     assert bench.photo(vm)["c hda"] == bench.photo(vm)["now hda"] == seen

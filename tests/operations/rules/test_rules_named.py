@@ -12,7 +12,7 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.faces.cli import render
-from hvmgr.operations import merge
+from hvmgr.operations import merge, working
 
 MIB = 1 << 20
 
@@ -48,7 +48,7 @@ def lay_over(bench, vm, path, pattern, offset, *, size=None):
     path.chmod(0o640)
     bench.edit(vm, lambda edited: edited.set_disk_source("hda", path, "qcow2"))
     bench.write_image(path, pattern, offset)
-    with vm._work():  # takes it over
+    with working.on(vm):  # takes it over
         pass
     return str(path)
 
@@ -202,7 +202,7 @@ def test_present_that_names_its_chain_to_libvirt_starts_after_the_merge(bench, v
         driver.getnext().addnext(chain)
 
     bench.edit(vm, state_chain)
-    with vm._work():
+    with working.on(vm):
         pass
     assert vm.home.present().has_backing_chains
     before = bench.photo(vm)
@@ -260,7 +260,7 @@ def test_what_another_vm_needs_stays_and_the_user_is_named(bench, vm, between):
     other = bench.make(name="other")
     overlay = bench.image("theirs.qcow2", fill=(8,), backing=(between, "qcow2"))
     bench.edit(other, lambda edited: edited.set_disk_source("hda", overlay, "qcow2"))
-    with other._work():
+    with working.on(other):
         pass
     theirs = bench.bytes_of(overlay)
     problem = refused(vm, errors.Conflict, "is needed by other", between)

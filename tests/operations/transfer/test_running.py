@@ -8,7 +8,7 @@ from hvmgr import errors
 from hvmgr.host.domain import Domain, State
 from hvmgr.model import tree
 from hvmgr.model.metadata import SnapshotType
-from hvmgr.operations.vm import Snapshot
+from hvmgr.operations.snapshot import Snapshot
 from hvmgr.storage import event_log
 from tests.operations.rules.conftest import MIB
 from tests.operations.transfer.conftest import RAW, VHD, by_codec, by_libvhdi, chain_of, raw_of
