@@ -179,6 +179,8 @@ def test_a_log_is_bounded_by_what_is_to_be_replayed_and_not_by_its_size(monkeypa
     monkeypatch.setattr(xfs_log, "_MOST", 100)
     found = log.replayed()
     assert found.disk is None
-    assert found.notes == ["its log holds too much to be replayed in memory, and is not: the newest changes are missing"]
+    assert found.notes == [
+        "its log holds too much to be replayed in memory, and is not: the newest changes are missing"
+    ]
     log.record((UNMOUNT, bytes(8)), tail=0)
     assert log.replayed().notes == []
