@@ -112,6 +112,20 @@ def test_the_log_of_xfs_is_replayed_as_linux_does(cut, mkfs, how, options):
     assert dirty.stat().st_mtime_ns == before
 
 
+REUSED = """
+fallocate -l 180M rest; mkdir many; (cd many; seq 6000 | xargs touch); rm -rf many; sleep 0.5
+head -c 300M /dev/zero >full || true; sync; rm rest; sync
+"""
+
+
+def test_contents_where_inodes_were_are_not_replaced_by_those(cut):
+    """The log has the inodes as new ones, and later that their place was given up; by now it is the file's."""
+    dirty, judged = cut(["mkfs.xfs", "-q", "-f"], f"{REUSED} {LIVE}", size="320M")
+    shown, notes = seen(dirty)
+    assert shown == judged
+    assert notes == ["the log was replayed in memory: the file system had not been unmounted"]
+
+
 SYNCED = r"""
 mv old/file20 deep/file20; sync deep/file20
 mv old/file22 old/renamed; sync old/renamed

@@ -6,18 +6,24 @@ its order: what is gone from folders, inodes, names by their folder, names by th
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-_INODE, _REFERENCE, _XATTR, _DIR_LOG, _DIR_INDEX, _EXTENT = 1, 12, 24, 72, 96, 108
+from hvmgr import errors
+from hvmgr.storage.filesystems.reader import damaged
+
+_INODE, _REFERENCE, _MORE_REFERENCES, _XATTR, _DIR_LOG, _DIR_INDEX, _EXTENT = 1, 12, 13, 24, 72, 96, 108
 _KEY = struct.Struct("<QBQ")
 _SIZE, _LINKS, _MODE = 16, 40, 52
 _EXTENT_HEAD, _EXTENT_PLACE = struct.Struct("<QQBBHB"), struct.Struct("<QQQQ")
 _INLINE = 0
 
 Items = dict[int, bytes]  # by the last number of their keys
+Links = dict[int, dict[bytes, int]]  # of a file: by folder and name, the number of the name there
 
 
 class Name(NamedTuple):
@@ -40,8 +46,15 @@ class Replay:
         self._base, self._sector = base, sector
         self._names: dict[int, dict[bytes, int]] = {}
         self._log: dict[tuple[int, int], Items] = {}
+        self._links: dict[int, Links] = {}
+        self._logged_links: dict[int, Links] = {}
         for number, kind, offset, data in log:
-            self._log.setdefault((number, kind), {})[offset] = data
+            if kind == _MORE_REFERENCES:
+                raise _too_many_names()
+            if kind == _REFERENCE:
+                _add_links(self._logged_links.setdefault(number, {}), offset, data)
+            else:
+                self._log.setdefault((number, kind), {})[offset] = data
         self._run()
 
     def _run(self) -> None:
@@ -51,17 +64,15 @@ class Replay:
         for folder, items in self._of(_DIR_INDEX):
             for index, data in items.items():
                 self._put_name(folder, entry(index, data))
-        for number, items in self._of(_REFERENCE):
-            for folder, data in items.items():
-                self._put_references(number, folder, list(references(data)))
+        for number, links in sorted(self._logged_links.items()):
+            for folder, wanted in links.items():
+                self._put_links(number, folder, wanted)
         for number, items in self._of(_EXTENT):
-            for at, data in items.items():
-                self._drop(number, at, at + self._length(data))
-                self._items(number, _EXTENT)[at] = data
+            self._put_contents(number, items)
         for number, items in self._of(_XATTR):
             self._items(number, _XATTR).update(items)
-        for number in {one for one, kind in self.changed if kind == _REFERENCE}:
-            self._count_links(number)
+        for number, links in self._links.items():
+            self._count_links(number, links)
 
     def _of(self, kind: int) -> list[tuple[int, Items]]:
         return [(number, items) for (number, own), items in sorted(self._log.items()) if own == kind]
@@ -73,6 +84,17 @@ class Replay:
             found = self.changed[number, kind] = dict(self._base(number, kind))
         return found
 
+    def _links_of(self, number: int) -> Links:
+        """The names of a file as they are by now, to be changed."""
+        found = self._links.get(number)
+        if found is None:
+            found = self._links[number] = {}
+            for folder, data in self._base(number, _REFERENCE).items():
+                _add_links(found, folder, data)
+            if self._base(number, _MORE_REFERENCES):
+                raise _too_many_names()
+        return found
+
     def _is_there(self, number: int) -> bool:
         return bool(self._items(number, _INODE))
 
@@ -82,8 +104,7 @@ class Replay:
         logged = self._log.get((number, _XATTR), {})
         for offset in [one for one in self._items(number, _XATTR) if one not in logged]:
             del self._items(number, _XATTR)[offset]
-        for start, data in self._log.get((number, _DIR_LOG), {}).items():
-            self._forget_names(number, start, struct.unpack_from("<Q", data)[0])
+        self._forget_names(number, self._log.get((number, _DIR_LOG), {}))
         (new,) = self._log[number, _INODE].values()
         items = self._items(number, _INODE)
         before = next(iter(items.values()), None)
@@ -96,22 +117,27 @@ class Replay:
             new = before[:_SIZE] + new[_SIZE : _SIZE + 8] + before[_SIZE + 8 :]
         items[0] = new
         if is_file:
-            self._drop(number, -(-size // self._sector) * self._sector, 1 << 64)
+            self._drop(number, [(-(-size // self._sector) * self._sector, 1 << 64)])
 
-    def _count_links(self, number: int) -> None:
+    def _count_links(self, number: int, links: Links) -> None:
         inode = self._items(number, _INODE).get(0)
         if inode is None or stat.S_ISDIR(struct.unpack_from("<I", inode, _MODE)[0]):
             return
-        count = sum(1 for data in self._items(number, _REFERENCE).values() for _ in references(data))
+        count = sum(map(len, links.values()))
         self._items(number, _INODE)[0] = inode[:_LINKS] + struct.pack("<I", count) + inode[_LINKS + 4 :]
 
     # -- names ---------------------------------------------------------------------------------------------------
 
-    def _forget_names(self, folder: int, start: int, end: int) -> None:
-        """Of this range the log has all names that there are."""
+    def _forget_names(self, folder: int, ranges: Items) -> None:
+        """Of each range, from a key to the number in its data, the log has all names that there are."""
+        if not ranges:
+            return
         logged = self._log.get((folder, _DIR_INDEX), {})
+        starts = sorted(ranges)
+        ends = list(itertools.accumulate((struct.unpack_from("<Q", ranges[one])[0] for one in starts), max))
         for index, data in list(self._items(folder, _DIR_INDEX).items()):
-            if start <= index <= end:
+            before = bisect.bisect_right(starts, index)
+            if before and index <= ends[before - 1]:
                 old = entry(index, data)
                 if index not in logged or entry(index, logged[index]).name != old.name:
                     self._unlink(folder, old)
@@ -123,20 +149,18 @@ class Replay:
             if (old.object, old.type, old.name) == (new.object, new.type, new.name):
                 return
             self._unlink(folder, old)
-        reference = self._log.get((new.object, _REFERENCE), {}).get(folder, b"")
-        if any(name == new.name for _, name in references(reference)):
+        if new.name in self._logged_links.get(new.object, {}).get(folder, {}):
             return  # it comes by its file
         if new.type == _INODE and self._is_there(new.object):
             self._link(folder, new)
 
-    def _put_references(self, number: int, folder: int, wanted: list[tuple[int, bytes]]) -> None:
+    def _put_links(self, number: int, folder: int, wanted: dict[bytes, int]) -> None:
         if not (self._is_there(number) and self._is_there(folder)):
             return
-        names = {name for _, name in wanted}
-        for index, name in list(references(self._items(number, _REFERENCE).get(folder, b""))):
-            if name not in names:
+        for name, index in list(self._links_of(number).get(folder, {}).items()):
+            if name not in wanted:
                 self._unlink(folder, Name(index, name, number, _INODE))
-        for index, name in wanted:
+        for name, index in wanted.items():
             new = Name(index, name, number, _INODE)
             for old in self._conflicts(folder, new):
                 self._unlink(folder, old)
@@ -158,20 +182,15 @@ class Replay:
         head = _KEY.pack(new.object, new.type, 0) + bytes(8) + struct.pack("<HHB", 0, len(new.name), 0)
         self._items(folder, _DIR_INDEX)[new.at] = head + new.name
         self._names_of(folder)[new.name] = new.at
-        known = self._items(new.object, _REFERENCE)
-        known[folder] = known.get(folder, b"") + struct.pack("<QH", new.at, len(new.name)) + new.name
+        self._links_of(new.object).setdefault(folder, {})[new.name] = new.at
 
     def _unlink(self, folder: int, old: Name) -> None:
         index = self._items(folder, _DIR_INDEX).get(old.at)
         if index is not None and entry(old.at, index).name == old.name:
             del self._items(folder, _DIR_INDEX)[old.at]
             self._names_of(folder).pop(old.name, None)
-        if old.type != _INODE:
-            return
-        known = self._items(old.object, _REFERENCE)
-        left = [one for one in references(known.pop(folder, b"")) if one[1] != old.name]
-        if left:
-            known[folder] = b"".join(struct.pack("<QH", at, len(name)) + name for at, name in left)
+        if old.type == _INODE:
+            self._links_of(old.object).get(folder, {}).pop(old.name, None)
 
     # -- contents ------------------------------------------------------------------------------------------------
 
@@ -181,20 +200,44 @@ class Replay:
             return int(-(-whole // self._sector) * self._sector)
         return int(_EXTENT_PLACE.unpack_from(data, _EXTENT_HEAD.size)[3])
 
-    def _drop(self, number: int, start: int, end: int) -> None:
-        """The file has nothing in this range any more."""
-        items = self._items(number, _EXTENT)
-        for at, data in list(items.items()):
-            stop = at + self._length(data)
-            if at >= end or stop <= start:
+    def _put_contents(self, number: int, items: Items) -> None:
+        ranges = [(at, at + self._length(data)) for at, data in sorted(items.items())]
+        self._drop(number, ranges)
+        self._items(number, _EXTENT).update(items)
+
+    def _drop(self, number: int, ranges: list[tuple[int, int]]) -> None:
+        """The file has nothing in these ranges any more, which are in order; nor may its own extents lie one over the other."""
+        items, left = self._items(number, _EXTENT), Items()
+        known = sorted(items.items())
+        _require_apart(ranges)
+        _require_apart([(at, at + self._length(data)) for at, data in known])
+        first = 0
+        for at, data in known:
+            start, stop = at, at + self._length(data)
+            while first < len(ranges) and ranges[first][1] <= start:
+                first += 1
+            if first == len(ranges) or stop <= ranges[first][0]:
+                left[at] = data
                 continue
-            del items[at]
             if data[_EXTENT_HEAD.size - 1] == _INLINE:
                 continue
-            if at < start:
-                items[at] = _part(data, 0, start - at)
-            if end < stop:
-                items[end] = _part(data, end - at, stop - end)
+            for which in range(first, len(ranges)):
+                begin, end = ranges[which]
+                if begin >= stop:
+                    break
+                if start < begin:
+                    left[start] = _part(data, start - at, begin - start)
+                start = max(start, end)
+            if start < stop:
+                left[start] = _part(data, start - at, stop - start)
+        items.clear()
+        items.update(left)
+
+
+def _require_apart(ranges: list[tuple[int, int]]) -> None:
+    """So the work ends where the items do."""
+    if any(stop > start for (_, stop), (start, _) in itertools.pairwise(ranges)):
+        raise damaged("a file has contents that lie one over the other")
 
 
 def _part(data: bytes, skipped: int, length: int) -> bytes:
@@ -216,3 +259,13 @@ def references(data: bytes) -> Iterator[tuple[int, bytes]]:
         index, length = struct.unpack_from("<QH", data, at)
         yield index, data[at + 10 : at + 10 + length]
         at += 10 + length
+
+
+def _add_links(links: Links, folder: int, data: bytes) -> None:
+    for index, name in references(data):
+        links.setdefault(folder, {})[name] = index
+
+
+def _too_many_names() -> errors.Unsupported:
+    """Names that found no room in the items for them stand in others, which are replayed in a way of their own."""
+    return errors.Unsupported("its log is about a file with very many names")

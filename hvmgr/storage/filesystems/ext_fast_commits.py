@@ -6,17 +6,19 @@ lie at the end of the journal: tags, one after the other, up to the last tail wh
 
 from __future__ import annotations
 
-import functools
+import heapq
+import itertools
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+
+from hvmgr.storage.filesystems import crc32c
 
 _TAG = struct.Struct("<HH")
 _ADD, _REMOVE, _CREATE, _LINK, _UNLINK, _INODE, _PAD, _TAIL, _HEAD = range(1, 10)
 _BLOCKS, _BLOCKS_END = 40, 100  # where an inode says where its content lies
 _FLAGS, _EXTENTS, _INLINE = 32, 0x80000, 0x10000000
 _EXTENT_MAGIC, _UNWRITTEN = b"\x0a\xf3", 0x8000
-_POLYNOMIAL = 0x82F63B78
 
 Piece = tuple[int, int, int | None]  # from which block of a content on, how many, and where; None for zeros
 
@@ -47,9 +49,8 @@ class Changes:
 
     def content(self, number: int, pieces: Iterable[Piece]) -> Iterable[Piece]:
         """Where a content lies now."""
-        for one in self.pieces.get(number, ()):
-            pieces = list(_replaced(pieces, one))
-        return pieces
+        new = self.pieces.get(number)
+        return pieces if new is None else _with(pieces, new)
 
 
 def parsed(blocks: Iterable[bytes], sequence: int) -> Changes:
@@ -69,6 +70,7 @@ def parsed(blocks: Iterable[bytes], sequence: int) -> Changes:
         elif tag in {_CREATE, _LINK, _UNLINK}:
             folder, number = struct.unpack_from("<II", data)
             found.names.setdefault(folder, {})[data[8:]] = None if tag == _UNLINK else number
+    found.pieces = {number: list(_latest(pieces)) for number, pieces in found.pieces.items()}
     return found
 
 
@@ -88,45 +90,52 @@ def _valid(blocks: Iterable[bytes], sequence: int) -> Iterator[tuple[int, bytes]
                 return
             if tag == _TAIL:
                 own, stated = struct.unpack_from("<II", data)
-                if own != sequence & 0xFFFFFFFF or _crc32c(block[at : at + _TAG.size + 4], checksum) != stated:
+                if own != sequence & 0xFFFFFFFF or crc32c.updated(checksum, block[at : at + _TAG.size + 4]) != stated:
                     return
                 yield from pending
                 pending, checksum = [], 0
             else:
-                checksum = _crc32c(block[at : at + _TAG.size + length], checksum)
+                checksum = crc32c.updated(checksum, block[at : at + _TAG.size + length])
                 pending.append((tag, data))
             at += _TAG.size + length
 
 
-def _replaced(pieces: Iterable[Piece], new: Piece) -> Iterator[Piece]:
-    """The pieces in order, with another one over them."""
-    start, end, is_done = new[0], new[0] + new[1], False
+def _latest(pieces: list[Piece]) -> Iterator[Piece]:
+    """The pieces in order of their places in the content, and where several overlap, of each part the last one."""
+    waiting = sorted(((first, -number) for number, (first, _, _) in enumerate(pieces)), reverse=True)
+    edges = sorted({edge for first, count, _ in pieces for edge in (first, first + count)})
+    candidates: list[int] = []  # their numbers, negative, so that the last one is on top
+    for start, end in itertools.pairwise(edges):
+        while waiting and waiting[-1][0] <= start:
+            heapq.heappush(candidates, waiting.pop()[1])
+        while candidates and sum(pieces[-candidates[0]][:2]) <= start:
+            heapq.heappop(candidates)
+        if candidates:
+            first, _, place = pieces[-candidates[0]]
+            yield start, end - start, _moved(place, start - first)
+
+
+def _with(pieces: Iterable[Piece], new: list[Piece]) -> Iterator[Piece]:
+    """Pieces in order, with others in order over them."""
+    waiting = iter(new)
+    over = next(waiting, None)
     for first, count, place in pieces:
-        stop = first + count
-        if first < start:
-            yield first, min(stop, start) - first, place
-        if stop > end or first >= end:
-            if not is_done:
-                yield new
-                is_done = True
-            skipped = max(0, end - first)
-            yield first + skipped, count - skipped, None if place is None else place + skipped
-    if not is_done:
-        yield new
+        at, stop = first, first + count
+        while over is not None and over[0] < stop:
+            if at < over[0]:
+                yield at, over[0] - at, _moved(place, at - first)
+            end = over[0] + over[1]
+            at = max(at, min(end, stop))
+            if end > stop:
+                break  # it goes on over the next one
+            yield over
+            over = next(waiting, None)
+        if at < stop:
+            yield at, stop - at, _moved(place, at - first)
+    if over is not None:
+        yield over
+    yield from waiting
 
 
-@functools.cache
-def _table() -> list[int]:
-    found = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (_POLYNOMIAL if value & 1 else 0)  # noqa: PLW2901
-        found.append(value)
-    return found
-
-
-def _crc32c(data: bytes, value: int) -> int:
-    table = _table()
-    for byte in data:
-        value = value >> 8 ^ table[(value ^ byte) & 0xFF]
-    return value
+def _moved(place: int | None, count: int) -> int | None:
+    return None if place is None else place + count

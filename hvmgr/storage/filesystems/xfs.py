@@ -31,6 +31,7 @@ _DATA_MAGICS = {b"XD2D": 16, b"XD2B": 16, b"XDD3": 64, b"XDB3": 64}
 _BLOCK_MAGICS = {b"XD2B", b"XDB3"}
 _LINK_MAGIC, _LINK_HEADER, _LINK_MAX = b"XSLM", 56, 4096
 _DEPTH_MAX, _ATTRIBUTE_BLOCKS_MAX = 9, 1 << 16
+_CLUSTER, _SMALLEST = 8192, 256  # bytes of inodes that are written together; of a small inode
 _EPOCH_BIG = (1 << 31) * 1_000_000_000
 _LAST, _LAST_BIG = (1 << 31) * 1_000_000_000 - 1, (1 << 64) - 1 - _EPOCH_BIG
 
@@ -45,6 +46,7 @@ class _Super:
     inode: int
     inodes_log: int
     group_log: int
+    cluster: int
     folder_block: int
     is_5: bool
     has_types: bool
@@ -345,6 +347,7 @@ class Xfs(Watched):
             inode=about.inode,
             block=about.block,
             per_group=about.per_group,
+            cluster=about.cluster,
             is_5=about.is_5,
         )
         found = xfs_log.replayed(self._disk, log)
@@ -361,6 +364,7 @@ def _read_super(raw: bytes, size: int) -> _Super:
     per_group, groups, _, log_blocks = struct.unpack_from(">IIII", raw, 84)
     version, _, inode = struct.unpack_from(">HHH", raw, 100)
     block_log, _, _, inodes_log, group_log = struct.unpack_from(">5B", raw, 120)
+    (alignment,) = struct.unpack_from(">I", raw, 180)
     features_2, incompatible = struct.unpack_from(">I", raw, 200)[0], struct.unpack_from(">I", raw, 216)[0]
     is_5 = version & 15 == 5
     is_sane = (
@@ -387,6 +391,7 @@ def _read_super(raw: bytes, size: int) -> _Super:
         inode=inode,
         inodes_log=inodes_log,
         group_log=group_log,
+        cluster=_cluster(block, inode if is_5 else 0, alignment),
         folder_block=block << raw[192],
         is_5=is_5,
         has_types=bool(incompatible & _FTYPE if is_5 else features_2 & _FTYPE_4),
@@ -394,6 +399,14 @@ def _read_super(raw: bytes, size: int) -> _Super:
         log_start=log_start,
         log_size=log_blocks * block,
     )
+
+
+def _cluster(block: int, inode: int, alignment: int) -> int:
+    """How many blocks of inodes are written together; ``inode`` is 0 in the old format."""
+    size = _CLUSTER
+    if inode and alignment >= size * inode // _SMALLEST // block:
+        size = size * inode // _SMALLEST
+    return max(1, size // block)
 
 
 def _time(inode: _Inode, at: int) -> int:

@@ -1,9 +1,9 @@
 """The log of XFS, replayed into a layer above a disk that is only read.
 
 Source: "XFS Algorithms & Data Structures", 3rd edition, "Journaling Log"; what it leaves open was found by comparing with what
-Linux makes of the same disk. As Linux does it: find the last record that is whole, go from its tail to it, put the regions
-of each transaction together, and replay those that were committed: buffers, new inodes, inodes. What only frees space or
-counts quota is of no concern to a reader.
+Linux makes of the same disk. As Linux does it: put the regions of each transaction in the records that count (``xfs_records``)
+together, and replay those that were committed: buffers, new inodes, inodes. What only frees space or counts quota is of no
+concern to a reader.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from hvmgr import errors
 from hvmgr.storage.filesystems import window, xfs_inode_log
 from hvmgr.storage.filesystems.reader import damaged
 from hvmgr.storage.filesystems.window import Patched
+from hvmgr.storage.filesystems.xfs_records import SECTOR, Record, Records
 from hvmgr.storage.partitions import Disk
 
-_SECTOR = 512
-_MAGIC = b"\xfe\xed\xba\xbe"
 _LITTLE = 1
-_CYCLES = 64  # of how many sectors one header keeps the words that cycles were stamped over
-_LOG_MAX, _PIECE = 256 << 20, 4 << 20
-_HEADERS_MAX = 64
+_MOST = 256 << 20  # of what is to be replayed; an ordinary log is below it as a whole
 _OPERATION = struct.Struct(">IIBBH")
 _START, _COMMIT, _CONTINUE, _CONTINUED, _END, _UNMOUNT = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
 _TRANSACTION_HEADER = 16
@@ -31,8 +29,11 @@ _BUFFER, _INODE, _NEW_INODES = 0x123C, 0x123B, 0x123F
 _INTENTS = {0x1244: 0x1245, 0x1246: 0x1247, 0x1248: 0x1249}  # of what changes contents, and what says that it is done
 _INODE_BUFFER, _CANCEL = 1, 2
 _CHUNK = 128
+_WORDS_MAX = 17  # of bits, one for each chunk of the largest block, and one word to spare
 _BUFFER_HEAD = struct.Struct("<HHHHqI")
 _NEW_HEAD = struct.Struct(">6I")
+_INODES_AT_ONCE = 64
+_PER_INODE = 32  # bytes of the log; each new inode has an item of its own later, which alone is larger
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ class Place:
     inode: int
     block: int
     per_group: int
+    cluster: int  # blocks that hold inodes and are written together
     is_5: bool
 
 
@@ -53,23 +55,6 @@ class Replayed:
 
     disk: Patched | None
     notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Record:
-    at: int  # the sector of the log that it begins in
-    cycle: int
-    headers: int
-    length: int
-    operations: int
-    lsn: int
-    tail: int
-    form: int
-    head: bytes
-
-    @property
-    def sectors(self) -> int:
-        return self.headers + -(-self.length // _SECTOR)
 
 
 @dataclass(slots=True)
@@ -94,9 +79,10 @@ class _Item:
 
 def replayed(disk: Disk, place: Place) -> Replayed:
     """The disk with its log replayed over it; what cannot be replayed is told."""
-    if place.size > _LOG_MAX:
-        return Replayed(None, ["its log is too large to be looked at: what it holds, if anything, is not seen"])
-    records = _Log(disk, place).records()
+    try:
+        records = Records(disk, place.start, place.size).to_replay(_MOST)
+    except errors.Unsupported as error:
+        return Replayed(None, [f"{error.message}, and is not: the newest changes are missing"])
     if not records:
         return Replayed(None)
     if any(one.form != _LITTLE for one, _ in records):
@@ -104,95 +90,12 @@ def replayed(disk: Disk, place: Place) -> Replayed:
             None, ["its log was written by a machine of another kind and is not replayed: changes are missing"]
         )
     transactions = list(_transactions(records))
-    layer = Patched(disk, _SECTOR)
-    _Replay(layer, place).run(transactions)
+    layer = Patched(disk, SECTOR)
+    _Replay(layer, place, sum(len(data) for _, data in records) // _PER_INODE).run(transactions)
     notes = ["the log was replayed in memory: the file system had not been unmounted"] if layer.is_changed else []
     if _unfinished(transactions):
         notes.append("something was under way that only a mount finishes: what it was about may be between two states")
     return Replayed(layer if layer.is_changed else None, notes)
-
-
-class _Log:
-    def __init__(self, disk: Disk, place: Place) -> None:
-        self._disk, self._place = disk, place
-        self._sectors = place.size // _SECTOR
-
-    def records(self) -> list[tuple[_Record, bytes]]:
-        """The records that Linux would replay, in order, each with its data; none when the log is clean."""
-        known = self._found()
-        last = max(known, key=lambda at: known[at].lsn, default=None)
-        while last is not None:
-            walked: list[tuple[_Record, bytes]] = []
-            target, (cycle, at) = known[last], divmod(known[last].tail, 1 << 32)
-            last = None
-            for _ in range(len(known)):
-                one = known.get(at)
-                data = None if one is None or one.cycle != cycle else self._data(one)
-                if one is None or data is None:
-                    break
-                walked.append((one, data))
-                if one is target:
-                    return [] if self._is_unmount(one, data) else walked
-                at += one.sectors
-                cycle, at = (cycle + 1, at - self._sectors) if at >= self._sectors else (cycle, at)
-            if walked:
-                last = walked[-1][0].at  # behind it is a hole: what was written after that never counted
-            else:
-                del known[target.at]
-                last = max(known, key=lambda at: known[at].lsn, default=None)
-        return []
-
-    @staticmethod
-    def _is_unmount(record: _Record, data: bytes) -> bool:
-        return record.operations == 1 and bool(data[9] & _UNMOUNT)
-
-    def _found(self) -> dict[int, _Record]:
-        """All that begins as a record of this log does and says that it stands there."""
-        found: dict[int, _Record] = {}
-        for start in range(0, self._place.size, _PIECE):
-            piece = window.read(self._disk, self._place.start + start, min(_PIECE, self._place.size - start))
-            at = piece.find(_MAGIC)
-            while at >= 0:
-                if (
-                    at % _SECTOR == 0
-                    and (one := _record(piece[at : at + _SECTOR], (start + at) // _SECTOR)) is not None
-                ):
-                    found[one.at] = one
-                at = piece.find(_MAGIC, at + 4)
-        return found
-
-    def _data(self, record: _Record) -> bytes | None:
-        """The record's operations; None where not all of its sectors were written."""
-        raw = bytearray(self._read(record.at, record.sectors))
-        data = memoryview(raw)[record.headers * _SECTOR :]
-        for number in range(len(data) // _SECTOR):
-            wrapped = record.at + record.headers + number >= self._sectors
-            if int.from_bytes(data[number * _SECTOR : number * _SECTOR + 4], "big") != record.cycle + wrapped:
-                return None
-            header, index = divmod(number, _CYCLES)
-            at = 44 + 4 * index if header == 0 else header * _SECTOR + 4 + 4 * index
-            if header >= record.headers:
-                return None
-            data[number * _SECTOR : number * _SECTOR + 4] = raw[at : at + 4]
-        return bytes(data)[: record.length]
-
-    def _read(self, sector: int, count: int) -> bytes:
-        first = min(count, self._sectors - sector)
-        found = window.read(self._disk, self._place.start + sector * _SECTOR, first * _SECTOR)
-        return found + window.read(self._disk, self._place.start, (count - first) * _SECTOR) if first < count else found
-
-
-def _record(head: bytes, at: int) -> _Record | None:
-    if len(head) < _SECTOR:
-        return None
-    _, cycle, version, length, lsn, tail = struct.unpack_from(">4sIIIQQ", head)
-    (operations,) = struct.unpack_from(">I", head, 40)
-    (form,) = struct.unpack_from(">I", head, 300)
-    (size,) = struct.unpack_from(">I", head, 320)
-    headers = -(-size // (_CYCLES * _SECTOR)) if version & 2 and size > _CYCLES * _SECTOR else 1
-    if lsn != cycle << 32 | at or headers > _HEADERS_MAX or length > headers * _CYCLES * _SECTOR or tail > lsn:
-        return None
-    return _Record(at, cycle, headers, length, operations, lsn, tail, form, head)
 
 
 # --- transactions ---------------------------------------------------------------------------------------------------
@@ -200,11 +103,13 @@ def _record(head: bytes, at: int) -> _Record | None:
 
 class _Transaction:
     def __init__(self) -> None:
-        self.head = b""
+        self.head = bytearray()
         self.items: list[_Item] = []
+        self._rest = bytearray()  # of the last region, as far as it came by itself
 
     def add(self, data: bytes) -> None:
         """A region of its own: of the item that is not whole yet, or of a new one."""
+        self.close()
         if not data:
             return
         if len(self.head) < _TRANSACTION_HEADER:
@@ -221,10 +126,16 @@ class _Transaction:
         if not self.items:
             self.head += data
         else:
-            self.items[-1].regions[-1] += data
+            self._rest += data
+
+    def close(self) -> None:
+        """The last region is whole."""
+        if self._rest:
+            self.items[-1].regions[-1] += bytes(self._rest)
+            self._rest.clear()
 
 
-def _transactions(records: list[tuple[_Record, bytes]]) -> Iterator[list[_Item]]:
+def _transactions(records: list[tuple[Record, bytes]]) -> Iterator[list[_Item]]:
     """The items of each transaction that was committed, in the order of the commits."""
     open_ones: dict[int, _Transaction] = {}
     for record, data in records:
@@ -242,6 +153,7 @@ def _transactions(records: list[tuple[_Record, bytes]]) -> Iterator[list[_Item]]
             elif one is None:
                 continue  # it began before the tail: all of it is on the disk
             elif flags & _COMMIT:
+                one.close()
                 yield [item for item in one.items if len(item.regions) >= item.total]
                 del open_ones[number]
             elif flags & _CONTINUED:
@@ -265,8 +177,9 @@ def _unfinished(transactions: list[list[_Item]]) -> bool:
 
 
 class _Replay:
-    def __init__(self, layer: Patched, place: Place) -> None:
-        self._layer, self._place = layer, place
+    def __init__(self, layer: Patched, place: Place, new: int) -> None:
+        """At most ``new`` new inodes are to be expected."""
+        self._layer, self._place, self._new = layer, place, new + _INODES_AT_ONCE * 64
         self._cancelled = Counter[tuple[int, int]]()  # buffers that are given up further on
 
     def run(self, transactions: list[list[_Item]]) -> None:
@@ -292,6 +205,8 @@ class _Replay:
             return
         if flags & _INODE_BUFFER or self._cancelled[_buffer_of(item)] > 0:
             return  # of a buffer of inodes only the list of those that were unlinked would be replayed
+        if words > _WORDS_MAX:
+            raise damaged("its log has a buffer that makes no sense")
         bits = int.from_bytes(about[_BUFFER_HEAD.size : _BUFFER_HEAD.size + 4 * words], "little")
         at, regions = 0, iter(item.regions[1:])
         while bits >> at:
@@ -303,29 +218,38 @@ class _Replay:
             count = min(((rest + 1) & ~rest).bit_length() - 1, len(region) // _CHUNK)
             if not count:
                 break
-            self._layer.write(sector * _SECTOR + at * _CHUNK, region[: count * _CHUNK])
+            self._layer.write(sector * SECTOR + at * _CHUNK, region[: count * _CHUNK])
             at += count
 
     def _inode(self, item: _Item) -> None:
         what = xfs_inode_log.parsed(item.regions)
         if self._cancelled[what.sector, what.sectors] > 0:
             return
-        at = what.sector * _SECTOR + what.offset
+        at = what.sector * SECTOR + what.offset
         before = window.read(self._layer, at, self._place.inode)
         self._layer.write(at, xfs_inode_log.applied(what, before, is_5=self._place.is_5))
 
     def _new_inodes(self, item: _Item) -> None:
         """Their sectors hold inodes that nobody uses; what became of them is told by items of their own."""
         group, block, count, size, blocks, _ = _NEW_HEAD.unpack_from(item.regions[0], 4)
+        place = self._place
         if (
-            size != self._place.inode
-            or count * size != blocks * self._place.block
-            or block + blocks > self._place.per_group
+            size != place.inode
+            or count * size != blocks * place.block
+            or count > max(_INODES_AT_ONCE, place.block // place.inode)
+            or block + blocks > place.per_group
         ):
             raise damaged("its log has new inodes that make no sense")
-        at = (group * self._place.per_group + block) * self._place.block
+        at = (group * place.per_group + block) * place.block
+        step = place.cluster * place.block
+        if any(self._cancelled[one // SECTOR, step // SECTOR] > 0 for one in range(at, at + count * size, step)):
+            return  # they are given up further on, and something else may be there by now
+        self._new -= count
+        if self._new < 0:
+            raise damaged("its log has more new inodes than it has room for")
+        empty = b"IN\0\0\3".ljust(size, b"\0")
         for number in range(count):
-            self._layer.write(at + number * size, b"IN\0\0\3".ljust(size, b"\0"))
+            self._layer.write(at + number * size, empty)
 
 
 def _buffer_of(item: _Item) -> tuple[int, int]:
