@@ -135,7 +135,10 @@ def test_logical_volumes_inside_are_found(plain, tmp_path):
     image.write_bytes(data)
     encrypted.luks2(image, encrypted.key_file(tmp_path))
     with looking.opened([views.of_image(image)], keys=[Key((encrypted.KEY,))]) as inside:
-        assert [one.logical for one in inside.volumes if one.logical] == ["group/whole", "group/torn", "group/thin"]
+        logical = [one for one in inside.volumes if one.logical]
+        assert [one.logical for one in logical] == ["group/whole", "group/torn", "group/thin"]
+        assert all(one.encrypted for one in logical)  # what is written on top of it is kept in memory
+        assert inside.place(logical[0]) is None
         browser = inside.choose(b"/file")
         assert (browser.volume.logical, browser.find(b"/file").size) == ("group/whole", 11)
 

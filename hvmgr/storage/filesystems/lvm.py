@@ -26,12 +26,16 @@ _TOKEN = re.compile(rb'\s+|#[^\n]*|(?P<word>[A-Za-z0-9_.+-]+)|"(?P<text>(?:[^"\\
 
 @dataclass(frozen=True, slots=True)
 class Logical:
-    """A logical volume by its name, ``group/volume``; without a disk ``why`` says why it cannot be read."""
+    """A logical volume by its name, ``group/volume``; without a disk ``why`` says why it cannot be read.
+
+    ``physical`` are the physical volumes of its group, as far as they are here.
+    """
 
     name: str
     size: int
     uuid: str
     disk: Disk | None
+    physical: tuple[Disk, ...]
     why: str = ""
 
 
@@ -158,6 +162,7 @@ def _volumes(name: str, group: Mapping[str, Any], places: Mapping[str, Disk]) ->
     starts: dict[str, tuple[Disk | None, int]] = {}
     for key, one in group["physical_volumes"].items():
         starts[key] = (places.get(str(one["id"]).replace("-", "")), int(one["pe_start"]) * _SECTOR)
+    here = tuple(disk for disk, _ in starts.values() if disk is not None)
     for key, one in group.get("logical_volumes", {}).items():
         if "VISIBLE" not in one.get("status", []):
             continue  # a part of another one
@@ -166,10 +171,10 @@ def _volumes(name: str, group: Mapping[str, Any], places: Mapping[str, Disk]) ->
         title, uuid = f"{name}/{key}", str(one.get("id", ""))
         why = _why_not(segments, starts)
         if why:
-            yield Logical(title, size, uuid, None, why)
+            yield Logical(title, size, uuid, None, here, why)
             continue
         parts = [part for segment in segments for part in _parts(segment, extent, starts)]
-        yield Logical(title, size, uuid, Mapped(parts))
+        yield Logical(title, size, uuid, Mapped(parts), here)
 
 
 def _why_not(segments: Sequence[Mapping[str, Any]], starts: Mapping[str, tuple[Disk | None, int]]) -> str:
