@@ -42,9 +42,7 @@ def firmware(session: Session, present: Configuration) -> tuple[Path | None, Pat
     return nvram if nvram in made else None, tpm if tpm in made else None
 
 
-def freeze(
-    session: Session, *, with_memory: bool, quiesce: bool, outcome: str = "nothing was exported"
-) -> None:
+def freeze(session: Session, *, with_memory: bool, quiesce: bool, outcome: str = "nothing was exported") -> None:
     """The VM runs on in new images; its disks of this moment, and ``with_memory`` its memory, are frozen.
 
     ``outcome`` says what it means to people that this was stopped. HostFailed when the memory did not come through.
