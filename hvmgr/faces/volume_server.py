@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 
 from hvmgr import errors
 from hvmgr.faces import block_server
+from hvmgr.host import pids
 from hvmgr.host.nbd_server import Server
 from hvmgr.operations.inside import serving
 from hvmgr.storage.partitions import Disk
@@ -34,6 +35,7 @@ class _Whole:
 
 def main(words: Sequence[str]) -> int:
     """Serve until the end that somebody asks for."""
+    pids.keep_memory_secret()  # there will be keys in it
     text = sys.stdin.buffer.read()
     try:
         with serving.opened(text) as disk, socket.socket(socket.AF_UNIX) as listener:

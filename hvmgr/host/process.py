@@ -56,6 +56,7 @@ _PACKAGES = {
     "ntfscp": "ntfs-3g",
     "ntfsfix": "ntfs-3g",
     "ntfsls": "ntfs-3g",
+    "prlimit": "util-linux",
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
@@ -89,6 +90,14 @@ class Completed:
     stdout: bytes
     stderr: str
     code: int
+
+
+@dataclass(frozen=True, slots=True)
+class Confined:
+    """A program that ends with us, killed or not, leaves no core and has at most so many bytes of ``memory``."""
+
+    memory: int
+    pass_fds: tuple[int, ...] = ()
 
 
 class Spawned:
@@ -139,16 +148,23 @@ def run(
     timeout_s: float,
     ok_codes: Collection[int] = (0,),
     environment: Mapping[str, str] | None = None,
+    confined: Confined | None = None,
 ) -> Completed:
     """The output of a program that ended with one of ``ok_codes``; ``environment`` is added to its clean one.
 
-    Raises Unsupported when the program is not installed; HostFailed for another exit code, a signal, or when it
-    ran longer than ``timeout_s`` (it and its children are then killed).
+    ``confined`` is for one that holds secrets and works by what strangers wrote. Raises Unsupported when the program is
+    not installed; HostFailed for another exit code, a signal, or when it ran longer than ``timeout_s`` (it and its children
+    are then killed).
     """
     command = shlex.join(os.fspath(word) for word in argv)
     stdin = subprocess.PIPE if input else subprocess.DEVNULL
+    started, pass_fds = argv, () if confined is None else confined.pass_fds
+    if confined is not None:
+        require(os.fspath(argv[0]))
+        limits = ("prlimit", "--core=0", f"--as={confined.memory}", "--")
+        started = [*_GUARD, str(os.getpid()), *limits, *argv]
     with _started(
-        argv, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, environment=environment
+        started, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, environment=environment, pass_fds=pass_fds
     ) as process:
         try:
             stdout, stderr = process.communicate(input or None, timeout_s)

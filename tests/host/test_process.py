@@ -113,6 +113,27 @@ class TestRun:
         assert ended.returncode == -signal.SIGINT
         assert is_gone(int((tmp_path / "pid").read_text()))
 
+    def test_confined_to_its_limits_and_its_files(self):
+        file = os.memfd_create("file")
+        try:
+            os.write(file, b"in memory")
+            words = ["sh", "-c", f"cat /proc/self/fd/{file}; ulimit -c; ulimit -v"]
+            done = process.run(words, timeout_s=60, confined=process.Confined(1 << 30, (file,)))
+        finally:
+            os.close(file)
+        assert done.stdout.split() == [b"in", b"memory0", b"1048576"]
+
+    def test_confined_dies_with_a_killed_parent(self, tmp_path):
+        script = textwrap.dedent(f"""
+            from hvmgr.host import process
+            words = ["sh", "-c", "echo $$ > {tmp_path}/pid; exec sleep 60"]
+            process.run(words, timeout_s=50, confined=process.Confined(1 << 30))
+        """)
+        with subprocess.Popen([sys.executable, "-c", script]) as program:
+            wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+            program.kill()
+        wait_until(lambda: is_gone(int((tmp_path / "pid").read_text())))
+
 
 class TestSpawned:
     def test_runs_for_the_block_only(self):

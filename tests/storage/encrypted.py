@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 from tests.storage import file_trees
 
 KEY = b"a key of bytes \xff\x00 and more"
@@ -24,6 +27,21 @@ def luks2(image, key, *options):
     with image.open("r+b") as file:
         file.truncate(image.stat().st_size - _TAIL // 2)  # the free space at its end, which is encrypted as well
     return image
+
+
+def rewrite(image, change, copies=(0, 0x4000)):
+    """The text of a LUKS 2 header, in both of its copies, is what ``change`` makes of it, with the checksums to it."""
+    with image.open("r+b") as file:
+        for at in copies:
+            file.seek(at)
+            raw = bytearray(file.read(0x4000))
+            about = json.loads(bytes(raw[4096:]).partition(b"\0")[0])
+            change(about)
+            raw[4096:] = json.dumps(about).encode().ljust(len(raw) - 4096, b"\0")
+            raw[448:512] = bytes(64)
+            raw[448:480] = hashlib.sha256(raw).digest()
+            file.seek(at)
+            file.write(raw)
 
 
 def luks1(image, plain, key, *options):

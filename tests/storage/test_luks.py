@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 import struct
@@ -9,12 +10,14 @@ import struct
 import pytest
 
 from hvmgr import errors
+from hvmgr.host import process
 from hvmgr.operations.inside import looking, views
 from hvmgr.operations.inside.unlocking import Key
 from hvmgr.storage.filesystems import luks, opening, signatures
 from hvmgr.storage.partitions import File
 from tests.storage import encrypted, file_trees, test_lvm
 
+MIB = 1 << 20
 TEXT = b"a key of words"
 ESSIV = ("cipher-alg=aes-256", "cipher-mode=cbc", "ivgen-alg=essiv", "ivgen-hash-alg=sha256")
 LUKS1 = {"XTS": (), "CBC with ESSIV": ESSIV, "small keys": ("cipher-alg=aes-128", "cipher-mode=xts")}
@@ -115,6 +118,95 @@ def test_damaged_headers_are_errors_of_ours(volume, tmp_path):
             luks.Decrypted(disk, luks.read_header(disk), bytes(64)).read_into(1 << 40, memoryview(bytearray(1)))
 
 
+NONSENSE = {
+    "a sector of no whole number": ("segments", {"sector_size": 512.0}),
+    "a sector number before the first": ("segments", {"iv_tweak": "-1000000"}),
+    "a size below nothing": ("segments", {"size": "-4096"}),
+    "no size": ("segments", {"size": "0"}),
+    "a part of a sector": ("segments", {"size": "4097"}),
+    "a size of too many digits": ("segments", {"size": "1" * 400}),
+    "an offset that is no text": ("segments", {"offset": 16777216}),
+    "memory that is no number": ("keyslots", {"kdf": {"type": "argon2id", "time": 4, "memory": "4096"}}),
+}
+
+
+@pytest.mark.parametrize(("where", "change"), NONSENSE.values(), ids=NONSENSE)
+def test_a_header_of_nonsense_is_damaged(volume, tmp_path, where, change):
+    image = tmp_path / "image"
+    image.write_bytes(volume.read_bytes()[: 17 << 20])
+    encrypted.rewrite(image, lambda about: about[where]["0"].update(change))
+    with File(image) as disk, pytest.raises(errors.Corrupt, match="the header of LUKS"):
+        luks.read_header(disk)
+
+
+DEAR = {
+    "much memory": ({"memory": 8 << 20}, "each try of a key takes 8.0 GiB of memory"),
+    "much time": ({"time": 1 << 30}, "each try of a key takes 1073741824 passes over 4.0 MiB"),
+    "many iterations": ({"type": "pbkdf2", "hash": "sha256", "iterations": 1 << 31}, "takes 2147483648 iterations"),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), DEAR.values(), ids=DEAR)
+def test_a_key_that_takes_too_much_to_be_tried(volume, tmp_path, monkeypatch, change, words):
+    image = tmp_path / "image"
+    image.write_bytes(volume.read_bytes()[: 17 << 20])
+    encrypted.rewrite(image, lambda about: about["keyslots"]["0"]["kdf"].update(change))
+    monkeypatch.setattr(process, "_started", None)
+    with File(image) as disk, pytest.raises(errors.Unsupported) as caught:
+        clear(disk, encrypted.KEY)
+    assert words in caught.value.message
+
+
+def test_cryptsetup_has_the_memory_that_the_header_says(volume, tmp_path):
+    """And no more, should it believe another copy of the header than we do."""
+    image = tmp_path / "image"
+    image.write_bytes(volume.read_bytes()[: 17 << 20])
+    encrypted.rewrite(image, lambda about: about["keyslots"]["0"]["kdf"].update(memory=1 << 20))
+    with File(image) as disk, pytest.raises(errors.Unsupported, match="had not enough memory to find its key"):
+        little = dataclasses.replace(luks.read_header(disk), slots=luks.Slots(16 << 20, 4 << 20))
+        luks.volume_key(disk, little, encrypted.KEY)
+
+
+def test_a_header_that_cryptsetup_does_not_take_leaves_the_others_readable(volume, plain, tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(bytes(MIB) + plain[1].read_bytes() + bytes(MIB) + volume.read_bytes())
+    start = (2 * MIB + plain[1].stat().st_size) // 512
+    table = f"label: dos\nstart=2048,size={plain[1].stat().st_size // 512},type=83\nstart={start},type=83\n"
+    file_trees.run("sfdisk", "-q", image, input=table.encode())
+    part = tmp_path / "part"
+    shutil.copyfile(volume, part)
+    encrypted.rewrite(part, lambda about: about["digests"]["0"].update(keyslots=["7"]))
+    with image.open("r+b") as file:
+        file.seek(start * 512)
+        file.write(part.read_bytes()[:0x8000])
+    with looking.opened([views.of_image(image)], keys=[Key((encrypted.KEY,))]) as inside:
+        assert "cryptsetup makes nothing of the header of LUKS" in looking.why_not(inside.volumes[1])
+        assert inside.choose(b"/etc/size1").find(b"/etc/size1").size == 1
+
+
+def test_a_header_with_a_hash_that_nobody_knows_is_passed_over(volume, plain, tmp_path):
+    image = tmp_path / "image"
+    shutil.copyfile(volume, image)
+    with image.open("r+b") as file:
+        file.seek(72)
+        file.write(b"shake_128".ljust(32, b"\0"))
+    require_tree(image, encrypted.KEY, plain[0])
+
+
+def test_what_is_encrypted_may_begin_far_behind_its_header(volume, plain, tmp_path):
+    image, far = tmp_path / "image", 300 << 20
+    data = volume.read_bytes()
+    with image.open("wb") as file:
+        file.write(data[: 16 << 20])
+        file.seek(far)
+        file.write(data[16 << 20 :])
+    encrypted.rewrite(image, lambda about: about["segments"]["0"].update(offset=str(far)))
+    require_tree(image, encrypted.KEY, plain[0])
+    encrypted.rewrite(image, lambda about: about["config"].update(keyslots_size=str(far - (32 << 10))))
+    with File(image) as disk, pytest.raises(errors.Unsupported, match=r"the slots for keys take 300 MiB"):
+        clear(disk, encrypted.KEY)
+
+
 def test_a_volume_that_is_being_encrypted_is_refused(plain, tmp_path):
     image = tmp_path / "image"
     shutil.copyfile(plain[1], image)
@@ -135,7 +227,10 @@ def test_logical_volumes_inside_are_found(plain, tmp_path):
     image.write_bytes(data)
     encrypted.luks2(image, encrypted.key_file(tmp_path))
     with looking.opened([views.of_image(image)], keys=[Key((encrypted.KEY,))]) as inside:
-        assert [one.logical for one in inside.volumes if one.logical] == ["group/whole", "group/torn", "group/thin"]
+        logical = [one for one in inside.volumes if one.logical]
+        assert [one.logical for one in logical] == ["group/whole", "group/torn", "group/thin"]
+        assert all(one.encrypted for one in logical)  # what is written on top of it is kept in memory
+        assert inside.place(logical[0]) is None
         browser = inside.choose(b"/file")
         assert (browser.volume.logical, browser.find(b"/file").size) == ("group/whole", 11)
 

@@ -186,7 +186,8 @@ def _write(file: Any, piece: memoryview) -> None:
 def hash_(request: Request, where: options.Where, *, algorithm: str) -> None:
     """Print the hashes of files, and of all files in folders, as sha256sum does.
 
-    A file that cannot be read is named, the others are hashed all the same, and the exit code is 6 at the end.
+    A file that cannot be read is named, the others are hashed all the same, and the exit code is 6 at the end; 5 where none is damaged,
+    and some are only of a kind that nothing here reads.
     """
     options.require_paths(where)
     with options.opened(request, where) as inside:
@@ -213,7 +214,8 @@ def hash_(request: Request, where: options.Where, *, algorithm: str) -> None:
             unhashed = [file_render.name_of(path) for path in bad]
             json_out.show({**about, "algorithm": algorithm, "files": files, "failed": unhashed})
         if failed or unread:
-            raise click.exceptions.Exit(max([error.exit_code for _, error in failed], default=errors.Corrupt.exit_code))
+            is_damaged = bool(unread) or any(isinstance(error, errors.Corrupt) for _, error in failed)
+            raise click.exceptions.Exit((errors.Corrupt if is_damaged else errors.Unsupported).exit_code)
 
 
 def _files(tops: list[tuple[Browser, Found]]) -> Iterator[tuple[Browser, Found]]:

@@ -42,10 +42,10 @@ def firmware(session: Session, present: Configuration) -> tuple[Path | None, Pat
     return nvram if nvram in made else None, tpm if tpm in made else None
 
 
-def freeze(session: Session, *, with_memory: bool, quiesce: bool) -> None:
+def freeze(session: Session, *, with_memory: bool, quiesce: bool, outcome: str = "nothing was exported") -> None:
     """The VM runs on in new images; its disks of this moment, and ``with_memory`` its memory, are frozen.
 
-    HostFailed when the memory did not come through.
+    ``outcome`` says what it means to people that this was stopped. HostFailed when the memory did not come through.
     """
     durable.make_folder(session.layout.export)
     try:
@@ -54,13 +54,13 @@ def freeze(session: Session, *, with_memory: bool, quiesce: bool) -> None:
         if not error.facts.get("complete"):
             raise
         session.forget_uses()
-        end(session, outcome="nothing was exported")
-        raise errors.Cancelled("stopped; nothing was exported") from error
+        end(session, outcome=outcome)
+        raise errors.Cancelled(f"stopped; {outcome}") from error
     session.forget_uses()
     if with_memory and not saved_state.is_complete(memory(session.layout)):
-        end(session, outcome="nothing was exported")
+        end(session, outcome=outcome)
         raise errors.HostFailed(
-            f"the memory of {session.home.name} was not saved completely, so that nothing was exported",
+            f"the memory of {session.home.name} was not saved completely, so that {outcome}",
             hint="export it without --with-state",
         )
 

@@ -40,8 +40,16 @@ class Found:
     @property
     def name(self) -> bytes:
         """The last part of the path, with the stream's name."""
-        name = self.path.rpartition(b"/")[2]
-        return name + b":" + self.stream.encode("utf-8", "surrogatepass") if self.stream else name
+        return self.path.rpartition(b"/")[2] + self._suffix
+
+    @property
+    def whole_path(self) -> bytes:
+        """The path, with the stream's name."""
+        return self.path + self._suffix
+
+    @property
+    def _suffix(self) -> bytes:
+        return b":" + self.stream.encode("utf-8", "surrogatepass") if self.stream else b""
 
     @property
     def size(self) -> int:

@@ -66,6 +66,11 @@ class Outcome:
         """So many things more that were not taken along."""
         self.left_out[why] = self.left_out.get(why, 0) + count
 
+    def note(self, one: Found, error: errors.HvmgrError) -> None:
+        """It was left out because of the error, and is named if it is damaged."""
+        if isinstance(error, errors.Corrupt):
+            self.damaged.append(one.whole_path)
+
 
 def gather(wanted: Sequence[tuple[Browser, Found]]) -> Gathered:
     """Each file, or folder with all in it; UsageError when two of them would have one name."""
@@ -109,7 +114,7 @@ def into_folder(gathered: Gathered, folder: Path, report: Report, *, streams: bo
                 continue
             outcome.files += 1
             if streams and item.found.node.streams and not item.found.stream:
-                _put_streams(target, item, counting)
+                _put_streams(target, item, counting, outcome)
             elif item.found.node.streams and not item.found.stream:
                 target.leave_out("named streams (--streams writes them beside their files)")
         for item in reversed(folders):  # their times, when nothing is put into them any more
@@ -139,7 +144,7 @@ def _put(target: Target, item: _Item, counting: _Counting, outcome: Outcome) -> 
             if item.named and isinstance(error, errors.Corrupt):
                 raise
             target.leave_out(_why(error))
-            outcome.damaged += [found.path] if isinstance(error, errors.Corrupt) else []
+            outcome.note(found, error)
             return False
         if descriptor is not None:
             os.close(descriptor)
@@ -157,7 +162,7 @@ def _why(error: errors.HvmgrError) -> str:
     return cause.message if isinstance(cause, errors.HvmgrError) else error.message
 
 
-def _put_streams(target: Target, item: _Item, counting: _Counting) -> None:
+def _put_streams(target: Target, item: _Item, counting: _Counting, outcome: Outcome) -> None:
     for name, _ in item.found.node.streams:
         one = Found(item.found.path, item.found.node, name)
         parts = (*item.parts[:-1], one.name)
@@ -165,6 +170,7 @@ def _put_streams(target: Target, item: _Item, counting: _Counting) -> None:
             descriptor = target.file(parts, item.browser.content(one), lambda _: None)
         except (errors.Unsupported, errors.Corrupt) as error:
             target.leave_out(_why(error))
+            outcome.note(one, error)
             continue
         if descriptor is not None:
             os.close(descriptor)
@@ -189,7 +195,7 @@ def into_archive(gathered: Gathered, sink: Callable[[memoryview], None], report:
             if item.named and isinstance(error, errors.Corrupt):
                 raise
             outcome.leave_out(_why(error))
-            outcome.damaged += [item.found.path] if isinstance(error, errors.Corrupt) else []
+            outcome.note(item.found, error)
             continue
         outcome.files += 1
         if not item.found.stream:
@@ -239,6 +245,7 @@ def _archive_streams(writer: tar.Writer, item: _Item, outcome: Outcome) -> None:
             _archive_content(writer, beside, item.browser.content(one), _Counting(lambda _: None, 0, ""))
         except (errors.Unsupported, errors.Corrupt) as error:
             outcome.leave_out(_why(error))
+            outcome.note(one, error)
 
 
 def _archive_content(writer: tar.Writer, info: tarfile.TarInfo, content: Content, counting: _Counting) -> None:

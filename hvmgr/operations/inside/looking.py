@@ -219,12 +219,13 @@ def _physical(places: Mapping[Volume, Disk | None]) -> tuple[dict[Volume, Disk],
 
 
 def _logical(physical: Mapping[Volume, Disk]) -> Iterator[tuple[Volume, Disk | None]]:
-    """The logical volumes of all physical ones."""
+    """The logical volumes of all physical ones: encrypted where one of their group's is, for parts may lie there."""
     if not physical:
         return
     from hvmgr.storage.filesystems import lvm, signatures
 
     first = next(iter(physical)).disk
+    encrypted = {id(disk) for one, disk in physical.items() if one.encrypted}
     for one in lvm.volumes(list(physical.values())):
         why_not = one.why
         try:
@@ -232,20 +233,6 @@ def _logical(physical: Mapping[Volume, Disk]) -> Iterator[tuple[Volume, Disk | N
         except errors.Corrupt as error:
             found, why_not = None, error.message
         kind, label, uuid = (None, "", one.uuid) if found is None else (found.kind, found.label, found.uuid)
-        yield (
-            Volume(
-                first,
-                None,
-                0,
-                one.size,
-                kind,
-                label,
-                uuid,
-                "lvm",
-                one.name,
-                logical=one.name,
-                why_not=why_not,
-                copied=one.copied,
-            ),
-            one.disk,
-        )
+        is_encrypted = any(id(disk) in encrypted for disk in one.physical)
+        volume = Volume(first, None, 0, one.size, kind, label, uuid, "lvm", one.name, one.name, why_not)
+        yield dataclasses.replace(volume, copied=one.copied, encrypted=is_encrypted), one.disk

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.host.domain import State
-from hvmgr.operations import working
+from hvmgr.operations import occasions, working
 from hvmgr.operations.exchange import freezing
 from hvmgr.operations.inside import looking, views
 from hvmgr.operations.inside.looking import Inside
@@ -22,9 +22,10 @@ from hvmgr.operations.transfer import points
 from hvmgr.storage import durable, transfers
 
 if TYPE_CHECKING:
+    from hvmgr.operations.session import Session
     from hvmgr.operations.vm import VM
 
-_ACTIVE = (State.RUNNING, State.PAUSED)
+_ACTIVE = {State.RUNNING: "runs", State.PAUSED: "is paused"}
 _DONE = "what was asked for is complete"
 
 
@@ -36,12 +37,11 @@ def still(vm: VM, *, slot: str | None = None) -> Iterator[list[Frozen]]:
             forest = session.home.present_tree()
             slots = [slot] if slot is not None else sorted(forest.present.disks)
             found = [points.of_slot(session.home, one, forest) for one in slots]
-            moment = None
-            if session.state() in _ACTIVE:
-                freezing.freeze(session, with_memory=False, quiesce=False)
-                stack.callback(_merge, vm)
+            moment, state = None, session.state()
+            if state in _ACTIVE:
+                stack.enter_context(_frozen(vm, session))
                 durable.remove_folder(session.layout.export)
-                moment = f"{vm.name} runs: this is what a power cut would have left of it just now"
+                moment = f"{vm.name} {_ACTIVE[state]}: this is what a power cut would have left of it just now"
             paths = dict.fromkeys(path for point in found for path, _ in point.chain)
             stack.callback(transfers.end, transfers.begin(f"the present of {vm.name}", paths))
         yield [views.of_point(one, moment) for one in found]
@@ -54,6 +54,27 @@ def opened(
     """The same with what lies on the disks, as ``looking.opened`` gives it."""
     with still(vm, slot=slot) as disks, looking.opened(disks, partition=partition, keys=keys) as inside:
         yield inside
+
+
+@contextlib.contextmanager
+def _frozen(vm: VM, session: Session) -> Iterator[None]:
+    """The VM goes on in new images until the block ends, if everybody lets it; how that ends is told."""
+    if session.dry_run:
+        raise errors.Conflict(
+            f"to read the present of {vm.name}, which runs or is paused, changes it: its images are frozen and merged again",
+            hint="leave out --dry-run; or leave out --present, and its latest snapshot is read",
+        )
+    tell = occasions.require_leave(session, "file", f"reading of the present of {vm.name}", None)
+    try:
+        freezing.freeze(session, with_memory=False, quiesce=False, outcome="nothing was read")
+    except BaseException as error:
+        tell(error)
+        raise
+    try:
+        yield
+    finally:
+        _merge(vm)
+        tell(None)
 
 
 def _merge(vm: VM) -> None:

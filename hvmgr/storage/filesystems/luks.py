@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import struct
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from hvmgr import errors
+from hvmgr import errors, units
 from hvmgr.host import cryptsetup, libcrypto
 from hvmgr.storage.filesystems import reader, window
 from hvmgr.storage.filesystems.reader import damaged
@@ -22,13 +22,25 @@ from hvmgr.storage.partitions import Disk
 
 _MAGIC, _SECOND_MAGIC = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
 _ONE = struct.Struct(">6sH32s32s32sII")
+_ONES_SLOT, _ONES_SLOTS, _ONES_COUNT, _ACTIVE = struct.Struct(">II32sII"), 208, 8, 0x00AC71F3
 _TWO = struct.Struct(">6sHQQ48s32s64s40s48sQ")
 _CHECKSUM = slice(448, 512)
 _SIZES = tuple(0x4000 << shift for shift in range(9))
 _TEXT = 4096
 _SECTORS = (512, 1024, 2048, 4096)
+_NUMBER = re.compile(r"[0-9]{1,18}")
 _HEADER_MAX = 192 << 20  # of both texts and all slots, which cryptsetup makes 128 MiB at most
+_PASSES_MAX = 1 << 40  # bytes that Argon2 goes over, some of them often: ten minutes of a usual host
+_ITERATIONS_MAX = 1_000_000_000  # of PBKDF2: about as long
 _PIECE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Slots:
+    """Where the slots for keys end, and how much memory it takes at most to try a key on one of them."""
+
+    end: int
+    memory: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +51,7 @@ class Header:
     cipher: str
     start: int
     size: int | None
+    slots: Slots
     sector: int = 512
     tweak: int = 0
 
@@ -75,7 +88,7 @@ class Decrypted:
 def read_header(disk: Disk) -> Header:
     """What a LUKS volume says of itself; Unsupported for what cannot be read although the key is known."""
     with reader.parsing("the header of LUKS"):
-        head = window.read(disk, 0, _TWO.size)
+        head = window.read(disk, 0, _ONES_SLOTS + _ONES_COUNT * _ONES_SLOT.size)
         version = struct.unpack_from(">H", head, 6)[0]
         if head[:6] != _MAGIC or version not in {1, 2}:
             raise damaged("the header of LUKS")
@@ -88,19 +101,30 @@ def read_header(disk: Disk) -> Header:
 
 def volume_key(disk: Disk, header: Header, secret: bytes) -> bytes | None:
     """The key of the volume, found with a key of its user; None when none of its slots opens with it."""
-    if header.start > _HEADER_MAX:
-        raise damaged("the header of LUKS")
-    with tempfile.NamedTemporaryFile(prefix="hvmgr-luks-") as copy:  # of what is public, or encrypted by keys
-        for at in range(0, header.start, _PIECE):
-            copy.write(window.read(disk, at, min(_PIECE, header.start - at)))
-        copy.truncate(header.start + _PIECE)
-        copy.flush()
-        return cryptsetup.volume_key(Path(copy.name), secret)
+    end = min(header.slots.end, header.start)
+    if end > _HEADER_MAX:
+        raise errors.Unsupported(
+            f"the slots for keys take {units.format_size(end)}, and no reader here takes more than {units.format_size(_HEADER_MAX)}"
+        )
+    copy = os.memfd_create("luks")  # what is public, or encrypted by keys; gone when we are
+    try:
+        for at in range(0, end, _PIECE):
+            os.pwrite(copy, window.read(disk, at, min(_PIECE, end - at)), at)
+        os.truncate(copy, header.start + _PIECE)
+        return cryptsetup.volume_key(copy, secret, memory=header.slots.memory)
+    finally:
+        os.close(copy)
 
 
 def _read_1(head: bytes) -> Header:
-    _, _, cipher, mode, _, payload, _ = _ONE.unpack_from(head)
-    return Header(1, f"{_text(cipher)}-{_text(mode)}", payload * 512, None)
+    _, _, cipher, mode, _, payload, size = _ONE.unpack_from(head)
+    end = _TEXT
+    for number in range(_ONES_COUNT):
+        active, iterations, _, at, stripes = _ONES_SLOT.unpack_from(head, _ONES_SLOTS + number * _ONES_SLOT.size)
+        if active == _ACTIVE:
+            _require_bearable(iterations)
+            end = max(end, at * 512 + size * stripes)
+    return Header(1, f"{_text(cipher)}-{_text(mode)}", payload * 512, None, Slots(end))
 
 
 def _read_2(disk: Disk) -> Header:
@@ -108,7 +132,8 @@ def _read_2(disk: Disk) -> Header:
         texts = [found for at in (0, *_SIZES) if (found := _copy_at(disk, at)) is not None]
         if not texts:
             raise damaged("both headers of LUKS")
-        about = json.loads(max(texts)[1])
+        _, text, size = max(texts)
+        about = json.loads(text)
         requirements = about["config"].get("requirements", {}).get("mandatory", [])
         segments = list(about["segments"].values())
         if requirements or len(segments) != 1:
@@ -116,29 +141,67 @@ def _read_2(disk: Disk) -> Header:
                 f"the LUKS volume needs what no reader here has: {', '.join(map(str, requirements)) or 'several segments'}",
                 hint="finish what was begun inside the guest, such as: cryptsetup reencrypt",
             )
-        return _segment(segments[0])
+        for digest in about["digests"].values():
+            _require_bearable(_whole(digest.get("iterations", 0)))
+        memory = max((_memory(one["kdf"]) for one in about["keyslots"].values() if "kdf" in one), default=0)
+        return _segment(segments[0], Slots(2 * size + _number(about["config"]["keyslots_size"]), memory))
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise damaged("the header of LUKS") from error
 
 
-def _segment(segment: dict[str, Any]) -> Header:
+def _memory(derivation: dict[str, Any]) -> int:
+    """What it takes to try a key on a slot; Unsupported where it would also take longer than anybody waits."""
+    if derivation["type"] == "pbkdf2":
+        _require_bearable(_whole(derivation["iterations"]))
+        return 0
+    memory, passes = _whole(derivation["memory"]) * 1024, _whole(derivation["time"])
+    if memory * passes > _PASSES_MAX:
+        raise _unbearable(f"{passes} passes over {units.format_size(memory)}")
+    return memory
+
+
+def _require_bearable(iterations: int) -> None:
+    if iterations > _ITERATIONS_MAX:
+        raise _unbearable(f"{iterations} iterations")
+
+
+def _unbearable(what: str) -> errors.Unsupported:
+    return errors.Unsupported(f"each try of a key takes {what}, longer than anybody would wait")
+
+
+def _whole(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise damaged("the header of LUKS")
+    return value
+
+
+def _number(value: object) -> int:
+    """What LUKS 2 writes as text, for JSON has no numbers that are large enough."""
+    if not isinstance(value, str) or _NUMBER.fullmatch(value) is None:
+        raise damaged("the header of LUKS")
+    return int(value)
+
+
+def _segment(segment: dict[str, Any], slots: Slots) -> Header:
     if segment["type"] != "crypt" or "integrity" in segment:
         raise errors.Unsupported("the LUKS volume has checksums of its own (integrity), which no reader here knows")
-    size, sector = segment["size"], segment["sector_size"]
-    if sector not in _SECTORS:
+    sector = _whole(segment["sector_size"])
+    size = None if segment["size"] == "dynamic" else _number(segment["size"])
+    if sector not in _SECTORS or (size is not None and (size == 0 or size % sector)):
         raise damaged("the header of LUKS")
     return Header(
         version=2,
         cipher=str(segment["encryption"]),
-        start=int(segment["offset"]),
-        size=None if size == "dynamic" else int(size),
+        start=_number(segment["offset"]),
+        size=size,
+        slots=slots,
         sector=sector,
-        tweak=int(segment["iv_tweak"]),
+        tweak=_number(segment["iv_tweak"]),
     )
 
 
-def _copy_at(disk: Disk, at: int) -> tuple[int, bytes] | None:
-    """One of the two copies of the header, where it is whole: its number in order, and its text."""
+def _copy_at(disk: Disk, at: int) -> tuple[int, bytes, int] | None:
+    """One of the two copies of the header, where it is whole: its number in order, its text, and its size."""
     head = window.read(disk, at, _TEXT)
     if len(head) < _TEXT or head[:6] != (_SECOND_MAGIC if at else _MAGIC):
         return None
@@ -148,10 +211,13 @@ def _copy_at(disk: Disk, at: int) -> tuple[int, bytes] | None:
     raw = bytearray(window.read(disk, at, size))
     stated = bytes(raw[_CHECKSUM])
     raw[_CHECKSUM] = bytes(64)
-    digest = hashlib.new(_text(kind), bytes(raw), usedforsecurity=False).digest()
+    try:
+        digest = hashlib.new(_text(kind), bytes(raw), usedforsecurity=False).digest()
+    except (ValueError, TypeError):  # a hash that nobody knows, or one that has no size of its own
+        return None
     if not stated.startswith(digest):
         return None
-    return sequence, bytes(raw[_TEXT:]).partition(b"\0")[0]
+    return sequence, bytes(raw[_TEXT:]).partition(b"\0")[0], size
 
 
 def _text(raw: bytes) -> str:

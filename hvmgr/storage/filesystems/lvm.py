@@ -27,12 +27,16 @@ _TOKEN = re.compile(rb'\s+|#[^\n]*|(?P<word>[A-Za-z0-9_.+-]+)|"(?P<text>(?:[^"\\
 
 @dataclass(frozen=True, slots=True)
 class Logical:
-    """A logical volume by its name, ``group/volume``; without a disk ``why`` says why it cannot be read."""
+    """A logical volume by its name, ``group/volume``; without a disk ``why`` says why it cannot be read.
+
+    ``physical`` are the physical volumes of its group, as far as they are here.
+    """
 
     name: str
     size: int
     uuid: str
     disk: Disk | None
+    physical: tuple[Disk, ...]
     why: str = ""
     copied: str = ""  # what stands on its being as it is: whoever writes it past LVM spoils that
 
@@ -160,6 +164,7 @@ def _volumes(name: str, group: Mapping[str, Any], places: Mapping[str, Disk]) ->
     starts: dict[str, tuple[Disk | None, int]] = {}
     for key, one in group["physical_volumes"].items():
         starts[key] = (places.get(str(one["id"]).replace("-", "")), int(one["pe_start"]) * _SECTOR)
+    here = tuple(disk for disk, _ in starts.values() if disk is not None)
     logical = group.get("logical_volumes", {})
     origins = {
         segment[word] for one in logical.values() for segment in _segments(one) for word in _ORIGIN & segment.keys()
@@ -172,11 +177,11 @@ def _volumes(name: str, group: Mapping[str, Any], places: Mapping[str, Disk]) ->
         title, uuid = f"{name}/{key}", str(one.get("id", ""))
         why = _why_not(segments, starts)
         if why:
-            yield Logical(title, size, uuid, None, why)
+            yield Logical(title, size, uuid, None, here, why)
             continue
         parts = [part for segment in segments for part in _parts(segment, extent, starts)]
         copied = "a snapshot of it (LVM) holds what is changed only" if key in origins else ""
-        yield Logical(title, size, uuid, Mapped(parts), copied=copied)
+        yield Logical(title, size, uuid, Mapped(parts), here, copied=copied)
 
 
 def _segments(one: Mapping[str, Any]) -> list[Mapping[str, Any]]:

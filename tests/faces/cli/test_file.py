@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from hvmgr import errors
+from hvmgr.operations.inside.browsing import Browser
 from tests.storage import file_trees
 
 
@@ -390,6 +392,29 @@ def test_a_stale_entry_is_left_out_and_told(hvmgr, made, tmp_path):
         assert list(hvmgr("file", *words, *where, "--json").json["left_out"].values()) == [1]
     assert os.listdir(tmp_path / "to" / "etc") == ["only0.conf"]
     assert hvmgr("file", "cat", "/etc/passwd", *where).code == 6
+
+
+def test_the_exit_code_of_hashes(hvmgr, tmp_path, monkeypatch):
+    """What is damaged counts more than what nobody here reads."""
+    tree, image, real = tmp_path / "tree", tmp_path / "disk", Browser.content
+    tree.mkdir()
+    for name in ("efs", "good", "torn"):
+        (tree / name).write_text(name)
+    file_trees.ext(image, tree, "-t", "ext4", "-b", "4096", size="8M")
+
+    def content(browser, one):
+        if one.path == b"/efs":
+            raise errors.Unsupported("/efs: it is encrypted (EFS)")
+        if one.path == b"/torn":
+            raise errors.Corrupt("/torn: the file system is damaged")
+        return real(browser, one)
+
+    monkeypatch.setattr(Browser, "content", content)
+    for words, code in ((["/efs", "/good"], 5), (["/"], 6), (["/torn", "/good"], 6)):
+        answer = hvmgr("file", "hash", *words, "--image", image)
+        assert (answer.code, answer.out.split()[1]) == (code, "/good"), answer
+    monkeypatch.setattr(Browser, "damaged", [b"/unread"])
+    assert hvmgr("file", "hash", "/efs", "/good", "--image", image).code == 6
 
 
 def test_one_damaged_file_costs_no_other(hvmgr, tmp_path):

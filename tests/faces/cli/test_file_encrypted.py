@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_the_key_is_on_no_command_line(hvmgr, disk, monkeypatch):
 
     def watched(argv, **more):
         started.append(b"\0".join(str(word).encode() for word in argv))
+        assert not list(Path(tempfile.gettempdir()).glob("hvmgr-luks-*"))  # nothing that a kill would leave
         return real(argv, **more)
 
     monkeypatch.setattr(process, "_started", watched)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hvmgr import Host, preferences, settings
+from hvmgr.host import hypervisor
 from hvmgr.host.events import Kind
 from hvmgr.model.event import Event
 from hvmgr.operations.reporter import Reporter
@@ -168,6 +169,30 @@ def test_export_of_a_disk_is_told_when_all_of_it_was_sent(hvmgr, vm, told, hooks
     documents = [one for one in event_log.Reader(from_start=True).documents() if one["operation"] == "disk export"]
     found = [(one["event"], one["error"] and one["error"]["code"]) for one in documents]
     assert found == [("after-export", None)] * 2 + [("operation-failed", "Cancelled")] * 2
+
+
+def test_present_of_a_running_vm_is_read_with_everybodys_leave(hvmgr, vm, hooks, told, root):
+    def look(*words):
+        return hvmgr("file", "list", vm, "--present", *words)
+
+    hvmgr.ok("vm", "start", vm)
+    with hypervisor.opened(os.environ["LIBVIRT_DEFAULT_URI"], wait_s=60) as connection:
+        (domain,) = connection.domains()
+        before, events, live = files_of(root), logged(), domain.xml(live=True)
+        for answer in (look("--dry-run"), look("--dry-run", "--json")):
+            assert (answer.code, "leave out --dry-run" in answer.err + answer.out) == (4, True), answer
+        no = hooks("before-operation", "no", "#!/bin/sh\necho not now >&2\nexit 1\n")
+        answer = look()
+        assert (answer.code, f"refuses the reading of the present of {vm}: not now" in answer.err) == (4, True), answer
+        assert (files_of(root), logged(), domain.xml(live=True)) == (before, events, live)
+        no.unlink()
+        asked, ended = told("before-operation"), told("after-operation")
+        domain.suspend()
+        answer = look()
+    assert (answer.code, f"{vm} is paused: this is what a power cut" in answer.err) == (0, True), answer
+    assert asked()["id"] == ended()["id"]
+    assert asked()["subject"] == f"reading of the present of {vm}"
+    assert logged() == [*events, "after-operation"]
 
 
 def test_before_apply_vetoes_and_nothing_is_changed(hvmgr, branched, hooks, root):

@@ -133,6 +133,11 @@ class TestWhatCannotBeRead:
             taken(gathered(reader, path=b"/bad"), tmp_path)
         assert os.listdir(tmp_path / "to") == []
 
+    def test_of_streams_is_named_where_it_is_damaged(self, tmp_path):
+        reader = Reader({1: {b"a": file(2, streams=(("s", 3),))}}, {(2, "s"): damaged("x")})
+        for outcome in (taken(gathered(reader), tmp_path, streams=True), archived(gathered(reader))[0]):
+            assert (outcome.files, outcome.damaged) == (1, [b"/a:s"])
+
     def test_of_streams_stops_nothing(self, tmp_path):
         reader = Reader(
             {1: {b"a": file(2, streams=(("s", 3), ("good", 3)))}}, {(2, "s"): COMPRESSED, (2, "good"): b"abc"}
