@@ -67,10 +67,10 @@ class Inside:
 
         Unsupported for one that is scattered or encrypted, or of which there is a second copy that would not follow.
         """
-        if volume.copied:
-            raise errors.Unsupported(f"{volume.title} cannot be written so: {volume.copied}", hint=_RUNNING)
+        if why := "it is encrypted" if volume.encrypted else volume.copied:
+            raise errors.Unsupported(f"{volume.title} cannot be written so: {why}", hint=_RUNNING)
         below, start = (self._places.get(volume), 0)
-        if isinstance(below, Mapped) and not volume.encrypted:
+        if isinstance(below, Mapped):
             below, start = below.piece or (None, 0)
         physical = [one for one, disk in self._places.items() if disk is below and not (one.encrypted or one.logical)]
         if below is None or not physical:
