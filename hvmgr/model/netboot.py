@@ -19,13 +19,15 @@ from hvmgr import errors
 from hvmgr.model.boot_map import SECTOR, Run
 
 FOLDER = "netboot"  # in the catalog
-SCRIPT, KERNEL, INITRD, ORDER = "boot.ipxe", "kernel", "initrd.img", "order"
+SCRIPT, SYSTEM, IMAGES = "boot.ipxe", "system", "images"  # in that
 HEAD = 1 << 20  # of a disk: written last
 
 _URL = re.compile(r"http://[A-Za-z0-9.:\[\]-]+(/[A-Za-z0-9._~%+@:-]+)*/?")
-_DISK = re.compile(r"[A-Za-z0-9!]{1,32}")
-_ARGUMENTS = re.compile(r"[A-Za-z0-9 ,._:;/=+@%-]*")
-_NO_TEXT = re.compile(r"[^A-Za-z0-9 .,:;+_()/@=-]")
+_INITRD = "initrd.img"  # what iPXE calls it
+_DISK = re.compile(r"[A-Za-z0-9!._:-]{1,128}")
+# Without ";", "&&" and "||", which end a command of iPXE's and begin another.
+_ARGUMENTS = re.compile(r"[A-Za-z0-9 ,._:/=+@%-]*")
+_NO_TEXT = re.compile(r"[^A-Za-z0-9 .,:+_()/@=-]")
 
 
 class How(StrEnum):
@@ -74,7 +76,9 @@ def require_options(options: NetbootOptions) -> None:
             hint="give that of the catalog's folder on the web server, as http://server/catalog",
         )
     if options.disk is not None and not _DISK.fullmatch(options.disk):
-        raise errors.UsageError(f"'{options.disk}' is no name of a disk", hint="as Linux names it: sda, nvme0n1")
+        raise errors.UsageError(
+            f"'{options.disk}' is no name of a disk", hint="as Linux names it: sda, nvme0n1; or its serial number"
+        )
     if not _ARGUMENTS.fullmatch(options.arguments):
         raise errors.UsageError(f"'{options.arguments}' holds characters that a boot script cannot hold")
     if options.default is None and options.timeout_s == 0:
@@ -88,8 +92,11 @@ def address(url: str, *parts: str) -> str:
     return "/".join((url.rstrip("/"), *(quote(part, safe="/") for part in parts)))
 
 
-def script(offers: Sequence[Offer], options: NetbootOptions) -> str:
-    """iPXE's: a menu by groups, the machine's own disk first; or the one image at once."""
+def script(offers: Sequence[Offer], options: NetbootOptions, kernel: str, initrd: str) -> str:
+    """iPXE's: a menu by groups, the machine's own disk first; or the one image at once.
+
+    ``kernel`` and ``initrd`` are the checksums of the boot environment's.
+    """
     lines = ["#!ipxe", "# Written by 'hvmgr catalog netboot', which writes it anew."]
     if options.timeout_s == 0:
         lines.append(f"goto image-{options.default}")
@@ -105,22 +112,22 @@ def script(offers: Sequence[Offer], options: NetbootOptions) -> str:
     lines.append(f"choose --default {chosen} --timeout {options.timeout_s * 1000} picked || goto local")
     lines += ["goto ${picked}", ":local", "exit"]
     for one in offers:
-        lines += [f":image-{one.name}", *_start(one, options)]
+        lines += [f":image-{one.name}", *_start(one, options, kernel, initrd)]
     return "".join(f"{line}\n" for line in [*lines, *_FAILED])
 
 
 _FAILED = (":failed", "prompt --timeout 30000 The boot environment cannot be loaded. ||", "exit 1")
 
 
-def _start(offer: Offer, options: NetbootOptions) -> list[str]:
-    words = [f"initrd={INITRD}", "quiet", "panic=30", f"hvmgr.url={options.url.rstrip('/')}"]
+def _start(offer: Offer, options: NetbootOptions, kernel: str, initrd: str) -> list[str]:
+    words = [f"initrd={_INITRD}", "quiet", "panic=30", f"hvmgr.url={options.url.rstrip('/')}"]
     words += [f"hvmgr.image={offer.name}", f"hvmgr.order={offer.order}"]
     words += [f"hvmgr.disk={options.disk}"] if options.disk is not None else []
     words += ["hvmgr.overwrite"] if options.overwrite else []
     words += ["BOOTIF=01-${netX/mac:hexhyp}", *options.arguments.split()]
     return [
-        f"kernel {address(options.url, FOLDER, KERNEL)} {' '.join(words)} || goto failed",
-        f"initrd --name {INITRD} {address(options.url, FOLDER, INITRD)} || goto failed",
+        f"kernel {address(options.url, FOLDER, SYSTEM, kernel)} {' '.join(words)} || goto failed",
+        f"initrd --name {_INITRD} {address(options.url, FOLDER, SYSTEM, initrd)} || goto failed",
         "boot || goto failed",
     ]
 

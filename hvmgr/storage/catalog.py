@@ -137,19 +137,19 @@ class Catalog:
             yield
 
     def links(self, name: str) -> list[Path]:
-        """The images outside that were made on an image of the catalog."""
+        """Where images outside were made on an image of the catalog; a place is named once for each that was made there."""
         return [Path(one) for one in self._links().get(name, ())]
 
     def note_link(self, name: str, child: Path) -> None:
         """One more of them, before it has its name; the caller is ``changing`` the catalog until it has."""
         known = self._links()
-        known[name] = sorted({*known.get(name, ()), str(child)})
+        known[name] = sorted([*known.get(name, ()), str(child)])
         self._write_links(known)
 
     def forget_link(self, name: str, child: Path) -> None:
-        """One less: it was not made."""
+        """One less: it was not made. Others that were made at the same place, and moved, are still known."""
         known = self._links()
-        known[name] = [one for one in known.get(name, ()) if one != str(child)]
+        known[name].remove(str(child))
         self._write_links(known)
 
     def _links(self) -> dict[str, list[str]]:

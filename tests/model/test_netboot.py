@@ -83,11 +83,11 @@ def test_nobody_is_asked_where_nobody_is_to_choose():
     options = NetbootOptions(
         "http://x/", default="a", timeout_s=0, disk="sda", overwrite=True, arguments="console=ttyS0"
     )
-    lines = netboot.script([offer], options).splitlines()
+    lines = netboot.script([offer], options, "1" * 64, "2" * 64).splitlines()
     assert lines[2] == "goto image-a"
     (kernel,) = [one for one in lines if one.startswith("kernel ")]
     assert kernel == (
-        f"kernel http://x/netboot/kernel initrd=initrd.img quiet panic=30 hvmgr.url=http://x hvmgr.image=a hvmgr.order={'0' * 64}"
+        f"kernel http://x/netboot/system/{'1' * 64} initrd=initrd.img quiet panic=30 hvmgr.url=http://x hvmgr.image=a hvmgr.order={'0' * 64}"
         " hvmgr.disk=sda hvmgr.overwrite BOOTIF=01-${netX/mac:hexhyp} console=ttyS0 || goto failed"
     )
 

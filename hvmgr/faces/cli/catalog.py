@@ -103,7 +103,7 @@ def group(request: Request, /, *, names: tuple[str, ...], group: str, folder: Pa
 @click.argument("name", metavar="NAME")
 @click.option(
     "--gone", metavar="FILE", type=_path, multiple=True,
-    help="An image that was made on it here, and was removed since, not moved. Repeatable.",
+    help="An image that was made on it here, or the home of such a VM, and was removed since, not moved. Repeatable.",
 )  # fmt: skip
 @_place
 @click.pass_obj
@@ -162,7 +162,9 @@ def deploy(request: Request, /, *, name: str, target: str, folder: Path | None, 
 @click.argument("names", metavar="NAME…", nargs=-1)
 @click.option("--url", metavar="URL", required=True, help="Where a web server shows the catalog's folder: http://….")
 @click.option("--expand", is_flag=True, help="Write what a VHD shows to the whole disk, not the VHD to a volume of it.")
-@click.option("--disk", metavar="DISK", help="The machines' disk, as Linux names it (sda); without it their only one.")
+@click.option(
+    "--disk", metavar="DISK", help="The machines' disk: name (sda), serial number or wwid; without it their only one."
+)
 @click.option("--overwrite", is_flag=True, help="Give up what the disk, or a VHD of the same name on it, holds.")
 @click.option(
     "--default", metavar="NAME", help="Take this image when nobody chooses; without it the machine's own disk."

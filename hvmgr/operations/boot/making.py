@@ -66,7 +66,7 @@ def prepare(
         system = guest_system.find(chain, str(path), wish.kernel)
         files = describe(chain, place)
         layers.require_fitting(path, chain.size, old, files, has_layer=has_layer)
-        made = assemble(chain, found, wish, place, system, files, image=str(path), entry_id=entry_id)
+        made = assemble(chain, found, wish, place, system, files, Naming(entry_id, str(path), datetime.now(UTC)))
         damage = layers.damage(made.entry)
         if damage is None:
             return made
@@ -78,18 +78,27 @@ def describe(chain: Chain, place: Place) -> tuple[ImageFile, ...]:
     return tuple(requirements.describe(image.path, place, _head(image)) for image in chain.images)
 
 
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """What an entry is called, where its VHD lies, or is going to lie, on its machine, and since when there is the entry."""
+
+    id: str
+    image: str
+    added: datetime
+
+
 def assemble(
     chain: Chain, found: Recognised, wish: BootOptions, place: Place, system: LinuxSystem, files: tuple[ImageFile, ...],
-    *, image: str, entry_id: str,
+    naming: Naming,
 ) -> Made:  # fmt: skip
-    """All parts of an entry, for a VHD that lies, or is going to lie, at the path ``image`` on its machine."""
+    """All parts of an entry."""
     has_layer = wants_layer(found, wish)
     blocks, copied = _kernel_from(chain, wish)
     number = "" if system.root.number is None else str(system.root.number)
     entry = BootEntry(
-        id=entry_id,
-        title=wish.title or Path(image).name,
-        image=image,
+        id=naming.id,
+        title=wish.title or Path(naming.image).name,
+        image=naming.image,
         kind=found.type.value,
         size=found.size,
         volume=place.id,
@@ -102,7 +111,7 @@ def assemble(
         arguments=_words(f"{system.arguments} {wish.arguments}"),
         extra=wish.arguments,
         copied=copied,
-        added=units.to_rfc3339(datetime.now(UTC)),
+        added=units.to_rfc3339(naming.added),
     )
     table = boot_map.mapper_table(boot_map.joined(chain.pieces()))
     return Made(

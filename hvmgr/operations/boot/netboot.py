@@ -1,10 +1,11 @@
 """What a catalog hands out to machines that start over the network: the folder ``netboot`` in it.
 
     boot.ipxe               the menu, which iPXE reads; written last
-    kernel, initrd.img      the boot environment
-    NAME/order              what becomes of an image, and the checksums of all files for that
-    NAME/supplement …       what a native boot needs beside the VHD; NAME/map for an image that is written to the whole disk
+    system/SHA256           the boot environment: a kernel, and an initramfs
+    images/NAME/SHA256      an order, which says what becomes of an image, and the checksums of all files for that; and these:
+                            what a native boot needs beside the VHD, or the map of an image that is written to the whole disk
 
+Each file but the script has its checksum for its name: what a script names is never changed, and goes after it.
 Nothing is read from the catalog on the machine but what an order names.
 """
 
@@ -12,7 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +54,7 @@ class Published:
 class _Prepared:
     offer: Offer
     order: bytes
-    files: dict[str, bytes]
+    files: tuple[bytes, ...]
 
 
 class _Elsewhere(requirements.Place):
@@ -79,19 +82,33 @@ def publish(host: Host, catalog: Catalog, options: NetbootOptions) -> Published:
         *(image_plan.PrepareWork(f"hand out '{one.name}' ({_WORDS[one.how]})") for one in offers),
     ]
     changes.require_approval(host, changes.plan_of("catalog netboot", f"hand out images of {catalog.folder}", steps))
+    for warning in _warnings(catalog, prepared, options):
+        host.reporter.notice(warning)
+    system, images = folder / netboot.SYSTEM, folder / netboot.IMAGES
     with catalog.changing(host.wait_s):
-        durable.make_folder(folder, mode=0o755)
-        durable.sweep(folder)
-        durable.copy_file(kernel.image, folder / netboot.KERNEL, mode=0o644)
-        durable.write_file(folder / netboot.INITRD, netboot_system.initrd(kernel), mode=0o644)
+        for place in (folder, system, images):
+            durable.make_folder(place, mode=0o755)
+            durable.sweep(place)
+        loaded = [kernel.image.read_bytes(), netboot_system.initrd(kernel, host.reporter.notice)]
+        kept = _write(system, loaded)
         for one in prepared:
-            _write(folder / one.offer.name, one)
-        durable.write_file(folder / netboot.SCRIPT, netboot.script(offers, options).encode(), mode=0o644)
-        for left in folder.iterdir():
-            if left.is_dir() and left.name not in {one.name for one in offers}:
-                durable.remove_folder(left)
+            kept |= _write(images / one.offer.name, [*one.files, one.order])
+        script = netboot.script(offers, options, *map(_sum, loaded))
+        durable.write_file(folder / netboot.SCRIPT, script.encode(), mode=0o644)
+        _tidy(system, images, kept)
     url = netboot.address(options.url, netboot.FOLDER, netboot.SCRIPT)
     return Published(folder, url, offers, tuple(left_out))
+
+
+def _warnings(catalog: Catalog, prepared: list[_Prepared], options: NetbootOptions) -> Iterator[str]:
+    for one in prepared:
+        if catalog.entry(one.offer.name).answer is not None:
+            yield f"the answer file of '{one.offer.name}' is not handed out: machines get the image as it is"
+    if options.default is not None and options.overwrite:
+        yield (
+            f"a machine that starts over the network before it starts its disk gets '{options.default}' anew at each start, "
+            "and loses what its disk holds: let its firmware start the disk first"
+        )
 
 
 _WORDS = {How.NATIVE: "as a VHD with a boot entry", How.EXPAND: "written to the whole disk"}
@@ -129,11 +146,11 @@ def _prepare(host: Host, catalog: Catalog, entry: Entry, options: NetbootOptions
     image = Served(entry.file, entry.sha256, entry.size)
     facts, files = _native(host, path, entry, image) if how is How.NATIVE else _expanded(path, entry, image)
     order = netboot.order(how, facts)
-    offer = Offer(entry.name, entry.group, entry.description, how, hashlib.sha256(order).hexdigest())
+    offer = Offer(entry.name, entry.group, entry.description, how, _sum(order))
     return _Prepared(offer, order, files)
 
 
-def _native(host: Host, path: Path, entry: Entry, image: Served) -> tuple[dict[str, str], dict[str, bytes]]:
+def _native(host: Host, path: Path, entry: Entry, image: Served) -> tuple[dict[str, str], tuple[bytes, ...]]:
     """For a VHD that is going to lie on the machine's volume."""
     from hvmgr import vhd
 
@@ -144,15 +161,15 @@ def _native(host: Host, path: Path, entry: Entry, image: Served) -> tuple[dict[s
         place = _Elsewhere(name)
         system = guest_system.find(chain, f"'{entry.name}'")
         described, wish = making.describe(chain, place), BootOptions(title=entry.name)
-        made = making.assemble(
-            chain, found, wish, place, system, described, image=f"/VHD/{name}", entry_id=entry_id
-        )  # fmt: skip
+        # The same image is the same order, whenever it is made.
+        naming = making.Naming(entry_id, f"/VHD/{name}", datetime.fromtimestamp(path.stat().st_mtime, UTC))
+        made = making.assemble(chain, found, wish, place, system, described, naming)
     for warning in made.warnings:
         host.reporter.notice(warning)
     files = {"supplement": made.supplement}
     if made.kernel is not None:
         files |= {"kernel": made.kernel[0], "initrd": made.kernel[1]}
-    beside = [_served(entry, one, data, f"{name}.boot/{one}") for one, data in files.items()]
+    beside = [_served(entry, data, f"{name}.boot/{one}") for one, data in files.items()]
     facts = {
         "vhd": name,
         "id": entry_id,
@@ -163,17 +180,17 @@ def _native(host: Host, path: Path, entry: Entry, image: Served) -> tuple[dict[s
         "entry": boot_menu.with_default(made.section, entry_id),
         "volume_id": _VOLUME_ID,
     }
-    return facts, files
+    return facts, tuple(files.values())
 
 
-def _expanded(path: Path, entry: Entry, image: Served) -> tuple[dict[str, str], dict[str, bytes]]:
+def _expanded(path: Path, entry: Entry, image: Served) -> tuple[dict[str, str], tuple[bytes, ...]]:
     """For the disk that an image shows."""
     size = entry.disk or entry.size
     if size % SECTOR:
         raise errors.Unsupported(f"'{entry.name}' is no disk: its size is no multiple of {SECTOR} bytes")
     data = netboot.disk_map(_runs(path, entry, size), entry.size).encode()
-    served = _served(entry, "map", data, "")
-    return {"size": str(size), "file": image.line(), "map": served.line()}, {"map": data}
+    served = _served(entry, data)
+    return {"size": str(size), "file": image.line(), "map": served.line()}, (data,)
 
 
 def _runs(path: Path, entry: Entry, size: int) -> list[Run]:
@@ -185,12 +202,29 @@ def _runs(path: Path, entry: Entry, size: int) -> list[Run]:
         return list(boot_map.joined(chain.pieces()))
 
 
-def _served(entry: Entry, name: str, data: bytes, target: str) -> Served:
-    return Served(f"{netboot.FOLDER}/{entry.name}/{name}", hashlib.sha256(data).hexdigest(), len(data), target)
+def _served(entry: Entry, data: bytes, target: str = "") -> Served:
+    digest = _sum(data)
+    return Served(f"{netboot.FOLDER}/{netboot.IMAGES}/{entry.name}/{digest}", digest, len(data), target)
 
 
-def _write(folder: Path, one: _Prepared) -> None:
+def _sum(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write(folder: Path, files: Iterable[bytes]) -> set[Path]:
     durable.make_folder(folder, mode=0o755)
     durable.sweep(folder)
-    for name, data in (*one.files.items(), (netboot.ORDER, one.order)):
-        durable.write_file(folder / name, data, mode=0o644)
+    written = {folder / _sum(data): data for data in files}
+    for path, data in written.items():
+        durable.write_file(path, data, mode=0o644)
+    return set(written)
+
+
+def _tidy(system: Path, images: Path, kept: set[Path]) -> None:
+    """What no script names any more is gone, as far as it was written here."""
+    folders = [one for one in images.iterdir() if one.is_dir()]
+    for path in [path for folder in (system, *folders) for path in folder.iterdir()]:
+        if path not in kept and _SUM.fullmatch(path.name):
+            durable.remove(path)
+    for folder in folders:
+        durable.remove_empty_folder(folder)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gzip
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hvmgr import errors, settings, units
@@ -78,12 +78,12 @@ def kernel(file: Path | None, modules: Path | None) -> Kernel:
     return found
 
 
-def initrd(chosen: Kernel) -> bytes:
-    """The initramfs, compressed."""
-    return gzip.compress(initramfs.pack(_contents(chosen)), 6, mtime=0)
+def initrd(chosen: Kernel, notice: Callable[[str], None]) -> bytes:
+    """The initramfs, compressed; what it lacks is said."""
+    return gzip.compress(initramfs.pack(_contents(chosen, notice)), 6, mtime=0)
 
 
-def _contents(chosen: Kernel) -> Iterator[tuple[str, int, bytes]]:
+def _contents(chosen: Kernel, notice: Callable[[str], None]) -> Iterator[tuple[str, int, bytes]]:
     modules = f"lib/modules/{chosen.modules.name}"
     for folder in ("bin", "dev", "etc", "hvmgr", "hvmgr/bin", "hvmgr/lib", "lib", "lib/modules", modules):
         yield folder, _FOLDER, b""
@@ -98,23 +98,39 @@ def _contents(chosen: Kernel) -> Iterator[tuple[str, int, bytes]]:
     yield "hvmgr/grubenv", _FILE, boot_menu.environment(None, "next_entry", None)
     yield from initramfs.programs(_PROGRAMS, "hvmgr")
     yield from _loaders()
-    yield from _drivers(chosen, modules)
+    yield from _drivers(chosen, modules, notice)
 
 
-def _drivers(chosen: Kernel, folder: str) -> Iterator[tuple[str, int, bytes]]:
+def _drivers(chosen: Kernel, folder: str, notice: Callable[[str], None]) -> Iterator[tuple[str, int, bytes]]:
     found = kernel_modules.chosen(chosen.modules, lambda path: "/" not in path or path.startswith(_DRIVERS))
     for name, data in kernel_modules.packed(found, folder):
         yield name, _FILE, data
-    known = set()
+    known, missing = set(), []
     for file in sorted({one for module in found for one in module.firmware}):
-        source = _FIRMWARE / file
-        if not source.is_file():
+        blob = _firmware(file)
+        if blob is None:
+            missing.append(file)
             continue
         for parent in reversed(Path("lib/firmware", file).parents[:-2]):
             if parent not in known:
                 known.add(parent)
                 yield str(parent), _FOLDER, b""
-        yield f"lib/firmware/{file}", _FILE, source.read_bytes()
+        yield f"lib/firmware/{file}", _FILE, blob
+    if missing:
+        some = ", ".join(missing[:3]) + (" …" if len(missing) > 3 else "")
+        notice(
+            f"{len(missing)} firmware files that drivers may ask for are not in {_FIRMWARE} ({some}): "
+            "a network card or disk that needs one does not work"
+        )
+
+
+def _firmware(file: str) -> bytes | None:
+    """A firmware file as a driver takes it, however the distribution keeps it."""
+    for suffix in ("", ".zst", ".xz"):
+        source = _FIRMWARE / (file + suffix)
+        if source.is_file():
+            return kernel_modules.plain(source.name if suffix else "", source.read_bytes())
+    return None
 
 
 def _loaders() -> Iterator[tuple[str, int, bytes]]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-from collections.abc import Container, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,11 +118,12 @@ class Images:
     def remove(self, name: str, *, gone: Sequence[Path | str] = ()) -> Entry:
         """The image is not in the catalog any more; Conflict while a VM or another image stands on it.
 
-        One that was made on it and is not at its place may have been moved: the caller says which of these are ``gone``.
+        One that was made on it and is not at its place may have been moved: the caller says which of these are ``gone``, each
+        place as often as there are images that were made there. So may the home of a VM on it, which is named by its folder.
         """
         entry = self._catalog.entry(name)
-        removed = catalog_links.gone(self._catalog, name, gone)
         path = self._catalog.path(entry.file)
+        removed = catalog_links.gone(self._catalog, name, path, gone)
         if path.exists():
             changes.complete(self._host, [path])
         self._require_unneeded(name, path, removed)
@@ -177,9 +179,15 @@ class Images:
                 f"'{name}' has an answer file, which cannot be put into a linked VM",
                 hint="deploy it without --linked, or without the answer: --without-answer",
             )
-        if linked or answer is None:
-            self._require_unchanged(entry, thoroughly=not linked and not self._host.reporter.dry_run)
-            return self._host.create_vm(_with_disk(spec, DiskSpecification(path=path, linked=linked)))
+        if linked:
+            # Until the index of the host knows that the VM stands on the image, nobody may take it away. The lock of the image
+            # is the VM's own to take.
+            with contextlib.nullcontext() if self._host.reporter.dry_run else self._kept(entry):
+                self._require_unchanged(entry)
+                return self._host.create_vm(_with_disk(spec, DiskSpecification(path=path, linked=True)))
+        if answer is None:
+            self._require_unchanged(entry, thoroughly=not self._host.reporter.dry_run)
+            return self._host.create_vm(_with_disk(spec, DiskSpecification(path=path)))
         if self._host.reporter.dry_run:
             return self._host.create_vm(_with_disk(spec, DiskSpecification(path=path)))
         with self._catalog.changing(self._host.wait_s), volumes.working(path) as place:
@@ -204,13 +212,19 @@ class Images:
     def _standing(self, entry: Entry) -> Iterator[None]:
         """The image is still in the catalog, and no other command takes it away or puts anything on it meanwhile."""
         path = self._catalog.path(entry.file)
-        with self._catalog.changing(self._host.wait_s), index.locked([path], wait_s=self._host.wait_s):
-            now = self._catalog.entry(entry.name)
-            if (now.file, now.sha256) != (entry.file, entry.sha256):
-                raise changes.changed_meanwhile(path)
+        with self._kept(entry), index.locked([path], wait_s=self._host.wait_s):
             yield
 
-    def _require_unneeded(self, name: str, path: Path, gone: Container[Path]) -> None:
+    @contextlib.contextmanager
+    def _kept(self, entry: Entry) -> Iterator[None]:
+        """The image is still in the catalog, and stays there meanwhile."""
+        with self._catalog.changing(self._host.wait_s):
+            now = self._catalog.entry(entry.name)
+            if (now.file, now.sha256) != (entry.file, entry.sha256):
+                raise changes.changed_meanwhile(self._catalog.path(entry.file))
+            yield
+
+    def _require_unneeded(self, name: str, path: Path, gone: Counter[Path]) -> None:
         """Conflict while a VM or another image stands on it."""
         if not path.exists():
             return

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
 from hvmgr.faces import console
 from hvmgr.host import hypervisor
 from hvmgr.operations.boot import machine
+from hvmgr.storage.catalog import Catalog
 from tests.operations.boot import mini
 
 BOOT_S = 400  # beside other tests
@@ -36,13 +38,27 @@ def test_way_from_an_image_to_vms(hvmgr, place):
     assert " on gold.qcow2" in dry.out
     copied = hvmgr.ok("catalog", "deploy", "gold", "--to", "copied", "--network", "none", *words)
     assert copied.out.startswith("deployed gold to the VM copied in ")
-    hvmgr.ok("catalog", "deploy", "gold", "--to", "linked", "--linked", "--network", "none", "--memory", "64M", *words)
+    how = ("--linked", "--network", "none", "--memory", "64M", "--json")
+    home = Path(hvmgr.ok("catalog", "deploy", "gold", "--to", "linked", *how, *words).json["path"])
     disks = [hvmgr.ok("vm", "show", name, "--json").json["now"]["disks"]["vda"] for name in ("copied", "linked")]
     parents = [hvmgr.ok("image", "info", disk, "--json").json["image"]["parent"] for disk in disks]
     assert parents[0] is None
     assert parents[1]["path"] == str(catalog / "images" / "gold.qcow2")
     told = hvmgr("catalog", "remove", "gold", *words)
     assert (told.code, "linked" in told.err) == (4, True), told
+    # Its home may have been moved, or lie on a disk that is not mounted: only somebody can say that it is gone.
+    away = home.rename(home.parent.parent / "away")
+    told = hvmgr("catalog", "remove", "gold", "--yes", *words)
+    assert (told.code, f"--gone {home}" in told.err) == (4, True), told
+    assert hvmgr("catalog", "remove", "gold", "--gone", away, "--yes", *words).code == 2
+    told = hvmgr("catalog", "remove", "gold", "--gone", home, "--dry-run", *words)
+    assert (told.code, "remove 'gold'" in told.out) == (0, True), told
+    away.rename(home)
+    with Catalog(catalog).changing(0):
+        told = hvmgr(
+            "--wait", "0", "catalog", "deploy", "gold", "--to", "other", "--linked", "--network", "none", *words
+        )
+        assert told.code == 4, told
     hvmgr.ok("snapshot", "create", "linked", "one")  # it is a VM like any other
     hvmgr.ok("vm", "delete", "linked", "--with-disks", "--yes")
     document = hvmgr.ok("catalog", "remove", "gold", "--json", *words).json

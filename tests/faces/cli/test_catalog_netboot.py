@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import http.server
 import json
+import lzma
+import os
 import random
 import re
 import shlex
@@ -41,7 +44,8 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         if self.cut and self.path.endswith(self.cut):
             outputfile.write(source.read(100_000))
             return
-        super().copyfile(source, outputfile)
+        with contextlib.suppress(ConnectionError):  # a machine asks whether the image is there, and breaks off
+            super().copyfile(source, outputfile)
 
 
 @pytest.fixture
@@ -67,7 +71,8 @@ def kernel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernel")
     modules = folder / "modules" / "6.1.0"
     (modules / "kernel" / "drivers" / "nvme" / "host").mkdir(parents=True)
-    (modules / "kernel" / "drivers" / "nvme" / "host" / "nvme-x.ko").write_bytes(b"..\0alias=pci:v1*\0depends=base\0")
+    module = b"..\0alias=pci:v1*\0depends=base\0firmware=card.bin\0firmware=none.bin\0"
+    (modules / "kernel" / "drivers" / "nvme" / "host" / "nvme-x.ko").write_bytes(module)
     (modules / "kernel" / "base.ko").write_bytes(b"base")
     (modules / "kernel" / "sound.ko").write_bytes(b"sound")
     text = "kernel/drivers/nvme/host/nvme-x.ko: kernel/base.ko\nkernel/base.ko:\nkernel/sound.ko:\n"
@@ -95,7 +100,14 @@ def catalog(tmp_path):
 @pytest.fixture
 def quickly(monkeypatch):
     """The environment, which takes a second to pack, is not what the test is about."""
-    monkeypatch.setattr(netboot_system, "initrd", lambda _kernel: b"initrd")
+    monkeypatch.setattr(netboot_system, "initrd", lambda *_: b"initrd")
+
+
+def order_of(catalog, name):
+    """The file of the order that the script names for an image."""
+    script = (catalog / "netboot" / "boot.ipxe").read_text()
+    (digest,) = re.findall(rf" hvmgr\.image={name} hvmgr\.order=([0-9a-f]{{64}}) ", script)
+    return catalog / "netboot" / "images" / name / digest
 
 
 def read_order(file):
@@ -129,16 +141,18 @@ def test_script_and_orders_hold_each_other(hvmgr, quickly, catalog, system, kern
     script = (folder / "boot.ipxe").read_text().splitlines()
     assert "choose --default local --timeout 15000 picked || goto local" in script
     for name in ("os", "disk"):
-        digest = hashlib.sha256((folder / name / "order").read_bytes()).hexdigest()
-        (line,) = [one for one in script if f"hvmgr.image={name} hvmgr.order={digest}" in one]
-        assert line.startswith(f"kernel {URL}/netboot/kernel initrd=initrd.img ")
-        order = read_order(folder / name / "order")
+        file = order_of(catalog, name)
+        assert hashlib.sha256(file.read_bytes()).hexdigest() == file.name
+        (line,) = [one for one in script if f"hvmgr.image={name} " in one]
+        loaded = hashlib.sha256(b"kernel").hexdigest()
+        assert line.startswith(f"kernel {URL}/netboot/system/{loaded} initrd=initrd.img ")
+        order = read_order(file)
         for served in [
             one.split(" ") for one in (order["files"], order["file"], order["map"]) if one for one in one.split("\n")
         ]:
             data = (catalog / served[2]).read_bytes()
             assert (hashlib.sha256(data).hexdigest(), len(data)) == (served[0], int(served[1]))
-    order = read_order(folder / "os" / "order")
+    order = read_order(order_of(catalog, "os"))
     (entry,) = boot_menu.entries(order["entry"])
     assert (entry.image, entry.title, entry.volume) == ("/VHD/os.vhd", "os", order["volume_id"])
     assert order["layer"] == str(layer.size_for(SIZE))
@@ -147,21 +161,28 @@ def test_script_and_orders_hold_each_other(hvmgr, quickly, catalog, system, kern
     assert {one.stat().st_mode & 0o444 for one in folder.rglob("*")} == {0o444}
     assert hvmgr("catalog", "remove", "disk", "--yes", *words).code == 0
     assert hvmgr("catalog", "netboot", "os", "--url", URL, "--expand", "--default", "os", *kernel, *words).code == 0
-    assert read_order(folder / "os" / "order")["how"] == "expand"
-    assert not (folder / "disk").exists()
+    assert read_order(order_of(catalog, "os"))["how"] == "expand"
+    assert {one.name: len(list(one.iterdir())) for one in folder.glob("*/")} == {"images": 1, "system": 2}
+    assert len(list((folder / "images" / "os").iterdir())) == 2
 
 
-def test_environment_has_drivers_and_loaders_but_not_all_modules(kernel, require_program, tmp_path):
+def test_environment_has_drivers_and_loaders_but_not_all_modules(kernel, require_program, tmp_path, monkeypatch):
     for program in ("sfdisk", "mke2fs", "mcopy", "mkfs.fat", "grub-mkimage", "cpio"):
         require_program(program)
-    made = tmp_path / "initrd.img"
-    made.write_bytes(netboot_system.initrd(kernels.Kernel(kernel[1], kernel[3])))
+    made, notices = tmp_path / "initrd.img", []
+    (tmp_path / "firmware").mkdir()
+    (tmp_path / "firmware" / "card.bin.xz").write_bytes(lzma.compress(b"firmware"))
+    monkeypatch.setattr(netboot_system, "_FIRMWARE", tmp_path / "firmware")
+    made.write_bytes(netboot_system.initrd(kernels.Kernel(kernel[1], kernel[3]), notices.append))
     words = ["sh", "-c", 'gzip -dc "$1" | cpio -idm --quiet -D "$2"', "sh", made, tmp_path]
     subprocess.run(words, check=True, capture_output=True, timeout=60)
     modules = tmp_path / "lib" / "modules" / "6.1.0"
     assert {one.name for one in modules.iterdir()} == {"base.ko", "nvme_x.ko", "modules.alias", "modules.dep"}
     assert (modules / "modules.dep").read_text() == "base.ko:\nnvme_x.ko: base.ko\n"
     assert (modules / "modules.alias").read_text() == "alias pci:v1* nvme_x\n"
+    assert (tmp_path / "lib" / "firmware" / "card.bin").read_bytes() == b"firmware"
+    (notice,) = notices
+    assert notice.startswith(f"1 firmware files that drivers may ask for are not in {tmp_path / 'firmware'} (none.bin)")
     sources = {one.name: one.read_bytes() for one in settings.netboot_folder().iterdir()}
     places = {"init": "init", "mke2fs.conf": "etc/mke2fs.conf"}
     assert {name: (tmp_path / places.get(name, f"hvmgr/{name}")).read_bytes() for name in sources} == sources
@@ -176,20 +197,20 @@ def test_environment_has_drivers_and_loaders_but_not_all_modules(kernel, require
 def test_names_of_others_stay_names(hvmgr, quickly, catalog, system, kernel):
     """Whoever writes the catalog's document writes no line of a script."""
     words = ("--catalog", catalog)
-    description = "${net0/mac} || shell `reboot`\u2028&& ä \\"
+    description = "${net0/mac} || shell `reboot`\u2028&& ä \\ ; shell"
     assert hvmgr("catalog", "add", system, "--name", "os", "--description", description, *words).code == 0
     document = json.loads((catalog / "catalog.json").read_text())
     odd = "images/o s'; reboot; ${x} \"`.vhd"
     (catalog / "images" / "os.vhd").rename(catalog / odd)
-    document["images"][0] |= {"file": odd, "group": "-x\n:local\nshell"}
+    document["images"][0] |= {"file": odd, "group": "-x\n:local\nshell ; reboot"}
     (catalog / "catalog.json").write_text(json.dumps(document))
     told = hvmgr("catalog", "netboot", "--url", URL, *kernel, *words)
     assert told.code == 0, told
     script = (catalog / "netboot" / "boot.ipxe").read_text()
-    assert "item --gap -- -x?:local?shell\n" in script
-    assert "item image-os os, as a VHD on the disk. ??net0/mac? ?? shell ?reboot???? ? ?\n" in script
+    assert "item --gap -- -x?:local?shell ? reboot\n" in script
+    assert "item image-os os, as a VHD on the disk. ??net0/mac? ?? shell ?reboot???? ? ? ? shell\n" in script
     assert script.count("\n:local\n") == 1
-    first = read_order(catalog / "netboot" / "os" / "order")["files"].split("\n")[0].split(" ")
+    first = read_order(order_of(catalog, "os"))["files"].split("\n")[0].split(" ")
     assert first[2:] == ["images/o%20s%27%3B%20reboot%3B%20%24%7Bx%7D%20%22%60.vhd", "os.vhd"]
     document["images"][0]["sha256"] = "$(reboot)"
     (catalog / "catalog.json").write_text(json.dumps(document))
@@ -211,6 +232,7 @@ def test_refusals_change_nothing(hvmgr, quickly, catalog, system, kernel, tmp_pa
         (("os", "--default", "blank"), 2, "not among the images"),
         (("os", "--disk", "sd a"), 2, "no name of a disk"),
         (("os", "--append", "a=${x}"), 2, "characters"),
+        (("os", "--append", "a ; shell"), 2, "characters"),
         (("os", "--url", "https://deploy/catalog"), 2, "no address"),
         (("os", "--url", "http://deploy/a b"), 2, "no address"),
         (("os", "--modules", kernel[1]), 3, "no modules.dep"),
@@ -232,9 +254,8 @@ class Environment:
         self.url = f"http://127.0.0.1:{port}"
         (folder / "run").mkdir(exist_ok=True)
 
-    def run(self, name, *, digest=None, overwrite=True):
-        order = self.catalog / "netboot" / name / "order"
-        digest = digest or hashlib.sha256(order.read_bytes()).hexdigest()
+    def run(self, name, *, digest=None, overwrite=True, more=""):
+        digest = digest or order_of(self.catalog, name).name
         wishes = f"quiet hvmgr.url={self.url} hvmgr.image={name} hvmgr.order={digest}"
         scripts = settings.netboot_folder()
         text = f"""
@@ -247,7 +268,11 @@ class Environment:
             read_wishes {shlex.quote(wishes + (" hvmgr.overwrite" if overwrite else ""))}
             read_order
             . "{scripts}/$how"
-            zero() {{ dd if=/dev/zero of="$disk" bs=512 seek=$(($1 / 512)) count=$(($2 / 512)) conv=notrunc 2> /dev/null; }}
+            tool() {{ # blkdiscard of a file, which asks on a terminal as that does
+                ! [ -t 0 ] || return
+                dd if=/dev/zero of="$7" bs=512 seek=$(($4 / 512)) count=$(($6 / 512)) conv=notrunc 2> /dev/null
+            }}
+            {more}
             place_image
             say "$image is on $disk"
         """
@@ -256,9 +281,13 @@ class Environment:
         if not bin_folder.exists():
             bin_folder.mkdir()
             subprocess.run([initramfs.BUSYBOX, "--install", "-s", bin_folder], check=True, timeout=20)
+        terminal, console = os.openpty()
         told = subprocess.run(
-            [initramfs.BUSYBOX, "sh", "-c", text], check=False, capture_output=True, text=True, timeout=60, env={"PATH": str(bin_folder)}
+            [initramfs.BUSYBOX, "sh", "-c", text], stdin=console, check=False, capture_output=True, text=True, timeout=60,
+            env={"PATH": str(bin_folder)},
         )  # fmt: skip
+        os.close(terminal)
+        os.close(console)
         assert all(one.startswith(("wget: ", "Terminated")) for one in told.stderr.splitlines()), told.stderr
         return told.stdout.splitlines()[-1]
 
@@ -324,10 +353,124 @@ def test_disk_that_holds_something_is_left_alone(expanding):
     environment, _ = expanding("dynamic")
     before = environment.disk.read_bytes()
     assert "holds something already" in environment.run("a", overwrite=False)
+    order_of(environment.catalog, "a").with_name("0" * 64).write_text("reboot")
     assert "is not what the catalog says" in environment.run("a", digest="0" * 64)
+    assert "cannot be loaded" in environment.run("a", digest="1" * 64)
     environment.disk.write_bytes(before[: 8 * MIB])
     assert "needs 9: nothing was written" in environment.run("a")
     assert environment.disk.read_bytes() == before[: 8 * MIB]
+
+
+def test_disk_that_cannot_be_read_is_not_taken_for_blank(expanding):
+    environment, _ = expanding("dynamic")
+    environment.disk.write_bytes(bytes(12 * MIB))
+    failing = 'dd() { case "$*" in "if=$disk "*) return 1 ;; *) command dd "$@" ;; esac; }'
+    assert "cannot be read" in environment.run("a", overwrite=False, more=failing)
+    assert environment.disk.read_bytes() == bytes(12 * MIB)
+
+
+def test_head_is_written_only_when_the_rest_is_on_the_disk(expanding):
+    """A disk that fails says so when what was written to it is asked for, and not before."""
+    environment, _ = expanding("dynamic")
+    failing = 'dd() { case "$*" in "if=/dev/null of=$disk "*fsync*) return 1 ;; *) command dd "$@" ;; esac; }'
+    assert environment.run("a", more=failing).endswith("cannot be written: it starts nothing")
+    assert environment.disk.read_bytes()[:MIB] == bytes(MIB)
+
+
+def test_nothing_is_given_up_for_an_image_that_does_not_come(expanding):
+    environment, _ = expanding("dynamic")
+    before = environment.disk.read_bytes()
+    (environment.catalog / "images" / "a.vhd").unlink()
+    assert environment.run("a").endswith("a.vhd cannot be loaded: nothing was written")
+    assert environment.disk.read_bytes() == before
+
+
+def test_disk_is_not_divided_for_what_does_not_fit_or_come(hvmgr, quickly, catalog, system, kernel, tmp_path, serve):
+    words = ("--catalog", catalog)
+    (tmp_path / "user-data").write_text("#cloud-config\n")
+    answer = ("--answer", tmp_path / "user-data")
+    assert hvmgr("catalog", "add", system, "--name", "os", *answer, *words).code == 0
+    told = hvmgr("catalog", "netboot", "--url", URL, "--overwrite", "--default", "os", *kernel, *words)
+    assert (told.code, "gets 'os' anew at each start" in told.err) == (0, True), told
+    assert "the answer file of 'os' is not handed out" in told.err
+    order = order_of(catalog, "os")
+    hvmgr("catalog", "netboot", "--url", URL, *kernel, *words)
+    assert order_of(catalog, "os") == order  # nothing has changed
+    environment = Environment(tmp_path, catalog, serve(catalog))
+    own = 'is_ours() { false; }; make_volume() { fail "divided"; }'
+    for size, said in ((100 * MIB, "has room for 56: nothing was written"), (400 * MIB, "divided")):
+        with environment.disk.open("wb") as file:
+            file.write(b"old!")
+            file.truncate(size)
+        assert environment.run("os", more=own).endswith(said)
+    (path,) = re.findall(r" (\S+) os\.vhd\.boot/supplement", read_order(order)["files"])
+    (catalog / path).write_bytes(b"other")
+    assert environment.run("os", more=own).endswith("(its checksum): nothing was written")
+    (catalog / path).unlink()
+    assert environment.run("os", more=own).endswith("nothing was written")
+    with environment.disk.open("rb") as file:
+        assert file.read(4) == b"old!"
+
+
+def test_machines_own_disk_is_not_one_that_was_plugged_in(tmp_path):
+    devices = tmp_path / "devices"
+    for place, facts in {
+        "pci0/ata1/sda": {"device/wwid": "t10.ATA     DISK  1 \n", "device/vpd_pg80": "\0\x80\0\x06  AB12"},
+        "pci0/usb1/1-1/sdb": {},
+        "pci0/mmc0/mmcblk0": {"device/type": "SD\n"},
+        "pci0/nvme0c0n1": {"hidden": "1\n"},
+        "pci0/nvme0n1": {"serial": "S1\n", "wwid": "eui.0025\n"},
+    }.items():
+        same = {"removable": "0\n", "ro": "0\n", "size": "8\n", "queue/logical_block_size": "512\n"}
+        for name, text in (same | facts).items():
+            file = devices / place / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(text.encode("latin-1"))
+        (tmp_path / "sys" / "block").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "sys" / "block" / Path(place).name).symlink_to(devices / place)
+    script = (settings.netboot_folder() / "devices").read_text().replace("/sys/block", f"{tmp_path}/sys/block")
+
+    def found(wanted=""):
+        text = f'set -f -o pipefail\n{script}\nfail() {{ echo "$1"; exit; }}; wanted={wanted}; find_disk; echo $disk'
+        told = subprocess.run(
+            [initramfs.BUSYBOX, "sh", "-c", text], check=True, capture_output=True, text=True, timeout=20
+        )
+        assert not told.stderr
+        return told.stdout.strip()
+
+    assert found() == "the machine has several disks (nvme0n1 sda): say which one with --disk"
+    for wanted in ("nvme0n1", "S1", "eui.0025"):
+        assert found(wanted) == "/dev/nvme0n1"
+    for wanted in ("sda", "AB12", "t10.ATA_DISK_1"):
+        assert found(wanted) == "/dev/sda"
+    assert found("sdb") == "/dev/sdb"
+    assert found("0025") == "the machine has no disk 0025; it has: mmcblk0 nvme0n1 sda sdb (see --disk)"
+    (tmp_path / "sys" / "block" / "sda").unlink()
+    assert found() == "/dev/nvme0n1"
+    (tmp_path / "sys" / "block" / "nvme0n1").unlink()
+    assert found() == "the machine has no disk of its own; it has: mmcblk0 sdb (see --disk)"
+
+
+def test_handing_out_touches_only_its_own_files(hvmgr, quickly, catalog, kernel, tmp_path):
+    """An image may be called as anything in the folder is, and what somebody else keeps there stays."""
+    words = ("--catalog", catalog)
+    (tmp_path / "kernel.raw").write_bytes(b"data".ljust(512))
+    assert hvmgr("catalog", "add", tmp_path / "kernel.raw", *words).code == 0
+    (catalog / "netboot" / "tftp").mkdir(parents=True)
+    (catalog / "netboot" / "tftp" / "undionly.kpxe").write_bytes(b"iPXE")
+    told = hvmgr("catalog", "netboot", "--url", URL, *kernel, *words)
+    assert told.code == 0, told
+    assert read_order(order_of(catalog, "kernel"))["how"] == "expand"
+    assert (catalog / "netboot" / "tftp" / "undionly.kpxe").exists()
+
+
+def test_address_comes_with_the_domain_that_names_are_looked_up_in():
+    text = (settings.netboot_folder() / "dhcp").read_text().replace("/etc/resolv.conf", "/dev/stdout")
+    told = subprocess.run(
+        [initramfs.BUSYBOX, "sh", "-c", f"ip() {{ :; }}; {text}", "dhcp", "bound"], check=True, capture_output=True, text=True,
+        env={"ip": "10.0.0.2", "interface": "eth0", "dns": "10.0.0.1", "domain": "example.org"}, timeout=20,
+    )  # fmt: skip
+    assert told.stdout == "search example.org\nnameserver 10.0.0.1\n"
 
 
 @pytest.mark.guest
@@ -365,7 +508,8 @@ def test_machine_that_starts_over_the_network_gets_a_vhd_and_its_entry(
         ["dumpe2fs", "-h", f"{disk}?offset={37 * MIB}"], check=True, capture_output=True, text=True, env=mini.WITH_SBIN, timeout=20
     ).stdout  # fmt: skip
     assert entry.volume in volume
-    served = (catalog / "netboot" / "os" / "supplement").read_bytes()
+    (path,) = re.findall(r" (\S+) os\.vhd\.boot/supplement", read_order(order_of(catalog, "os"))["files"])
+    served = (catalog / path).read_bytes()
     assert supplement.startswith(served)
     assert f"host=UUID={entry.volume}\n".encode() in supplement[len(served) :]
     head = disk.read_bytes()[: 2 * MIB]

@@ -284,6 +284,43 @@ def test_linked_image_that_was_moved_is_not_lost(folder, catalog, target):
     catalog.remove("a")  # nothing was made on this one
 
 
+def test_each_linked_image_that_was_moved_counts(folder, catalog, target, monkeypatch):
+    """Two of one place are two; neither a failed third nor a whole image that stands there now makes them less."""
+    folder.images.create(folder / "a.vhd", 4 * MIB)
+    catalog.add(folder / "a.vhd")
+    for number in (1, 2):
+        made = catalog.deploy("a", target, linked=True)
+        made.rename(folder / f"moved{number}.vhd")
+
+    def fail(*_):
+        raise errors.NoSpace("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "make", fail)
+        with pytest.raises(errors.NoSpace):
+            catalog.deploy("a", target, linked=True)
+    with pytest.raises(errors.Conflict, match="2 images were made on 'a'") as told:
+        catalog.remove("a", gone=[made])
+    assert told.value.hint.endswith(f"remove a --gone {made} --gone {made}")
+    assert catalog.deploy("a", target) == made  # a copy
+    with pytest.raises(errors.Conflict, match="needs 'a'"):
+        catalog.remove("a", gone=[made])
+    catalog.remove("a", gone=[made, made])
+
+
+def test_whole_image_in_the_place_of_a_linked_one_is_not_that(folder, catalog, target):
+    folder.images.create(folder / "a.vhd", 4 * MIB)
+    catalog.add(folder / "a.vhd")
+    catalog.deploy("a", target, linked=True).rename(folder / "moved.vhd")
+    made = catalog.deploy("a", target)
+    with pytest.raises(errors.Conflict, match="another image than that which was made there"):
+        catalog.remove("a")
+    # The folder may be reached in another way by now; the place is named as it was.
+    target.rename(folder / "elsewhere")
+    target.symlink_to(folder / "elsewhere")
+    catalog.remove("a", gone=[made])
+
+
 def test_linked_image_that_could_not_be_made_is_asked_for_by_nobody(folder, catalog, target, monkeypatch):
     folder.images.create(folder / "a.vhd", 4 * MIB)
     catalog.add(folder / "a.vhd")
