@@ -45,9 +45,9 @@ def place_of(vm: VM) -> Path:
     """Where the index of a VM is: in its home where that is this user's own and nobody else's to write, else in his cache."""
     layout = vm.home.layout
     file, private = layout.file_index, layout.private
-    if all(access.is_private(one) for one in (private.parent, private)) and access.is_writable(private):
-        if not os.path.lexists(file) or os.access(file, os.R_OK | os.W_OK, follow_symlinks=False):
-            return file
+    is_own = all(access.is_private(one) for one in (private.parent, private)) and access.is_writable(private)
+    if is_own and (not os.path.lexists(file) or os.access(file, os.R_OK | os.W_OK, follow_symlinks=False)):
+        return file
     return settings.cache_folder() / "files" / f"{vm.id}.sqlite"
 
 
