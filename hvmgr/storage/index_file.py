@@ -56,14 +56,15 @@ def translated(path: Path, *, keep: bool) -> Iterator[None]:
             raise errors.HostFailed(
                 f"the index of files {path} cannot be used: {error}", hint="remove the file"
             ) from error
-        _remove(path)
+        remove(path)
         raise errors.HostFailed(
             f"the index of files {path} cannot be used, and was removed: {error}",
             hint="run the command again: the index is made anew",
         ) from error
 
 
-def _remove(file: Path) -> None:
+def remove(file: Path) -> None:
+    """There is no index there."""
     for name in _FILES:
         with contextlib.suppress(errors.NotFound):
             durable.remove(file.with_name(file.name + name))
@@ -116,7 +117,7 @@ class IndexFile:
         except sqlite3.DatabaseError:
             pass
         self._database.close()
-        _remove(self.file)
+        remove(self.file)
         self._database = self._connected()
         self._make_fit(vm_id, anew=False)
 

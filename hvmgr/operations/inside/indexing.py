@@ -21,7 +21,7 @@ from hvmgr.model.progress import Progress
 from hvmgr.model.ranges import Range, Ranges
 from hvmgr.operations.inside import changed, differing, looking, views
 from hvmgr.operations.inside.browsing import Browser, Found
-from hvmgr.storage import access, durable, file_index
+from hvmgr.storage import access, durable, file_index, index_file
 from hvmgr.storage.file_index import BLOCK, Entry, FileIndex, Place, Point
 
 if TYPE_CHECKING:
@@ -48,7 +48,18 @@ def place_of(vm: VM) -> Path:
     is_own = all(access.is_private(one) for one in (private.parent, private)) and access.is_writable(private)
     if is_own and (not os.path.lexists(file) or os.access(file, os.R_OK | os.W_OK, follow_symlinks=False)):
         return file
-    return settings.cache_folder() / "files" / f"{vm.id}.sqlite"
+    return _cached(vm.id)
+
+
+def _cached(vm_id: str) -> Path:
+    return settings.cache_folder() / "files" / f"{vm_id}.sqlite"
+
+
+def forget(vm_id: str) -> None:
+    """The VM is gone, and so is what this user's cache has of it."""
+    path = _cached(vm_id)
+    if path.exists():
+        index_file.remove(path)
 
 
 @contextlib.contextmanager
