@@ -165,8 +165,9 @@ class IndexFile:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """All that is written inside the block is there afterwards, or nothing of it."""
-        self._database.execute("BEGIN IMMEDIATE")
+        """All that is written inside the block is there afterwards, or nothing of it. Busy when another writes."""
+        with translated(self.file, keep=True):
+            self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:

@@ -218,3 +218,25 @@ def test_of_an_attempt_that_fails_nothing_is_kept(tmp_path):
             index.add_point("kept", None)
     with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index:
         assert [one.snapshot for one in index.points()] == ["kept"]
+
+
+def test_a_logical_volume_is_on_its_disks_and_case_is_that_of_each_moment(tmp_path):
+    with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
+        root = index.root("g/v")
+        for snapshot, ignoring in (("linux", False), ("windows", True)):
+            point = index.add_point(snapshot, None)
+            parts = [("vda", 0, 50), ("", None, 10), ("vdb", 0, 40)]
+            index.put_place(point, Place(root, None, None, "g/v", ignoring, parts, None, []))
+            index.put(index.path(root, b"File"), point, entry(1))
+
+        def found(path, **wish):
+            hits = searching.search(index, searching.Wish(paths=(path,), **wish))
+            return [(one.path, one.snapshots) for one in hits]
+
+        both = [(b"/File", ("linux", "windows"))]
+        for wish in ({}, {"disk": "vda"}, {"disk": "vdb"}, {"partition": "g/v"}):
+            assert found(b"/File", **wish) == both
+        assert found(b"/file") == [(b"/File", ("windows",))]
+        for wish in ({"disk": "vdc"}, {"disk": ""}, {"partition": "None"}):
+            with pytest.raises(errors.NotFound):
+                found(b"/File", **wish)

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from hvmgr.model.ranges import Ranges
-from hvmgr.operations.inside import comparison, differing, indexing, looking, searching, views
+from hvmgr.operations.inside import comparison, contents, differing, indexing, looking, searching, views
 from hvmgr.operations.inside.browsing import Browser
 from hvmgr.storage import file_index
-from hvmgr.storage.filesystems import opening, signatures
-from hvmgr.storage.filesystems.reader import Type
+from hvmgr.storage.filesystems import opening, reader, signatures
+from hvmgr.storage.filesystems.reader import Runs, Type
+from hvmgr.storage.filesystems.window import Run
 from hvmgr.storage.partitions import File
 from tests.storage import file_trees, moments, test_lvm
 
@@ -347,6 +348,16 @@ def test_fat_by_its_own_tools(tree, tmp_path, require_program):
     assert_told(outcome.differences, expected)
 
 
+def test_a_folder_of_fat_whose_name_changes_in_case_alone_leaves_nothing_behind(tree, tmp_path, require_program):
+    require_program("mren")
+    before, after = made("fat", tmp_path / "before", tree), tmp_path / "after"
+    copied(before, after)
+    file_trees.run("mren", "-i", after, "::deep", "::elsewhere")
+    file_trees.run("mren", "-i", after, "::elsewhere", "::Deep")
+    file_trees.run("mdel", "-i", after, "::Deep/other")
+    assert_indexed(*of(before, after), tmp_path / "index")
+
+
 def test_streams_of_ntfs_are_part_of_their_files(tree, tmp_path, require_program):
     require_program("wimapply")
     before, after, data = made("ntfs", tmp_path / "before", tree), tmp_path / "after", tmp_path / "data"
@@ -513,3 +524,53 @@ def test_logical_volumes_that_cannot_be_read_are_named(tmp_path):
         assert outcome.differences == []
         assert "group/whole" in {one.volume.logical for one in outcome.uncompared}, (before, after)
     assert differing.between(*of(images["thin"], images["thin"])).uncompared == []
+
+
+def test_the_index_lies_in_a_home_of_ones_own_alone(tmp_path, monkeypatch, require):
+    require(os.geteuid() == 0, "only root can give folders away")
+    home, cache = tmp_path / "home", tmp_path / "cache"
+    (home / ".hvmgr").mkdir(parents=True)
+    file = home / ".hvmgr" / "files.sqlite"
+    vm = SimpleNamespace(id="x", home=SimpleNamespace(layout=SimpleNamespace(private=file.parent, file_index=file)))
+    monkeypatch.setattr("hvmgr.settings.cache_folder", lambda: cache)
+    assert indexing.place_of(vm) == file
+    for folder, spoil, back in (
+        (home, lambda: os.chown(home, 1234, 1234), lambda: os.chown(home, 0, 0)),
+        (file.parent, lambda: os.chown(file.parent, 1234, 0), lambda: os.chown(file.parent, 0, 0)),
+        (home, lambda: home.chmod(0o770), lambda: home.chmod(0o711)),
+    ):
+        spoil()
+        assert indexing.place_of(vm) == cache / "files" / "x.sqlite", folder
+        back()
+    assert indexing.place_of(vm) == file
+    os.rename(file.parent, home / "real")
+    file.parent.symlink_to(home / "real")
+    assert indexing.place_of(vm) != file
+
+
+class Counted(list):
+    """Runs that count how often they are looked at from the beginning."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def test_many_places_of_a_content_are_found_without_a_look_at_all_of_it_for_each(tmp_path):
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(range(256)) * 16)
+    plain = [Run(4, (number * 8) % 4096) for number in range(500)]
+    runs = Counted(plain)
+    with File(disk) as opened:
+        content, other = Runs(opened, runs, 2000), Runs(opened, plain, 2000)
+        assert contents.are_same(content, other, Ranges((at, at + 1) for at in range(0, 4096, 2)))
+        for start in range(0, 1990, 7):
+            data = b"".join(bytes(piece) for _, piece in content.pieces(start, start + 9))
+            assert data == reader.whole(other, 2000)[start : start + 9]
+    assert runs.times == 1
+
+
+def test_ranges_that_follow_each_other_are_read_as_one():
+    assert list(contents._joined(iter([(0, 2), (2, 3), (5, 6), (6, 9)]))) == [(0, 3), (5, 9)]
