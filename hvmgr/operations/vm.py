@@ -292,9 +292,12 @@ class VM:
     def delete(self, *, with_disks: bool = False) -> list[str]:
         """The VM is gone; the files that stay in its folder: one complete image per disk, and disks that it had left."""
         from hvmgr.operations import vms
+        from hvmgr.operations.inside import indexing
 
+        vm_id = self.id
         with working.on(self) as session:
             working.carry_out(session, vms.plan_delete(session, with_disks=with_disks))
+        indexing.forget(vm_id)
         return sorted(str(file) for file in self.path.rglob("*") if file.is_file())
 
     def clone(self, name: str, options: CloneOptions | None = None) -> VM:

@@ -124,6 +124,15 @@ def is_writable(folder: Path) -> bool:
     return os.access(folder, os.W_OK | os.X_OK)
 
 
+def is_private(folder: Path) -> bool:
+    """Whether it is a folder of this process' user that nobody else may change: what lies in it is what this user put there."""
+    try:
+        facts = folder.lstat()
+    except FileNotFoundError:
+        return False
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & 0o022
+
+
 def name_of(uid: int) -> str:
     """A user's name, or the number where there is none."""
     try:

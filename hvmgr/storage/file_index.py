@@ -19,40 +19,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from hvmgr import errors
 from hvmgr.model.ranges import Range
-from hvmgr.storage import durable
+from hvmgr.storage import index_file
 from hvmgr.storage.filesystems.reader import Geometry
+from hvmgr.storage.index_file import IndexFile
 
-FORMAT = 1
 BLOCK = 4096  # bytes of a volume
 _MOST = (1 << 63) - 1  # what SQLite can hold
 _AT_ONCE = 500
 _LEAST = 3  # characters that the full-text index can look for
-
-_TABLES = """
-CREATE TABLE about (vm TEXT);
-CREATE TABLE points (id INTEGER PRIMARY KEY, snapshot TEXT UNIQUE, base INTEGER, left_out INTEGER);
-CREATE TABLE volumes (point INTEGER, root INTEGER, disk TEXT, partition INTEGER, logical TEXT, ignores_case INTEGER,
-                      parts BLOB, facts BLOB, PRIMARY KEY (point, root)) WITHOUT ROWID;
-CREATE TABLE paths (id INTEGER PRIMARY KEY, folder INTEGER, name BLOB, UNIQUE (folder, name));
-CREATE VIRTUAL TABLE words USING fts5 (name, content = '', tokenize = 'trigram');
-CREATE TABLE entries (path INTEGER, point INTEGER, type TEXT, size INTEGER, mode INTEGER, uid INTEGER, gid INTEGER,
-                      links INTEGER, modified INTEGER, ref BLOB, PRIMARY KEY (path, point)) WITHOUT ROWID;
-CREATE INDEX entries_of_point ON entries (point);
-CREATE TABLE units (path INTEGER, point INTEGER, PRIMARY KEY (path, point)) WITHOUT ROWID;
-CREATE TABLE asked (root INTEGER, block INTEGER, path INTEGER, point INTEGER,
-                    PRIMARY KEY (root, block, path, point)) WITHOUT ROWID;
-CREATE INDEX asked_of_unit ON asked (point, path);
-"""
+_UNPACKED_MOST = 256 << 20
 
 
 class Entry(NamedTuple):
@@ -93,104 +75,28 @@ class Point:
 
 
 @contextlib.contextmanager
-def opened(path: Path, vm_id: str, *, wait_s: float, anew: bool = False) -> Iterator[FileIndex]:
-    """The index of a VM in this file, made or emptied where it does not fit, or with ``anew``. Busy when another writes."""
-    index = FileIndex(path, wait_s)
+def opened(path: Path, vm_id: str, *, wait_s: float, anew: bool = False, reading: bool = False) -> Iterator[FileIndex]:
+    """The index of a VM in this file, made or emptied where it does not fit, or with ``anew``. Busy when another writes.
+
+    What turns out to be damaged is removed, and said. With ``reading`` nothing is made or written: NotFound where it does not fit.
+    A link is never followed.
+    """
+    index: FileIndex | None = None
     try:
-        with _translated(path):
-            index.make_fit(vm_id, anew=anew)
+        with index_file.translated(path, keep=reading):
+            index = FileIndex(path, wait_s, reading=reading)
+            if reading:
+                index.require_fit(vm_id)
+            else:
+                index.make_fit(vm_id, anew=anew)
             yield index
     finally:
-        index.close()
+        if index is not None:
+            index.close()
 
 
-@contextlib.contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "locked" in str(error) or "busy" in str(error):
-            raise errors.Busy(
-                f"another command writes the index of files {path}",
-                hint="run it again later, or wait longer with --wait",
-            ) from error
-        if "full" in str(error):
-            raise errors.NoSpace(f"there is no space for the index of files {path}") from error
-        raise errors.HostFailed(f"the index of files {path} cannot be used: {error}", hint="remove the file") from error
-    except sqlite3.DatabaseError as error:
-        raise errors.HostFailed(f"the index of files {path} cannot be used: {error}", hint="remove the file") from error
-
-
-class FileIndex:
+class FileIndex(IndexFile):
     """An open index."""
-
-    def __init__(self, file: Path, wait_s: float) -> None:
-        self.file = file
-        self._wait_s = wait_s
-        self._database = self._connected()
-
-    def close(self) -> None:
-        """The file is closed."""
-        self._database.close()
-
-    def _connected(self) -> sqlite3.Connection:
-        if not self.file.exists():
-            with durable.explained(self.file):
-                os.close(os.open(self.file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-        return sqlite3.connect(self.file, timeout=self._wait_s, isolation_level=None)
-
-    def make_fit(self, vm_id: str, *, anew: bool) -> None:
-        """It is one of this VM and of this format; what is damaged is removed."""
-        try:
-            self._make_fit(vm_id, anew=anew)
-        except sqlite3.OperationalError:
-            raise
-        except sqlite3.DatabaseError:
-            self._database.close()
-            for name in ("", "-wal", "-shm"):
-                with contextlib.suppress(errors.NotFound):
-                    durable.remove(self.file.with_name(self.file.name + name))
-            self._database = self._connected()
-            self._make_fit(vm_id, anew=False)
-
-    def _make_fit(self, vm_id: str, *, anew: bool) -> None:
-        self._database.execute("PRAGMA journal_mode = WAL")
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        if not anew and self._fits(vm_id):
-            return
-        with self.writing():
-            if not anew and self._fits(vm_id):  # another process was faster
-                return
-            for kind, name in self._rows(
-                "SELECT type, name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'words\\_%' ESCAPE '\\'"
-            ):
-                self._database.execute(f'DROP {kind} "{name}"')
-            for statement in filter(str.strip, _TABLES.split(";")):
-                self._database.execute(statement)
-            self._database.execute("INSERT INTO about VALUES (?)", (vm_id,))
-            self._database.execute(f"PRAGMA user_version = {FORMAT}")
-
-    def _fits(self, vm_id: str) -> bool:
-        (version,) = self._one("PRAGMA user_version") or (0,)
-        return version == FORMAT and self._one("SELECT vm FROM about") == (vm_id,)
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """All that is written inside the block is there afterwards, or nothing of it."""
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._database.rollback()
-            raise
-        self._database.commit()
-
-    def _rows(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:  # type: ignore[type-arg]  # as SQL says
-        return self._database.execute(statement, values).fetchall()
-
-    def _one(self, statement: str, values: Sequence[object] = ()) -> tuple | None:  # type: ignore[type-arg]
-        found: tuple | None = self._database.execute(statement, values).fetchone()  # type: ignore[type-arg]
-        return found
 
     # -- snapshots -----------------------------------------------------------------------------------------------
 
@@ -247,19 +153,23 @@ class FileIndex:
         self._forget_paths(candidates)
 
     def _forget_paths(self, candidates: Sequence[int]) -> None:
-        """Names that are nowhere any more."""
-        for path in candidates:
+        """Names that are nowhere any more, with the folders that nothing is left in."""
+        pending = list(candidates)
+        while pending:
+            path = pending.pop()
             if self._one("SELECT 1 FROM entries WHERE path = ? AND type IS NOT NULL", (path,)) is not None:
                 continue
             row = self._one("SELECT name, folder FROM paths WHERE id = ?", (path,))
             self._database.execute("DELETE FROM entries WHERE path = ?", (path,))
             if row is None or self._one("SELECT 1 FROM paths WHERE folder = ?", (path,)) is not None:
                 continue
-            if row[1]:
-                self._database.execute(
-                    "INSERT INTO words (words, rowid, name) VALUES ('delete', ?, ?)", (path, as_text(row[0]))
-                )
             self._database.execute("DELETE FROM paths WHERE id = ?", (path,))
+            name, folder = row
+            if folder:
+                self._database.execute(
+                    "INSERT INTO words (words, rowid, name) VALUES ('delete', ?, ?)", (path, as_text(name))
+                )
+                pending.append(folder)
 
     # -- file systems --------------------------------------------------------------------------------------------
 
@@ -432,17 +342,28 @@ def _packed(value: object) -> bytes:
     return zlib.compress(json.dumps(value).encode(), 1)
 
 
+def _unpacked(data: bytes) -> Any:
+    unpacking = zlib.decompressobj()
+    text = unpacking.decompress(data, _UNPACKED_MOST)
+    if not unpacking.eof:
+        raise ValueError(data[:16])
+    return json.loads(text)
+
+
 def _place(
     root: int, disk: str | None, partition: int | None, logical: str, ignores_case: int, parts: bytes, facts: bytes
 ) -> Place:
-    geometry, replaced = json.loads(zlib.decompress(facts))
-    return Place(
-        root,
-        disk,
-        partition,
-        logical,
-        bool(ignores_case),
-        [(name, start, length) for name, start, length in json.loads(zlib.decompress(parts))],
-        None if geometry is None else Geometry((geometry[0],), tuple(geometry[1])),
-        [(start, end) for start, end in replaced],
-    )
+    try:
+        geometry, replaced = _unpacked(facts)
+        return Place(
+            root,
+            disk,
+            partition,
+            logical,
+            bool(ignores_case),
+            [(name, start, length) for name, start, length in _unpacked(parts)],
+            None if geometry is None else Geometry((geometry[0],), tuple(geometry[1])),
+            [(start, end) for start, end in replaced],
+        )
+    except (zlib.error, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise index_file.Damaged("what it says of a file system makes no sense") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import zlib
 
 import pytest
 from hypothesis import given, settings
@@ -147,3 +148,95 @@ def test_a_disk_that_is_full_or_a_file_that_is_none_is_one_sentence(tmp_path):
         raise sqlite3.OperationalError("database or disk is full")
     with pytest.raises(errors.NotFound), file_index.opened(tmp_path / "no" / "x", "vm", wait_s=0):
         pass
+
+
+def test_somebody_elses_database_is_replaced_and_a_link_is_never_followed(tmp_path):
+    other, link = tmp_path / "other", tmp_path / "link"
+    with sqlite3.connect(other) as database:
+        database.execute("CREATE TABLE precious (about TEXT)")
+    database.close()
+    before = other.read_bytes()
+    link.symlink_to(other)
+    for target in (other, tmp_path / "not there yet"):
+        link.unlink()
+        link.symlink_to(target)
+        with pytest.raises(errors.Conflict, match="no regular file"), file_index.opened(link, "vm", wait_s=0):
+            pass
+    assert (other.read_bytes(), (tmp_path / "not there yet").exists()) == (before, False)
+    kept = tmp_path / "kept"
+    kept.hardlink_to(other)
+    with file_index.opened(other, "vm", wait_s=0) as index:
+        assert index.points() == []
+    assert kept.read_bytes() == before
+
+
+@pytest.mark.parametrize("blob", [b"no zlib", zlib.compress(b"[" * 100_000), zlib.compress(b"{}"), zlib.compress(b"1")])
+def test_what_makes_no_sense_is_removed_and_made_anew(tmp_path, blob):
+    file = tmp_path / "x"
+    with file_index.opened(file, "vm", wait_s=0) as index, index.writing():
+        point = index.add_point("s", None)
+        index.put_place(point, place(index.root("disk")))
+        index._database.execute("UPDATE volumes SET facts = ?", (blob,))
+    with pytest.raises(errors.HostFailed, match="was removed"), file_index.opened(file, "vm", wait_s=0) as index:
+        index.places(index.points()[0])
+    with file_index.opened(file, "vm", wait_s=0) as index:
+        assert index.points() == []
+
+
+def test_a_dry_run_makes_and_writes_nothing(tmp_path):
+    file = tmp_path / "x"
+    with pytest.raises(errors.NotFound), file_index.opened(file, "vm", wait_s=0, reading=True):
+        pass
+    assert not file.exists()
+    with file_index.opened(file, "vm", wait_s=0) as index, index.writing():
+        index.add_point("s", None)
+    before = file.read_bytes()
+    with file_index.opened(file, "vm", wait_s=0, reading=True) as index:
+        assert [one.snapshot for one in index.points()] == ["s"]
+    with pytest.raises(errors.NotFound, match="fits"), file_index.opened(file, "other", wait_s=0, reading=True):
+        pass
+    assert file.read_bytes() == before
+
+
+def test_folders_go_with_the_last_name_in_them(tmp_path):
+    with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
+        point, root = index.add_point("s", None), index.root("disk")
+        index.put(root, point, entry(0))
+        folder = index.path(root, b"folder")
+        for path in (folder, index.path(folder, b"inner")):  # the folder is asked about first
+            index.put(path, point, entry(0))
+        index.remove_point(point)
+        assert index._rows("SELECT * FROM paths") == []
+
+
+def test_of_an_attempt_that_fails_nothing_is_kept(tmp_path):
+    with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
+        with pytest.raises(errors.Corrupt), index.attempt():
+            index.add_point("lost", None)
+            raise errors.Corrupt("x")
+        with index.attempt():
+            index.add_point("kept", None)
+    with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index:
+        assert [one.snapshot for one in index.points()] == ["kept"]
+
+
+def test_a_logical_volume_is_on_its_disks_and_case_is_that_of_each_moment(tmp_path):
+    with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
+        root = index.root("g/v")
+        for snapshot, ignoring in (("linux", False), ("windows", True)):
+            point = index.add_point(snapshot, None)
+            parts = [("vda", 0, 50), ("", None, 10), ("vdb", 0, 40)]
+            index.put_place(point, Place(root, None, None, "g/v", ignoring, parts, None, []))
+            index.put(index.path(root, b"File"), point, entry(1))
+
+        def found(path, **wish):
+            hits = searching.search(index, searching.Wish(paths=(path,), **wish))
+            return [(one.path, one.snapshots) for one in hits]
+
+        both = [(b"/File", ("linux", "windows"))]
+        for wish in ({}, {"disk": "vda"}, {"disk": "vdb"}, {"partition": "g/v"}):
+            assert found(b"/File", **wish) == both
+        assert found(b"/file") == [(b"/File", ("windows",))]
+        for wish in ({"disk": "vdc"}, {"disk": ""}, {"partition": "None"}):
+            with pytest.raises(errors.NotFound):
+                found(b"/File", **wish)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -167,9 +168,9 @@ def _find_in_index(
             paths=where.paths, name=condition.name, ignore_case=condition.ignore_case, depth=depth, suits=condition.suits,
             snapshots=chosen, disk=where.slot, partition=where.partition,
         )  # fmt: skip
-        with indexing.opened(vm, wait_s=_wait_s(request)) as found:
+        with indexing.opened(vm, wait_s=_wait_s(request), reading=request.dry_run) as found:
             if not request.dry_run:
-                indexing.update(vm, found, request.report)
+                _bring_up_to_date(request, vm, found)
             hits = searching.search(found, wish)
             left_out = _left_out(found)
         names = {one.id: one.name for one in vm.snapshots()}
@@ -178,6 +179,22 @@ def _find_in_index(
             json_out.show({"left_out": left_out, "entries": [_hit(one, names) for one in hits]})
         else:
             _show_hits(hits, names, long=long, null=null)
+
+
+def _bring_up_to_date(request: Request, vm: VM, index: FileIndex) -> None:
+    """What is in the index already is answered all the same."""
+    from hvmgr.operations.inside import indexing
+
+    try:
+        indexing.update(vm, index, request.report)
+    except (errors.Busy, errors.NotFound) as error:
+        coming, _ = indexing.missing(vm, index)
+        if not index.points():
+            raise
+        missing = ", ".join(f"'{one.name}'" for one in coming) or "none"
+        render.notice(
+            f"the index could not be brought up to date: {error.message}; snapshots that are not in it: {missing}"
+        )
 
 
 def _left_out(index: FileIndex) -> dict[str, int]:
@@ -272,12 +289,12 @@ def _told(done: Updated) -> str:
 def _show_missing(request: Request, vm: VM, *, rebuild: bool) -> None:
     from hvmgr.operations.inside import indexing
 
-    if rebuild or not indexing.place_of(vm).exists():
-        added, removed = [one.id for one in vm.snapshots()], []
-    else:
-        with indexing.opened(vm, wait_s=_wait_s(request)) as opened:
+    added: list[str] = [one.id for one in vm.snapshots()]
+    removed: list[str] = []
+    if not rebuild:
+        with contextlib.suppress(errors.NotFound), indexing.opened(vm, wait_s=_wait_s(request), reading=True) as opened:
             coming, gone = indexing.missing(vm, opened)
-        added, removed = [one.id for one in coming], [one.snapshot for one in gone]
+            added, removed = [one.id for one in coming], [one.snapshot for one in gone]
     if request.json:
         json_out.show({"plan": None, "added": added, "removed": removed})
     else:

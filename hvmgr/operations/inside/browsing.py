@@ -386,7 +386,7 @@ def is_pattern(part: bytes) -> bool:
 
 def literals(pattern: bytes) -> list[str]:
     """What every name that fits a pattern holds, whatever its case."""
-    text = re.sub(r"\[!?\]?[^\]]*\]", "*", _fold(pattern))
+    text = re.sub(r"\[!?\]?[^\]]*\]", "*", pattern.decode("utf-8", "surrogateescape").casefold())
     return [one for one in re.split(r"[*?\[\udc80-\udcff]", text) if one]
 
 

@@ -79,8 +79,10 @@ class Comparison:
         self.left_out: dict[str, int] = {}
         self._trusts = False
         self._touched = touched
+        self._knows_moves = False
         self._same: dict[tuple[int, int], bool] = {}  # contents of files with several names
         if old is not None and new is not None:
+            self._knows_moves = bool(new.volume.uuid) and old.volume.uuid == new.volume.uuid
             gone = old.reader.departed(new.reader)  # it is the newer one whose answers are watched
             self._trusts = gone is not None
             self._touched = touched.joined(old.reader.replaced(), new.reader.replaced(), gone or ())
@@ -255,11 +257,11 @@ class Comparison:
         """What is gone and what is new; one of each that is provably one file was renamed."""
         gone: dict[tuple[int, int, Type], list[Found]] = {}
         for _, one in sorted(removed.items(), reverse=True):
-            if (key := _identity(one.node)) is not None:
+            if (key := self._identity(one.node)) is not None:
                 gone.setdefault(key, []).append(one)
         moved: dict[bytes, bytes] = {}  # from where to where
         for path, one in sorted(added.items()):
-            key = _identity(one.node)
+            key = self._identity(one.node)
             if key is None or not gone.get(key):
                 yield Difference(Change.ADDED, path, None, one.node, self._volume)
                 continue
@@ -277,6 +279,10 @@ class Comparison:
             if path not in moved:
                 yield Difference(Change.REMOVED, path, one.node, None, self._volume)
 
+    def _identity(self, node: Node) -> tuple[int, int, Type] | None:
+        """What is a file's own; of another file system the same numbers mean nothing."""
+        return None if node.generation is None or not self._knows_moves else (node.id, node.generation, node.type)
+
 
 def _contents(node: Node) -> Iterator[str]:
     """The file's own content, and those of its named streams."""
@@ -284,10 +290,6 @@ def _contents(node: Node) -> Iterator[str]:
         yield ""
     for name, _ in node.streams:
         yield name
-
-
-def _identity(node: Node) -> tuple[int, int, Type] | None:
-    return None if node.generation is None else (node.id, node.generation, node.type)
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
 
 
 _TOLD = (None, Kind.LVM)  # nothing is known to be there; its logical volumes are told themselves
+_LOST = "what lies there is not known, or damaged, at one of the moments"
+_HEAD = 1 << 20  # bytes that are zeros where nothing was ever made
 
 
 @dataclass(frozen=True, slots=True)
 class Uncompared:
-    """A volume that changed and that nobody can read."""
+    """A volume that changed, or was lost, and that nobody can read at one of the moments."""
 
     volume: Volume
     why: str
@@ -74,7 +76,7 @@ def _between(old: Sequence[Frozen], new: Sequence[Frozen], paths: Sequence[bytes
             raise errors.NotFound(f"there is no partition {partition}", hint=f"there are: {there}")
         wanted = set(paths)
         for one, other in pairs:
-            touched = changed.of_volume(_parts(before, one), _parts(after, other), ranges)
+            touched = _touched(before, after, (one, other), ranges)
             if not touched and not paths:
                 continue
             wanted -= _compare(before, after, (one, other), touched, paths, outcome)
@@ -106,8 +108,15 @@ def _pairs(before: Inside, after: Inside, partition: str | None) -> Iterator[tup
             yield mine.get(key), theirs.get(key)
 
 
-def _parts(inside: Inside, volume: Volume | None) -> list[changed.Placed]:
-    return [] if volume is None else inside.parts(volume)
+def _touched(
+    before: Inside, after: Inside, pair: tuple[Volume | None, Volume | None], ranges: dict[str, Ranges]
+) -> Ranges:
+    """Where a volume may differ: all of it, if anything does, where nobody knows at one of the moments where it lies."""
+    moments = list(zip((before, after), pair, strict=True))
+    if all(volume is None or inside.is_placed(volume) for inside, volume in moments):
+        old, new = ([] if volume is None else inside.parts(volume) for inside, volume in moments)
+        return changed.of_volume(old, new, ranges)
+    return Ranges.everything() if any(ranges.values()) else Ranges()
 
 
 def _compare(
@@ -116,28 +125,73 @@ def _compare(
 ) -> set[bytes]:  # fmt: skip
     """Takes one file system into the outcome; which of the paths it has, or had."""
     one, other = pair
-    old, new = opened = _browser(before, one), _browser(after, other)
-    packed = [
-        each for each in (other, one) if each is not None and each.kind not in _TOLD and not looking.is_readable(each)
-    ]
+    packed = [each for each in (other, one) if each is not None and _is_packed(each)]
     if packed and touched:
         outcome.uncompared.append(Uncompared(packed[0], looking.why_not(packed[0])))
-    if old is None and new is None:
-        return set()
+    volume = other or one
+    assert volume is not None
+    try:
+        old, new = _browser(before, one), _browser(after, other)
+        if old is None and new is None:
+            return set()
+        opened = _Opened(old, new, paths)
+        if (old is None and _is_lost(before, after, (one, volume))) or (
+            new is None and _is_lost(after, before, (other, volume))
+        ):
+            if not packed and touched:
+                outcome.uncompared.append(Uncompared(volume, _LOST))
+            return opened.found
+        work = Comparison(old, new, touched)
+        differences = work.differences(_topmost(opened.tops))
+    except (errors.Corrupt, errors.Unsupported) as error:  # the others may be sound
+        if touched or paths:
+            outcome.uncompared.append(Uncompared(volume, error.message))
+        return set(paths)
     outcome.browsers.append((old, new))
-    found: set[bytes] = set()
-    tops: dict[bytes, tuple[Found | None, Found | None]] = {}
-    for path in paths or (b"/",):
-        those, these = ({} if each is None else _expanded(each, path) for each in opened)
-        if those or these:
-            found.add(path)
-        tops |= {key: (those.get(key), these.get(key)) for key in {**those, **these}}
-    work = Comparison(old, new, touched)
-    outcome.differences += work.differences(_topmost(tops))
-    for counts in (work.left_out, browsing.left_out([each for each in opened if each is not None])):
+    outcome.differences += differences
+    for counts in (work.left_out, browsing.left_out([each for each in (old, new) if each is not None])):
         for why, count in counts.items():
             outcome.left_out[why] = outcome.left_out.get(why, 0) + count
-    return found
+    return opened.found
+
+
+class _Opened:
+    """What the paths mean in a file system at both moments: ``found`` are those that are in it, ``tops`` what they lead to."""
+
+    def __init__(self, old: Browser | None, new: Browser | None, paths: Sequence[bytes]) -> None:
+        self.found: set[bytes] = set()
+        self.tops: dict[bytes, tuple[Found | None, Found | None]] = {}
+        for path in paths or (b"/",):
+            those, these = ({} if each is None else _expanded(each, path) for each in (old, new))
+            if those or these:
+                self.found.add(path)
+            self.tops |= {key: (those.get(key), these.get(key)) for key in {**those, **these}}
+
+
+def _is_packed(volume: Volume) -> bool:
+    """Whether something lies there that nobody can read."""
+    return not looking.is_readable(volume) and (bool(volume.why_not) or volume.kind not in _TOLD)
+
+
+def _is_lost(inside: Inside, others: Inside, pair: tuple[Volume | None, Volume]) -> bool:
+    """Whether a file system that is there at the other moment may be there at this one too, and is not seen.
+
+    It is gone for sure where its place was given to another file system, was never written, or is not there.
+    """
+    volume, seen = pair
+    if volume is not None:
+        return not inside.is_blank(volume, _HEAD)
+    if not seen.logical:
+        whole = [one for one in inside.volumes if one.disk.slot == seen.disk.slot and not one.logical]
+        return (
+            len(whole) == 1
+            and whole[0].number is None
+            and whole[0].kind is None
+            and not inside.is_blank(whole[0], _HEAD)
+        )
+    physical = {(one.disk.slot, one.number) for one in others.volumes if one.kind is Kind.LVM}
+    here = [one for one in inside.volumes if (one.disk.slot, one.number) in physical and not one.logical]
+    return any(one.why_not or (one.kind is None and not inside.is_blank(one, _HEAD)) for one in here)
 
 
 def _browser(inside: Inside, volume: Volume | None) -> Browser | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from hvmgr.model.progress import Progress
 from hvmgr.model.ranges import Range, Ranges
 from hvmgr.operations.inside import changed, differing, looking, views
 from hvmgr.operations.inside.browsing import Browser, Found
-from hvmgr.storage import access, durable, file_index
+from hvmgr.storage import access, durable, file_index, index_file
 from hvmgr.storage.file_index import BLOCK, Entry, FileIndex, Place, Point
 
 if TYPE_CHECKING:
@@ -42,22 +43,38 @@ class Updated:
 
 
 def place_of(vm: VM) -> Path:
-    """Where the index of a VM is: in its home, or where that is not this user's to write, in his cache."""
-    private = vm.home.layout.private
-    if private.is_dir() and access.is_writable(private):
-        return vm.home.layout.file_index
-    return settings.cache_folder() / "files" / f"{vm.id}.sqlite"
+    """Where the index of a VM is: in its home where that is this user's own and nobody else's to write, else in his cache."""
+    layout = vm.home.layout
+    file, private = layout.file_index, layout.private
+    is_own = all(access.is_private(one) for one in (private.parent, private)) and access.is_writable(private)
+    if is_own and (not os.path.lexists(file) or os.access(file, os.R_OK | os.W_OK, follow_symlinks=False)):
+        return file
+    return _cached(vm.id)
+
+
+def _cached(vm_id: str) -> Path:
+    return settings.cache_folder() / "files" / f"{vm_id}.sqlite"
+
+
+def forget(vm_id: str) -> None:
+    """The VM is gone, and so is what this user's cache has of it."""
+    path = _cached(vm_id)
+    if path.exists():
+        index_file.remove(path)
 
 
 @contextlib.contextmanager
-def opened(vm: VM, *, wait_s: float, anew: bool = False) -> Iterator[FileIndex]:
-    """The index of a VM as it is; made where there is none, or emptied with ``anew``."""
+def opened(vm: VM, *, wait_s: float, anew: bool = False, reading: bool = False) -> Iterator[FileIndex]:
+    """The index of a VM as it is; made where there is none, or emptied with ``anew``.
+
+    With ``reading`` nothing is written: NotFound where there is none.
+    """
     path = place_of(vm)
-    if not path.parent.is_dir():
+    if not path.parent.is_dir() and not reading:
         for folder in (path.parent.parent.parent, path.parent.parent, path.parent):
             with contextlib.suppress(FileExistsError):
                 durable.make_folder(folder, mode=0o700)
-    with file_index.opened(path, vm.id, wait_s=wait_s, anew=anew) as index:
+    with file_index.opened(path, vm.id, wait_s=wait_s, anew=anew, reading=reading) as index:
         yield index
 
 
@@ -86,7 +103,7 @@ def update(vm: VM, index: FileIndex, report: Report) -> Updated:
             if any(one.snapshot == point.snapshot for one in index.points()):
                 index.remove_point(next(one for one in index.points() if one.snapshot == point.snapshot))
                 done.removed.append(point.snapshot)
-    parents = {one.id: one.parent for one in vm.snapshots()}
+    there = {one.id: one for one in vm.snapshots()}
     for number, snapshot in enumerate(coming):
         report(Progress(number, len(coming), f"index {snapshot.name}"))
         with index.writing():
@@ -95,9 +112,9 @@ def update(vm: VM, index: FileIndex, report: Report) -> Updated:
                 continue
             base = snapshot.parent
             while base is not None and base not in known:
-                base = parents.get(base)
-            before = None if base is None else (known[base], views.of_vm(vm, snapshot=base))
-            done.folders += take_in(index, snapshot.id, views.of_vm(vm, snapshot=snapshot.id), before)
+                base = there[base].parent if base in there else None
+            before = None if base is None else (known[base], views.of_snapshot(vm, there[base]))
+            done.folders += take_in(index, snapshot.id, views.of_snapshot(vm, snapshot), before)
             done.added.append(snapshot.id)
     return done
 
@@ -123,11 +140,12 @@ def take_in(
         for volume in inside.volumes:
             if looking.is_readable(volume):
                 try:
-                    work = _Walk(index, point, base, (former, inside), volume, ranges)
-                except errors.Corrupt:
+                    with index.attempt():
+                        work = _Walk(index, point, base, (former, inside), volume, ranges)
+                        work.run()
+                except (errors.Corrupt, errors.Unsupported):
                     left_out += 1  # the other file systems may be sound
                     continue
-                work.run()
                 left_out += work.left_out
                 folders += work.folders
     index.note_left_out(point, left_out)
@@ -180,7 +198,10 @@ class _Walk:
         older = [] if former is None else [one for one in former.volumes if _name(one) == _name(volume)]
         if former is None or not older or not looking.is_readable(older[0]):
             return None
-        return self._browser.reader.departed(former.browser(older[0]).reader)
+        try:
+            return self._browser.reader.departed(former.browser(older[0]).reader)
+        except (errors.Corrupt, errors.Unsupported):
+            return None
 
     def _where(self, before: Place, ranges: Mapping[str, Ranges], gone: Sequence[Range]) -> Ranges:
         """All bytes that may differ from those that the base's folders follow from."""
@@ -219,6 +240,8 @@ class _Walk:
         try:
             for part in self._parts(path):
                 found = self._browser.child(found, part) if found is not None and found.node.is_folder else None
+                if found is None or found.name != part:  # a name that differs in case alone is another one
+                    return None
         except (errors.Corrupt, errors.Unsupported):
             return None
         before = self._index.entry(self._line, path)

@@ -91,6 +91,15 @@ class Inside:
                 hint=_RUNNING,
             )
 
+    def is_placed(self, volume: Volume) -> bool:
+        """Whether it is known where a volume lies."""
+        return self._places[volume] is not None
+
+    def is_blank(self, volume: Volume, size: int) -> bool:
+        """Whether the first ``size`` bytes of a volume are zeros; not of one that nobody can read."""
+        disk = self._places[volume]
+        return disk is not None and not any(window.read(disk, 0, size))
+
     def parts(self, volume: Volume) -> list[tuple[str, tuple[object, int, int]]]:
         """Where a volume lies, each part with the slot of its disk; nothing of one that cannot be read.
 

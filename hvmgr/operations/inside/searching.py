@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hvmgr import errors
+from hvmgr.model import names
 from hvmgr.operations.inside import browsing
 from hvmgr.storage.file_index import Entry, FileIndex, Place
 
@@ -35,59 +36,67 @@ class Wish:
 
     def means(self, place: Place) -> bool:
         """Whether the file system may be the one."""
-        return (self.disk is None or self.disk == place.disk) and (
-            self.partition is None or self.partition in {str(place.partition), place.logical}
-        )
+        partition = place.logical or (None if place.partition is None else str(place.partition))
+        return (self.disk is None or self.disk in disks_of(place)) and self.partition in {None, partition}
+
+
+def disks_of(place: Place) -> set[str]:
+    """The slots of the disks that a file system lies on."""
+    return {place.disk} if place.disk is not None else {name for name, start, _ in place.parts if start is not None}
 
 
 def search(index: FileIndex, wish: Wish) -> list[Hit]:
-    """All that fit, by path; a file that changed in between is as many hits as it has been files."""
+    """All that fit, by path; a file that changed in between is as many hits as it has been files.
+
+    NotFound for a disk or a partition that no snapshot has.
+    """
     points = index.points()
-    places = {point.id: {one.root: one for one in index.places(point) if wish.means(one)} for point in points}
-    roots = {root: one for those in places.values() for root, one in those.items()}
+    there = {point.id: index.places(point) for point in points}
+    known = {slot for those in there.values() for one in those for slot in disks_of(one)}
+    if wish.disk is not None and known and wish.disk not in known:
+        raise names.not_found("disk", wish.disk, sorted(known), where="in the index")
+    places = {point: {one.root: one for one in those if wish.means(one)} for point, those in there.items()}
+    roots: dict[int, dict[bool, Place]] = {}
+    for those in places.values():
+        for root, one in those.items():
+            roots.setdefault(root, {})[one.ignores_case] = one
     if wish.partition is not None and not roots:
         raise errors.NotFound(f"there is no partition {wish.partition} in the index")
     paths = _Paths(index, roots)
     fitting = {one: path for one, name in _candidates(index, wish, roots) if (path := paths.fitting(one, name, wish))}
     hits: list[Hit] = []
     for number, rows in index.entries(fitting).items():
-        root, parts = fitting[number]
+        root, parts, cases = fitting[number]
         state: dict[int, Entry | None] = {}
         same: dict[Entry, list[str]] = {}
         for point in points:
             entry = state[point.id] = rows.get(point.id, None if point.base is None else state.get(point.base))
             is_meant = wish.snapshots is None or point.snapshot in wish.snapshots
-            if entry is not None and is_meant and root in places[point.id] and wish.suits(entry):
+            place = places[point.id].get(root)
+            is_meant = is_meant and place is not None and place.ignores_case in cases
+            if entry is not None and is_meant and wish.suits(entry):
                 same.setdefault(entry, []).append(point.snapshot)
         whole = b"/" + b"/".join(parts)
-        hits += [Hit(whole, entry, roots[root], tuple(snapshots)) for entry, snapshots in same.items()]
+        last = [*roots[root].values()][-1]
+        hits += [Hit(whole, entry, last, tuple(snapshots)) for entry, snapshots in same.items()]
     return sorted(hits, key=lambda one: (one.place.disk or "", one.place.partition or 0, one.place.logical, one.path))
 
 
 class _Paths:
     """Numbers of paths as what they mean."""
 
-    def __init__(self, index: FileIndex, roots: dict[int, Place]) -> None:
+    def __init__(self, index: FileIndex, roots: dict[int, dict[bool, Place]]) -> None:
         self._index, self._roots = index, roots
         self._known: dict[int, tuple[int, tuple[bytes, ...]] | None] = {root: (root, ()) for root in roots}
 
-    def fitting(self, number: int, name: bytes, wish: Wish) -> tuple[int, tuple[bytes, ...]] | None:
-        """The file system and the names of a path that is looked for; None for another one."""
+    def fitting(self, number: int, name: bytes, wish: Wish) -> tuple[int, tuple[bytes, ...], list[bool]] | None:
+        """The file system and the names of a path that is looked for, and with case ignored or not; None for another one."""
         found = self._whole(number) if wish.name is None or self._may_fit(name, wish) else None
         if found is None:
             return None
         root, parts = found
-        ignoring = self._roots[root].ignores_case
-        if wish.name is not None and not browsing.fits(
-            name if parts else b"", wish.name, ignoring_case=ignoring or wish.ignore_case
-        ):
-            return None
-        for path in wish.paths:
-            pattern = _resolved(browsing.parts_of(path, ignoring_case=ignoring))
-            for count in browsing.beginnings(parts, pattern, ignoring_case=ignoring):
-                if wish.depth is None or len(parts) - count <= wish.depth:
-                    return found
-        return None
+        cases = [one for one in self._roots[root] if _fits(parts, name, wish, ignoring=one)]
+        return (root, parts, cases) if cases else None
 
     def _may_fit(self, name: bytes, wish: Wish) -> bool:
         assert wish.name is not None
@@ -110,7 +119,18 @@ class _Paths:
         return found
 
 
-def _candidates(index: FileIndex, wish: Wish, roots: dict[int, Place]) -> Iterator[tuple[int, bytes]]:
+def _fits(parts: tuple[bytes, ...], name: bytes, wish: Wish, *, ignoring: bool) -> bool:
+    """Whether a path is one that is looked for, in a file system that ignores case or does not."""
+    if wish.name is not None and not browsing.fits(
+        name if parts else b"", wish.name, ignoring_case=ignoring or wish.ignore_case
+    ):
+        return False
+    patterns = [_resolved(browsing.parts_of(path, ignoring_case=ignoring)) for path in wish.paths]
+    counts = [one for pattern in patterns for one in browsing.beginnings(parts, pattern, ignoring_case=ignoring)]
+    return any(wish.depth is None or len(parts) - count <= wish.depth for count in counts)
+
+
+def _candidates(index: FileIndex, wish: Wish, roots: dict[int, dict[bool, Place]]) -> Iterator[tuple[int, bytes]]:
     """Paths among which all that fit are, with their names."""
     if wish.name is not None:
         found = index.with_words(browsing.literals(wish.name))
@@ -119,9 +139,9 @@ def _candidates(index: FileIndex, wish: Wish, roots: dict[int, Place]) -> Iterat
             return
     tops: list[int] = []
     for path in wish.paths:
-        for root, place in roots.items():
-            parts = _resolved(browsing.parts_of(path, ignoring_case=place.ignores_case))
-            tops += _reached(index, [root], parts, ignoring_case=place.ignores_case)
+        for root, ignoring in ((root, one) for root, cases in roots.items() for one in cases):
+            parts = _resolved(browsing.parts_of(path, ignoring_case=ignoring))
+            tops += _reached(index, [root], parts, ignoring_case=ignoring)
     for number in dict.fromkeys(index.all_below(tops)):
         above = index.above(number)
         if above is not None:

@@ -32,7 +32,7 @@ from hvmgr.vhd.source import RawSource, Source
 
 if TYPE_CHECKING:
     from hvmgr.operations.transfer.points import Point
-    from hvmgr.operations.vm import VM
+    from hvmgr.operations.vm import VM, Snapshot
     from hvmgr.storage.source_home import SourceHome, SourceSnapshot
 
 
@@ -108,6 +108,13 @@ def of_vm(vm: VM, *, snapshot: str | None = None, slot: str | None = None) -> li
         moment: str | None = f"{vm.name} runs: this is its latest snapshot '{chosen.name}'"
     else:
         chosen, moment = vm.snapshot(snapshot), None
+    return of_snapshot(vm, chosen, slot=slot, moment=moment)
+
+
+def of_snapshot(vm: VM, chosen: Snapshot, *, slot: str | None = None, moment: str | None = None) -> list[Frozen]:
+    """The disks of a VM at this very snapshot, whatever others are called; only ``slot``, when given."""
+    from hvmgr.operations.transfer import points
+
     forest = vm.home.tree()
     slots = [slot] if slot is not None else sorted(forest.nodes[chosen.id].disks)
     found = [points.of_snapshot(vm.home, chosen.id, one, forest) for one in slots]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import ctypes.util
 import functools
@@ -66,9 +67,13 @@ class Extents:
     def pieces(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | memoryview]]:
         """The data in order, whole extents of it."""
         last = self.size if end is None else min(end, self.size)
-        for one in self._extents:
+        first = bisect.bisect_right(self._extents, start, key=lambda one: one.start + one.length)
+        for number in range(first, len(self._extents)):
+            one = self._extents[number]
             end = min(one.start + one.length, self.size)
-            if one.start >= last or end <= start:
+            if one.start >= last:
+                return
+            if end <= start:
                 continue
             if one.compression or one.inline is not None:
                 with parsing("a compressed extent makes no sense"):

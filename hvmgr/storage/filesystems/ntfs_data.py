@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -162,41 +163,50 @@ class Compressed:
         if first.unit > 8:
             raise damaged("a compressed content makes no sense")
         self._unit = about.cluster << first.unit
+        self._units: list[tuple[int, list[Run]]] | None = None  # where in the content each lies
 
     def pieces(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | memoryview]]:
         """The data, unit by unit."""
-        offset, last = 0, self._end if end is None else min(end, self._end)
-        for unit, empty in self._units():
-            offset += empty * self._unit
+        last = self._end if end is None else min(end, self._end)
+        units = self._placed()
+        for number in range(bisect.bisect_right(units, start - self._unit, key=lambda one: one[0]), len(units)):
+            offset, unit = units[number]
             if offset >= last:
                 return
             allocated = sum(one.length for one in unit if one.start is not None)
-            if allocated and offset + self._unit > start:
+            if allocated:
                 raw = b"".join(window.read(self._disk, one.start, one.length) for one in unit if one.start is not None)
                 data = raw if allocated == self._unit else expanded(raw, self._unit)
                 yield offset, data[: self._end - offset]
-            offset += self._unit
 
     def segments(self) -> list[Segment]:
         """Each unit that holds something."""
         found: list[Segment] = []
-        offset = 0
-        for unit, empty in self._units():
-            offset += empty * self._unit
-            if offset >= self._end:
-                break
+        for offset, unit in self._placed():
             places = tuple((one.start, one.start + one.length) for one in unit if one.start is not None)
             if places:
                 end = min(offset + self._unit, self._end)
                 found.append(Segment(offset, end, -offset, (self._unit, places), places))
-            offset += self._unit
         return found
 
     def ranges(self) -> list[tuple[int, int]]:
         """All of it: holes are found by reading only."""
         return [(0, self._end)] if self._end else []
 
-    def _units(self) -> Iterator[tuple[list[Run], int]]:
+    def _placed(self) -> list[tuple[int, list[Run]]]:
+        """The units in order, without those that hold nothing."""
+        if self._units is None:
+            self._units = []
+            offset = 0
+            for unit, empty in self._read_units():
+                offset += empty * self._unit
+                if offset >= self._end:
+                    break
+                self._units.append((offset, unit))
+                offset += self._unit
+        return self._units
+
+    def _read_units(self) -> Iterator[tuple[list[Run], int]]:
         """Each unit with how many units of nothing lie in front of it."""
         unit: list[Run] = []
         empty = 0

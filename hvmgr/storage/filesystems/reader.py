@@ -6,6 +6,7 @@ bounded by what is on the disk, so that no damage makes it wait.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import struct
 import zlib
@@ -220,30 +221,36 @@ class Runs:
         self._disk, self._runs = disk, runs
         self.size = possible(size)
         self._end = size if valid is None else min(size, valid)
+        self._segments: list[Segment] | None = None
 
     def pieces(self, start: int = 0, end: int | None = None) -> Iterator[tuple[int, bytes | memoryview]]:
         """The data; holes are left out."""
         last = self._end if end is None else min(end, self._end)
         buffer = memoryview(bytearray(min(PIECE, max(1, last - start))))
-        for first, stop, shift, *_ in self.segments():
+        segments = self.segments()
+        for number in range(bisect.bisect_right(segments, start, key=lambda one: one.end), len(segments)):
+            first, stop, shift, *_ = segments[number]
+            if first >= last:
+                return
             for offset in range(max(first, start), min(stop, last), PIECE):
                 piece = buffer[: min(PIECE, stop - offset, last - offset)]
                 self._disk.read_into(offset + shift, piece)
                 yield offset, piece
-            if stop >= last:
-                return
 
     def segments(self) -> list[Segment]:
         """The runs that are not holes."""
-        found: list[Segment] = []
+        if self._segments is None:
+            self._segments = list(self._found())
+        return self._segments
+
+    def _found(self) -> Iterator[Segment]:
         at = 0
         for length, start in joined(self._runs):
             if at >= self._end:
                 break
             if start is not None:
-                found.append(Segment(at, min(at + length, self._end), start - at))
+                yield Segment(at, min(at + length, self._end), start - at)
             at += length
-        return found
 
     def ranges(self) -> list[tuple[int, int]]:
         """The runs that are not holes."""

@@ -247,6 +247,9 @@ class TestIndex:
             ["/etc/passwd", "c"]
         ]
         assert find("/nowhere") == []
+        for words, said in ((("--disk", "vdz"), "no disk 'vdz'"), (("--partition", "None"), "no partition None")):
+            answer = hvmgr("file", "find", web, "/", *words, "--index")
+            assert (answer.code, said in answer.err) == (3, True), answer
         assert hvmgr.ok("file", "find", web, "/etc/p*", "--index", "--null").out == "/etc/passwd\0"
         (mode, *_, where) = find("/etc/passwd", "--snapshot", "b", "--long")[0]
         assert (mode, where) == ("-rw-------", "b")
@@ -256,6 +259,7 @@ class TestIndex:
         assert (entry["size"], entry["disk"], entry["partition"]) == (12, "vda", 1)
         self.is_made_anew_where_it_does_not_fit(hvmgr, web, database)
         self.is_readable_while_another_command_writes(hvmgr, web, database)
+        self.knows_a_snapshot_by_its_id_whatever_others_are_called(hvmgr, web)
         self.lies_in_the_cache_of_a_user_who_may_not_write_the_home(hvmgr, web, database, tmp_path, monkeypatch)
 
     def test_a_new_snapshot_costs_what_changed_and_one_that_goes_takes_its_rows_along(
@@ -352,9 +356,20 @@ class TestIndex:
         answer = hvmgr("file", "index", web, "--wait", "0")
         assert answer.code == 4, "and a second one has to wait"
         assert "another command writes the index of files" in answer.err
+        answer = hvmgr("file", "find", web, "/etc/old.conf", "--index", "--wait", "0")
+        assert (answer.code, answer.lines) == (0, [["/etc/old.conf", "a"]])
+        assert "snapshots that are not in it: 'd'" in answer.err
+        assert hvmgr.ok("file", "find", web, "/etc/old.conf", "--index", "--dry-run").lines == [["/etc/old.conf", "a"]]
         writer.rollback()
         writer.close()
         hvmgr.ok("file", "index", web)
+
+    def knows_a_snapshot_by_its_id_whatever_others_are_called(self, hvmgr, web):
+        numbers = {one["name"]: one["id"] for one in hvmgr.ok("snapshot", "list", web, "--json").json["snapshots"]}
+        expected = hvmgr.ok("file", "find", web, "/etc/old.conf", "--index").lines
+        hvmgr.ok("snapshot", "rename", web, "c", numbers["a"])
+        hvmgr.ok("file", "index", web, "--rebuild")
+        assert hvmgr.ok("file", "find", web, "/etc/old.conf", "--index").lines == expected
 
     def lies_in_the_cache_of_a_user_who_may_not_write_the_home(self, hvmgr, web, database, tmp_path, monkeypatch):
         database.unlink()
@@ -364,6 +379,8 @@ class TestIndex:
         (made,) = (tmp_path / "cache" / "files").glob("*.sqlite")
         assert made.parent.stat().st_mode & 0o777 == 0o700
         assert not database.exists()
+        hvmgr.ok("vm", "delete", web, "--with-disks", "--yes")
+        assert not made.exists(), "it goes with the VM"
 
     def test_needs_a_vm(self, hvmgr, made):
         answer = hvmgr("file", "find", "--image", made / "disk0", "/", "--index")

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvmgr import errors
 from hvmgr.model.ranges import Ranges
-from hvmgr.operations.inside import comparison, differing, indexing, looking, searching, views
+from hvmgr.operations.inside import comparison, contents, differing, indexing, looking, searching, views
 from hvmgr.operations.inside.browsing import Browser
 from hvmgr.storage import file_index
-from hvmgr.storage.filesystems import opening, signatures
-from hvmgr.storage.filesystems.reader import Type
+from hvmgr.storage.filesystems import opening, reader, signatures
+from hvmgr.storage.filesystems.reader import Runs, Type
+from hvmgr.storage.filesystems.window import Run
 from hvmgr.storage.partitions import File
 from tests.storage import file_trees, moments, test_lvm
 
@@ -90,7 +90,7 @@ class Spied(File):
         super().read_into(offset, buffer)
 
 
-VOLUME = SimpleNamespace(title="a volume", disk=SimpleNamespace(name="a disk"))
+VOLUME = SimpleNamespace(title="a volume", uuid="one", disk=SimpleNamespace(name="a disk"))
 
 
 def browser(disk):
@@ -348,6 +348,16 @@ def test_fat_by_its_own_tools(tree, tmp_path, require_program):
     assert_told(outcome.differences, expected)
 
 
+def test_a_folder_of_fat_whose_name_changes_in_case_alone_leaves_nothing_behind(tree, tmp_path, require_program):
+    require_program("mren")
+    before, after = made("fat", tmp_path / "before", tree), tmp_path / "after"
+    copied(before, after)
+    file_trees.run("mren", "-i", after, "::deep", "::elsewhere")
+    file_trees.run("mren", "-i", after, "::elsewhere", "::Deep")
+    file_trees.run("mdel", "-i", after, "::Deep/other")
+    assert_indexed(*of(before, after), tmp_path / "index")
+
+
 def test_streams_of_ntfs_are_part_of_their_files(tree, tmp_path, require_program):
     require_program("wimapply")
     before, after, data = made("ntfs", tmp_path / "before", tree), tmp_path / "after", tmp_path / "data"
@@ -380,8 +390,9 @@ def test_a_folder_in_itself_does_not_go_round(tree, tmp_path):
     with after.open("r+b") as file:
         file.seek(of_content(made("ext4", tmp_path / "sound", tree))[b"/deep/er/big"][0][0])
         file.write(b"x")
-    with pytest.raises(errors.Corrupt, match="in two places"):
-        differing.between([views.of_image(image, "raw")], [views.of_image(after, "raw")])
+    outcome = differing.between([views.of_image(image, "raw")], [views.of_image(after, "raw")])
+    assert "in two places" in outcome.uncompared[0].why
+    assert outcome.differences == []
 
 
 def test_of_btrfs_only_folders_are_read_again_that_were_written_to(tmp_path, require):
@@ -433,3 +444,133 @@ def test_on_a_logical_volume_and_on_that_alone(tmp_path):
     assert (one.volume.logical, outcome.size) == ("group/whole", 64 << 10)
     assert differing.between(old, new).differences == outcome.differences
     assert_indexed(old, new, tmp_path / "index")
+
+
+def table(image, *parts):
+    """A disk with a partition for each of these images."""
+    starts = [2048 + number * 65536 for number in range(len(parts))]
+    lines = "".join(f"start={start},size=61440\n" for start in starts)
+    file_trees.run("truncate", "-s", f"{len(parts) * 32 + 2}M", image)
+    file_trees.run("sfdisk", "-q", image, input=f"label: gpt\n{lines}".encode())
+    with image.open("r+b") as file:
+        for start, part in zip(starts, parts, strict=True):
+            file.seek(start * 512)
+            file.write(part)
+    return image
+
+
+def of(*images):
+    return [[views.of_image(one, "raw")] for one in images]
+
+
+def test_one_file_system_that_is_lost_at_one_moment_is_named_and_the_others_are_compared(tree, tmp_path):
+    part = made("ext4", tmp_path / "part", tree)
+    sound = part.read_bytes()
+    file_trees.run("debugfs", "-w", "-R", "rm /etc/gone", part)
+    changed, spoiled, unopened = part.read_bytes(), bytearray(sound), bytearray(sound)
+    spoiled[1024:2048] = bytes(1024)  # the superblock: nothing known lies there
+    unopened[1024 + 0x18] = 200  # a block size that cannot be
+    old = table(tmp_path / "old", sound, sound)
+    for number, damaged in enumerate((spoiled, unopened)):
+        new = table(tmp_path / f"new{number}", changed, damaged)
+        for before, after, change in ((*of(old, new), "removed"), (*of(new, old), "added")):
+            outcome = differing.between(before, after)
+            assert [one.volume.number for one in outcome.uncompared] == [2]
+            assert_told(outcome.differences, {"/etc/gone": (change,)})
+            assert differing.between(before, after, paths=[b"/etc/log"]).differences == []
+        with file_index.opened(tmp_path / "index", "vm", wait_s=5, anew=True) as index, index.writing():
+            indexing.take_in(index, "first", of(new)[0], None)
+            (point,) = index.points()
+            assert [one.partition for one in index.places(point)] == [1]
+            assert point.left_out == number
+    blank = table(tmp_path / "blank", changed, bytes(len(sound)))
+    outcome = differing.between(*of(blank, old))
+    assert outcome.uncompared == []
+    assert {one.volume.number for one in outcome.differences if one.change.value == "added"} == {1, 2}
+
+
+def test_of_another_file_system_the_same_numbers_are_no_renames(tree, tmp_path):
+    """Both made alike, with generations of zero."""
+    (tmp_path / "other").mkdir()
+    for name in ("a", "b", "c"):
+        (tmp_path / "other" / name).write_text(name)
+    one, other = made("ext4", tmp_path / "one", tree), made("ext4", tmp_path / "two", tmp_path / "other")
+    found = differing.between(*of(one, other)).differences
+    assert {each.change.value for each in found} <= {"added", "removed", "changed", "metadata"}
+
+
+def logical(metadata, payload):
+    data = bytearray(test_lvm.physical(test_lvm.UUID, metadata.encode()).data)
+    data[2 << 20 : 4 << 20] = payload
+    return data
+
+
+def test_logical_volumes_that_cannot_be_read_are_named(tmp_path):
+    tree, part = tmp_path / "tree", tmp_path / "part"
+    tree.mkdir()
+    (tree / "file").write_text("x")
+    file_trees.ext(part, tree, "-t", "ext2", size="2M")
+    sound, thin = test_lvm.METADATA, test_lvm.METADATA.replace('"striped"', '"thin"')
+    images = {name: tmp_path / name for name in ("sound", "thin", "written", "damaged", "wiped")}
+    images["sound"].write_bytes(logical(sound, part.read_bytes()))
+    images["thin"].write_bytes(logical(thin, part.read_bytes()))
+    images["written"].write_bytes(logical(thin, part.read_bytes().replace(b"file", b"fill")))
+    images["damaged"].write_bytes(logical(sound.replace("{", "["), part.read_bytes()))
+    wiped = logical(sound, part.read_bytes())
+    wiped[: 4 * 512] = bytes(4 * 512)
+    images["wiped"].write_bytes(wiped)
+    for before, after in (("thin", "written"), ("sound", "damaged"), ("damaged", "sound"), ("sound", "wiped")):
+        outcome = differing.between(*of(images[before], images[after]))
+        assert outcome.differences == []
+        assert "group/whole" in {one.volume.logical for one in outcome.uncompared}, (before, after)
+    assert differing.between(*of(images["thin"], images["thin"])).uncompared == []
+
+
+def test_the_index_lies_in_a_home_of_ones_own_alone(tmp_path, monkeypatch, require):
+    require(os.geteuid() == 0, "only root can give folders away")
+    home, cache = tmp_path / "home", tmp_path / "cache"
+    (home / ".hvmgr").mkdir(parents=True)
+    file = home / ".hvmgr" / "files.sqlite"
+    vm = SimpleNamespace(id="x", home=SimpleNamespace(layout=SimpleNamespace(private=file.parent, file_index=file)))
+    monkeypatch.setattr("hvmgr.settings.cache_folder", lambda: cache)
+    assert indexing.place_of(vm) == file
+    for folder, spoil, back in (
+        (home, lambda: os.chown(home, 1234, 1234), lambda: os.chown(home, 0, 0)),
+        (file.parent, lambda: os.chown(file.parent, 1234, 0), lambda: os.chown(file.parent, 0, 0)),
+        (home, lambda: home.chmod(0o770), lambda: home.chmod(0o711)),
+    ):
+        spoil()
+        assert indexing.place_of(vm) == cache / "files" / "x.sqlite", folder
+        back()
+    assert indexing.place_of(vm) == file
+    os.rename(file.parent, home / "real")
+    file.parent.symlink_to(home / "real")
+    assert indexing.place_of(vm) != file
+
+
+class Counted(list):
+    """Runs that count how often they are looked at from the beginning."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return super().__iter__()
+
+
+def test_many_places_of_a_content_are_found_without_a_look_at_all_of_it_for_each(tmp_path):
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(range(256)) * 16)
+    plain = [Run(4, (number * 8) % 4096) for number in range(500)]
+    runs = Counted(plain)
+    with File(disk) as opened:
+        content, other = Runs(opened, runs, 2000), Runs(opened, plain, 2000)
+        assert contents.are_same(content, other, Ranges((at, at + 1) for at in range(0, 4096, 2)))
+        for start in range(0, 1990, 7):
+            data = b"".join(bytes(piece) for _, piece in content.pieces(start, start + 9))
+            assert data == reader.whole(other, 2000)[start : start + 9]
+    assert runs.times == 1
+
+
+def test_ranges_that_follow_each_other_are_read_as_one():
+    assert list(contents._joined(iter([(0, 2), (2, 3), (5, 6), (6, 9)]))) == [(0, 3), (5, 9)]
