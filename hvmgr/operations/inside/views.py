@@ -31,8 +31,9 @@ from hvmgr.storage.partitions import Disk
 from hvmgr.vhd.source import RawSource, Source
 
 if TYPE_CHECKING:
+    from hvmgr.operations.snapshot import Snapshot
     from hvmgr.operations.transfer.points import Point
-    from hvmgr.operations.vm import VM, Snapshot
+    from hvmgr.operations.vm import VM
     from hvmgr.storage.source_home import SourceHome, SourceSnapshot
 
 
