@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -366,4 +367,4 @@ def _place(
             [(start, end) for start, end in replaced],
         )
     except (zlib.error, ValueError, TypeError, LookupError, RecursionError) as error:
-        raise index_file.Damaged("what it says of a file system makes no sense") from error
+        raise sqlite3.DatabaseError("what it says of a file system makes no sense") from error

@@ -32,10 +32,6 @@ CREATE INDEX asked_of_unit ON asked (point, path);
 """
 
 
-class Damaged(sqlite3.DatabaseError):
-    """What it holds cannot be what was written."""
-
-
 @contextlib.contextmanager
 def translated(path: Path, *, keep: bool) -> Iterator[None]:
     """What SQLite says, as hvmgr's errors; what is damaged is removed, unless it is to be kept."""
