@@ -10,7 +10,7 @@ import pytest
 from hvmgr import errors
 from hvmgr.model import tree
 from hvmgr.model.metadata import SnapshotType
-from hvmgr.operations import reconcile
+from hvmgr.operations import reconcile, working
 
 MIB = 1 << 20
 
@@ -368,10 +368,10 @@ def test_disk_pointed_to_nothing_is_a_conflict_and_every_snapshot_stays_usable(b
 
 def test_rebased_image_that_somebody_looked_at_is_the_present_as_it_is(bench, vm):
     a, b = vm.snapshot("a"), vm.snapshot("b")
-    working = vm.now().disks["hda"]
-    bench.run("qemu-img", "rebase", "-f", "qcow2", "-F", "qcow2", "-b", a.disks["hda"], working)  # with its data
-    bench.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "", working)  # and without the rest of it
-    seen = bench.bytes_of(working)
+    image = vm.now().disks["hda"]
+    bench.run("qemu-img", "rebase", "-f", "qcow2", "-F", "qcow2", "-b", a.disks["hda"], image)  # with its data
+    bench.run("qemu-img", "rebase", "-u", "-f", "qcow2", "-b", "", image)  # and without the rest of it
+    seen = bench.bytes_of(image)
     with pytest.raises(errors.Conflict, match="no longer stands on"):
         vm.create_snapshot("c")
     with working.on(vm, needs_present=False) as session:
