@@ -382,8 +382,12 @@ class TestLayer:
         before = state(written)
         with layers.alone(SimpleNamespace(wait_s=0.0), os_vhd):
             for command in (["merge", "Blue"], ["revert", "Blue"], ["remove", "Blue", "--yes"]):
-                refused(hvmgr("boot", *command, *written.boot_dir), 4, "another command works", str(os_vhd))
-            refused(hvmgr("boot", "add", os_vhd, "--replace", *written.options), 4, "another command works")
+                refused(
+                    hvmgr("--wait", "0", "boot", *command, *written.boot_dir), 4, "another command works", str(os_vhd)
+                )
+            refused(
+                hvmgr("--wait", "0", "boot", "add", os_vhd, "--replace", *written.options), 4, "another command works"
+            )
         assert state(written) == before
 
     def test_kept_as_a_vhd_of_its_own(self, written, os_vhd, whole, hvmgr):

@@ -21,6 +21,11 @@ def debugfs(raw, *commands):
         file_trees.run("debugfs", "-w", "-R", one, offset)
 
 
+def written(source, path, generation):
+    """A new file: as Linux does it, it has a generation of its own, even with the inode of one that went this second."""
+    return [f"write {source} {path}", f"set_inode_field {path} generation {generation}"]
+
+
 def raw_disk(image, tree):
     """A disk with one partition, and ext4 with the tree on it."""
     part = image.with_suffix(".part")
@@ -55,9 +60,9 @@ def made(tmp_path_factory):
     new = folder / "new"
     new.write_text("new content\n")
     steps = [
-        ["rm /etc/old.conf", f"write {new} /etc/new.conf", "set_inode_field /etc/passwd mode 0100600"],
-        ["rm /etc/passwd", f"write {new} /etc/passwd", "rm '/srv/many/file 007'"],
-        [f"write {new} /etc/old.conf", "mkdir /srv/more", f"write {new} /srv/more/inner"],
+        ["rm /etc/old.conf", *written(new, "/etc/new.conf", 1), "set_inode_field /etc/passwd mode 0100600"],
+        ["rm /etc/passwd", *written(new, "/etc/passwd", 2), "rm '/srv/many/file 007'"],
+        [*written(new, "/etc/old.conf", 3), "mkdir /srv/more", *written(new, "/srv/more/inner", 4)],
     ]
     for number, commands in enumerate(steps, 1):
         raws.append(folder / f"disk{number}")

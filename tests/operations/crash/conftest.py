@@ -62,7 +62,7 @@ def every():
 
 
 # Some fifty shapes share the minutes that the whole check may take.
-THIN = 3
+THIN = 6
 
 
 # Long ones, of whose acts fewer are killed: how many times the stride of the others.
