@@ -16,6 +16,7 @@ from hvmgr.faces.cli import arguments, file_render, json_out, render
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.file_options import CODES
 from hvmgr.faces.cli.groups import Command, Group
+from hvmgr.model import patterns
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -56,11 +57,9 @@ class _Condition:
 
     def fits(self, browser: Browser, one: Found) -> bool:
         """Whether it is, of a file on a disk."""
-        from hvmgr.operations.inside import browsing
-
         folded = self.ignore_case or browser.reader.ignores_case
         return self._suits(one.node.type.value, one.size, one.node.modified) and (
-            self.name is None or browsing.fits(one.name, self.name, ignoring_case=folded)
+            self.name is None or patterns.fits(one.name, self.name, ignoring_case=folded)
         )
 
     def suits(self, entry: Entry) -> bool:
