@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hvmgr import errors
-from hvmgr.host import bare_machine, process
+from hvmgr.host import bare_machine, file_systems, process
 from hvmgr.host.bare_machine import Machine
 from hvmgr.operations.inside.arranging import ACL, DEFAULT_ACL, Act
 from hvmgr.operations.inside.browsing import Browser
@@ -112,9 +112,7 @@ class KernelWriter:
 
     def _explained(self, words: str) -> errors.HvmgrError:
         if "No space left" in words:
-            return errors.NoSpace(
-                "the file system has no space left for it", hint="free space in the guest, or put less"
-            )
+            return file_systems.full("the file system")
         if words.startswith("mount") and any(one in words for one in _TOO_NEW):
             return errors.Unsupported(
                 f"the {self.module} file system has features that no Linux kernel of this host knows",
