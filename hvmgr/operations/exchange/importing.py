@@ -19,7 +19,7 @@ from hvmgr.operations.exchange import compare, import_, intake
 from hvmgr.operations.exchange.compare import Comparison
 from hvmgr.operations.steps import execution
 from hvmgr.operations.vm import VM
-from hvmgr.storage import index, source_home, vm_home
+from hvmgr.storage import index, source_configurations, source_home, vm_home
 from hvmgr.storage.source_home import SourceHome
 from hvmgr.storage.vm_home import VmHome
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def run(host: Host, source: Path, options: ImportOptions) -> VM:
     """The VM; nothing was changed when it raises."""
-    folder, _ = source_home.find_configuration(source, options.vm)
+    folder, _ = source_configurations.find(source, options.vm)
     _complete_target(host, source, options)
     with host.occasions.gathered(), _source_locked(host, folder, options):
         comparison = compare.examine(host.connection, host.root, source, options)
