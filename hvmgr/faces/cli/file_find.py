@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,8 +15,8 @@ from hvmgr.faces.cli import arguments, file_render, json_out, render
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.file_options import CODES
 from hvmgr.faces.cli.groups import Command, Group
-from hvmgr.model import patterns
 from hvmgr.faces.cli.request import Request
+from hvmgr.model import patterns
 
 if TYPE_CHECKING:
     from hvmgr.operations.inside.browsing import Browser, Found
@@ -209,7 +208,7 @@ def _hit(one: Hit, names: dict[str, str]) -> dict[str, Any]:
         **file_render.name_of(one.path),
         "type": entry.type,
         "size": entry.size,
-        "mode": None if entry.mode is None else f"{entry.mode:04o}",
+        "mode": file_render.octal(entry.mode),
         "uid": entry.uid,
         "gid": entry.gid,
         "links": entry.links,
@@ -223,8 +222,7 @@ def _hit(one: Hit, names: dict[str, str]) -> dict[str, Any]:
 
 def _show_hits(hits: Sequence[Hit], names: dict[str, str], *, long: bool, null: bool) -> None:
     if null:
-        paths = dict.fromkeys(one.path for one in hits)
-        sys.stdout.buffer.write(b"".join(one + b"\0" for one in paths))
+        file_render.show_null(dict.fromkeys(one.path for one in hits))
         return
     several = len({(one.place.disk, one.place.partition, one.place.logical) for one in hits}) > 1
     headers = [*(file_render.HEADERS[:-1] if long else ()), "Path", "Snapshots", *(["On"] if several else [])]
