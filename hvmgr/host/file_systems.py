@@ -116,6 +116,11 @@ def at(directory: str) -> Point | None:
     return next((one for one in reversed(list(points())) if one.directory == directory), None)
 
 
+def full(what: str) -> errors.NoSpace:
+    """What is said of one that a program of ours has no room to write in."""
+    return errors.NoSpace(f"{what} has no space left for it", hint="free space in the guest, or put less")
+
+
 def points() -> Iterator[Point]:
     """The table of mounts, as this process sees it."""
     for line in Path("/proc/self/mountinfo").read_bytes().splitlines():

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import process
+from hvmgr.host import file_systems, process
 
 _LIMIT_S = 3600.0
 # The user's own settings mean other drives; times on FAT have no zone.
@@ -56,5 +56,5 @@ def _run(volume: Path, argv: list[str | Path]) -> None:
         return
     words = " ".join(done.stderr.split())
     if "full" in words:
-        raise errors.NoSpace("the FAT volume has no space left for it", hint="free space in the guest, or put less")
+        raise file_systems.full("the FAT volume")
     raise errors.HostFailed(f"{argv[0]} failed: {words.replace(str(volume), 'the volume')}", words=words)

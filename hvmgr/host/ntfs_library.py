@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hvmgr import errors
-from hvmgr.host import process
+from hvmgr.host import file_systems, process
 
 _LIBRARIES = ("libntfs-3g.so.89", "libntfs-3g.so.90", "libntfs-3g.so.88")
 _LIMIT_S = 3600.0
@@ -74,7 +74,7 @@ def write(volume: Path, orders: Sequence[Order]) -> None:
 
 def _explained(number: int, doing: str) -> errors.HvmgrError:
     if number == errno.ENOSPC:
-        return errors.NoSpace("the NTFS volume has no space left for it", hint="free space in the guest, or put less")
+        return file_systems.full("the NTFS volume")
     if doing == "open" and number in (errno.EPERM, errno.EOPNOTSUPP):
         return errors.Conflict(
             "Windows has not let go of this volume: it sleeps, or was not shut down",

@@ -68,9 +68,7 @@ def end_left_over(pid: int, started: int, *, timeout_s: float = _KILLED_S) -> bo
         if start_time(pid) != started:
             return False
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        if not poller.poll(timeout_s * 1000):
+        if not has_ended(descriptor, timeout_s):
             raise errors.HostFailed(f"process {pid} does not end", pid=pid)
     except ProcessLookupError:
         return False
@@ -79,6 +77,13 @@ def end_left_over(pid: int, started: int, *, timeout_s: float = _KILLED_S) -> bo
     finally:
         os.close(descriptor)
     return True
+
+
+def has_ended(descriptor: int, timeout_s: float) -> bool:
+    """Whether the process behind a descriptor of the kernel's has ended, as soon as it has, or is there after that time."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1000))
 
 
 def is_running(pid: int, started: int) -> bool:
@@ -112,9 +117,7 @@ def end(pid: int, started: int, *, timeout_s: float) -> None:
         try:
             if start_time(pid) == started:
                 signal.pidfd_send_signal(descriptor, signal.SIGTERM)
-                poller = select.poll()
-                poller.register(descriptor, select.POLLIN)
-                poller.poll(timeout_s * 1000)
+                has_ended(descriptor, timeout_s)
         finally:
             os.close(descriptor)
     end_left_over(pid, started)

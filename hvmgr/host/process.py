@@ -120,9 +120,7 @@ class Spawned:
             # Still ours: nobody else collects it. Popen's own wait only looks at times.
             descriptor = os.pidfd_open(self.pid)
             try:
-                poller = select.poll()
-                poller.register(descriptor, select.POLLIN)
-                poller.poll(timeout_s * 1000)
+                pids.has_ended(descriptor, timeout_s)
             finally:
                 os.close(descriptor)
         return self._process.poll()

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import shutil
 import socket
@@ -22,23 +21,21 @@ import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hvmgr import errors
-from hvmgr.host import image_export, pids, process, qemu_errors
-from hvmgr.model.progress import Progress
+from hvmgr.host import image_export, image_locks, pids, process, qemu_errors
+from hvmgr.host.monitor import COMMAND_S, POLL_S, Monitor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from hvmgr.host import qmp
+    from hvmgr.host.image_export import Link
+    from hvmgr.model.progress import Progress
 
 PROGRAM = "qemu-storage-daemon"
 _FOLDER_PREFIX = "hvmgr-"
-
-# Also the time that a slow disk gets to take a flush.
-COMMAND_S = 300.0
-POLL_S = 0.05
 
 # One request of QEMU's block layer stays below 2 GiB.
 _ZEROES_MAX = 1 << 30
@@ -90,7 +87,7 @@ def started(*, on_progress: Callable[[Progress], None] | None = None, apart: boo
         daemon.close_all()
 
 
-class Daemon:
+class Daemon(Monitor):
     """The running daemon. Paths are absolute or relative to our working directory, sizes and offsets bytes."""
 
     def __init__(
@@ -100,11 +97,9 @@ class Daemon:
         folder: Path,
         on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        self._session = session
+        super().__init__(session, on_progress)
         self._folder = folder
         self._socket = folder / "nbd"
-        self._on_progress = on_progress
-        self._numbers = itertools.count(1)
         self._nodes: dict[str, Node] = {}
         self.pid = program.pid
         self.start_time = program.start_time
@@ -162,6 +157,23 @@ class Daemon:
         node = Node(name, path, fmt, self._virtual_size(name), writable)
         self._nodes[name] = node
         return node
+
+    @contextlib.contextmanager
+    def chain(self, links: Sequence[Link], *, writable: bool = False) -> Iterator[Node]:
+        """The disk of a chain (top first) of images that QEMU reads right; none of their parents is taken from a header.
+
+        Nobody else writes any of them during the block. With ``writable`` the top one is written by whoever has the node.
+        """
+        with contextlib.ExitStack() as stack:
+            node = None
+            for link in reversed(links):
+                if link.format == "raw":  # its driver lets writers in
+                    stack.enter_context(image_locks.held(link.path, writable=False))
+                is_written = writable and link is links[0]
+                detached = node is None
+                node = self.open(link.path, link.format, writable=is_written, backing=node, detached_backing=detached)
+            assert node is not None
+            yield node
 
     def close(self, node: Node) -> None:
         """Write out and let go of an image, and of its lock. Children first: a parent in use is a Conflict."""
@@ -355,76 +367,9 @@ class Daemon:
             self._query("query-jobs")  # a daemon that is gone says so here, with the right error
             raise qemu_errors.translated(str(error.facts.get("words", error)), node.path) from error
 
-    # -- the daemon -----------------------------------------------------------------------------------------------
-
-    def _run_job(
-        self,
-        command: str,
-        arguments: dict[str, object],
-        *,
-        what: str,
-        path: Path,
-        before_end: Callable[[], None] | None = None,
-    ) -> None:
-        job_id = self._name("job")
-        self._execute(command, {**arguments, "job-id": job_id}, path)
-        try:
-            while (job := self._job(job_id))["status"] != "concluded":
-                self._report(job, what)
-                if job["status"] == "ready":
-                    self._advance("job-complete", job_id)
-                elif job["status"] == "pending":
-                    if before_end is not None:
-                        before_end()
-                    self._advance("job-finalize", job_id)
-                self._session.wait_event(POLL_S)
-        except BaseException:
-            # Never hides what went wrong first; a daemon that is gone has no job any more.
-            with contextlib.suppress(errors.HvmgrError, qemu_errors.CommandRefused):
-                self._cancel(job_id)
-            raise
-        self._session.execute("job-dismiss", {"id": job_id}, timeout_s=COMMAND_S)
-        if words := job.get("error"):
-            raise qemu_errors.translated(f"{what} failed: {words}", path)
-        self._report(job, what)
-
-    def _advance(self, command: str, job_id: str) -> None:
-        # Refused when the job has left that state by itself, on an error: its own text tells more.
-        with contextlib.suppress(qemu_errors.CommandRefused):
-            self._session.execute(command, {"id": job_id}, timeout_s=COMMAND_S)
-
-    def _cancel(self, job_id: str) -> None:
-        self._advance("job-cancel", job_id)
-        while self._job(job_id)["status"] != "concluded":
-            self._session.wait_event(POLL_S)
-        self._session.execute("job-dismiss", {"id": job_id}, timeout_s=COMMAND_S)
-
-    def _job(self, job_id: str) -> dict[str, Any]:
-        return next(job for job in self._query("query-jobs") if job["id"] == job_id)
-
-    def _report(self, job: dict[str, Any], what: str) -> None:
-        self._report_bytes(job["current-progress"], job["total-progress"], what)
-
-    def _report_bytes(self, done: int, total: int, what: str) -> None:
-        if self._on_progress is not None:
-            self._on_progress(Progress(done, total, what))
-
     def _virtual_size(self, name: str) -> int:
         nodes = self._query("query-named-block-nodes", {"flat": True})
         return next(int(node["image"]["virtual-size"]) for node in nodes if node["node-name"] == name)
-
-    def _query(self, command: str, arguments: dict[str, object] | None = None) -> list[dict[str, Any]]:
-        answer: list[dict[str, Any]] = self._session.execute(command, arguments, timeout_s=COMMAND_S)
-        return answer
-
-    def _execute(self, command: str, arguments: dict[str, object], path: Path) -> None:
-        try:
-            self._session.execute(command, arguments, timeout_s=COMMAND_S)
-        except qemu_errors.CommandRefused as error:
-            raise qemu_errors.translated(str(error), path) from error
-
-    def _name(self, kind: str) -> str:
-        return f"{kind}{next(self._numbers)}"
 
 
 def end_left_over(note: str) -> None:

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Self
 from hvmgr import errors, settings
 from hvmgr.model import names
 from hvmgr.model.layout import Layout
+from hvmgr.operations import homes
 from hvmgr.operations.reporter import Reporter
 from hvmgr.operations.vm import VM
-from hvmgr.storage import durable, index, journal, locks, vm_home
+from hvmgr.storage import journal, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ class Host:
 
     def vms(self) -> list[VM]:
         """Every VM that has its home here, by name; a home that cannot be read is told to the reporter and left out."""
-        self._complete_unfinished()
-        return [VM(self, home) for _, home in sorted(self._named(), key=lambda one: one[0])]
+        homes.complete_unfinished(self)
+        return [VM(self, home) for _, home in sorted(homes.named(self), key=lambda one: one[0])]
 
     def vm(self, name: str) -> VM:
         """The VM with this name or id; NotFound offers near names."""
@@ -135,8 +136,8 @@ class Host:
             home = vm_home.open_home(self.root / name)
             if home.name == name and not journal.is_open(home.layout.journal):
                 return VM(self, home)
-        self._complete_unfinished()
-        known = dict(self._named())
+        homes.complete_unfinished(self)
+        known = dict(homes.named(self))
         by_id = {home.vm_id: home for home in known.values()}
         home_found = known.get(name) or by_id.get(name)
         if home_found is None:
@@ -151,8 +152,8 @@ class Host:
 
         path = Path(os.path.realpath(spec.home or self.root / spec.name))
         home = VmHome(Layout(home=path, vm_id=spec.uuid or Session.new_id()))
-        self._require_free(path)
-        with self.occasions.gathered(), self._shared_images(spec), self._new_home(home) as session:
+        homes.require_free(self, path)
+        with self.occasions.gathered(), homes.sharing(self, _in_place(spec)), homes.new(self, home) as session:
             plan = creation.plan_create(session, spec)
             with occasions.operation(session, plan, name=spec.name):
                 execution.run(session, plan)
@@ -262,7 +263,7 @@ class Host:
         """The names of libvirt's VMs that hvmgr does not manage, whether or not something is in the way of adopting."""
         from hvmgr.operations.adopt import adoption_checks
 
-        self._complete_unfinished()
+        homes.complete_unfinished(self)
         return [one.name for one in adoption_checks.unmanaged(self.connection.domains(), self.root)]
 
     def internal_snapshots(self, name: str) -> list[str]:
@@ -279,15 +280,15 @@ class Host:
         from hvmgr.operations.steps import execution
 
         options = options or adoption.AdoptOptions()
-        self._complete_unfinished()
+        homes.complete_unfinished(self)
         domain = adoption.find(self.connection, name)
         path = Path(os.path.realpath(options.home or self.root / adoption.folder_name(domain)))
         if path.is_dir():
-            self._complete(path)  # what a killed adoption left, wherever its home is
+            homes.complete(self, path)  # what a killed adoption left, wherever its home is
         adoption.require_adoptable(domain, self.root)
         home = VmHome(Layout(home=path, vm_id=domain.uuid))
-        self._require_free(path)
-        with self._new_home(home) as session, self._shared(adoption.image_paths(session, domain, options)):
+        homes.require_free(self, path)
+        with homes.new(self, home) as session, homes.sharing(self, adoption.image_paths(session, domain, options)):
             plan = adoption.plan_adopt(session, domain, options)
             with occasions.operation(session, plan, name=domain.name):
                 execution.run(session, plan)
@@ -319,7 +320,7 @@ class Host:
         real = Path(os.path.realpath(path))
         attaching.require_image(real)
         changes.complete(self, recognition.known_chain(real))
-        with attachments.locked(wait_s=self.wait_s), self._locked([real]):
+        with attachments.locked(wait_s=self.wait_s), homes.held(self, [real]):
             changes.require_settled(recognition.known_chain(real))
             return attaching.attach(self, real, read_only=read_only, fmt=format)
 
@@ -354,7 +355,7 @@ class Host:
         real = mounting.require_directory(Path(directory))
         chosen, place = mounting.choose(self, wanted, real)
         paths = [link.path for link in chosen.images]
-        with attachments.locked(wait_s=self.wait_s), self._locked(paths):
+        with attachments.locked(wait_s=self.wait_s), homes.held(self, paths):
             changes.require_settled(paths)
             mounting.require_directory(real)
             if not self.reporter.dry_run:
@@ -394,129 +395,13 @@ class Host:
             source, report=lambda done, total: self.reporter.progress(Progress(done, total, f"look into {source.name}"))
         )
 
-    def _named(self) -> list[tuple[str, VmHome]]:
-        """The homes, each with the name of its VM."""
-        found = []
-        for home in self._homes():
-            try:
-                found.append((home.name, home))
-            except errors.HvmgrError as error:
-                self._leave_out(error)
-        return found
-
-    def _leave_out(self, error: errors.HvmgrError) -> None:
-        self.reporter.notice(f"left out: {error}")
-
-    def _homes(self) -> list[VmHome]:
-        """Homes below the root, and those that the index knows elsewhere for this connection."""
-        homes = {home.vm_id: home for home in vm_home.find_homes(self.root, left_out=self._leave_out)}
-        for folder in self._folders_elsewhere():
-            with contextlib.suppress(errors.HvmgrError):
-                home = vm_home.open_home(folder)
-                homes.setdefault(home.vm_id, home)
-        return list(homes.values())
-
-    def _folders(self) -> list[Path]:
-        """Every folder that may be a home of this connection."""
-        below = [folder for folder in self.root.iterdir() if folder.is_dir()] if self.root.is_dir() else []
-        return [*below, *self._folders_elsewhere()]
-
-    def _folders_elsewhere(self) -> list[Path]:
-        from hvmgr.storage import index
-
-        return [
-            entry.home
-            for entry in index.entries()
-            if entry.uri == self.uri and not entry.home.is_relative_to(self.root)
-        ]
-
-    def _complete_unfinished(self) -> None:
-        """What a killed ``vm create``, ``adopt`` or ``delete`` left is undone or completed, before anybody is shown it."""
-        if self.reporter.dry_run:
-            return
-        if (settings.index_folder() / "archives").is_dir():
-            from hvmgr.storage import archives
-
-            archives.sweep()
-        for folder in self._folders():
-            if journal.is_open(Layout(home=folder, vm_id="").journal):
-                self._complete(folder)
-            elif vm_home.is_abandoned(folder):
-                with contextlib.suppress(
-                    errors.HvmgrError
-                ):  # in use after all, or not ours to remove: no harm either way
-                    vm_home.remove_remains(folder)
-
-    def _complete(self, folder: Path) -> None:
-        from hvmgr.operations.steps import execution
-
-        layout = Layout(home=folder, vm_id="")
-        if self.reporter.dry_run or locks.is_held(layout.lock):
-            return
-        entry = journal.read(layout.journal)
-        if entry is not None and entry.plan.makes_or_removes_home:
-            home = VmHome(vm_home.layout_of(folder, entry.plan.vm_id))
-            with self.session(home) as session:
-                execution.recover(session)
-
-    def _require_free(self, path: Path) -> None:
-        if not path.is_dir():
-            return
-        self._complete(path)
-        if path.is_dir() and not vm_home.holds_nothing(path):
-            what = "exists already and is not empty"
-            with contextlib.suppress(errors.HvmgrError):
-                what = f"exists already: it is the home of the VM '{vm_home.open_home(path).name}'"
-            raise errors.Conflict(f"{path} {what}", hint="choose another place with --home")
-
-    def _shared_images(self, spec: Specification) -> contextlib.AbstractContextManager[None]:
-        disks = [disk.path for disk in spec.disks if disk.in_place and disk.path is not None]
-        return self._shared([Path(os.path.realpath(path)) for path in disks])
-
-    @contextlib.contextmanager
-    def _shared(self, paths: list[Path]) -> Iterator[None]:
-        """Nobody else on this host counts, adds or removes users of the images that a new VM shares."""
-        from hvmgr.storage import attachments
-
-        with self._locked(paths):
-            attachments.require_free(map(str, paths))
-            yield
-
-    @contextlib.contextmanager
-    def _locked(self, paths: list[Path]) -> Iterator[None]:
-        from hvmgr.operations import image_users
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(index.locked(paths, wait_s=self.wait_s))
-            for entry in index.entries():
-                if any(image_users.is_inside(path, entry.home) for path in paths):
-                    stack.enter_context(vm_home.open_home(entry.home).locked(wait_s=self.wait_s))
-            yield
-
-    @contextlib.contextmanager
-    def _new_home(self, home: VmHome) -> Iterator[Session]:
-        """The folders that the journal needs; they go again when the plan does not come through."""
-        self._require_role()
-        layout = home.layout
-        with durable.explained(layout.home):
-            layout.home.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
-        durable.make_folder(layout.home)
-        durable.make_folder(layout.private)
-        try:
-            with self.session(home) as session:
-                yield session
-        finally:
-            if not layout.journal.exists() and not layout.configuration.exists():
-                durable.remove_folder(layout.private)
-                durable.remove_empty_folder(layout.home)
-
     @contextlib.contextmanager
     def session(self, home: VmHome, *, stop: Callable[[], bool] | None = None) -> Iterator[Session]:
         """Exclusive work on one home, with libvirt; it stops as if by Ctrl-C when ``stop`` says so."""
-        from hvmgr.operations import occasions, user_hooks
+        from hvmgr.operations import occasions, roles, user_hooks
         from hvmgr.operations.session import Session
 
-        self._require_role()
+        roles.require_role(self.connection)
         user_hooks.require_not_inside(home.vm_id, home.path.name)
         with self.occasions.gathered(), home.locked(wait_s=self.wait_s):
             session = Session(
@@ -528,7 +413,7 @@ class Host:
                 with contextlib.closing(session):
                     occasions.tell_waiting(session)
 
-    def _require_role(self) -> None:
-        from hvmgr.operations import roles
 
-        roles.require_role(self.connection)
+def _in_place(spec: Specification) -> list[Path]:
+    """The images that a new VM works on, or stands on, where they are."""
+    return [Path(os.path.realpath(disk.path)) for disk in spec.disks if disk.in_place and disk.path is not None]

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hvmgr.model import patterns
 from hvmgr.model.ranges import Range
 from hvmgr.storage import index_file
 from hvmgr.storage.filesystems.reader import Geometry
@@ -234,7 +235,7 @@ class FileIndex(IndexFile):
         return self._rows("SELECT id, name FROM paths WHERE folder != 0")
 
     def with_words(self, texts: Sequence[str]) -> list[tuple[int, bytes]] | None:
-        """The names that hold all these texts, in whatever case; None where they are too short to be looked for."""
+        """The names that hold all these folded texts; None where they are too short to be looked for."""
         wanted = " ".join('"' + one.replace('"', '""') + '"' for one in texts if len(one) >= _LEAST and "\0" not in one)
         if not wanted:
             return None
@@ -320,9 +321,8 @@ class FileIndex(IndexFile):
 
 
 def as_text(name: bytes) -> str:
-    """A name as the full-text index has it: without case, and a sign for each byte that is no text."""
-    text = name.decode("utf-8", "surrogateescape").casefold()
-    return "".join("\ufffd" if "\udc80" <= one <= "\udcff" else one for one in text)
+    """A name as the full-text index has it: folded, and a sign for each byte that is no text."""
+    return "".join("\ufffd" if "\udc80" <= one <= "\udcff" else one for one in patterns.folded_name(name))
 
 
 def held(entry: Entry) -> Entry:

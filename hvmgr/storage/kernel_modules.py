@@ -1,4 +1,4 @@
-"""The modules of a kernel in a folder as ``/lib/modules/VERSION``: which there are, what each needs, and what wants it.
+"""The modules of a kernel in a folder as ``/lib/modules/VERSION``, wherever that lies: which there are, and what each needs.
 
 What a module says of itself stands in it, as ``NAME=VALUE`` between zeros (modinfo(8) reads the same): its aliases are the devices
 that it drives, its firmware the files that it asks for.
@@ -6,12 +6,13 @@ that it drives, its firmware the files that it asks for.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import lzma
 import posixpath
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,42 +54,76 @@ def plain(path: str, data: bytes) -> bytes:
     return data
 
 
-def require(folder: Path) -> None:
-    """NotFound where the folder is none of a kernel."""
-    if not (folder / "modules.dep").is_file():
-        raise errors.NotFound(
-            f"{folder} has no modules.dep: it holds no modules of a kernel", hint="make it with: depmod"
-        )
+class Modules:
+    """The modules of one kernel; ``read`` gives a file of their folder, and None for one that is not there."""
 
+    def __init__(self, where: str, read: Callable[[str], bytes | None]) -> None:
+        """NotFound where the folder is none of a kernel."""
+        listed = read("modules.dep")
+        if listed is None:
+            raise errors.NotFound(
+                f"{where} has no modules.dep: it holds no modules of a kernel", hint="make it there with: depmod"
+            )
+        lines = (line.partition(":") for line in _text(listed).splitlines())
+        # By name: a module's path, and the paths of all that it needs, what comes first last (modules.dep(5)).
+        self._listed = {name_of(path): (path, rest.split()) for path, _, rest in lines}
+        self._where = where
+        self._read = read
 
-def chosen(folder: Path, wanted: Callable[[str], bool]) -> list[Module]:
-    """The modules whose paths are ``wanted``, with all that they need; NotFound where the folder is none of a kernel."""
-    needs = _dependencies(folder)
-    paths: dict[str, str] = {}
-    for path, others in needs.values():
-        if wanted(path):
-            for one in (*others, path):
+    def has(self, name: str) -> bool:
+        """Whether there is such a module."""
+        return name in self._listed
+
+    @functools.cached_property
+    def built_in(self) -> frozenset[str]:
+        """The names of those that are part of the kernel."""
+        return frozenset(map(name_of, _text(self._read("modules.builtin") or b"").splitlines()))
+
+    def chosen(self, wanted: Callable[[str], bool]) -> list[Module]:
+        """Those whose paths are ``wanted``, with all that they need."""
+        paths: dict[str, str] = {}
+        for path, others in self._listed.values():
+            if wanted(path):
+                for one in (*others, path):
+                    paths.setdefault(name_of(one), one)
+        return [self._module(name, path) for name, path in sorted(paths.items())]
+
+    def in_order(self, names: Iterable[str]) -> list[Module]:
+        """Those of these names that are there, each behind all that it needs."""
+        paths: dict[str, str] = {}
+        for path, others in (self._listed[name] for name in names if name in self._listed):
+            for one in (*reversed(others), path):
                 paths.setdefault(name_of(one), one)
-    return [_module(folder, name, path, needs) for name, path in sorted(paths.items())]
+        return [self._module(name, path) for name, path in paths.items()]
+
+    def _module(self, name: str, path: str) -> Module:
+        packed = self._read(path)
+        if packed is None:
+            raise errors.NotFound(f"{self._where} has no {path}", hint="bring its list up to date there with: depmod")
+        try:
+            data = plain(path, packed)
+        except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+            raise errors.Corrupt(
+                f"{self._where}: {path} is damaged: {error}", hint="install that kernel again"
+            ) from error
+        needs = tuple(name_of(one) for one in self._listed.get(name, ("", []))[1])
+        return Module(name, data, needs, tuple(_facts(data, b"alias")), tuple(_facts(data, b"firmware")))
 
 
-def _dependencies(folder: Path) -> dict[str, tuple[str, list[str]]]:
-    """By name: a module's path, and the paths of all that it needs, what comes first last (modules.dep(5))."""
-    require(folder)
-    text = (folder / "modules.dep").read_text("utf-8", "surrogateescape")
-    lines = (line.partition(":") for line in text.splitlines())
-    return {name_of(path): (path, rest.split()) for path, _, rest in lines}
+def of_folder(folder: Path) -> Modules:
+    """The modules in a folder of this host; NotFound where it is none of a kernel."""
+
+    def read(path: str) -> bytes | None:
+        try:
+            return (folder / path).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    return Modules(str(folder), read)
 
 
-def _module(folder: Path, name: str, path: str, needs: dict[str, tuple[str, list[str]]]) -> Module:
-    try:
-        data = plain(path, (folder / path).read_bytes())
-    except FileNotFoundError:
-        raise errors.NotFound(f"{folder} has no {path}", hint=f"run: depmod {folder.name}") from None
-    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise errors.Corrupt(f"{folder / path} is damaged: {error}", hint="install that kernel again") from error
-    others = tuple(name_of(one) for one in needs.get(name, ("", []))[1])
-    return Module(name, data, others, tuple(_facts(data, b"alias")), tuple(_facts(data, b"firmware")))
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "surrogateescape")
 
 
 def _facts(data: bytes, kind: bytes) -> Iterator[str]:

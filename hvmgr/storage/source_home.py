@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +27,9 @@ from hvmgr.model.manifest import Image as Listed
 from hvmgr.model.manifest import Manifest
 from hvmgr.model.maps import Entry, Used
 from hvmgr.model.metadata import ImportOrigin, Metadata, SavedState, SnapshotRecord
-from hvmgr.storage import archives, durable, index, vm_home
+from hvmgr.storage import archives, durable, index, source_configurations
 from hvmgr.storage.archives import Archive
 from hvmgr.storage.source_images import Finder, Missing, SourceImage
-
-# No domain XML comes near; a bomb does.
-_XML_MAX = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,45 +160,6 @@ def at_snapshot(source: SourceHome, snapshot: SourceSnapshot) -> SourceHome:
     )
 
 
-def find_configuration(source: Path, vm: str | None) -> tuple[Path, Path]:
-    """The folder of the one VM that ``source`` means, and the file of its configuration.
-
-    ``source`` is the folder, its parent, or the file itself. NotFound, or UsageError with the names when there are
-    several to choose from.
-    """
-    with durable.explained(source):
-        return _find_configuration(Path(os.path.realpath(source)), vm)
-
-
-def _find_configuration(source: Path, vm: str | None) -> tuple[Path, Path]:
-    if (archive := archives.find(source)) is not None:
-        with archive.naming():
-            return _find_configuration(archive.folder, vm)
-    if source.is_file():
-        folder = source.parent.parent if source.parent.name == CONFIGURATIONS else source.parent
-        return folder, source
-    if not source.is_dir():
-        raise errors.NotFound(f"there is no {source}", hint="name an export's folder, a VM home, or a domain's XML")
-    own = _configurations(source)
-    if own:
-        return source, _only(own, source, vm)
-    below = {folder: files for folder in _folders(source) if (files := _configurations(folder))}
-    if not below:
-        raise errors.NotFound(
-            f"{source} is neither an export nor a VM home: there is no '{CONFIGURATIONS}' in it or one folder below",
-            hint="name the folder that holds 'Virtual Machines'",
-        )
-    if vm is not None:
-        below = {folder: files for folder, files in below.items() if vm in (folder.name, *map(_name_in, files))}
-        if not below:
-            raise errors.NotFound(f"there is no VM '{vm}' in {source}")
-    if len(below) > 1:
-        names = ", ".join(sorted(folder.name for folder in below))
-        raise errors.UsageError(f"{source} holds {len(below)} VMs: {names}", hint="choose one with --vm NAME")
-    folder, files = next(iter(below.items()))
-    return folder, _only(files, folder, None)
-
-
 def open_source(
     source: Path,
     *,
@@ -224,8 +181,8 @@ def open_source(
                 archive.folder, vm=vm, paths=paths, disks=disks, used=used, snapshots_from=snapshots_from
             )
             return _as_archive(opened, archive)
-    folder, file = find_configuration(source, vm)
-    present = read_xml(file)
+    folder, file = source_configurations.find(source, vm)
+    present = source_configurations.read(file)
     facts = present.metadata()
     finder = Finder(
         folder=folder,
@@ -247,53 +204,6 @@ def _as_archive(opened: SourceHome, archive: Archive) -> SourceHome:
         for path, image in opened.images.items()
     }
     return replace(opened, images=images, archive=archive, sums=archives.recorded(opened.folder))
-
-
-def _configurations(folder: Path) -> list[Path]:
-    place = folder / CONFIGURATIONS
-    return _named_by_ids(place) if place.is_dir() else []
-
-
-def _folders(source: Path) -> list[Path]:
-    return sorted(one for one in source.iterdir() if one.is_dir() and not one.name.startswith("."))
-
-
-def _named_by_ids(folder: Path) -> list[Path]:
-    """Configurations in a folder; unlike a glob, this does not take one that cannot be read for an empty one."""
-    return sorted(one for one in folder.iterdir() if one.suffix == ".xml" and _is_id(one.stem))
-
-
-def _only(files: list[Path], folder: Path, vm: str | None) -> Path:
-    if len(files) > 1:
-        raise errors.Corrupt(f"{folder} holds {len(files)} configurations; a home has one", path=str(folder))
-    if vm is not None and vm not in (folder.name, _name_in(files[0]), files[0].stem):
-        raise errors.NotFound(f"there is no VM '{vm}' in {folder}")
-    return files[0]
-
-
-def _name_in(file: Path) -> str:
-    try:
-        return read_xml(file).name
-    except errors.HvmgrError:
-        return file.stem
-
-
-def _is_id(text: str) -> bool:
-    return vm_home._ID.fullmatch(text) is not None  # noqa: SLF001
-
-
-def read_xml(file: Path) -> Configuration:
-    """A domain XML of foreign origin: a plain file of a sensible size."""
-    facts = file.lstat()
-    if not stat.S_ISREG(facts.st_mode):
-        raise errors.Corrupt(f"{file} is no plain file", path=str(file))
-    if facts.st_size > _XML_MAX:
-        raise errors.Corrupt(f"{file} has {facts.st_size} bytes; no configuration is that long", path=str(file))
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise errors.HostFailed(f"{file} cannot be read: {error.strerror}", path=str(file)) from error
-    return configuration.parse(data, source=str(file))
 
 
 @dataclass(slots=True)
@@ -365,7 +275,7 @@ class _Reader:
         if not os.path.lexists(file) or not self.finder.is_plain(file):
             return None
         try:
-            if file.stat().st_size > _XML_MAX:
+            if file.stat().st_size > source_configurations.LARGEST:
                 raise errors.Corrupt(f"{file} is too long for what it is")
             return manifest.parse(file.read_text("utf-8"), source=str(file))
         except errors.Unsupported as error:
@@ -379,9 +289,9 @@ class _Reader:
     # -- snapshots ---------------------------------------------------------------------------------------------------
 
     def _snapshots(self, layout: Layout) -> tuple[SourceSnapshot, ...]:
-        files = {file.stem: file for file in _snapshot_files(layout.snapshots)}
+        files = {file.stem: file for file in source_configurations.in_folder(layout.snapshots)}
         if self.snapshots_from is not None:
-            for file in _snapshot_files(self.snapshots_from):
+            for file in source_configurations.in_folder(self.snapshots_from):
                 files.setdefault(file.stem, file)
         read = [one for file in files.values() if (one := self._snapshot(file)) is not None]
         return tuple(sorted(read, key=lambda one: (one.record.created, one.record.id)))
@@ -390,7 +300,7 @@ class _Reader:
         if not self.finder.is_plain(file):
             return None
         try:
-            parsed = read_xml(file)
+            parsed = source_configurations.read(file)
             facts = parsed.metadata()
         except errors.Unsupported as error:
             self._problem("newer-format", str(error), file)
@@ -431,7 +341,7 @@ class _Reader:
             if not state.complete:
                 self._problem("saved-state-damaged", f"the saved state of {whose} is not complete", memory, repair)
                 return None
-            if len(state.xml) > _XML_MAX:
+            if len(state.xml) > source_configurations.LARGEST:
                 raise errors.Corrupt(f"the configuration in {memory} is too long")
             return configuration.parse(state.xml, source=str(memory))
         except errors.HvmgrError as error:
@@ -442,7 +352,7 @@ class _Reader:
         if not layout.undo.is_file():
             return None
         try:
-            return read_xml(layout.undo)
+            return source_configurations.read(layout.undo)
         except errors.HvmgrError as error:
             self._problem("damaged", str(error), layout.undo)
             return None
@@ -489,7 +399,3 @@ class _Reader:
                 self._problem("link", f"{entry} is no plain file", entry)
                 return None
         return path if path.is_dir() else None
-
-
-def _snapshot_files(folder: Path) -> list[Path]:
-    return _named_by_ids(folder) if folder.is_dir() else []

@@ -128,6 +128,18 @@ def ext(image, tree, *options, size="24M"):
     return image
 
 
+def in_partition(image, part, *, table="gpt"):
+    """A disk with a table and one partition, at 1 MiB, which holds what ``part`` does."""
+    data = part.read_bytes()
+    with open(image, "wb") as file:
+        file.truncate((2 << 20) + len(data))
+    run("sfdisk", "-q", image, input=f"label: {table}\nstart=2048,size={len(data) // 512}\n".encode())
+    with open(image, "r+b") as file:
+        file.seek(1 << 20)
+        file.write(data)
+    return image
+
+
 def ntfs(image, tree, *, size=24 << 20):
     """By wimlib, which writes folders without root."""
     wim = image.with_suffix(".wim")

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvmgr import errors
-from hvmgr.operations.inside import browsing, searching
+from hvmgr.model import patterns
+from hvmgr.operations.inside import searching
 from hvmgr.storage import file_index
 from hvmgr.storage.file_index import Entry, Place
 from hvmgr.storage.filesystems.reader import Geometry
@@ -111,33 +112,8 @@ TEXT = st.text(st.sampled_from("abßKİﬁ*?[]!-.é\udcff"), max_size=8)
 @given(TEXT, TEXT, st.booleans())
 def test_no_name_that_fits_is_missed_by_the_words_of_a_pattern(name, pattern, ignoring):
     raw, wanted = (one.encode("utf-8", "surrogateescape") for one in (name, pattern))
-    if browsing.fits(raw, wanted, ignoring_case=ignoring):
-        assert all(one in file_index.as_text(raw) for one in browsing.literals(wanted))
-
-
-@pytest.mark.parametrize(
-    ("path", "pattern", "counts"),
-    [
-        (b"/etc/passwd", b"/etc", [1]),
-        (b"/etc/passwd", b"/", [0]),
-        (b"/etc/passwd", b"/etc/*", [2]),
-        (b"/etc/.hidden", b"/etc/*", []),
-        (b"/etc/.hidden", b"/etc/.*", [2]),
-        (b"/a/b/c", b"/**", [0, 1, 2, 3]),
-        (b"/a/b/c", b"/**/c", [3]),
-        (b"/a/*/c", b"/a/*", [2]),
-        (b"/a/[x]/c", b"/a/[x]", [2]),
-        (b"/a", b"/a/b", []),
-    ],
-)
-def test_beginnings_of_paths_are_what_patterns_mean(path, pattern, counts):
-    parts = [browsing.parts_of(one) for one in (path, pattern)]
-    assert sorted(browsing.beginnings(*parts, ignoring_case=False)) == counts
-
-
-def test_windows_paths_ignore_case():
-    parts = browsing.parts_of(rb"C:\Users\X", ignoring_case=True)
-    assert list(browsing.beginnings([b"users", b"x", b"y"], parts, ignoring_case=True)) == [2]
+    if patterns.fits(raw, wanted, ignoring_case=ignoring):
+        assert all(one in file_index.as_text(raw) for one in patterns.literals(wanted))
 
 
 def test_a_disk_that_is_full_or_a_file_that_is_none_is_one_sentence(tmp_path):

@@ -29,13 +29,23 @@ def tree(tmp_path):
 
 
 def test_module_comes_with_all_that_it_needs(tree):
-    found = {one.name: one for one in kernel_modules.chosen(tree, lambda path: path.startswith("kernel/net/"))}
+    found = {
+        one.name: one for one in kernel_modules.of_folder(tree).chosen(lambda path: path.startswith("kernel/net/"))
+    }
     assert set(found) == {"card_1", "bus_x", "ring"}
     card = found["card_1"]
     assert card.needs == ("bus_x", "ring")
     assert card.aliases == ("pci:v00001AF4d*", "virtio:d1v*")
     assert card.firmware == ("card/x.bin",)
     assert (found["bus_x"].data, found["bus_x"].needs) == (b"bus", ("ring",))
+
+
+def test_modules_load_behind_what_they_need(tree):
+    (tree / "modules.builtin").write_text("kernel/ext-4.ko\n")
+    found = kernel_modules.of_folder(tree)
+    ordered = found.in_order(("other", "ext_4", "card_1", "ring", "nothing"))
+    assert [one.name for one in ordered] == ["other", "ring", "bus_x", "card_1"]
+    assert (found.has("ext_4"), found.built_in) == (False, {"ext_4"})
 
 
 @pytest.mark.parametrize(
@@ -53,4 +63,4 @@ def test_damaged_folder_is_one_sentence(tree, name, data, error):
     if data is not None:
         (tree / name).write_bytes(data)
     with pytest.raises(error):
-        kernel_modules.chosen(tree, lambda path: path.startswith("kernel/net/"))
+        kernel_modules.of_folder(tree).chosen(lambda path: path.startswith("kernel/net/"))

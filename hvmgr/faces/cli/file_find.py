@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.file_options import CODES
 from hvmgr.faces.cli.groups import Command, Group
 from hvmgr.faces.cli.request import Request
+from hvmgr.model import patterns
 
 if TYPE_CHECKING:
     from hvmgr.operations.inside.browsing import Browser, Found
@@ -56,11 +56,9 @@ class _Condition:
 
     def fits(self, browser: Browser, one: Found) -> bool:
         """Whether it is, of a file on a disk."""
-        from hvmgr.operations.inside import browsing
-
         folded = self.ignore_case or browser.reader.ignores_case
         return self._suits(one.node.type.value, one.size, one.node.modified) and (
-            self.name is None or browsing.fits(one.name, self.name, ignoring_case=folded)
+            self.name is None or patterns.fits(one.name, self.name, ignoring_case=folded)
         )
 
     def suits(self, entry: Entry) -> bool:
@@ -210,7 +208,7 @@ def _hit(one: Hit, names: dict[str, str]) -> dict[str, Any]:
         **file_render.name_of(one.path),
         "type": entry.type,
         "size": entry.size,
-        "mode": None if entry.mode is None else f"{entry.mode:04o}",
+        "mode": file_render.octal(entry.mode),
         "uid": entry.uid,
         "gid": entry.gid,
         "links": entry.links,
@@ -224,8 +222,7 @@ def _hit(one: Hit, names: dict[str, str]) -> dict[str, Any]:
 
 def _show_hits(hits: Sequence[Hit], names: dict[str, str], *, long: bool, null: bool) -> None:
     if null:
-        paths = dict.fromkeys(one.path for one in hits)
-        sys.stdout.buffer.write(b"".join(one + b"\0" for one in paths))
+        file_render.show_null(dict.fromkeys(one.path for one in hits))
         return
     several = len({(one.place.disk, one.place.partition, one.place.logical) for one in hits}) > 1
     headers = [*(file_render.HEADERS[:-1] if long else ()), "Path", "Snapshots", *(["On"] if several else [])]

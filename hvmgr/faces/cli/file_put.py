@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hvmgr import errors, units
+from hvmgr import errors
 from hvmgr.faces.cli import arguments, file_render
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.groups import Command, Group
@@ -143,11 +143,12 @@ def restore(
 def _done(request: Request, vm: VM, done: Put) -> None:
     options.tell_left_out(done.left_out)
     taken = None if done.snapshot is None else vm.snapshot(done.snapshot)
-    what = f"{done.files} file{'' if done.files == 1 else 's'} ({units.format_size(done.size)})"
     before = "" if taken is None else f"; what was before is the snapshot '{taken.name}'"
     where = os.fsdecode(done.folder)
     request.done(
-        f"{what} put into {where} of {done.volume}, by {done.engine}{before}" if done.files else "nothing to do",
+        f"{file_render.counted(done.files, done.size)} put into {where} of {done.volume}, by {done.engine}{before}"
+        if done.files
+        else "nothing to do",
         {
             "vm": vm.name,
             "to": file_render.name_of(done.folder),

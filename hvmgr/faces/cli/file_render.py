@@ -47,7 +47,7 @@ def entry(browser: Browser, one: Found, *, extras: bool = False) -> dict[str, An
         **name_of(one.path),
         "type": node.type.value,
         "size": one.size,
-        "mode": None if node.mode is None else f"{node.mode:04o}",
+        "mode": octal(node.mode),
         "uid": node.uid,
         "gid": node.gid,
         "links": node.links,
@@ -98,6 +98,11 @@ def volume(one: Volume) -> dict[str, Any]:
     }
 
 
+def octal(mode: int | None) -> str | None:
+    """A mode in JSON."""
+    return None if mode is None else f"{mode:04o}"
+
+
 def stored(moment: int | None) -> str | None:
     """A time in JSON."""
     found = _moment(moment)
@@ -127,10 +132,20 @@ def volume_row(one: Volume) -> tuple[str, ...]:
     return (one.disk.slot or "-", number, holds, one.label or one.name or "-", units.format_size(one.size), readable)
 
 
+def counted(files: int, size: int) -> str:
+    """So many files, in a sentence."""
+    return f"{files} file{'' if files == 1 else 's'} ({units.format_size(size)})"
+
+
+def show_null(paths: Iterable[bytes]) -> None:
+    """Paths as they are, for programs."""
+    sys.stdout.buffer.write(b"".join(one + b"\0" for one in paths))
+
+
 def show_list(found: Sequence[Found], *, long: bool, null: bool, whole: bool) -> None:
     """Names or, with ``whole``, paths; ``null``: whole paths as they are, for programs."""
     if null:
-        sys.stdout.buffer.write(b"".join(one.path + b"\0" for one in found))
+        show_null(one.path for one in found)
         return
     if long:
         render.table(HEADERS, [_row(one, whole=whole) for one in found], right=("Links", "Size"))
@@ -195,7 +210,7 @@ def facts(browser: Browser, one: Found) -> Iterator[tuple[str, str]]:
     if node.used is not None:
         yield "takes", units.format_size(node.used)
     if node.mode is not None:
-        yield "mode", f"{node.mode:04o} ({mode_of(node)})"
+        yield "mode", f"{octal(node.mode)} ({mode_of(node)})"
         yield "owner", f"{node.uid}:{node.gid}"
     if node.device is not None:
         yield "device", f"{node.device[0]}:{node.device[1]}"
@@ -240,7 +255,7 @@ def draw_tree(walked: Iterable[tuple[int, Found]]) -> None:
 
 def show_hash(value: str, one: Found) -> None:
     """A line as ``sha256sum`` writes it, with its escapes; on a terminal without what could speak to it."""
-    name = one.path + (b":" + one.stream.encode("utf-8", "surrogatepass") if one.stream else b"")
+    name = one.whole_path
     if render.is_terminal():
         render.say(f"{value}  {os.fsdecode(name)}")
         return

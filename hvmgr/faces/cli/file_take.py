@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from hvmgr import errors, units
+from hvmgr import errors
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli import file_render, json_out, render
 from hvmgr.faces.cli.file_options import CODES
@@ -125,7 +125,7 @@ def get(request: Request, where: options.Where, *, to: str, archive: bool, strea
         if to != _STANDARD:
             facts = {"to": to, "files": outcome.files, "size": outcome.size, "left_out": outcome.left_out}
             facts["damaged"] = [file_render.name_of(one) for one in outcome.damaged]
-            sentence = f"{_counted(outcome.files, outcome.size)} written to {to}"
+            sentence = f"{file_render.counted(outcome.files, outcome.size)} written to {to}"
             request.done(sentence, {**facts, "sources": sources})
         if outcome.damaged:
             raise click.exceptions.Exit(errors.Corrupt.exit_code)
@@ -137,7 +137,7 @@ def _show_gathered(request: Request, gathered: Any, sources: list[dict[str, Any]
         document = {"plan": None, "files": gathered.files, "size": gathered.size, "left_out": gathered.left_out}
         json_out.show({**document, "to": to, "sources": sources})
     else:
-        render.say(f"{_counted(gathered.files, gathered.size)} would be written to {to}")
+        render.say(f"{file_render.counted(gathered.files, gathered.size)} would be written to {to}")
 
 
 def _get_one(found: list[tuple[Browser, Found]]) -> None:
@@ -250,7 +250,3 @@ def _hash_of(content: Any, algorithm: str) -> str:
 def _with_end(content: Any) -> Iterator[tuple[int, bytes | memoryview]]:
     yield from content.pieces()
     yield content.size, b""
-
-
-def _counted(files: int, size: int) -> str:
-    return f"{files} file{'' if files == 1 else 's'} ({units.format_size(size)})"

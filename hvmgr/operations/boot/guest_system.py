@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import lzma
 import posixpath
 import re
 import shlex
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from hvmgr import errors
-from hvmgr.storage import ext, kernel_modules, partitions
+from hvmgr.storage import ext, partitions
 from hvmgr.storage.ext import Disk, FileSystem
+from hvmgr.storage.kernel_modules import Modules
 
 _KERNEL = re.compile(r"vmlinuz-(.+)")
 _LINUX_TYPES_HINT = "native boot reads ext4, ext3 and ext2; a kernel elsewhere has to be on such a /boot partition"
 _NEEDED = ("loop", "dm_mod", "dm_snapshot", "dm_zero")
-_SUFFIX = re.compile(r"\.ko(\.xz|\.gz|\.zst)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,49 +136,13 @@ def _warnings(root: Place, what: str) -> Iterator[str]:
 
 def modules(system: LinuxSystem, extra: tuple[str, ...]) -> list[tuple[str, bytes]]:
     """The kernel's modules for the way to the disk, each after those that it needs: (name, bytes); built-in ones left out."""
-    folder = f"/lib/modules/{system.version}"
-    files = system.root.files
-    needs = _dependencies(files, folder)
-    built_in = {
-        _name(one)
-        for one in (files.read(f"{folder}/modules.builtin") or b"").decode("utf-8", "surrogateescape").split()
-    }
-    paths: dict[str, str] = {}
-    for wanted in (*_NEEDED, *extra):
-        if wanted in needs:
-            for path in (*reversed(needs[wanted][1]), needs[wanted][0]):
-                paths.setdefault(_name(path), path)
-        elif wanted not in built_in:
+    folder, files = f"/lib/modules/{system.version}", system.root.files
+    found = Modules(f"{folder} in {files.what}", lambda path: files.read(f"{folder}/{path}"))
+    wanted = (*_NEEDED, *extra)
+    for name in wanted:
+        if not found.has(name) and name not in found.built_in:
             raise errors.Unsupported(
-                f"the kernel {system.version} in {system.root.files.what} has no module {wanted}",
+                f"the kernel {system.version} in {files.what} has no module {name}",
                 hint="a distribution's ordinary kernel has it; name another one with --kernel",
             )
-    return [(f"{name}.ko", _unpacked(files, f"{folder}/{path}")) for name, path in paths.items()]
-
-
-def _dependencies(files: FileSystem, folder: str) -> dict[str, tuple[str, list[str]]]:
-    """By name: a module's path, and the paths of all that it needs, what comes first last (modules.dep(5))."""
-    text = files.read(f"{folder}/modules.dep")
-    if text is None:
-        raise errors.NotFound(f"{files.what} has no {folder}/modules.dep", hint="make it in the system itself: depmod")
-    found = {}
-    for line in text.decode("utf-8", "surrogateescape").splitlines():
-        path, _, rest = line.partition(":")
-        found[_name(path)] = (path, rest.split())
-    return found
-
-
-def _name(path: str) -> str:
-    return _SUFFIX.sub("", posixpath.basename(path)).replace("-", "_")
-
-
-def _unpacked(files: FileSystem, path: str) -> bytes:
-    data = files.read(path)
-    if data is None:
-        raise errors.NotFound(f"{files.what} has no {path}", hint="run depmod in the system itself")
-    try:
-        return kernel_modules.plain(path, data)
-    except (lzma.LZMAError, zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise errors.Corrupt(
-            f"{files.what} has a damaged {path}: {error}", hint="install that kernel again in the system itself"
-        ) from error
+    return [(f"{one.name}.ko", one.data) for one in found.in_order(wanted)]

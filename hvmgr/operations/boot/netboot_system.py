@@ -67,7 +67,7 @@ def kernel(file: Path | None, modules: Path | None) -> Kernel:
     if file is not None and modules is not None:
         if not file.is_file():
             raise errors.NotFound(f"there is no kernel {file}")
-        kernel_modules.require(modules)
+        kernel_modules.of_folder(modules)  # NotFound where it is none
         return Kernel(file, modules)
     found = kernels.find(("ext4",))
     if found is None:
@@ -102,7 +102,8 @@ def _contents(chosen: Kernel, notice: Callable[[str], None]) -> Iterator[tuple[s
 
 
 def _drivers(chosen: Kernel, folder: str, notice: Callable[[str], None]) -> Iterator[tuple[str, int, bytes]]:
-    found = kernel_modules.chosen(chosen.modules, lambda path: "/" not in path or path.startswith(_DRIVERS))
+    modules = kernel_modules.of_folder(chosen.modules)
+    found = modules.chosen(lambda path: "/" not in path or path.startswith(_DRIVERS))
     for name, data in kernel_modules.packed(found, folder):
         yield name, _FILE, data
     known, missing = set(), []

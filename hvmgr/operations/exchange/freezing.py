@@ -71,7 +71,7 @@ def end(session: Session, *, outcome: str = "the export is complete") -> None:
         one = merge.plan_merge(session)
         if one.finish:
             execution.run(session, one)
-    except (errors.NoSpace, errors.HostFailed, errors.Conflict, errors.Cancelled) as error:
+    except (errors.NoSpace, errors.HostFailed, errors.OutcomeUnknown, errors.Conflict, errors.Cancelled) as error:
         session.say(f"{outcome}; {error}")
         return
     if tree.pending(session.home.tree()):

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.model import configuration
 from hvmgr.model.import_options import ImportOptions, Mode
-from hvmgr.operations import occasions, reconcile
+from hvmgr.operations import homes, occasions, reconcile
 from hvmgr.operations.exchange import compare, import_, intake
 from hvmgr.operations.exchange.compare import Comparison
 from hvmgr.operations.steps import execution
 from hvmgr.operations.vm import VM
-from hvmgr.storage import index, source_home, vm_home
+from hvmgr.storage import index, source_configurations, source_home, vm_home
 from hvmgr.storage.source_home import SourceHome
 from hvmgr.storage.vm_home import VmHome
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 def run(host: Host, source: Path, options: ImportOptions) -> VM:
     """The VM; nothing was changed when it raises."""
-    folder, _ = source_home.find_configuration(source, options.vm)
+    folder, _ = source_configurations.find(source, options.vm)
     _complete_target(host, source, options)
     with host.occasions.gathered(), _source_locked(host, folder, options):
         comparison = compare.examine(host.connection, host.root, source, options)
@@ -62,7 +62,7 @@ def _make(host: Host, comparison: Comparison) -> VM:
     if comparison.options.mode is Mode.LINK:
         needed = intake.needed_images(comparison.source, comparison.snapshots)
         shared = [Path(image.path) for image in needed]
-    with _shared(host, comparison.source, shared), host._new_home(home) as session:  # noqa: SLF001 - the host as it makes any home
+    with _shared(host, comparison.source, shared), homes.new(host, home) as session:
         taken = import_.take_in(
             session, comparison.source, comparison.options, comparison.identity, comparison.maps, comparison.used
         )
@@ -90,7 +90,7 @@ def _shared(host: Host, source: SourceHome, paths: list[Path]) -> Iterator[None]
         with index.locked(paths, wait_s=host.wait_s):
             yield
     else:
-        with host._shared(paths):  # noqa: SLF001 - as above
+        with homes.sharing(host, paths):
             yield
 
 
@@ -114,7 +114,7 @@ def _complete_target(host: Host, source: Path, options: ImportOptions) -> None:
     opened, _, _ = compare.read(source, options)
     layout = import_.target_layout(host.root, opened, options, opened.vm_id)
     if layout.home.is_dir() and layout.journal.exists():
-        host._complete(layout.home)  # noqa: SLF001 - as above
+        homes.complete(host, layout.home)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -421,7 +421,7 @@ def _place_base(layout: Layout, name: str, target: str | None, taken: set[str]) 
 
 def _place_child(layout: Layout, name: str, slot: str, taken: set[str], new_id: Callable[[], str]) -> str:
     target = layout.images / name
-    ours = vm_home._OURS.fullmatch(target.name) is not None  # noqa: SLF001
+    ours = vm_home.is_ours(target.name)
     while not ours or str(target) in taken or target.exists():
         target, ours = layout.image(slot, new_id()), True
     return str(target)

@@ -23,7 +23,7 @@ from hvmgr.operations.exchange.intake import Intake
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
 from hvmgr.operations.vm import VM
-from hvmgr.storage import durable, frozen, locks, source_home
+from hvmgr.storage import durable, frozen, locks, source_configurations
 from hvmgr.storage.source_home import SourceHome
 from hvmgr.storage.vm_home import VmHome
 
@@ -63,7 +63,7 @@ def _require_as_planned(source: SourceHome, layout: Layout) -> None:
     """Nobody else has registered the folder, or begun to, while the lock was waited for."""
     try:
         with durable.explained(source.file):
-            is_same = source_home.read_xml(source.file).to_xml() == source.present.to_xml()
+            is_same = source_configurations.read(source.file).to_xml() == source.present.to_xml()
     except (errors.NotFound, errors.Corrupt):
         is_same = False
     if not is_same or layout.journal.exists():

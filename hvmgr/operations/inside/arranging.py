@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hvmgr import errors
+from hvmgr.model import patterns
 from hvmgr.model.put_options import PutOptions
-from hvmgr.operations.inside.browsing import Browser, Found, folded, shown
+from hvmgr.operations.inside.browsing import Browser, Found, shown
 from hvmgr.operations.inside.sources import Item
 from hvmgr.storage.filesystems.reader import Type
 
@@ -167,7 +168,7 @@ class _Arranger:
     def _key(self, parts: tuple[bytes, ...]) -> tuple[bytes, ...]:
         if not self._browser.reader.ignores_case:
             return parts
-        return tuple(os.fsencode(folded(os.fsdecode(one))) for one in parts)
+        return tuple(os.fsencode(patterns.folded_name(one)) for one in parts)
 
 
 def _require_name(name: bytes) -> None:

@@ -6,16 +6,14 @@ a damaged file system has it, is Corrupt.
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hvmgr import errors
-from hvmgr.model import names
+from hvmgr.model import names, patterns
 from hvmgr.operations.inside.views import Volume
 from hvmgr.storage.extraction import UNNAMEABLE
 from hvmgr.storage.filesystems import reader
@@ -26,7 +24,6 @@ _LINKS_MAX = 40
 _DEPTH_MAX = 4096
 _PATH_MAX = 64 << 10
 _REMEMBERED = 64
-_GLOB = frozenset(b"*?[")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +96,7 @@ class Browser:
 
     def expand(self, path: bytes, *, follow: bool = True) -> list[Found]:
         """All that a path with ``*``, ``?``, ``[…]`` and ``**`` means; one without, or that exists as it is, means itself."""
-        if not _GLOB & set(path):
+        if not patterns.is_pattern(path):
             return [self.find(path, follow=follow)]
         exact = self._walk_to(self._parts(path), follow=follow)
         if exact is not None:
@@ -119,7 +116,7 @@ class Browser:
             return False
 
     def _parts(self, path: bytes) -> list[bytes]:
-        return parts_of(path, ignoring_case=self.reader.ignores_case)
+        return patterns.parts_of(path, ignoring_case=self.reader.ignores_case)
 
     def _walk_to(self, parts: list[bytes], *, follow: bool, budget: Iterator[int] | None = None) -> Found | None:
         """What has the path. ``budget``: as many links may yet be followed for it, wherever on the way they lie."""
@@ -163,7 +160,7 @@ class Browser:
         if found is None or not wanted:
             return found
         for one, _ in found.node.streams:
-            if folded(one) == folded(wanted):
+            if patterns.folded(one) == patterns.folded(wanted):
                 return Found(found.path, found.node, one)
         raise names.not_found("stream", wanted, [one for one, _ in found.node.streams], where=f"in {shown(found.path)}")
 
@@ -193,8 +190,8 @@ class Browser:
         if name not in entries and self.reader.ignores_case:
             folded = self._folded.setdefault(folder.node.id, {})
             if not folded:
-                folded.update({_fold(one): one for one in entries})
-            name = folded.get(_fold(name), name)
+                folded.update({patterns.folded_name(one): one for one in entries})
+            name = folded.get(patterns.folded_name(name), name)
         if name not in entries:
             return None
         return Found(_join(folder.path, name), self.reader.stat(entries[name]))
@@ -206,9 +203,13 @@ class Browser:
         known = self._short.get(folder.node.id)
         if known is None:
             pairs = self.reader.short_names(folder.node)
-            known = {_fold(short): long for short, long in pairs if _fold(short) != _fold(long)}
+            known = {
+                patterns.folded_name(short): long
+                for short, long in pairs
+                if patterns.folded_name(short) != patterns.folded_name(long)
+            }
             self._short[folder.node.id] = known
-        return known.get(_fold(name))
+        return known.get(patterns.folded_name(name))
 
     def children(self, folder: Found) -> Iterator[Found]:
         """All that is in a folder, by name; what is damaged is left out and counted."""
@@ -312,7 +313,7 @@ class Browser:
         """What one part of a pattern means in a folder."""
         if part == b"**":
             yield from (one for _, one in self.walk(folder) if one.node.is_folder)
-        elif _GLOB & set(part):
+        elif patterns.is_pattern(part):
             yield from self._matching(folder, part)
         elif (one := self.child(folder, part)) is not None:
             yield one
@@ -322,7 +323,7 @@ class Browser:
         for name in sorted(entries):
             if name.startswith(b".") and not pattern.startswith((b".", b"[")):
                 continue  # as in a shell, such a dot has to be meant
-            if fits(name, pattern, ignoring_case=self.reader.ignores_case):
+            if patterns.fits(name, pattern, ignoring_case=self.reader.ignores_case):
                 child = self.sound(folder, name, entries[name])
                 if child is not None:
                     yield child
@@ -350,70 +351,9 @@ def left_out(browsers: Sequence[Browser]) -> dict[str, int]:
     return found
 
 
-def parts_of(path: bytes, *, ignoring_case: bool = False) -> list[bytes]:
-    """The names in a path; where case is ignored it may be one of Windows'."""
-    if ignoring_case and b"/" not in path:
-        path = path[2:] if path[1:2] == b":" else path
-        path = path.replace(b"\\", b"/") if not _GLOB & set(path) or path.startswith(b"\\") else path
-    return [one for one in path.split(b"/") if one not in {b"", b"."}]
-
-
-def beginnings(parts: Sequence[bytes], pattern: Sequence[bytes], *, ignoring_case: bool) -> Iterator[int]:
-    """How many names of a path, from its start, are what a pattern means; as often as it means one of them."""
-    if not pattern:
-        yield 0
-    elif pattern[0] == b"**":
-        for count in range(len(parts) + 1):
-            for more in beginnings(parts[count:], pattern[1:], ignoring_case=ignoring_case):
-                yield count + more
-    elif parts and _means(parts[0], pattern[0], ignoring_case=ignoring_case):
-        for more in beginnings(parts[1:], pattern[1:], ignoring_case=ignoring_case):
-            yield 1 + more
-
-
-def _means(name: bytes, pattern: bytes, *, ignoring_case: bool) -> bool:
-    if name == pattern or (ignoring_case and _fold(name) == _fold(pattern)):
-        return True
-    if not is_pattern(pattern) or (name.startswith(b".") and not pattern.startswith((b".", b"["))):
-        return False
-    return fits(name, pattern, ignoring_case=ignoring_case)
-
-
-def is_pattern(part: bytes) -> bool:
-    """Whether something in it may stand for something else."""
-    return bool(_GLOB & set(part))
-
-
-def literals(pattern: bytes) -> list[str]:
-    """What every name that fits a pattern holds, whatever its case."""
-    text = re.sub(r"\[!?\]?[^\]]*\]", "*", pattern.decode("utf-8", "surrogateescape").casefold())
-    return [one for one in re.split(r"[*?\[\udc80-\udcff]", text) if one]
-
-
-def fits(name: bytes, pattern: bytes, *, ignoring_case: bool = False) -> bool:
-    """Whether a name fits a pattern with ``*``, ``?`` and ``[…]``."""
-    if ignoring_case:
-        return fnmatch.fnmatchcase(_fold(name), _fold(pattern))
-    return fnmatch.fnmatchcase(os.fsdecode(name), os.fsdecode(pattern))
-
-
 def shown(path: bytes) -> str:
     """A path as text that can be turned back."""
     return os.fsdecode(path)
-
-
-def folded(name: str) -> str:
-    """A name as file systems fold it that ignore case: one letter of UTF-16 becomes one other, and never two ('ß' is no 'ss')."""
-    return "".join(map(_capital, name))
-
-
-def _capital(letter: str) -> str:
-    upper = letter.upper()
-    return upper if len(upper) == 1 and upper.lower() == letter <= "\uffff" else letter
-
-
-def _fold(name: bytes) -> str:
-    return folded(name.decode("utf-8", "surrogateescape"))
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

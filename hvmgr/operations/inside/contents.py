@@ -18,21 +18,8 @@ def are_same(old: Content, new: Content, touched: Ranges) -> bool:
     """Whether every byte is; ``touched`` are the bytes of the volume that may have changed in between."""
     if old.size != new.size:
         return False
-    return all(_same_bytes(old, new, *one) for one in _joined(uncertain(old.segments(), new.segments(), touched)))
-
-
-def _joined(found: Iterator[Range]) -> Iterator[Range]:
-    """Ranges in order, neighbours as one: each costs a search for where its bytes lie."""
-    pending: Range | None = None
-    for start, end in found:
-        if pending is not None and start <= pending[1]:
-            pending = pending[0], end
-            continue
-        if pending is not None:
-            yield pending
-        pending = start, end
-    if pending is not None:
-        yield pending
+    unknown = Ranges(uncertain(old.segments(), new.segments(), touched))  # neighbours as one: each costs a search
+    return all(_same_bytes(old, new, *one) for one in unknown)
 
 
 def is_untouched(content: Content, touched: Ranges) -> bool:

@@ -11,9 +11,9 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hvmgr.host import file_systems, image_export, image_locks, process, storage_daemon
+from hvmgr.host import file_systems, image_export, process, storage_daemon
 from hvmgr.host.image_export import Link
-from hvmgr.storage import durable, images
+from hvmgr.storage import durable
 
 _FILE = "volume"
 
@@ -35,16 +35,12 @@ def shown(links: Sequence[Link], work: Path, *, start: int, size: int) -> Iterat
     try:
         mountpoint = work / _FILE
         mountpoint.touch(0o600)
-        with contextlib.ExitStack() as stack:
-            daemon = stack.enter_context(storage_daemon.started(apart=True))
-            node = None
-            for link in reversed(links):
-                if link.format == images.RAW:  # the raw driver lets writers in
-                    stack.enter_context(image_locks.held(link.path, writable=False))
-                top = link is links[0]
-                node = daemon.open(link.path, link.format, writable=top, backing=node, detached_backing=node is None)
-            assert node is not None
-            yield stack.enter_context(daemon.shown(node, mountpoint, start=start, size=size))
+        with (
+            storage_daemon.started(apart=True) as daemon,
+            daemon.chain(links, writable=True) as node,
+            daemon.shown(node, mountpoint, start=start, size=size) as file,
+        ):
+            yield file
     finally:
         clear(work)
 

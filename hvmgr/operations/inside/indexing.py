@@ -100,8 +100,9 @@ def update(vm: VM, index: FileIndex, report: Report) -> Updated:
     coming, gone = missing(vm, index)
     for point in gone:
         with index.writing():
-            if any(one.snapshot == point.snapshot for one in index.points()):
-                index.remove_point(next(one for one in index.points() if one.snapshot == point.snapshot))
+            still = next((one for one in index.points() if one.snapshot == point.snapshot), None)
+            if still is not None:
+                index.remove_point(still)
                 done.removed.append(point.snapshot)
     there = {one.id: one for one in vm.snapshots()}
     for number, snapshot in enumerate(coming):

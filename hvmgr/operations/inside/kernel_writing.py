@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from hvmgr import errors
-from hvmgr.host import bare_machine, process
+from hvmgr.host import bare_machine, file_systems, process
 from hvmgr.host.bare_machine import Machine
 from hvmgr.operations.inside.arranging import ACL, DEFAULT_ACL, Act
 from hvmgr.operations.inside.browsing import Browser
 from hvmgr.operations.inside.sources import Report
-from hvmgr.storage import initramfs, kernels
+from hvmgr.storage import initramfs, kernel_modules, kernels
 from hvmgr.storage.filesystems.reader import Type
 from hvmgr.storage.filesystems.xfs import Xfs
 
@@ -112,9 +112,7 @@ class KernelWriter:
 
     def _explained(self, words: str) -> errors.HvmgrError:
         if "No space left" in words:
-            return errors.NoSpace(
-                "the file system has no space left for it", hint="free space in the guest, or put less"
-            )
+            return file_systems.full("the file system")
         if words.startswith("mount") and any(one in words for one in _TOO_NEW):
             return errors.Unsupported(
                 f"the {self.module} file system has features that no Linux kernel of this host knows",
@@ -134,10 +132,10 @@ class KernelWriter:
             yield folder, 0o040755, b""
         yield "dev/console", 0o020600, b""
         yield "bin/busybox", 0o100755, initramfs.installed_busybox()
-        modules = kernels.load_order(kernel, (*_DISKS, *_SUMS, self.module))
-        for name, data in modules:
-            yield f"modules/{name}.ko", 0o100644, data
-        yield "order", 0o100644, "".join(f"{name}\n" for name, _ in modules).encode()
+        modules = kernel_modules.of_folder(kernel.modules).in_order((*_DISKS, *_SUMS, self.module))
+        for one in modules:
+            yield f"modules/{one.name}.ko", 0o100644, one.data
+        yield "order", 0o100644, "".join(f"{one.name}\n" for one in modules).encode()
         yield "init", 0o100755, (_INIT % {"driver": self.module, "options": self.options}).encode()
         for name, path in programs.items():
             yield f"lib/{name}", 0o100755, path.read_bytes()

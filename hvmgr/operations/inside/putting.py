@@ -228,15 +228,16 @@ class _Putting:
 
     def _difference(self, browser: Browser, act: Act, spool: Path) -> str | None:
         try:
-            node, item = browser.find(act.path, follow=False).node, act.item
+            found = browser.find(act.path, follow=False)
         except errors.NotFound:
             return "it is not there"
+        node, item = found.node, act.item
         if node.type is not item.type or (item.type is Type.LINK and node.target != item.target):
             return f"it is {node.type.value}"
         if (why := self._other_facts(browser, node, act)) or item.source is None:
             return why
         with item.source.opened(spool) as descriptor:
-            is_same = _is_same(self._content(browser, act), descriptor)
+            is_same = _is_same(browser.content(found), descriptor)
         return None if is_same else "its content differs"
 
     def _other_facts(self, browser: Browser, node: Node, act: Act) -> str | None:
@@ -251,10 +252,6 @@ class _Putting:
         names = wanted.keys() | found.keys() if act.anew else wanted.keys()
         differing = sorted(name for name in names if wanted.get(name) != found.get(name))
         return f"another {', '.join(differing)}" if differing else None
-
-    @staticmethod
-    def _content(browser: Browser, act: Act) -> Content:
-        return browser.content(browser.find(act.path, follow=False))
 
 
 def _is_same(content: Content, descriptor: int) -> bool:

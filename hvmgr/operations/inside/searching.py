@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hvmgr import errors
-from hvmgr.model import names
-from hvmgr.operations.inside import browsing
+from hvmgr.model import names, patterns
 from hvmgr.storage.file_index import Entry, FileIndex, Place
 
 
@@ -100,7 +99,7 @@ class _Paths:
 
     def _may_fit(self, name: bytes, wish: Wish) -> bool:
         assert wish.name is not None
-        return browsing.fits(name, wish.name, ignoring_case=True)
+        return patterns.fits(name, wish.name, ignoring_case=True)
 
     def _whole(self, number: int) -> tuple[int, tuple[bytes, ...]] | None:
         trail: list[tuple[int, bytes]] = []
@@ -121,26 +120,26 @@ class _Paths:
 
 def _fits(parts: tuple[bytes, ...], name: bytes, wish: Wish, *, ignoring: bool) -> bool:
     """Whether a path is one that is looked for, in a file system that ignores case or does not."""
-    if wish.name is not None and not browsing.fits(
+    if wish.name is not None and not patterns.fits(
         name if parts else b"", wish.name, ignoring_case=ignoring or wish.ignore_case
     ):
         return False
-    patterns = [_resolved(browsing.parts_of(path, ignoring_case=ignoring)) for path in wish.paths]
-    counts = [one for pattern in patterns for one in browsing.beginnings(parts, pattern, ignoring_case=ignoring)]
+    wanted = [_resolved(patterns.parts_of(path, ignoring_case=ignoring)) for path in wish.paths]
+    counts = [one for pattern in wanted for one in patterns.beginnings(parts, pattern, ignoring_case=ignoring)]
     return any(wish.depth is None or len(parts) - count <= wish.depth for count in counts)
 
 
 def _candidates(index: FileIndex, wish: Wish, roots: dict[int, dict[bool, Place]]) -> Iterator[tuple[int, bytes]]:
     """Paths among which all that fit are, with their names."""
     if wish.name is not None:
-        found = index.with_words(browsing.literals(wish.name))
+        found = index.with_words(patterns.literals(wish.name))
         if found is not None:
             yield from found
             return
     tops: list[int] = []
     for path in wish.paths:
         for root, ignoring in ((root, one) for root, cases in roots.items() for one in cases):
-            parts = _resolved(browsing.parts_of(path, ignoring_case=ignoring))
+            parts = _resolved(patterns.parts_of(path, ignoring_case=ignoring))
             tops += _reached(index, [root], parts, ignoring_case=ignoring)
     for number in dict.fromkeys(index.all_below(tops)):
         above = index.above(number)
@@ -157,7 +156,7 @@ def _reached(index: FileIndex, places: list[int], parts: Sequence[bytes], *, ign
             number
             for place in places
             for number, name in index.below(place)
-            if any(browsing.beginnings([name], [part], ignoring_case=ignoring_case))
+            if any(patterns.beginnings([name], [part], ignoring_case=ignoring_case))
         ]
     return places
 

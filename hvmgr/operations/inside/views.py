@@ -255,19 +255,15 @@ def _served(links: Sequence[Link]) -> Iterator[Source]:
     from hvmgr.host import nbd_client, storage_daemon
     from hvmgr.operations.images.disks import QemuSource
 
-    with contextlib.ExitStack() as stack:
-        daemon = stack.enter_context(storage_daemon.started())
-        node = None
-        for link in reversed(links):
-            if link.format == image_export.CODEC:
-                raise errors.Unsupported(
-                    f"{links[0].path} stands on the VHD {link.path}, which QEMU would not read right"
-                )
-            if link.format == images.RAW:
-                stack.enter_context(image_locks.held(link.path, writable=False))  # the raw driver lets writers in
-            node = daemon.open(link.path, link.format, writable=False, backing=node, detached_backing=node is None)
-        assert node is not None
-        client = stack.enter_context(nbd_client.connected(stack.enter_context(daemon.exported(node))))
+    for link in links:
+        if link.format == image_export.CODEC:
+            raise errors.Unsupported(f"{links[0].path} stands on the VHD {link.path}, which QEMU would not read right")
+    with (
+        storage_daemon.started() as daemon,
+        daemon.chain(links) as node,
+        daemon.exported(node) as uri,
+        nbd_client.connected(uri) as client,
+    ):
         yield QemuSource(client, [(0, client.size, True)])
 
 

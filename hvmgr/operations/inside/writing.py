@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hvmgr import errors
-from hvmgr.host import e2fsprogs, mtools, ntfs, ntfs_library
+from hvmgr.host import e2fsprogs, file_systems, mtools, ntfs, ntfs_library
 from hvmgr.operations.inside.arranging import Act
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.kernel_writing import KernelWriter
@@ -196,9 +196,7 @@ class _Ext:
                 e2fsprogs.change(volume, commands)
             except errors.HostFailed as error:
                 if any(words in error.message for words in _FULL):
-                    raise errors.NoSpace(
-                        "the file system has no space left for it", hint="free space in the guest, or put less"
-                    ) from error
+                    raise file_systems.full("the file system") from error
                 raise
 
     def _commands(self, act: Act, source: str, stack: contextlib.ExitStack) -> Iterator[str]:

@@ -182,19 +182,31 @@ _GOES_ON = "the journal holds what is open; the next command on this VM goes on 
 def run(session: Session, one: Plan) -> None:
     """Carry a plan out; an error leaves the state before it, or, once the switch happened, the state after it."""
     journal.begin(session.layout.journal, one)
-    if one.switch is not None:
-        _prepare(session, one)
-        _switch(session, one)
-    try:
-        _finish(session, one)
-    except errors.HvmgrError:
-        resting_guest.tell(session)
-        raise
+    with _contact(session, one):
+        if one.switch is not None:
+            _prepare(session, one)
+            _switch(session, one)
+        try:
+            _finish(session, one)
+        except errors.HvmgrError:
+            resting_guest.tell(session)
+            raise
     if session.unwoken is not None:
         error, session.unwoken = session.unwoken, None
         raise errors.HostFailed(
             f"{one.subject}: done, but {error}", hint=error.hint, **{**error.facts, "done": True}
         ) from error
+
+
+@contextlib.contextmanager
+def _contact(session: Session, one: Plan) -> Iterator[None]:
+    """What was not ended because libvirt is out of reach has neither failed nor been done: the next command asks."""
+    try:
+        yield
+    except errors.HostFailed as error:
+        if not error.facts.get("lost") or not journal.is_open(session.layout.journal):
+            raise
+        raise errors.OutcomeUnknown(f"{one.subject}: {error.message}", hint=_GOES_ON, **error.facts) from error
 
 
 def recover(session: Session) -> bool:

@@ -212,9 +212,6 @@ class Btrfs(Watched):
         with reader.parsing(f"inode {number}"):
             return self._content(tree, number, node.size)
 
-    def stored(self, node: Node, stream: str = "") -> Content:
-        return self.content(node, stream)
-
     def _content(self, tree: int, number: int, size: int) -> Content:
         extents: list[Extent] = []
         for key, data in self._items(tree, number, _EXTENT):

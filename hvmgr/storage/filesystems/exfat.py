@@ -128,9 +128,6 @@ class ExFat(Watched):
                 raise damaged("a file ends before its size")
             return Runs(self._cached, runs, node.size, node.ref.valid)
 
-    def stored(self, node: Node, stream: str = "") -> Content:
-        return self.content(node, stream)
-
     def geometry(self) -> Geometry:
         return self._geometry
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from hvmgr import errors
 from hvmgr.model.ranges import Range
-from hvmgr.storage.filesystems import ext_journal, reader
+from hvmgr.storage.filesystems import ext_attributes, ext_journal, reader
 from hvmgr.storage.filesystems.ext_fast_commits import Changes
 from hvmgr.storage.filesystems.reader import Bytes, Content, Geometry, Node, Runs, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
@@ -31,10 +31,6 @@ _EXTENT_MAGIC, _EXTENT_DEPTH = 0xF30A, 5
 _UNWRITTEN = 0x8000
 _ENTRY = struct.Struct("<IHBB")
 _INODE = struct.Struct("<HHIIIIIHHII4x60s8xII")
-_XATTR = struct.Struct("<BBHIII")
-_XATTR_MAGIC = 0xEA020000
-_PREFIXES = {1: "user.", 4: "trusted.", 6: "security.", 7: "system.", 8: "system.richacl"}
-_ACLS = {2: "system.posix_acl_access", 3: "system.posix_acl_default"}
 _FOLDER_MAX = 2 << 30
 TYPES = {
     stat.S_IFREG: Type.FILE,
@@ -360,37 +356,13 @@ class Ext(Watched):
     # -- extended attributes -------------------------------------------------------------------------------------
 
     def _attributes(self, inode: _Inode) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
         raw = inode.raw
-        if len(raw) > 132:
-            start = 128 + struct.unpack_from("<H", raw, 128)[0]
-            if start + 4 <= len(raw) and struct.unpack_from("<I", raw, start)[0] == _XATTR_MAGIC:
-                self._parse_attributes(raw[start + 4 :], 0, 0, found)
+        found = ext_attributes.of_inode(raw, self._large_value)
         (low,) = struct.unpack_from("<I", raw, 104)
         (high,) = struct.unpack_from("<H", raw, 118)
-        place = low | high << 32 if self._super.incompatible & _64BIT else low
-        if place:
-            block = self._block(place)
-            if struct.unpack_from("<I", block)[0] != _XATTR_MAGIC:
-                raise damaged(f"the attributes of inode {inode.number}")
-            self._parse_attributes(block, 32, 0, found)
+        if place := low | high << 32 if self._super.incompatible & _64BIT else low:
+            found |= ext_attributes.of_block(self._block(place), self._large_value)
         return found
-
-    def _parse_attributes(self, area: bytes, at: int, base: int, found: dict[str, bytes]) -> None:
-        while at + _XATTR.size <= len(area) and area[at : at + 4] != bytes(4):
-            name_length, kind, offset, value_inode, size, _ = _XATTR.unpack_from(area, at)
-            name = area[at + 16 : at + 16 + name_length].decode("utf-8", "surrogateescape")
-            if value_inode:
-                value = self._large_value(value_inode, size)
-            else:
-                value = area[base + offset : base + offset + size]
-                if len(value) < size:
-                    raise damaged("an extended attribute lies behind its place")
-            if kind in _ACLS:
-                found[_ACLS[kind]] = _posix_acl(value)
-            elif kind in _PREFIXES:
-                found[_PREFIXES[kind] + name] = value
-            at += 16 + (name_length + 3) // 4 * 4
 
     def _large_value(self, number: int, size: int) -> bytes:
         inode = self._inode(number)
@@ -471,17 +443,3 @@ def _device(data: bytes) -> tuple[int, int]:
     if old:
         return old >> 8 & 0xFF, old & 0xFF
     return new >> 8 & 0xFFF, (new & 0xFF) | (new >> 12 & 0xFFF00)
-
-
-def _posix_acl(value: bytes) -> bytes:
-    """An ACL as it is on the disk, in the shape of Linux' extended attributes."""
-    found, at = [struct.pack("<I", 2)], 4
-    while at + 4 <= len(value):
-        tag, permissions = struct.unpack_from("<HH", value, at)
-        at += 4
-        who = 0xFFFFFFFF
-        if tag in {2, 8}:  # a named user, a named group
-            (who,) = struct.unpack_from("<I", value, at)
-            at += 4
-        found.append(struct.pack("<HHI", tag, permissions, who))
-    return b"".join(found)

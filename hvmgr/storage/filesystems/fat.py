@@ -196,9 +196,6 @@ class Fat(Watched):
                 raise damaged("a file ends before its size")
             return Runs(self._cached, runs, node.size)
 
-    def stored(self, node: Node, stream: str = "") -> Content:
-        return self.content(node, stream)
-
     def geometry(self) -> Geometry:
         return Geometry(
             (self._cluster, self._root_start, self._root_size, self._root_cluster, self._data, self._table.count)

@@ -187,9 +187,6 @@ class Iso(Watched):
             raise damaged(f"a file of {node.size} bytes is larger than the disk")
         return Runs(self._cached, [Run(length, start) for start, length in node.ref.parts], node.size)
 
-    def stored(self, node: Node, stream: str = "") -> Content:
-        return self.content(node, stream)
-
     def geometry(self) -> Geometry:
         return Geometry((self._block, self._root.parts, self._joliet, self._skip))
 

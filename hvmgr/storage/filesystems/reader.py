@@ -10,6 +10,7 @@ import bisect
 import contextlib
 import struct
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -161,10 +162,16 @@ class Geometry:
         return self.facts == older.facts and self.table[: len(older.table)] == older.table
 
 
-class Watched:
+class Watched(ABC):
     """What readers have in common that read through a ``Cached`` alone whatever their answers follow from."""
 
     _cached: Cached
+
+    @abstractmethod
+    def content(self, node: Node, stream: str = "") -> Content: ...
+
+    def stored(self, node: Node, stream: str = "") -> Content:
+        return self.content(node, stream)
 
     def watching(self) -> contextlib.AbstractContextManager[list[Range]]:
         return self._cached.watched()

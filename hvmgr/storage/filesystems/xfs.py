@@ -196,9 +196,6 @@ class Xfs(Watched):
                 return Bytes(inode.data[: inode.size])
             return Runs(self._cached, self._runs(inode, inode.size), inode.size)
 
-    def stored(self, node: Node, stream: str = "") -> Content:
-        return self.content(node, stream)
-
     def replaced(self) -> Sequence[Range]:
         return self._replaced
 

@@ -20,16 +20,8 @@ from tests.storage import file_trees
 
 def raw_disk(folder, name, tree, *, table="gpt", label="root"):
     """A disk with one partition, and ext4 with the tree on it."""
-    image, part = folder / name, folder / f"{name}.part"
-    file_trees.ext(part, tree, "-t", "ext4", "-L", label, size="20M")
-    with image.open("wb") as file:
-        file.truncate(24 << 20)
-    file_trees.run("sfdisk", "-q", image, input=f"label: {table}\nstart=2048,size=40960\n".encode())
-    with image.open("r+b") as file:
-        file.seek(1 << 20)
-        file.write(part.read_bytes())
-    part.unlink()
-    return image
+    part = file_trees.ext(folder / f"{name}.part", tree, "-t", "ext4", "-L", label, size="20M")
+    return file_trees.in_partition(folder / name, part, table=table)
 
 
 @pytest.fixture(scope="module")

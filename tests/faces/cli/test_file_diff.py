@@ -28,15 +28,8 @@ def written(source, path, generation):
 
 def raw_disk(image, tree):
     """A disk with one partition, and ext4 with the tree on it."""
-    part = image.with_suffix(".part")
-    file_trees.ext(part, tree, "-t", "ext4", "-L", "root", size="20M")
-    file_trees.run("truncate", "-s", "24M", image)
-    file_trees.run("sfdisk", "-q", image, input=b"label: gpt\nstart=2048,size=40960\n")
-    with image.open("r+b") as file:
-        file.seek(1 << 20)
-        file.write(part.read_bytes())
-    part.unlink()
-    return image
+    part = file_trees.ext(image.with_suffix(".part"), tree, "-t", "ext4", "-L", "root", size="20M")
+    return file_trees.in_partition(image, part)
 
 
 @pytest.fixture(scope="module")

@@ -21,19 +21,6 @@ _ENTRIES = ((1, 6, 0xFFFFFFFF), (2, 4, 1000), (4, 4, 0xFFFFFFFF), (16, 4, 0xFFFF
 ACL = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *one) for one in _ENTRIES)
 
 
-def disk_with(folder, part, name="disk"):
-    """A disk with a GPT and one partition, which is what ``part`` holds."""
-    image = folder / name
-    size = part.stat().st_size
-    with image.open("wb") as file:
-        file.truncate(START + size + (1 << 20))
-    file_trees.run("sfdisk", "-q", image, input=f"label: gpt\nstart=2048,size={size // 512}\n".encode())
-    with image.open("r+b") as file:
-        file.seek(START)
-        file.write(part.read_bytes())
-    return image
-
-
 def present(hvmgr, vm):
     (image,) = hvmgr.ok("vm", "show", vm, "--json").json["now"]["disks"].values()
     return image
@@ -83,7 +70,7 @@ def linux(tmp_path_factory):
     subprocess.run(
         ["debugfs", "-w", "-f", "-", part], input=debug.encode(), check=True, capture_output=True, timeout=60
     )
-    return disk_with(folder, part)
+    return file_trees.in_partition(folder / "disk", part)
 
 
 @pytest.fixture
@@ -323,7 +310,7 @@ def made_of(hvmgr, root, tmp_path, require_program):
         if command:
             require_program(command[0])
             file_trees.run(*command, part)
-        disk = disk_with(tmp_path, part)
+        disk = file_trees.in_partition(tmp_path / "disk", part)
         hvmgr.ok("vm", "create", "web", "--memory", "64M", "--disk", disk, "--network", "none", "--accel", "tcg")
         return part
 

@@ -570,7 +570,3 @@ def test_many_places_of_a_content_are_found_without_a_look_at_all_of_it_for_each
             data = b"".join(bytes(piece) for _, piece in content.pieces(start, start + 9))
             assert data == reader.whole(other, 2000)[start : start + 9]
     assert runs.times == 1
-
-
-def test_ranges_that_follow_each_other_are_read_as_one():
-    assert list(contents._joined(iter([(0, 2), (2, 3), (5, 6), (6, 9)]))) == [(0, 3), (5, 9)]

@@ -15,7 +15,7 @@ from hvmgr.host import mtools, ntfs_library
 from hvmgr.host.image_export import Link
 from hvmgr.model.put_options import PutOptions
 from hvmgr.operations.inside import arranging, asleep, kernel_writing, looking, putting, sources, views, writing
-from hvmgr.operations.inside.browsing import Found, folded
+from hvmgr.operations.inside.browsing import Found
 from hvmgr.storage import images
 from hvmgr.storage.filesystems.reader import Node, Type
 from tests.storage import file_trees, test_lvm
@@ -163,20 +163,6 @@ def test_what_reads_back_with_other_attributes_is_refused(ntfs, tmp_path, monkey
     )
     with pytest.raises(errors.HostFailed, match=r"another system\.ntfs_attrib; nothing was changed"):
         put(ntfs, [wish], manner=PutOptions(overwrite=True, as_before=True))
-
-
-@pytest.mark.parametrize(
-    ("one", "other", "are_same"),
-    [
-        ("straße", "STRASSE", False),
-        ("Ä.txt", "ä.TXT", True),
-        ("ﬀ", "FF", False),
-        ("\u0130", "i", False),
-        ("\U00010428", "\U00010400", False),
-    ],
-)
-def test_case_is_ignored_as_file_systems_do(one, other, are_same):
-    assert (folded(one) == folded(other)) is are_same
 
 
 def test_what_only_a_dictionary_takes_for_the_same_stays(ntfs, tmp_path):

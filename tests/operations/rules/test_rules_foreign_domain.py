@@ -17,7 +17,7 @@ from hvmgr import errors
 from hvmgr.host.domain import Domain, State
 from hvmgr.model import plan
 from hvmgr.model.metadata import SnapshotType
-from hvmgr.operations.steps import domain_steps
+from hvmgr.operations.steps import domain_steps, execution
 
 MIB = 1 << 20
 
@@ -74,6 +74,30 @@ def xml_file(bench, text):
     path = bench.place / f"{uuid.uuid4()}.xml"
     path.write_text(text)
     return path
+
+
+# --- the daemon -------------------------------------------------------------------------------------------------------
+
+
+def test_daemon_that_is_restarted_meanwhile_leaves_an_open_journal_and_no_failure(bench, vm, daemon, monkeypatch):
+    """The connection is lost for this command; the next one has another, and goes on with it."""
+    define = execution.DO[plan.Define]
+
+    def and_restart(session, step):
+        define(session, step)
+        daemon.stop()
+        daemon.start()
+
+    with monkeypatch.context() as patched:
+        patched.setitem(execution.DO, plan.Define, and_restart)
+        with pytest.raises(errors.OutcomeUnknown, match="creation of") as lost:
+            vm.create_snapshot("c")
+    assert lost.value.hint is not None
+    assert vm.home.layout.journal.exists()
+    bench.said.clear()
+    assert [one.name for one in vm.snapshots()] == ["a", "b", "c"]
+    assert any("completed the interrupted creation" in said for said in bench.said)
+    bench.check(vm)
 
 
 # --- the domain itself ------------------------------------------------------------------------------------------------

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from hvmgr import errors
-from hvmgr.model import tree
+from hvmgr import CloneOptions, errors
+from hvmgr.model import plan, tree
 from hvmgr.model.specification import ImageFormat
+from hvmgr.operations.steps import execution
 
 MIB = 1 << 20
 NAMES = ("one", "two", "three")
@@ -113,6 +114,28 @@ def test_disk_that_another_vm_writes_is_refused(bench, base):
         with pytest.raises(errors.Conflict, match="is the disk of the VM 'one'"):
             bench.make(bench.in_place(path), name="two")
     assert [vm.name for vm in bench.host.vms()] == ["one"]
+
+
+def test_failure_under_the_locks_of_shared_images_waits_for_none_of_them(bench, base, monkeypatch):
+    """What is undone then takes no lock that the command itself holds: it would be Busy, and leave a half-made home."""
+    (one,) = on_base(bench, base, "one")
+    before = bench.file_of(base), bench.mode_of(base)
+    homes = sorted(bench.host.root.iterdir())
+    bench.said.clear()
+
+    def refuse(*_):
+        raise errors.HostFailed("libvirt says no")
+
+    monkeypatch.setitem(execution.DO, plan.Define, refuse)
+    for make in (
+        lambda: bench.make(bench.in_place(base), name="two"),
+        lambda: one.clone("three", CloneOptions(snapshot="before the others", linked=True)),
+    ):
+        with pytest.raises(errors.HostFailed, match=r"^libvirt says no$"):
+            make()
+    assert not [said for said in bench.said if "going back failed" in said]
+    assert sorted(bench.host.root.iterdir()) == homes
+    assert (bench.file_of(base), bench.mode_of(base)) == before
 
 
 def test_disk_in_the_home_of_another_vm_is_refused_while_it_writes_it(bench):
