@@ -498,6 +498,9 @@ class Host:
         """The folders that the journal needs; they go again when the plan does not come through."""
         self._require_role()
         layout = home.layout
+        above = next(one for one in layout.home.parents if os.path.lexists(one))
+        if not above.is_dir():
+            raise errors.UsageError(f"{above} is no folder", hint="name another place with --root or --home")
         with durable.explained(layout.home):
             layout.home.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         durable.make_folder(layout.home)
@@ -509,6 +512,8 @@ class Host:
             if not layout.journal.exists() and not layout.configuration.exists():
                 durable.remove_folder(layout.private)
                 durable.remove_empty_folder(layout.home)
+                for one in layout.home.parents[: layout.home.parents.index(above)]:
+                    durable.remove_empty_folder(one)
 
     @contextlib.contextmanager
     def session(self, home: VmHome, *, stop: Callable[[], bool] | None = None) -> Iterator[Session]:
