@@ -1,4 +1,4 @@
-"""The entry of the command line. ``--version`` is answered before anything heavy is imported."""
+"""The entry of the command line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ import sys
 
 def main() -> None:
     """Run the command line and end with its exit code."""
-    if sys.argv[1:] in (["--version"], ["version"]):
-        from hvmgr.version import __version__
-
-        sys.stdout.write(f"hvmgr {__version__}\n")
-        return
+    _take_the_places_of_what_is_closed()
     import gc
 
     gc.set_threshold(50_000)  # imports make no garbage worth looking for: a tenth of the time to start
@@ -26,6 +22,20 @@ def main() -> None:
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code)
+
+
+def _take_the_places_of_what_is_closed() -> None:
+    """No file that is opened later gets the number of stdin, stdout or stderr (``hvmgr … >&-``).
+
+    What stands in for stdin cannot be read, nor for stdout written: whoever needs one of them says so, as of a full disk.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            found = os.open(os.devnull, os.O_RDONLY if name == "stdout" else os.O_WRONLY)
+            if found != number:
+                os.dup2(found, number)
+                os.close(found)
+            setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
 
 
 if __name__ == "__main__":

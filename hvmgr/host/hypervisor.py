@@ -79,7 +79,10 @@ class Volume:
 
 def parse_uri(uri: str) -> Address:
     """The address behind a URI; Unsupported when it is not QEMU on this host, UsageError when it is malformed."""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError as error:
+        raise UsageError(f"{uri} is no URI: {error}", hint="use qemu:///system or qemu:///session") from error
     hypervisor, _, transport = parts.scheme.partition("+")
     if hypervisor != "qemu":
         raise Unsupported(f"only QEMU connections are supported, not {uri}", hint="use qemu:///system")

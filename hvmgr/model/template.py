@@ -325,11 +325,12 @@ def _require(root: etree._Element, tag: str) -> etree._Element:
 
 
 def _element(parent: etree._Element | None, tag: str, text: str | None = None, **attributes: str) -> etree._Element:
-    element = etree.Element(tag, attributes)
     try:
+        element = etree.Element(tag, attributes)
         element.text = text
     except ValueError as error:
-        raise errors.UsageError(f"{text!r} holds a control character, which XML cannot keep") from error
+        told = " ".join([*attributes.values(), *([] if text is None else [text])])
+        raise errors.UsageError(f"{told!r} holds a control character, which XML cannot keep") from error
     if parent is not None:
         parent.append(element)
     return element

@@ -214,7 +214,8 @@ def _require_readable(session: Session, path: Path | None) -> None:
     if path is None:
         return
     if not path.is_file():
-        raise errors.NotFound(f"there is no file {path}", hint="name an existing file")
+        what = f"{path} is no file" if path.exists() else f"there is no file {path}"
+        raise errors.NotFound(what, hint="name an existing file")
     _require_usable(session, path, writable=False)
 
 

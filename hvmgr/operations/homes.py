@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,6 +114,9 @@ def new(host: Host, home: VmHome) -> Iterator[Session]:
 
     roles.require_role(host.connection)
     layout = home.layout
+    above = next(one for one in layout.home.parents if os.path.lexists(one))
+    if not above.is_dir():
+        raise errors.UsageError(f"{above} is no folder", hint="name another place with --root or --home")
     with durable.explained(layout.home):
         layout.home.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
     durable.make_folder(layout.home)
@@ -124,6 +128,8 @@ def new(host: Host, home: VmHome) -> Iterator[Session]:
         if not layout.journal.exists() and not layout.configuration.exists():
             durable.remove_folder(layout.private)
             durable.remove_empty_folder(layout.home)
+            for one in layout.home.parents[: layout.home.parents.index(above)]:
+                durable.remove_empty_folder(one)
 
 
 @contextlib.contextmanager

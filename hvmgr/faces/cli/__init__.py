@@ -21,7 +21,7 @@ def run(argv: Sequence[str]) -> int:
     arguments = list(argv)
     try:
         try:
-            code = invoke(arguments)
+            code = _tell_version() if arguments == ["--version"] else invoke(arguments)
         except (HvmgrError, OSError, KeyboardInterrupt, EOFError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
@@ -36,6 +36,15 @@ def run(argv: Sequence[str]) -> int:
         _forget_stdout()
         return _fail(errors.HostFailed(f"cannot write the output: {error.strerror}"), [])
     return code
+
+
+def _tell_version() -> int:
+    """Before anything heavy is imported."""
+    from hvmgr.faces.cli import render
+    from hvmgr.version import __version__
+
+    render.say(f"hvmgr {__version__}")
+    return 0
 
 
 def exit_code(kind: type[HvmgrError]) -> int:
@@ -71,6 +80,8 @@ def invoke(argv: Sequence[str]) -> int:
 def _foreseen(error: BaseException) -> HvmgrError:
     if isinstance(error, HvmgrError):
         return error
+    if isinstance(error, FileNotFoundError) and not error.filename:
+        return errors.NotFound("the folder that you are in is not there any more", hint="change to another one")
     if isinstance(error, OSError):  # the system's own no, met where nobody expected it
         where = f"{error.filename}: " if error.filename else ""
         found = errors.HostFailed(f"{where}{error.strerror or error}")

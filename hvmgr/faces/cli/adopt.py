@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
                                                "hvmgr vm adopt web --exclude-disk vdb --home /srv/web-home"])  # fmt: skip
 @click.argument("names", metavar="NAME...", nargs=-1, type=arguments.LibvirtName())
 @click.option("--all", "every", is_flag=True, help="Every VM of libvirt's that hvmgr does not manage.")
-@click.option("--home", type=click.Path(path_type=Path), metavar="DIR",
+@click.option("--home", type=arguments.HERE_PATH, metavar="DIR",
               help="The VM's folder, if not one named after it below the root; for one NAME.")  # fmt: skip
 @click.option("--exclude-disk", "exclude_disks", multiple=True, metavar="SLOT",
               help="Leave this disk out of all snapshots. Repeatable.")  # fmt: skip
@@ -60,7 +59,7 @@ def command(
     from hvmgr.operations.adopt.adoption import AdoptOptions
 
     options = AdoptOptions(
-        home=None if home is None else Path(os.path.abspath(home)),  # noqa: PTH100 - Path.absolute would keep '..'
+        home=home,
         exclude_disks=tuple(dict.fromkeys(exclude_disks)),
         internal=Internal.CONVERT if convert_internal else Internal.DROP if drop_internal else Internal.REFUSE,
     )

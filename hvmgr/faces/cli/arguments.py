@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +24,22 @@ if TYPE_CHECKING:
 _PLAIN = re.compile(r"[\w.+@%,-]+")  # what every shell takes as one word
 
 
+class HerePath(click.Path):
+    """A path that counts from where the user is, as an absolute one: it goes into configurations."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The absolute path; symbolic links stay as they are named."""
+        return absolute(value)
+
+
+HERE_PATH = HerePath()
+
+
+def absolute(path: str | Path) -> Path:
+    """A path from where the user is."""
+    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute would keep '..'
+
+
 class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4, not before
     """A size with a unit, in bytes."""
 
@@ -34,11 +53,21 @@ class Size(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.
             self.fail(f"{error.message}; {error.hint}", param, ctx)
 
 
+def from_stdin(*, line: bool = False) -> str:
+    """The text that somebody writes to our stdin, or the first ``line`` of it."""
+    try:
+        return sys.stdin.readline() if line else sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise errors.UsageError("what comes from stdin is no text in UTF-8") from error
+    except OSError as error:
+        raise errors.HostFailed(f"stdin cannot be read: {error.strerror}") from error
+
+
 def moment(text: str, option: str) -> datetime:
     """``10m`` ago, or a time as people and programs write it; without an offset it is local."""
     try:
-        found = datetime.fromisoformat(text)
-    except ValueError:
+        return datetime.fromisoformat(text).astimezone(UTC)
+    except (ValueError, OverflowError):  # the latter of a time before or after all that have a time zone
         try:
             return datetime.now(UTC) - timedelta(seconds=units.parse_duration(text))
         except (errors.UsageError, OverflowError) as error:
@@ -46,7 +75,6 @@ def moment(text: str, option: str) -> datetime:
                 f"{option} {text}: neither a length of time nor a time",
                 hint="write it as 10m, 2h, 1d, or as 2026-11-21 14:03",
             ) from error
-    return found.astimezone(UTC)
 
 
 class VmName(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4, not before

@@ -172,7 +172,7 @@ def default(request: Request, /, name: str | None, boot_dir: Path, *, once: bool
         request.done(said, {"entry": None if entry is None else _document(entry), "once": once})
 
 
-@command.command("test", codes=(*READS, 5, 7), examples=["hvmgr boot test Blue", "hvmgr boot test Blue --uefi",
+@command.command("test", codes=(*READS[:-2], 7, *READS[-2:]), examples=["hvmgr boot test Blue", "hvmgr boot test Blue --uefi",
                                                          "hvmgr boot test Blue --until 'Reached target'"])  # fmt: skip
 @_entry
 @click.option("--uefi", is_flag=True, help="With UEFI firmware; otherwise with a BIOS.")

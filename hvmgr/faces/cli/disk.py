@@ -136,7 +136,7 @@ def export(
         one, kind, path = host.vm(vm), streams.format_of(fmt, file), streams.path_of(file)
         facts = {"vm": {"id": one.id, "name": one.name}, "slot": slot}
         if if_exists != "fail":
-            target, compare = streams.absolute(file), if_exists == "same"
+            target, compare = arguments.absolute(file), if_exists == "same"
             found = one.find_disk_export(target, slot, snapshot=snapshot, base=base, format=kind, compare=compare)
             if found is not None:
                 _require_same(found, file)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ import click
 
 from hvmgr import errors
 from hvmgr.faces.cli import arguments, json_out, render
-from hvmgr.faces.cli.groups import Command
+from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from hvmgr.model.finding import Finding
     from hvmgr.operations.vm import VM
 
-_VERIFY_CODES = (0, 1, 2, 3, 5, 6, 8, 130)
 _HEADERS = ("", "Code", "Found", "What puts it right")
 
 
@@ -38,7 +36,7 @@ _HEADERS = ("", "Code", "Found", "What puts it right")
 @click.option("--snapshot", metavar="SNAP", help="This snapshot as an independent VM, with one image for each disk.")
 @click.option("--config-only", is_flag=True, help="No disks; their sizes and hashes are recorded.")
 @click.option("--without-state", is_flag=True, help="Leave all saved memory out.")
-@click.option("--with-state", is_flag=True, help="Keep the memory of a running VM too; it pauses while that is saved.")
+@click.option("--with-state", is_flag=True, help="Keep the memory of a running VM too, saved as by 'snapshot create'.")
 @click.option("--quiesce", is_flag=True, help="Let the guest's agent put its file systems to rest first.")
 @click.option("--exclude-disk", "exclude", multiple=True, metavar="SLOT", help="Leave this disk out. Repeatable.")
 @click.option("--format", "image_format", type=click.Choice(["qcow2", "raw", "vhd"]),
@@ -70,7 +68,7 @@ def export(request: Request, /, vm: str, dest: Path | None, archive: str | None,
         if archive is not None:
             _to_archive(request, one, archive, options, keep=if_exists == "keep")
             return
-        if if_exists != "fail" and (found := one.find_export(_absolute(str(dest)), options)) is not None:
+        if if_exists != "fail" and (found := one.find_export(arguments.absolute(str(dest)), options)) is not None:
             if not (found.is_current or if_exists == "keep"):
                 raise errors.Conflict(
                     f"{found.folder} is an export of {one.name}, which may have changed since",
@@ -80,7 +78,7 @@ def export(request: Request, /, vm: str, dest: Path | None, archive: str | None,
             facts_now = {"vm": facts, "export": str(found.folder)}
             request.done(f"{found.folder} is there already", facts_now, changed=False)
             return
-        made = one.export(_absolute(str(dest)), options)
+        made = one.export(arguments.absolute(str(dest)), options)
         request.done(f"exported {one.name} to {made}", {"vm": facts, "export": str(made)})
 
 
@@ -88,7 +86,7 @@ def _to_archive(request: Request, one: VM, archive: str, options: ExportOptions,
     if archive == "-":
         one.export_archive(sys.stdout.fileno(), options)
         return
-    file = _absolute(archive)
+    file = arguments.absolute(archive)
     if keep and file.is_file():
         facts = {"vm": {"id": one.id, "name": one.name}, "export": str(file)}
         request.done(f"{file} is there already", facts, changed=False)
@@ -105,10 +103,6 @@ def _require_pipe(request: Request) -> None:
         raise errors.UsageError("--json and '--archive -' both write to stdout", hint="give --archive a file")
     if sys.stdout.isatty():
         raise errors.UsageError("an archive is nothing for a terminal", hint="pipe it on, or give --archive a file")
-
-
-def _absolute(path: str) -> Path:
-    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute would keep '..'
 
 
 def _options(wishes: dict[str, Any]) -> ExportOptions:
@@ -131,7 +125,7 @@ def _options(wishes: dict[str, Any]) -> ExportOptions:
     )
 
 
-@click.command("verify", cls=Command, codes=_VERIFY_CODES, examples=["hvmgr verify /srv/exports/web"])
+@click.command("verify", cls=Command, codes=READS, examples=["hvmgr verify /srv/exports/web"])
 @click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
 @click.pass_context
 def verify(context: click.Context, /, folder: Path) -> None:

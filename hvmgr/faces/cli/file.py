@@ -9,8 +9,7 @@ import click
 
 from hvmgr.faces.cli import file_diff, file_find, file_put, file_render, file_take, json_out, render
 from hvmgr.faces.cli import file_options as options
-from hvmgr.faces.cli.file_options import CODES
-from hvmgr.faces.cli.groups import Group
+from hvmgr.faces.cli.groups import READS, Group
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ def command() -> None:
 
 @command.command(
     "list",
-    codes=CODES,
+    codes=READS,
     examples=[
         "hvmgr file list web",
         "hvmgr file list web /etc --snapshot before",
@@ -68,7 +67,7 @@ def _list_volumes(request: Request, inside: Inside) -> None:
     render.table(("Disk", "Partition", "Holds", "Label", "Size", "Files"), rows, right=("Partition", "Size"))
 
 
-@command.command("tree", codes=CODES, examples=["hvmgr file tree web /etc/ssh", "hvmgr file tree web / --depth 2"])
+@command.command("tree", codes=READS, examples=["hvmgr file tree web /etc/ssh", "hvmgr file tree web / --depth 2"])
 @options.where("VM PATH...")
 @click.option("--depth", metavar="N", type=click.IntRange(min=1), help="Not deeper than this.")
 def tree(request: Request, where: options.Where, *, depth: int | None) -> None:
@@ -87,7 +86,7 @@ def tree(request: Request, where: options.Where, *, depth: int | None) -> None:
 
 
 @command.command(
-    "stat", codes=CODES, examples=["hvmgr file stat web /etc/shadow", "hvmgr file stat web /etc/shadow --json"]
+    "stat", codes=READS, examples=["hvmgr file stat web /etc/shadow", "hvmgr file stat web /etc/shadow --json"]
 )
 @options.where("VM PATH...")
 def stat(request: Request, where: options.Where) -> None:

@@ -14,8 +14,7 @@ import click
 from hvmgr import errors
 from hvmgr.faces.cli import arguments, file_render, json_out, render
 from hvmgr.faces.cli import file_options as options
-from hvmgr.faces.cli.file_options import CODES
-from hvmgr.faces.cli.groups import Command, Group
+from hvmgr.faces.cli.groups import READS, Command, Group
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -100,7 +99,7 @@ class _VmThenMoments(arguments.VmName):
 @click.command(
     "diff",
     cls=Command,
-    codes=CODES,
+    codes=READS,
     examples=[
         "hvmgr file diff web before after",
         "hvmgr file diff web before now /etc /usr/local",

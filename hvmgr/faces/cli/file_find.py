@@ -13,8 +13,7 @@ import click
 from hvmgr import errors, settings
 from hvmgr.faces.cli import arguments, file_render, json_out, render
 from hvmgr.faces.cli import file_options as options
-from hvmgr.faces.cli.file_options import CODES
-from hvmgr.faces.cli.groups import Command, Group
+from hvmgr.faces.cli.groups import READS, Command, Group
 from hvmgr.faces.cli.request import Request
 from hvmgr.model import patterns
 
@@ -78,7 +77,7 @@ class _Condition:
 @click.command(
     "find",
     cls=Command,
-    codes=CODES,
+    codes=READS,
     examples=[
         "hvmgr file find web / --name '*.conf'",
         "hvmgr file find web /home --type f --larger 100M --newer '2026-11-01'",
@@ -239,7 +238,7 @@ def _show_hits(hits: Sequence[Hit], names: dict[str, str], *, long: bool, null: 
 @click.command(
     "index",
     cls=Command,
-    codes=(*CODES[:-2], 7, *CODES[-2:]),
+    codes=(*READS[:-2], 7, *READS[-2:]),
     examples=["hvmgr file index web", "hvmgr file index web --rebuild"],
 )
 @arguments.vm

@@ -13,7 +13,6 @@ import click
 
 from hvmgr import errors
 from hvmgr.faces.cli import arguments, file_render, key_files, render
-from hvmgr.faces.cli.groups import READS
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from hvmgr.operations.inside.looking import Inside
     from hvmgr.operations.inside.views import Frozen
 
-CODES = (*READS[:4], 4, 5, *READS[4:])
 _NAMED_MAX = 100  # of what is damaged
 FORMATS = ("vhd", "vhdx", "qcow2", "raw")
 

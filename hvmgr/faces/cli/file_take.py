@@ -14,14 +14,13 @@ import click
 from hvmgr import errors
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli import file_render, json_out, render
-from hvmgr.faces.cli.file_options import CODES
-from hvmgr.faces.cli.groups import Command, Group
+from hvmgr.faces.cli.groups import READS, Command, Group
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.operations.inside.browsing import Browser, Found
 
-_GETS = (*CODES[:-2], 7, *CODES[-2:])
+_GETS = (*READS[:-2], 7, *READS[-2:])
 _STANDARD = "-"
 
 
@@ -31,7 +30,7 @@ def register(group: Group) -> None:
         group.add_command(one)
 
 
-@click.command("cat", cls=Command, codes=CODES, examples=["hvmgr file cat web /etc/fstab --snapshot before"])
+@click.command("cat", cls=Command, codes=READS, examples=["hvmgr file cat web /etc/fstab --snapshot before"])
 @options.where("VM PATH...")
 def cat(request: Request, where: options.Where) -> None:
     """Write what is in files to stdout, one after the other.
@@ -178,7 +177,7 @@ def _write(file: Any, piece: memoryview) -> None:
 
 
 @click.command(
-    "hash", cls=Command, codes=CODES, examples=["hvmgr file hash web /etc", "hvmgr file hash web /srv --algorithm md5"]
+    "hash", cls=Command, codes=READS, examples=["hvmgr file hash web /etc", "hvmgr file hash web /srv --algorithm md5"]
 )
 @options.where("VM PATH...")
 @click.option("--algorithm", type=click.Choice(("sha256", "sha512", "sha1", "md5", "blake2b")), default="sha256",

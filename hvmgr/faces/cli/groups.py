@@ -31,7 +31,7 @@ EXIT_CODES = {
     9: "contact was lost; the next command asks what happened",
     130: "stopped by the user; nothing half-done is left",
 }
-READS = (0, 1, 2, 3, 6, 8, 130)  # the codes of a command that only looks
+READS = (0, 1, 2, 3, 4, 5, 6, 8, 130)  # the codes of a command that only looks
 CHANGES = tuple(EXIT_CODES)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
-from hvmgr.faces.cli import json_out, render
-from hvmgr.faces.cli.groups import Command
+from hvmgr.faces.cli import arguments, json_out, render
+from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -22,16 +21,6 @@ if TYPE_CHECKING:
 
 _HEADERS = ("", "Code", "Found", "What puts it right")
 
-
-class _Folder(click.Path):
-    """A path that counts from where the user is, as an absolute one."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The absolute path; symbolic links stay as they are named."""
-        return Path(os.path.abspath(value))  # noqa: PTH100 - Path.absolute would keep '..'
-
-
-_FOLDER = _Folder()
 
 _OPTIONS = (
     click.option("--vm", metavar="NAME", help="Which VM, when SRC holds several."),
@@ -54,10 +43,10 @@ _OPTIONS = (
     click.option("--disk", "disks", multiple=True, metavar="SLOT=SOURCE", help="Where a disk's image is. Repeatable."),
     click.option("--disk-target", "disk_targets", multiple=True, metavar="SLOT=TARGET",
                  help="Where the copy of a disk's base goes. Repeatable."),
-    click.option("--vm-path", type=_FOLDER, metavar="D", help="The folder that the home is made in."),
-    click.option("--snapshot-path", type=_FOLDER, metavar="D", help="The folder for snapshots, if not the home."),
-    click.option("--disk-path", type=_FOLDER, metavar="D", help="The folder for base images, if not the home."),
-    click.option("--snapshot-source", type=_FOLDER, metavar="DIR", help="Where snapshots are that SRC lacks."),
+    click.option("--vm-path", type=arguments.HERE_PATH, metavar="D", help="The folder that the home is made in."),
+    click.option("--snapshot-path", type=arguments.HERE_PATH, metavar="D", help="The folder for snapshots, if not the home."),
+    click.option("--disk-path", type=arguments.HERE_PATH, metavar="D", help="The folder for base images, if not the home."),
+    click.option("--snapshot-source", type=arguments.HERE_PATH, metavar="DIR", help="Where snapshots are that SRC lacks."),
     click.option("--drop-snapshot", "drop_snapshots", multiple=True, metavar="SNAP",
                  help="Leave a snapshot out, be it there or missing. Repeatable."),
     click.option("--without-snapshots", is_flag=True, help="Leave all snapshots out."),
@@ -80,8 +69,10 @@ def _import_options(function: Callable[..., Any]) -> Callable[..., Any]:
                                                 "hvmgr import /srv/web --mode register",
                                                 "hvmgr import /exports/web --keep-id --replace",
                                                 "hvmgr import --plan web.yaml"])  # fmt: skip
-@click.argument("src", metavar="SRC", required=False, type=_FOLDER)
-@click.option("--plan", "file", type=_FOLDER, metavar="FILE", help="Everything from a plan that compare wrote.")
+@click.argument("src", metavar="SRC", required=False, type=arguments.HERE_PATH)
+@click.option(
+    "--plan", "file", type=arguments.HERE_PATH, metavar="FILE", help="Everything from a plan that compare wrote."
+)
 @click.option("--if-exists", type=click.Choice(["fail", "same", "keep"]), default="fail", show_default=True,
               help="Where the VM is there: same leaves it if SRC is what it was made of, keep in any case.")  # fmt: skip
 @_import_options
@@ -116,13 +107,15 @@ def import_command(
         request.done(f"imported {made.name} into {made.path}", facts)
 
 
-@click.command("compare", cls=Command, codes=(0, 1, 2, 3, 5, 6, 8, 130),
+@click.command("compare", cls=Command, codes=READS,
                examples=["hvmgr compare /exports/web",
                          "hvmgr compare /exports/web --mode link --json",
                          "hvmgr compare /exports/web --plan-out web.yaml"])  # fmt: skip
-@click.argument("src", metavar="SRC", required=False, type=_FOLDER)
-@click.option("--plan", "file", type=_FOLDER, metavar="FILE", help="Compare what a plan says.")
-@click.option("--plan-out", type=_FOLDER, metavar="FILE", help="Write a plan that can be edited; FILE must not exist.")
+@click.argument("src", metavar="SRC", required=False, type=arguments.HERE_PATH)
+@click.option("--plan", "file", type=arguments.HERE_PATH, metavar="FILE", help="Compare what a plan says.")
+@click.option(
+    "--plan-out", type=arguments.HERE_PATH, metavar="FILE", help="Write a plan that can be edited; FILE must not exist."
+)
 @click.option("--thorough", is_flag=True, help="Also read every byte of images whose SHA-256 is recorded.")
 @_import_options
 @click.pass_context
@@ -145,6 +138,8 @@ def compare(
         plan = _plan(context, host, src, file, options)
         comparison = plan.compare(thorough=thorough)
         found = comparison.findings
+        if request.dry_run:
+            plan_out = None
         if plan_out is not None:
             _write_plan(plan, found, plan_out)
     if request.json:
@@ -203,22 +198,18 @@ def _from_here(name: str, text: str) -> str:
     """Relative files of disks count from where the user is."""
     old, equals, new = text.partition("=")
     if name in {"disks", "disk_targets", "paths"} and new:
-        new = str(_FOLDER.convert(new, None, None))
+        new = str(arguments.absolute(new))
     if name == "paths" and old:
-        old = str(_FOLDER.convert(old, None, None))
+        old = str(arguments.absolute(old))
     return f"{old}{equals}{new}"
 
 
 def _write_plan(plan: ImportPlan, found: list[Finding], file: Path) -> None:
     from hvmgr.operations.exchange import import_document
+    from hvmgr.storage import durable
 
-    try:
-        with file.open("x", encoding="utf-8") as writer:
-            writer.write(import_document.to_yaml(plan, found))
-    except FileExistsError as error:
-        raise errors.UsageError(f"{file} exists already", hint="name another file") from error
-    except OSError as error:
-        raise errors.UsageError(f"{file} cannot be written: {error.strerror}") from error
+    with durable.appearing(file, mode=0o644) as part:
+        part.write_text(import_document.to_yaml(plan, found), "utf-8")
 
 
 def _document(plan: ImportPlan, found: list[Finding], plan_out: Path | None, *, home: str) -> dict[str, Any]:

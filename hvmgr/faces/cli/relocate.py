@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,6 @@ import click
 from hvmgr.faces.cli import arguments, json_out
 from hvmgr.faces.cli.groups import Command
 from hvmgr.faces.cli.request import Request
-
-
-class _Folder(click.Path):
-    """A path that counts from where the user is, as an absolute one."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The absolute path; symbolic links stay as they are named."""
-        return Path(os.path.abspath(value))  # noqa: PTH100 - Path.absolute would keep '..'
 
 
 @click.command("clone", cls=Command, examples=["hvmgr vm clone web web2",
@@ -32,7 +23,7 @@ class _Folder(click.Path):
 @click.option("--without-state", is_flag=True, help="Leave saved states out.")
 @click.option("--keep-mac", is_flag=True, help="The addresses of the cards stay.")
 @click.option("--network", "networks", multiple=True, metavar="OLD=NEW", help="Another network. Repeatable.")
-@click.option("--vm-path", type=_Folder(), metavar="D", help="The folder that the home is made in.")
+@click.option("--vm-path", type=arguments.HERE_PATH, metavar="D", help="The folder that the home is made in.")
 @click.option("--owner", metavar="NAME", help="Whom the VM belongs to.")
 @click.option("--tag", "tags", multiple=True, metavar="TAG", help="A word to find the VM by. Repeatable.")
 @click.pass_obj
@@ -54,7 +45,7 @@ def clone(request: Request, /, vm: str, name: str, **options: Any) -> None:
 
 @click.command("move", cls=Command, examples=["hvmgr vm move web /srv/fast/web"])
 @arguments.vm
-@click.argument("folder", metavar="DIR", type=_Folder())
+@click.argument("folder", metavar="DIR", type=arguments.HERE_PATH)
 @click.pass_obj
 def move(request: Request, vm: str, folder: Path) -> None:
     """Give a VM that is off or saved another home.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,7 +194,7 @@ def notes(request: Request, vm: str, snap: str, text: str | None) -> None:
         if text is None:
             _print_notes(request, old)
             return
-        wanted = sys.stdin.read() if text == "-" else text
+        wanted = arguments.from_stdin() if text == "-" else text
         if changed := wanted != old.notes:
             old.set_notes(wanted)
         made = one.snapshot(old.id)

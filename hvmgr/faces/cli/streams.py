@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from hvmgr import errors, units
-from hvmgr.faces.cli import render
+from hvmgr.faces.cli import arguments, render
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.model.progress import Progress
 
@@ -24,14 +24,9 @@ FORMATS = ("vhd", "raw", "qcow2")
 STANDARD = "-"
 
 
-def absolute(path: str) -> Path:
-    """A path from where the user is."""
-    return Path(os.path.abspath(path))  # noqa: PTH100 - Path.absolute would keep '..'
-
-
 def path_of(target: str) -> Path | None:
     """The file that is meant; None for stdout."""
-    return None if target == STANDARD else absolute(target)
+    return None if target == STANDARD else arguments.absolute(target)
 
 
 def require_target(request: Request, target: str, if_exists: str = "fail") -> None:
@@ -43,8 +38,8 @@ def require_target(request: Request, target: str, if_exists: str = "fail") -> No
             if if_exists != "fail":
                 return
             raise errors.Conflict(f"{target} exists already, and nothing is replaced", hint="give it another name")
-        if not absolute(target).parent.is_dir():
-            raise errors.NotFound(f"there is no folder {absolute(target).parent}", hint="make it first")
+        if not arguments.absolute(target).parent.is_dir():
+            raise errors.NotFound(f"there is no folder {arguments.absolute(target).parent}", hint="make it first")
         return
     if request.dry_run:
         return
@@ -68,7 +63,7 @@ def write(request: Request, stream: Outgoing, target: str, report: Report) -> No
         return
     from hvmgr.vhd import file
 
-    path = absolute(target)
+    path = arguments.absolute(target)
     with file.created(path, mode=0o600) as made, explained(path):
         stream.send(made.descriptor, report.sending(stream), sparse=True)
 
@@ -84,7 +79,7 @@ def source(target: str) -> Iterator[tuple[BinaryIO, int | None]]:
         return
     from hvmgr.storage import durable
 
-    path = absolute(target)
+    path = arguments.absolute(target)
     with durable.explained(path):
         if path.is_dir():
             raise errors.UsageError(f"{path} is a folder, not a disk", hint="name the file that holds it")

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from hvmgr import errors, settings
-from hvmgr.faces.cli import json_out, render
+from hvmgr.faces.cli import arguments, json_out, render
 from hvmgr.faces.cli.groups import READS, Group
 from hvmgr.faces.cli.request import Request
 from hvmgr.model import user as model
@@ -83,7 +83,7 @@ def remove(request: Request, name: str, users: Path | None) -> None:
 
 def _password(name: str) -> str:
     if not sys.stdin.isatty():
-        line = sys.stdin.readline()
+        line = arguments.from_stdin(line=True)
         if not line:
             raise errors.UsageError("there is no password on standard input", hint="write it there, as one line")
         return line.rstrip("\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +17,6 @@ from hvmgr.faces.cli.request import Request
 if TYPE_CHECKING:
     from hvmgr.model.specification import DiskSpecification, Specification
     from hvmgr.operations.vm import VM
-
-
-class _Path(click.Path):
-    """A path that counts from where the user is, as an absolute one: it goes into configurations."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The absolute path; symbolic links stay as they are named."""
-        return Path(os.path.abspath(value))  # noqa: PTH100 - Path.absolute would keep '..'
-
-
-_PATH = _Path()
 
 
 _ELSEWHERE = {
@@ -61,18 +48,20 @@ def command() -> None:
 @click.argument("name", required=False)
 @click.option("-f", "--file", type=click.Path(allow_dash=True), metavar="SPEC",
               help="Read everything from a YAML file ('-': stdin); see docs/specification.md.")  # fmt: skip
-@click.option("--home", type=_PATH, metavar="DIR", help="The VM's folder, if not one named after it below the root.")
+@click.option(
+    "--home", type=arguments.HERE_PATH, metavar="DIR", help="The VM's folder, if not one named after it below the root."
+)
 @click.option("--template", metavar="T", help="generation1 (BIOS, IDE) or generation2 (UEFI, virtio), the default.")
 @click.option("--memory", type=arguments.Size(), metavar="SIZE", help="Memory; the template decides otherwise.")
 @click.option("--vcpus", type=click.IntRange(min=1), metavar="N", help="Virtual CPUs; the template decides otherwise.")
 @click.option("--disk", "disks", multiple=True, metavar="SIZE|PATH",
               help="A new disk of a size, or one from an image, which is copied. Repeatable.")  # fmt: skip
 @click.option("--in-place", is_flag=True, help="Use the images of --disk where they are, uncopied.")
-@click.option("--cdrom", type=_PATH, metavar="PATH", help="An ISO image in a CD drive.")
+@click.option("--cdrom", type=arguments.HERE_PATH, metavar="PATH", help="An ISO image in a CD drive.")
 @click.option("--network", "networks", multiple=True, metavar="NET",
               help="A libvirt network, bridge=BRIDGE, user, or none; ',mac=ADDRESS' may follow. Repeatable.")  # fmt: skip
-@click.option("--kernel", type=_PATH, metavar="PATH", help="A kernel to start directly.")
-@click.option("--initrd", type=_PATH, metavar="PATH", help="The initial RAM disk of that kernel.")
+@click.option("--kernel", type=arguments.HERE_PATH, metavar="PATH", help="A kernel to start directly.")
+@click.option("--initrd", type=arguments.HERE_PATH, metavar="PATH", help="The initial RAM disk of that kernel.")
 @click.option("--cmdline", metavar="TEXT", help="The command line of that kernel.")
 @click.option("--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True,
               help="What executes the guest; tcg is emulation.")  # fmt: skip
@@ -126,8 +115,8 @@ def _from_file(file: str) -> Specification:
     from hvmgr.model import specification
 
     if file == "-":
-        return specification.load(sys.stdin.read(), source="stdin", folder=Path.cwd())
-    path = _PATH.convert(file, None, None)
+        return specification.load(arguments.from_stdin(), source="stdin", folder=Path.cwd())
+    path = arguments.absolute(file)
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as error:
@@ -145,11 +134,11 @@ def _disks(texts: Sequence[str], *, in_place: bool) -> tuple[DiskSpecification, 
         try:
             disks.append(DiskSpecification(size=units.parse_size(text)))
         except errors.UsageError:
-            if not Path(text).exists():
+            if not text or not Path(text).exists():
                 raise errors.NotFound(
                     f"--disk {text}: no size, and no file of that name", hint="write a size such as 20G, or a path"
                 ) from None
-            disks.append(DiskSpecification(path=_PATH.convert(text, None, None), in_place=in_place))
+            disks.append(DiskSpecification(path=arguments.absolute(text), in_place=in_place))
     if in_place and not any(disk.in_place for disk in disks):
         raise errors.UsageError("--in-place needs a --disk with the path of an image")
     return tuple(disks)

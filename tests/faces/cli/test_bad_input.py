@@ -43,6 +43,9 @@ CASES = {
     "disk-that-is-nothing": (["vm", "create", "new", "--disk", "much"], 3, "--disk much: no size, and no file"),
     "in-place-without-a-path": (["vm", "create", "new", "--disk", "8M", "--in-place"], 2, "--in-place needs"),
     "network-that-is-none": (["vm", "create", "new", "--network", "x=y"], 2, "'x=y' is not a network"),
+    "network-that-no-xml-holds": (["vm", "create", "new", "--network", "a\x01b"], 2, "control character"),
+    "home-below-a-file": (["vm", "create", "new", "--home", "/etc/passwd/x"], 2, "/etc/passwd is no folder"),
+    "empty-disk": (["vm", "create", "new", "--disk", ""], 3, "no size, and no file"),
     "name-and-file": (["vm", "create", "new", "-f", "x.yaml"], 2, "not both"),
     "neither-name-nor-file": (["vm", "create"], 2, "NAME or -f SPEC is missing"),
     "option-and-file": (["vm", "create", "-f", "x.yaml", "--memory", "1G"], 2, "--memory and -f exclude each other"),
@@ -51,6 +54,7 @@ CASES = {
     "vm-that-is-there": (["vm", "create", "VM"], 4, "already"),
     "root-that-is-no-folder": (["vm", "list", "--root", "/etc/passwd"], 2, "/etc/passwd is no folder"),
     "remote-connection": (["vm", "start", "VM", "-c", "qemu+ssh://host/system"], 5, "may reach another host"),
+    "connection-that-is-none": (["vm", "start", "VM", "-c", "qemu://["], 2, "qemu://[ is no URI"),
     "no-libvirt": (["vm", "start", "VM", "-c", "qemu+unix:///system?socket=/nowhere"], 8, "/nowhere"),
     "nothing-to-undo": (["snapshot", "undo", "VM"], 3, "there is nothing to undo"),
     "slow-merge": (["snapshot", "merge", "VM", "--bandwidth", "10K"], 2, "less than 1 MiB a second"),
@@ -59,6 +63,7 @@ CASES = {
     "hook-for-ever": (["hook", "allow", "VM"], 2, "say so: --once"),
     "hook-of-no-vm": (["hook", "allow", "nobody", "--once"], 3, "there is no VM 'nobody'"),
     "hook-in-no-folder": (["hook", "install", "--dir", "/no/such/hooks"], 3, "there is no /no/such"),
+    "before-all-times": (["watch", "--since", "0001-01-01"], 2, "neither a length of time nor a time"),
     "shell-that-is-none": (["completion", "csh"], 2, "'csh' is not one of"),
 }
 
@@ -105,6 +110,12 @@ def test_damaged_xml_is_told_with_line_and_column(hvmgr, known, root):
     assert str(snapshots[0]) in answer.err
     assert "line 2, column" in answer.err
     assert files_of(root) == before
+
+
+def test_refused_creation_and_dry_run_leave_no_root(hvmgr, root):
+    hvmgr.ok("vm", "create", "new", "--network", "none", "--dry-run")
+    assert hvmgr("vm", "create", "new", "--cdrom", "/etc", "--network", "none").err.startswith("hvmgr: /etc is no file")
+    assert not root.exists()
 
 
 def test_folder_that_is_no_home_is_no_vm(hvmgr, vm, root):

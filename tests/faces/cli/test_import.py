@@ -52,7 +52,7 @@ def test_plan_file(hvmgr, source, tmp_path):
     file = tmp_path / "web.yaml"
     answer = hvmgr.ok("compare", source, "--plan-out", file, "--json").json
     assert answer["plan"] == str(file)
-    assert hvmgr("compare", source, "--plan-out", file).code == 2
+    assert hvmgr("compare", source, "--plan-out", file).code == 4
     file.write_text(file.read_text().replace('name: "web', 'name: "planned', 1))
     assert hvmgr.ok("compare", "--plan", file, "--json").json["name"].startswith("planned")
     assert hvmgr.ok("import", "--plan", file, "--json").json["vm"]["name"].startswith("planned")

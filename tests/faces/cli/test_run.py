@@ -96,6 +96,31 @@ def test_full_disk_below_stdout_is_said(unbuffered):
     assert (done.returncode, done.stderr) == (8, "hvmgr: cannot write the output: No space left on device\n")
 
 
+@pytest.mark.parametrize(
+    ("closed", "command", "code", "said"),
+    [
+        ("<&-", "user add anna --users users.json", 8, "hvmgr: stdin cannot be read: Bad file descriptor\n"),
+        (">&-", "config show", 8, "hvmgr: cannot write the output: Bad file descriptor\n"),
+        (">&-", "--version", 8, "hvmgr: cannot write the output: Bad file descriptor\n"),
+        ("2>&-", "vm show nobody", 3, ""),
+    ],
+)
+def test_closed_descriptor_is_said_where_it_is_needed(closed, command, code, said, tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = ["sh", "-c", f"exec {sys.executable} -m hvmgr {command} {closed}"]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
+
+
+def test_bytes_that_are_no_text_are_said(tmp_path):
+    line = [sys.executable, "-m", "hvmgr", "user", "add", "anna", "--users", "users.json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(
+        line, cwd=tmp_path, env=environment, input=b"\xff\n", capture_output=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (2, b"hvmgr: what comes from stdin is no text in UTF-8\n")
+
+
 def test_one_command_after_the_other_in_processes_of_their_own(root, new_embed_root):
     environment = {"LIBVIRT_DEFAULT_URI": f"qemu:///embed?root={new_embed_root()}"}
     lines = [
