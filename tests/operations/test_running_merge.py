@@ -27,7 +27,7 @@ from hvmgr.model.metadata import SnapshotType
 from hvmgr.operations import merge
 from hvmgr.operations.automatic import acts
 from hvmgr.operations.session import Interrupts
-from hvmgr.operations.steps import execution, live_jobs, live_pivot, live_steps
+from hvmgr.operations.steps import execution, live_images, live_jobs, live_pivot, live_steps
 from hvmgr.storage import frozen, images, vm_home
 from tests.operations.conftest import Kind
 
@@ -637,6 +637,25 @@ def test_end_of_the_vm_just_after_it_went_on_in_the_parent(machine, monkeypatch)
     machine.vm.merge()
     require_whole(machine, 1)
     assert machine.held() >= late.disk
+
+
+def test_end_of_the_vm_just_before_a_job_begins(machine, monkeypatch, tmp_path):
+    """libvirt knows no chain of a VM that is off."""
+    machine.vm.create_snapshot("one", type=DISKS)
+    machine.vm.create_snapshot("two", type=DISKS)
+    machine.tick()
+    before, real = contents(machine, tmp_path), live_images.links
+
+    def end(domain, slot):
+        domain.destroy()
+        return real(domain, slot)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live_images, "links", end)
+        machine.vm.snapshot("two").delete()
+    assert machine.state() == "off"
+    assert contents(machine, tmp_path) == without(before, "two")
+    require_whole(machine, 2)
 
 
 def test_guest_that_its_user_has_paused_stays_so(machine):

@@ -88,7 +88,9 @@ def _stream(session: Session, domain: Domain, place: Place, step: plan.StreamLiv
     with live_jobs.ending(domain, ours):
         name = image_steps.name_of_parent(session, Path(step.child), step.below)
         links = live_images.links(domain, place.slot)
-        base = next(one.name for one in links if live_images.is_same(one.path, step.below))
+        base = next((one.name for one in links if live_images.is_same(one.path, step.below)), None)
+        if base is None:  # it ended just now, or somebody else changed its chain
+            raise errors.Conflict(f"{domain.name} does not have disk {place.slot} on {step.below}", slot=place.slot)
 
         def begin(*, relative: bool, bandwidth: int) -> None:
             domain.start_stream(place.slot, base, relative=relative, bandwidth=bandwidth)
