@@ -9,13 +9,17 @@ import sys
 
 def main() -> None:
     """Run the command line and end with its exit code."""
-    _take_the_places_of_what_is_closed()
-    import gc
+    try:
+        _take_the_places_of_what_is_closed()
+        import gc
 
-    gc.set_threshold(50_000)  # imports make no garbage worth looking for: a tenth of the time to start
-    from hvmgr.faces.cli import run
+        gc.set_threshold(50_000)  # imports make no garbage worth looking for: a tenth of the time to start
+        from hvmgr.faces.cli import run
 
-    code = run(sys.argv[1:])
+        code = run(sys.argv[1:])
+    except KeyboardInterrupt:  # before anything was begun
+        sys.stderr.write("hvmgr: stopped\n")
+        code = 130
     if "libvirt" in sys.modules:
         sys.exit(code)
     # Nothing waits for Python's own end: it would take another tenth of the time of a command that only reads homes.

@@ -64,6 +64,19 @@ def test_interrupt_ends_with_130(hvmgr, monkeypatch):
     assert hvmgr("version").code == 130
 
 
+def test_interrupt_while_it_is_still_loading_ends_with_130():
+    program = """from hvmgr import __main__
+from hvmgr.faces import cli
+def stop(_):
+    raise KeyboardInterrupt
+cli.run = stop
+__main__.main()"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "hvmgr: stopped\n")
+
+
 def test_systems_no_is_no_defect(hvmgr, monkeypatch):
     failing(monkeypatch, PermissionError(13, "Permission denied", "/root/x"))
     answer = hvmgr("version")
