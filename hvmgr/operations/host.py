@@ -467,7 +467,7 @@ class Host:
             what = "exists already and is not empty"
             with contextlib.suppress(errors.HvmgrError):
                 what = f"exists already: it is the home of the VM '{vm_home.open_home(path).name}'"
-            raise errors.Conflict(f"{path} {what}", hint="choose another place with --home")
+            raise errors.Conflict(f"{path} {what}", hint="choose another name, or another place with --home")
 
     def _shared_images(self, spec: Specification) -> contextlib.AbstractContextManager[None]:
         disks = [disk.path for disk in spec.disks if disk.in_place and disk.path is not None]

@@ -54,7 +54,7 @@ def _options(context: click.Context | None) -> list[str]:
 def _name(error: click.BadParameter, context: click.Context | None) -> str:
     if error.param is None:
         return "an argument"
-    return error.param.get_error_hint(context).strip("'") if context is not None else str(error.param.name)
+    return error.param.get_error_hint(context).strip("'[]") if context is not None else str(error.param.name)
 
 
 def _sentence(text: str) -> str:

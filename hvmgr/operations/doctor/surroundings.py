@@ -153,7 +153,8 @@ def find_folder(around: Surroundings, name: str) -> Path:
     if name not in by_name:
         from hvmgr.model import names
 
-        raise names.not_found("VM", name, by_name, where=f"in {around.root}")
+        known = [word for word, folder in by_name.items() if all(word != one.stem for one in _configurations(folder))]
+        raise names.not_found("VM", name, known, where=f"in {around.root}")
     return by_name[name]
 
 
