@@ -153,8 +153,8 @@ def find_folder(around: Surroundings, name: str) -> Path:
     if name not in by_name:
         from hvmgr.model import names
 
-        known = [word for word, folder in by_name.items() if all(word != one.stem for one in _configurations(folder))]
-        raise names.not_found("VM", name, known, where=f"in {around.root}")
+        words = [word for word, folder in by_name.items() if all(word != one.stem for one in _configurations(folder))]
+        raise names.not_found("VM", name, words, where=f"in {around.root}")
     return by_name[name]
 
 
