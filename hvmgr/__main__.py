@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import sys
+import time
+
+TYPE_CHECKING = False  # typing's own costs 8 ms to import; type checkers know the name
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
 
 
 def main() -> None:
     """Run the command line and end with its exit code."""
+    sys.unraisablehook = _stop_all_the_same
     try:
         _take_the_places_of_what_is_closed()
         import gc
@@ -26,6 +33,19 @@ def main() -> None:
     with contextlib.suppress(OSError):
         sys.stderr.flush()
     os._exit(code)
+
+
+def _stop_all_the_same(what: UnraisableHookArgs) -> None:
+    """Ctrl-C that comes while an object is thrown away (libvirt's are), where Python hears nothing, comes once more."""
+    if issubclass(what.exc_type, KeyboardInterrupt):
+        _thread.start_new_thread(_interrupt_soon, ())
+    else:
+        sys.__unraisablehook__(what)
+
+
+def _interrupt_soon() -> None:
+    time.sleep(0.02)  # in here it would be lost again
+    _thread.interrupt_main()
 
 
 def _take_the_places_of_what_is_closed() -> None:
