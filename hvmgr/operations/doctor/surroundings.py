@@ -159,14 +159,15 @@ def find_folder(around: Surroundings, name: str) -> Path:
 
 
 def is_home_like(folder: Path) -> bool:
-    """Whether a folder is a home, or what is left of one; disks that a deleted VM left behind are none."""
+    """Whether a folder is a home, or what is left of one; what a deleted VM or one that was released left behind is none."""
     if not folder.is_dir():
         return False
     try:
         with durable.explained(folder):
-            if any((folder / name).is_dir() for name in (CONFIGURATIONS, PRIVATE)):
+            if (folder / PRIVATE).is_dir():
                 return True
-            return any(vm_home.is_id(file.stem) for file in (folder / SNAPSHOTS).glob("*.xml"))
+            files = (file for name in (CONFIGURATIONS, SNAPSHOTS) for file in (folder / name).glob("*.xml"))
+            return any(vm_home.is_id(file.stem) for file in files)
     except errors.HvmgrError:
         return True  # nobody may look into it: that is a finding
 
