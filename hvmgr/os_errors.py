@@ -9,18 +9,27 @@ from pathlib import Path
 
 from hvmgr import errors
 
+TEMPORARY = ".hvmgr-part-"  # how the names of unfinished files begin, by which they are known and swept
+
 
 @contextlib.contextmanager
 def explained(path: Path) -> Iterator[None]:
     """Turns an OSError into the hvmgr error that says what to do; it names the file that the kernel named, else ``path``.
 
-    A name in bytes is one below an open folder, and ``path`` tells more.
+    A name in bytes is one below an open folder, and that of an unfinished file nobody gave: ``path`` tells more.
     """
     try:
         yield
     except OSError as error:
-        named = None if isinstance(error.filename, bytes) else error.filename
-        raise _as_ours(error, named or path) from error
+        raise _as_ours(error, _named(error, path)) from error
+
+
+def _named(error: OSError, path: Path) -> object:
+    if isinstance(error.filename, bytes) or not error.filename:
+        return path
+    if TEMPORARY in str(error.filename):
+        return path.parent if error.errno == errno.ENOENT else path
+    return error.filename
 
 
 def _as_ours(error: OSError, path: object) -> errors.HvmgrError:
@@ -46,5 +55,6 @@ _KINDS: dict[tuple[int, ...], Callable[[object, str | None], errors.HvmgrError]]
     (errno.ENAMETOOLONG,): lambda path, _: errors.UsageError(
         f"{path}: this name is too long for its file system", hint="give it a shorter one"
     ),
-    (errno.EISDIR, errno.ENOTDIR, errno.ELOOP): lambda path, what: errors.UsageError(f"{path} is no file: {what}"),
+    (errno.ENOTDIR,): lambda path, _: errors.UsageError(f"{path} is no folder, or lies in none"),
+    (errno.EISDIR, errno.ELOOP): lambda path, what: errors.UsageError(f"{path} is no file: {what}"),
 }

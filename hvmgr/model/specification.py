@@ -243,8 +243,10 @@ def _read_network(item: Value) -> NetworkSpecification:
 def _check_disk(disk: DiskSpecification) -> None:
     if (disk.size is None) == (disk.path is None):
         raise errors.UsageError("a disk has either a size (new) or a path (an image that is there)", key="disks")
-    if disk.size is not None and disk.size < 1:
-        raise errors.UsageError("a disk of no size", key="disks")
+    if disk.size is not None and (disk.size < 1 or disk.size % 512):
+        raise errors.UsageError(
+            f"a disk cannot have {disk.size} bytes", hint="give a multiple of 512 bytes, such as 20G", key="disks"
+        )
     if disk.linked and (disk.path is None or disk.in_place):
         raise errors.UsageError(
             "only an image that is there, and stays as it is, can be linked to", hint="give its path, without in_place"

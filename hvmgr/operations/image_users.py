@@ -190,7 +190,9 @@ def beside(path: Path, known: Container[str] = ()) -> Iterator[User]:
     if stat.S_ISBLK(path.stat().st_mode):
         return
     is_child = _child_test(path)
-    for file in sorted(path.parent.iterdir()):
+    with durable.explained(path.parent):
+        files = sorted(path.parent.iterdir())
+    for file in files:
         if str(file) not in known and not file.name.startswith(durable.TEMPORARY) and file.is_file():
             with contextlib.suppress(errors.HvmgrError, OSError):
                 if is_child(file):

@@ -87,11 +87,12 @@ class Catalog:
         """All images, by group and name; Corrupt when the document is damaged, Unsupported when it is newer."""
         file = self.folder / _DOCUMENT
         try:
-            document = json.loads(file.read_bytes())
+            with durable.explained(file):
+                document = json.loads(file.read_bytes())
             if document["version"] > VERSION:
                 raise errors.Unsupported(f"{file} was written by a newer hvmgr", hint="use that one")
             found = [_entry(one) for one in document["images"]]
-        except FileNotFoundError:
+        except errors.NotFound:
             return []
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise errors.Corrupt(f"{file} is damaged", path=str(file)) from error

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.os_errors import explained as explained  # noqa: PLC0414 - part of what this module gives
+from hvmgr.os_errors import TEMPORARY as TEMPORARY  # noqa: PLC0414 - part of what this module gives
+from hvmgr.os_errors import explained as explained  # noqa: PLC0414
 from hvmgr.storage import holes
 
-TEMPORARY = ".hvmgr-part-"
 _TRIES = 5  # of copying a folder in which files are replaced meanwhile
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 _SYNCS_AT_ONCE = 16

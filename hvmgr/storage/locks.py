@@ -31,8 +31,10 @@ def held(path: Path, *, wait_s: float, what: str, on_wait: Callable[[], None] | 
         try:
             _take(descriptor, deadline, what, on_wait)
             if _is_same(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.write(descriptor, f"{os.getpid()}\n".encode())
+                with contextlib.suppress(
+                    OSError
+                ):  # a full disk keeps nobody out; written over, it takes no space again
+                    os.pwrite(descriptor, f"{os.getpid():<31}\n".encode(), 0)
                 yield
                 return
         finally:

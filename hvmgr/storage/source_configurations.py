@@ -49,7 +49,10 @@ def _find(source: Path, vm: str | None) -> tuple[Path, Path]:
             raise errors.NotFound(f"there is no VM '{vm}' in {source}")
     if len(below) > 1:
         names = ", ".join(sorted(folder.name for folder in below))
-        raise errors.UsageError(f"{source} holds {len(below)} VMs: {names}", hint="choose one with --vm NAME")
+        raise errors.UsageError(
+            f"{source} holds {len(below)} VMs: {names}",
+            hint="name the folder of one of them; import and compare: or --vm NAME",
+        )
     folder, files = next(iter(below.items()))
     return folder, _only(files, folder, None)
 

@@ -20,13 +20,13 @@ _WAIT_S = 10.0
 def read(path: Path) -> dict[str, User]:
     """The users by name; none when there is no file. Corrupt when it is damaged, UsageError when others can get at it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        file = path.open("rb")
     except FileNotFoundError:
         return {}
     except OSError as error:
         raise errors.HostFailed(f"{path} cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        _require_private(path, os.fstat(descriptor))
+    with file:
+        _require_private(path, os.fstat(file.fileno()))
         return _parse(path, file.read())
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Self
 
 from hvmgr import errors
+from hvmgr.os_errors import TEMPORARY
 from hvmgr.os_errors import explained as explained  # noqa: PLC0414 - part of what this module gives
 from hvmgr.write_behind import WriteBehind
 
 _KERNEL_PIECE = 16 << 20  # moved inside the kernel: the fewer calls, the less each byte costs
 _PIECE = 1 << 20
-_TEMPORARY = ".hvmgr-part-"  # the name by which unfinished files are known and swept
 
 
 class File:
@@ -210,7 +210,7 @@ def _give_name(descriptor: int, path: Path) -> None:
 
 
 def _part(path: Path) -> Path:
-    return path.with_name(f"{_TEMPORARY}{os.urandom(8).hex()}")
+    return path.with_name(f"{TEMPORARY}{os.urandom(8).hex()}")
 
 
 def _sync_folder(folder: Path) -> None:

@@ -131,7 +131,7 @@ def test_networks_may_be_left_out_or_be_none():
         ("disks:\n  - {size: 1G, path: x}", "line 3, disks\\[1\\]: a disk has either"),
         ("disks:\n  - {size: 1G, linked: yes}", "line 3, disks\\[1\\]: only an image that is there"),
         ("disks:\n  - {size: 1G, in_place: yes}", "line 3, disks\\[1\\]: only an image that is there"),
-        ("disks:\n  - {size: 0}", "line 3, disks\\[1\\]: a disk of no size"),
+        ("disks:\n  - {size: 0}", "line 3, disks\\[1\\]: a disk cannot have 0 bytes"),
         ("disks:\n  - {size: 1G, slot: ../x}", "is not a slot"),
         ("disks:\n  - {size: 1G, slot: vda}\n  - {size: 1G, slot: vda}", "slot vda is there twice"),
         ("networks:\n  - none", "line 3, networks\\[1\\]: 'none' excludes"),

@@ -206,7 +206,7 @@ def _catalog(host: Host, folder: Path | None) -> Images:
 def _specification(name: str, wish: dict[str, Any]) -> Specification:
     from hvmgr.model import specification
 
-    return specification.Specification(
+    spec = specification.Specification(
         name=name,
         template=wish["template"] or specification.DEFAULT_TEMPLATE,
         memory=wish["memory"],
@@ -214,6 +214,8 @@ def _specification(name: str, wish: dict[str, Any]) -> Specification:
         networks=specification.parse_networks(wish["networks"]),
         accel=specification.Acceleration(wish["accel"]),
     )
+    specification.check(spec)
+    return spec
 
 
 def _wim_options(wish: dict[str, Any]) -> WimApplyOptions:

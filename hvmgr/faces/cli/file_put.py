@@ -87,6 +87,8 @@ def put(
     """
     if len(words) < 2:
         raise errors.UsageError("put needs files and where they go", hint="hvmgr file put VM SRC... DEST")
+    if not words[-1]:
+        raise errors.UsageError("where the files go is empty", hint="the topmost folder is /")
     from hvmgr.model.put_options import PutOptions
 
     manner = PutOptions(overwrite=given["overwrite"], parents=given["parents"], mode=mode)

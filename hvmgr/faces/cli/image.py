@@ -190,7 +190,8 @@ def compact(request: Request, path: Path) -> None:
     with request.host() as host, request.changing():
         freed = host.images.compact(path)
         made = host.images.info(path)
-        request.done(f"{path} takes {units.format_size(freed)} less", {"image": _document(made), "freed": freed})
+        sentence = f"{path} takes {units.format_size(freed)} less" if freed else f"{path} has nothing to give back"
+        request.done(sentence, {"image": _document(made), "freed": freed}, changed=freed > 0)
 
 
 @command.command("reparent", examples=["hvmgr image reparent child.vhd moved/base.vhd"])

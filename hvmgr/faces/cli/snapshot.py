@@ -171,7 +171,7 @@ def rename(request: Request, vm: str, snap: str, name: str) -> None:
             old.rename(name=name)
         made = one.snapshot(old.id)
         request.done(
-            f"renamed snapshot '{old.name}' of {one.name} to '{made.name}'",
+            f"renamed snapshot '{old.name}' of {one.name} to '{made.name}'" if changed else "that is its name already",
             {"snapshot": json_out.snapshot(made)},
             changed=changed,
         )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import click
 
 from hvmgr import errors
 
+_CLOSED = re.compile(r"'(.*)' is not readable\.$", re.DOTALL)  # click's word for a file that the user may not read
 
-def translate(error: click.ClickException) -> errors.UsageError:
-    """The UsageError that says the same."""
+
+def translate(error: click.ClickException) -> errors.HvmgrError:
+    """The error of ours that says the same."""
+    if (closed := _CLOSED.search(error.message)) is not None:
+        return errors.HostFailed(f"no permission for {closed[1]}", hint="run as root, or give your user access to it")
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "hvmgr"
     hint = f"see: {path} --help"
@@ -54,7 +59,7 @@ def _options(context: click.Context | None) -> list[str]:
 def _name(error: click.BadParameter, context: click.Context | None) -> str:
     if error.param is None:
         return "an argument"
-    return error.param.get_error_hint(context).strip("'") if context is not None else str(error.param.name)
+    return error.param.get_error_hint(context).strip("'[]") if context is not None else str(error.param.name)
 
 
 def _sentence(text: str) -> str:

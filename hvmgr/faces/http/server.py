@@ -230,8 +230,9 @@ def _load(context: ssl.SSLContext, certificate: Path, key: Path | None) -> None:
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
     except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and not isinstance(error, ssl.SSLError) else error
         raise errors.UsageError(
-            f"{certificate} and its key cannot be used: {error}",
+            f"{certificate} and its key cannot be used: {why}",
             hint="--tls-cert takes the certificate with those that signed it, --tls-key its key, both as PEM and without a password",
         ) from error
 

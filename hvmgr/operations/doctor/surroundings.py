@@ -153,19 +153,21 @@ def find_folder(around: Surroundings, name: str) -> Path:
     if name not in by_name:
         from hvmgr.model import names
 
-        raise names.not_found("VM", name, by_name, where=f"in {around.root}")
+        words = [word for word, folder in by_name.items() if all(word != one.stem for one in _configurations(folder))]
+        raise names.not_found("VM", name, words, where=f"in {around.root}")
     return by_name[name]
 
 
 def is_home_like(folder: Path) -> bool:
-    """Whether a folder is a home, or what is left of one; disks that a deleted VM left behind are none."""
+    """Whether a folder is a home, or what is left of one; what a deleted VM or one that was released left behind is none."""
     if not folder.is_dir():
         return False
     try:
         with durable.explained(folder):
-            if any((folder / name).is_dir() for name in (CONFIGURATIONS, PRIVATE)):
+            if (folder / PRIVATE).is_dir():
                 return True
-            return any(vm_home.is_id(file.stem) for file in (folder / SNAPSHOTS).glob("*.xml"))
+            files = (file for name in (CONFIGURATIONS, SNAPSHOTS) for file in (folder / name).glob("*.xml"))
+            return any(vm_home.is_id(file.stem) for file in files)
     except errors.HvmgrError:
         return True  # nobody may look into it: that is a finding
 

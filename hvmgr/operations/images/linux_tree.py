@@ -59,7 +59,7 @@ def opened(source: Path) -> Tree:
         with tarfile.open(source) as archive:
             archive.next()
     except (*_DAMAGE, OSError) as error:
-        raise errors.Corrupt(f"{source} is no tar archive: {' '.join(str(error).split())}", path=str(source)) from error
+        raise errors.Corrupt(f"{source} is no tar archive, as it is or compressed", path=str(source)) from error
     return _Archive(source)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -168,7 +167,7 @@ def _require_target(wim: Path, wish: WimCaptureOptions) -> None:
         if wim.exists():
             raise errors.Conflict(
                 f"{wim} exists already",
-                hint=f"choose another name, or add an image to it: --append {shlex.quote(str(wim))}",
+                hint="choose another name, or add an image to it with --append",
             )
         making.require_new(wim)
         return

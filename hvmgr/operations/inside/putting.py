@@ -88,6 +88,8 @@ def put(
     session: Session, vm: VM, gathered: Gathered, place: Place, manner: PutOptions, *, owner: str | None, name: str | None, operation: str
 ) -> Put:  # fmt: skip
     """The files are in the present of the VM, which is off; what was before is a snapshot. On any failure nothing changed."""
+    if not gathered.items:
+        raise errors.UsageError(f"nothing is left to put: {', '.join(gathered.left_out) or 'nothing was named'}")
     with looking.opened(views.of_vm(vm, slot=place.slot), partition=place.partition) as inside:
         browser = _choose(inside, place.path)
         writer = writing.find(browser.volume.kind, browser.volume.title)
@@ -167,7 +169,7 @@ def _plan(
     vm, moment = session.home.name, session.now()
     usual = f"{vm} before {operation} ({moment.astimezone():%Y-%m-%d %H.%M.%S})"
     usual = usual if len(usual) <= snapshots.NAME_LENGTH else snapshots.default_name(vm, moment)
-    taken = snapshots.plan_create(session, snapshots.Wish(name=name or usual))
+    taken = snapshots.plan_create(session, snapshots.Wish(name=usual if name is None else name))
     top = str(disk.links[0].path)
     made = next(one for one in taken.prepare if isinstance(one, plan.CreateImage) and one.parent == top)
     step = plan.PutFiles(

@@ -200,6 +200,10 @@ class TestGet:
         assert (answer.code, "exists already" in answer.err, "--overwrite" in answer.err) == (4, True, True)
         assert "b'" not in answer.err
         assert (tmp_path / "passwd").read_text() == "mine"
+        answer = hvmgr(*words[:-1], tmp_path / "passwd")
+        assert (answer.code, "passwd is no folder" in answer.err) == (2, True)
+        answer = hvmgr(*words[:-1], tmp_path / "no" / "all.tar", "--archive")
+        assert (answer.code, answer.err) == (3, f"hvmgr: there is no {tmp_path / 'no'}\n")
         hvmgr.ok(*words, "--overwrite")
         assert (tmp_path / "passwd").read_text() == "root of moment 0\n"
 

@@ -40,9 +40,11 @@ def test_release_in_a_pipe_names_every_file_that_is_left(hvmgr, branched):
     assert "(image of snapshot 'one')" in answer.out
 
 
-def test_release_of_a_line_says_nothing_more(hvmgr, vm):
+def test_release_of_a_line_says_nothing_more(hvmgr, vm, root):
     hvmgr.ok("snapshot", "create", vm, "one")
     assert hvmgr.ok("vm", "release", vm).out == f"released {vm}; libvirt has 1 snapshot of it\n"
+    (root / vm / "Virtual Machines" / "NVRAM of a VM that was started").mkdir(parents=True, exist_ok=True)
+    assert vm not in hvmgr("doctor").out
 
 
 def test_dry_run_shows_the_plan_and_changes_nothing(hvmgr, branched, root):

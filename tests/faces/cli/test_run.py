@@ -8,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 from hvmgr import errors
 from hvmgr.faces import cli
-from hvmgr.faces.cli import version
+from hvmgr.faces.cli import version, words
 from hvmgr.operations.host import Host
 from tests.told import text as without_the_hosts_line
 
@@ -62,6 +63,28 @@ def test_defect_is_one_line_and_with_v_a_traceback(hvmgr, monkeypatch):
 def test_interrupt_ends_with_130(hvmgr, monkeypatch):
     failing(monkeypatch, KeyboardInterrupt())
     assert hvmgr("version").code == 130
+
+
+@pytest.mark.parametrize(
+    "when",
+    ["raise KeyboardInterrupt", "Last(); [time.sleep(0.01) for _ in range(5000)]"],
+    ids=["loading", "in-a-destructor"],
+)
+def test_interrupt_at_any_moment_ends_with_130(when):
+    program = f"""import time
+from hvmgr import __main__
+from hvmgr.faces import cli
+class Last:
+    def __del__(self):
+        raise KeyboardInterrupt
+def run(_):
+    {when}
+cli.run = run
+__main__.main()"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", program]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "hvmgr: stopped\n")
 
 
 def test_systems_no_is_no_defect(hvmgr, monkeypatch):
@@ -232,3 +255,8 @@ def test_completion_proposes_vms_and_snapshots(hvmgr, branched, monkeypatch, cap
     assert complete(f"hvmgr file diff {branched} one t") == ["plain,two", "plain,three"]
     assert complete(f"hvmgr file diff {branched} one two t") == []
     assert complete("hvmgr --root /etc/passwd vm show w") == []
+
+
+def test_file_that_the_user_may_not_read_is_no_wrong_request():
+    told = words.translate(click.BadParameter("Path '/srv/a b' is not readable."))
+    assert (told.exit_code, str(told)) == (8, "no permission for /srv/a b")
