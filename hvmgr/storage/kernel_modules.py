@@ -116,7 +116,7 @@ def of_folder(folder: Path) -> Modules:
     def read(path: str) -> bytes | None:
         try:
             return (folder / path).read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     return Modules(str(folder), read)

@@ -48,6 +48,11 @@ def test_modules_load_behind_what_they_need(tree):
     assert (found.has("ext_4"), found.built_in) == (False, {"ext_4"})
 
 
+def test_file_is_no_folder_of_modules(tree):
+    with pytest.raises(errors.NotFound, match=r"no modules\.dep"):
+        kernel_modules.of_folder(tree / "kernel" / "ring.ko")
+
+
 @pytest.mark.parametrize(
     ("name", "data", "error"),
     [
