@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from hvmgr import errors
@@ -48,11 +49,11 @@ def at_sector(code: bytes, core: bytes, sector: int) -> tuple[bytes, bytes]:
     return bytes(placed), bytes(first)
 
 
-def uefi_loader(script: str, work: Path) -> bytes:
-    """A program for UEFI that begins with this script."""
+def uefi_loader(script: str, work: Path, more: Sequence[str] = ()) -> bytes:
+    """A program for UEFI that begins with this script, with ``more`` modules."""
     config = work / "early.cfg"
     config.write_text(script)
-    return _image(_UEFI, _MODULES, "/boot/grub", work, config)
+    return _image(_UEFI, [*_MODULES, *more], "/boot/grub", work, config)
 
 
 def _image(target: str, modules: list[str], prefix: str, work: Path, config: Path | None = None) -> bytes:

@@ -41,8 +41,9 @@ class How(StrEnum):
 class NetbootOptions:
     """``url`` is the catalog's own on the web server. ``names`` empty: every image that can be handed out.
 
-    ``default`` is what is taken when nobody chooses within ``timeout_s``; 0 asks nobody. ``kernel`` and ``modules`` are those of
-    the boot environment (``vmlinuz-V``, ``/lib/modules/V``); without them the newest of this host.
+    ``default`` is what a blank disk gets when nobody chooses within ``timeout_s``; 0 asks nobody. ``overwrite`` is offered, and
+    never the default. ``kernel`` and ``modules`` are those of the boot environment (``vmlinuz-V``, ``/lib/modules/V``); without
+    them the newest of this host.
     """
 
     url: str
@@ -83,6 +84,8 @@ def require_options(options: NetbootOptions) -> None:
         raise errors.UsageError(f"'{options.arguments}' holds characters that a boot script cannot hold")
     if options.default is None and options.timeout_s == 0:
         raise errors.UsageError("somebody has to choose: --timeout 0 belongs to --default")
+    if options.overwrite and options.timeout_s == 0:
+        raise errors.UsageError("somebody has to choose what a disk loses: --overwrite does not go with --timeout 0")
     if (options.kernel is None) is not (options.modules is None):
         raise errors.UsageError("--kernel and --modules belong together")
 
@@ -92,15 +95,26 @@ def address(url: str, *parts: str) -> str:
     return "/".join((url.rstrip("/"), *(quote(part, safe="/") for part in parts)))
 
 
-def script(offers: Sequence[Offer], options: NetbootOptions, kernel: str, initrd: str) -> str:
-    """iPXE's: a menu by groups, the machine's own disk first; or the one image at once.
+@dataclass(frozen=True, slots=True)
+class System:
+    """Checksums of what machines load: the boot environment, and the program that starts a disk under UEFI."""
 
-    ``kernel`` and ``initrd`` are the checksums of the boot environment's.
+    kernel: str
+    initrd: str
+    starter: str
+
+
+def script(offers: Sequence[Offer], options: NetbootOptions, system: System) -> str:
+    """iPXE's: a menu by groups, the machine's own disk first; or no menu.
+
+    The default image is for a machine whose disk starts nothing: the disk is tried before it, so that no image comes twice.
     """
     lines = ["#!ipxe", "# Written by 'hvmgr catalog netboot', which writes it anew."]
     if options.timeout_s == 0:
-        lines.append(f"goto image-{options.default}")
+        lines.append("goto first")
     lines += [":menu", "menu Images of hvmgr", "item local Start from the disk of this machine"]
+    if options.default is not None:
+        lines.append(f"item first Start from the disk of this machine; if it is blank, it gets {options.default}")
     group = None
     for one in offers:
         if one.group != group:
@@ -108,26 +122,46 @@ def script(offers: Sequence[Offer], options: NetbootOptions, kernel: str, initrd
             lines.append(f"item --gap -- {_text(group)}")
         what = "written over the disk" if one.how is How.EXPAND else "as a VHD on the disk"
         lines.append(f"item image-{one.name} {_text(f'{one.name}, {what}. {one.description}'.strip())}")
-    chosen = "local" if options.default is None else f"image-{options.default}"
+    if options.overwrite:
+        lines.append("item --gap -- Give up what the disk holds:")
+        lines += [f"item again-{one.name} {one.name}" for one in offers]
+    chosen = "local" if options.default is None else "first"
     lines.append(f"choose --default {chosen} --timeout {options.timeout_s * 1000} picked || goto local")
-    lines += ["goto ${picked}", ":local", "exit"]
+    lines += ["goto ${picked}", ":local", _LEAVE]
+    if options.default is not None:
+        lines += _first(options, system)
     for one in offers:
-        lines += [f":image-{one.name}", *_start(one, options, kernel, initrd)]
+        lines += [f":image-{one.name}", *_start(one, options, system)]
+        if options.overwrite:
+            lines += [f":again-{one.name}", *_start(one, options, system, "hvmgr.overwrite")]
     return "".join(f"{line}\n" for line in [*lines, *_FAILED])
 
 
-_FAILED = (":failed", "prompt --timeout 30000 The boot environment cannot be loaded. ||", "exit 1")
+# On to the firmware's next device: UEFI need not go on after a program that says that all is well.
+_LEAVE = "exit 1"
+_FAILED = (":failed", "prompt --timeout 30000 The boot environment cannot be loaded. ||", _LEAVE)
 
 
-def _start(offer: Offer, options: NetbootOptions, kernel: str, initrd: str) -> list[str]:
+def _first(options: NetbootOptions, system: System) -> list[str]:
+    """The machine's disk is started; where that comes back, it has started nothing."""
+    return [
+        ":first",
+        "iseq ${platform} efi && goto efi ||",
+        f"sanboot --no-describe --drive 0x80 || goto image-{options.default}",
+        ":efi",
+        f"chain --autofree {address(options.url, FOLDER, SYSTEM, system.starter)} ||",
+        f"goto image-{options.default}",
+    ]
+
+
+def _start(offer: Offer, options: NetbootOptions, system: System, *more: str) -> list[str]:
     words = [f"initrd={_INITRD}", "quiet", "panic=30", f"hvmgr.url={options.url.rstrip('/')}"]
     words += [f"hvmgr.image={offer.name}", f"hvmgr.order={offer.order}"]
     words += [f"hvmgr.disk={options.disk}"] if options.disk is not None else []
-    words += ["hvmgr.overwrite"] if options.overwrite else []
-    words += ["BOOTIF=01-${netX/mac:hexhyp}", *options.arguments.split()]
+    words += [*more, "BOOTIF=01-${netX/mac:hexhyp}", *options.arguments.split()]
     return [
-        f"kernel {address(options.url, FOLDER, SYSTEM, kernel)} {' '.join(words)} || goto failed",
-        f"initrd --name {_INITRD} {address(options.url, FOLDER, SYSTEM, initrd)} || goto failed",
+        f"kernel {address(options.url, FOLDER, SYSTEM, system.kernel)} {' '.join(words)} || goto failed",
+        f"initrd --name {_INITRD} {address(options.url, FOLDER, SYSTEM, system.initrd)} || goto failed",
         "boot || goto failed",
     ]
 

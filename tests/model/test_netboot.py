@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hvmgr import errors
 from hvmgr.model import netboot
 from hvmgr.model.boot_map import SECTOR, Run
-from hvmgr.model.netboot import How, NetbootOptions, Offer
+from hvmgr.model.netboot import How, NetbootOptions, Offer, System
 
 _runs = st.lists(
     st.tuples(st.integers(1, 3000), st.one_of(st.none(), st.integers(0, 5))), min_size=1, max_size=12
@@ -78,18 +78,51 @@ def test_addresses_that_are_not(url):
         netboot.require_options(NetbootOptions(url))
 
 
+OFFER = Offer("a", "g", "", How.NATIVE, "0" * 64)
+SYSTEM = System("1" * 64, "2" * 64, "3" * 64)
+
+
+def parts(options):
+    """The script's lines by the label that they stand below."""
+    found, label = {"": []}, ""
+    for line in netboot.script([OFFER], options, SYSTEM).splitlines():
+        if line.startswith(":"):
+            label = line[1:]
+            found[label] = []
+        else:
+            found[label].append(line)
+    return found
+
+
 def test_nobody_is_asked_where_nobody_is_to_choose():
-    offer = Offer("a", "g", "", How.NATIVE, "0" * 64)
-    options = NetbootOptions(
-        "http://x/", default="a", timeout_s=0, disk="sda", overwrite=True, arguments="console=ttyS0"
-    )
-    lines = netboot.script([offer], options, "1" * 64, "2" * 64).splitlines()
-    assert lines[2] == "goto image-a"
-    (kernel,) = [one for one in lines if one.startswith("kernel ")]
-    assert kernel == (
+    options = NetbootOptions("http://x/", default="a", timeout_s=0, disk="sda", arguments="console=ttyS0")
+    found = parts(options)
+    assert found[""][2] == "goto first"
+    assert found["image-a"][0] == (
         f"kernel http://x/netboot/system/{'1' * 64} initrd=initrd.img quiet panic=30 hvmgr.url=http://x hvmgr.image=a hvmgr.order={'0' * 64}"
-        " hvmgr.disk=sda hvmgr.overwrite BOOTIF=01-${netX/mac:hexhyp} console=ttyS0 || goto failed"
+        " hvmgr.disk=sda BOOTIF=01-${netX/mac:hexhyp} console=ttyS0 || goto failed"
     )
+
+
+def test_default_image_comes_after_the_disks():
+    found = parts(NetbootOptions("http://x", default="a"))
+    assert "choose --default first --timeout 15000 picked || goto local" in found["menu"]
+    assert found["first"][0] == "iseq ${platform} efi && goto efi ||"
+    assert found["first"][1] == "sanboot --no-describe --drive 0x80 || goto image-a"
+    assert found["efi"][0] == f"chain --autofree http://x/netboot/system/{'3' * 64} ||"
+    assert found["efi"][1] == "goto image-a"
+    assert "first" not in parts(NetbootOptions("http://x"))
+
+
+@pytest.mark.parametrize("default", [None, "a"])
+def test_what_a_disk_holds_is_given_up_by_a_choice_of_its_own(default):
+    found = parts(NetbootOptions("http://x", default=default, overwrite=True))
+    given_up = {label for label, lines in found.items() if any(" hvmgr.overwrite " in one for one in lines)}
+    assert given_up == {"again-a"}
+    assert "item again-a a" in found["menu"]
+    assert not any("again" in line for label, lines in found.items() if label != "menu" for line in lines)
+    with pytest.raises(errors.UsageError, match="choose what a disk loses"):
+        netboot.require_options(NetbootOptions("http://x", default="a", overwrite=True, timeout_s=0))
 
 
 def test_order_is_read_by_the_shell_as_it_was_meant():

@@ -165,9 +165,11 @@ def deploy(request: Request, /, *, name: str, target: str, folder: Path | None, 
 @click.option(
     "--disk", metavar="DISK", help="The machines' disk: name (sda), serial number or wwid; without it their only one."
 )
-@click.option("--overwrite", is_flag=True, help="Give up what the disk, or a VHD of the same name on it, holds.")
 @click.option(
-    "--default", metavar="NAME", help="Take this image when nobody chooses; without it the machine's own disk."
+    "--overwrite", is_flag=True, help="Offer to give up what the disk, or a VHD of the same name on it, holds."
+)
+@click.option(
+    "--default", metavar="NAME", help="What a blank disk gets when nobody chooses; one that starts anything is started."
 )
 @click.option("--timeout", "timeout_s", metavar="S", type=click.IntRange(min=0), default=15, show_default=True,
               help="Seconds in which somebody may choose; 0 asks nobody.")  # fmt: skip

@@ -1,7 +1,7 @@
 """What a catalog hands out to machines that start over the network: the folder ``netboot`` in it.
 
     boot.ipxe               the menu, which iPXE reads; written last
-    system/SHA256           the boot environment: a kernel, and an initramfs
+    system/SHA256           the boot environment: a kernel, and an initramfs; a program that starts a disk under UEFI
     images/NAME/SHA256      an order, which says what becomes of an image, and the checksums of all files for that; and these:
                             what a native boot needs beside the VHD, or the map of an image that is written to the whole disk
 
@@ -82,33 +82,29 @@ def publish(host: Host, catalog: Catalog, options: NetbootOptions) -> Published:
         *(image_plan.PrepareWork(f"hand out '{one.name}' ({_WORDS[one.how]})") for one in offers),
     ]
     changes.require_approval(host, changes.plan_of("catalog netboot", f"hand out images of {catalog.folder}", steps))
-    for warning in _warnings(catalog, prepared, options):
+    for warning in _warnings(catalog, prepared):
         host.reporter.notice(warning)
     system, images = folder / netboot.SYSTEM, folder / netboot.IMAGES
     with catalog.changing(host.wait_s):
         for place in (folder, system, images):
             durable.make_folder(place, mode=0o755)
             durable.sweep(place)
-        loaded = [kernel.image.read_bytes(), netboot_system.initrd(kernel, host.reporter.notice)]
+        initrd = netboot_system.initrd(kernel, host.reporter.notice)
+        loaded = [kernel.image.read_bytes(), initrd, netboot_system.starter()]
         kept = _write(system, loaded)
         for one in prepared:
             kept |= _write(images / one.offer.name, [*one.files, one.order])
-        script = netboot.script(offers, options, *map(_sum, loaded))
+        script = netboot.script(offers, options, netboot.System(*map(_sum, loaded)))
         durable.write_file(folder / netboot.SCRIPT, script.encode(), mode=0o644)
         _tidy(system, images, kept)
     url = netboot.address(options.url, netboot.FOLDER, netboot.SCRIPT)
     return Published(folder, url, offers, tuple(left_out))
 
 
-def _warnings(catalog: Catalog, prepared: list[_Prepared], options: NetbootOptions) -> Iterator[str]:
+def _warnings(catalog: Catalog, prepared: list[_Prepared]) -> Iterator[str]:
     for one in prepared:
         if catalog.entry(one.offer.name).answer is not None:
             yield f"the answer file of '{one.offer.name}' is not handed out: machines get the image as it is"
-    if options.default is not None and options.overwrite:
-        yield (
-            f"a machine that starts over the network before it starts its disk gets '{options.default}' anew at each start, "
-            "and loses what its disk holds: let its firmware start the disk first"
-        )
 
 
 _WORDS = {How.NATIVE: "as a VHD with a boot entry", How.EXPAND: "written to the whole disk"}

@@ -59,6 +59,14 @@ _SEARCH = (
     'regexp --set=1:hvmgr_disk "^\\(([^,]*)" "$cmdpath"\n'
     "set prefix=($hvmgr_disk,gpt3)/boot/grub\nset root=$hvmgr_disk,gpt3\nconfigfile $prefix/grub.cfg\n"
 )
+# What iPXE starts under UEFI where the disk comes first: of the loaders that disks hold the first that is there. It comes back
+# where there is none. What hvmgr installs is the last of these: others may have put a mere fallback there.
+_LOADERS = ("*/shimx64.efi", "*/grubx64.efi", "Microsoft/Boot/bootmgfw.efi", "BOOT/BOOTX64.EFI")
+_START = (
+    f"eval 'for one in {' '.join(f'(hd*,*)/EFI/{one}' for one in _LOADERS)}; do"
+    ' if [ -f "$one" ]; then regexp --set=1:root "^\\(([^)]*)" "$one"; if chainloader "$one"; then boot; fi; fi; done\'\n'
+    "exit\n"
+)
 _FOLDER, _PROGRAM, _FILE, _NODE = 0o040755, 0o100755, 0o100644, 0o020600
 
 
@@ -76,6 +84,12 @@ def kernel(file: Path | None, modules: Path | None) -> Kernel:
             hint="name one with --kernel vmlinuz-V --modules lib/modules/V, or install one, on Debian: linux-image-amd64",
         )
     return found
+
+
+def starter() -> bytes:
+    """The program for UEFI that starts the machine's disk, and comes back if there is nothing to start."""
+    with tempfile.TemporaryDirectory(prefix="hvmgr-") as name:
+        return grub.uefi_loader(_START, Path(name), ("fat", "chain", "eval", "minicmd"))
 
 
 def initrd(chosen: Kernel, notice: Callable[[str], None]) -> bytes:

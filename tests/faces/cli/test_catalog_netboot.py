@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import threading
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -32,13 +33,20 @@ URL = "http://deploy.example:8080/catalog"
 SIZE = 12 * MIB
 
 
+# A boot sector's code that says something on the serial port, a byte at a time, and turns the machine off as a reset does:
+# xor ax,ax; mov ds,ax; mov si,7c1ah; next: lodsb; test al,al; jz end; mov dx,3f8h; out dx,al; jmp next;
+# end: mov dx,0cf9h; mov al,6; out dx,al; jmp $
+SPEAKING = bytes.fromhex("31c08ed8be1a7cac84c07406baf803eeebf5baf90cb006eeebfe") + b"the disk has started\n\0"
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; what ``cut`` names ends in the middle."""
+    """Serves a folder; what ``cut`` names ends in the middle. ``asked`` are the paths that were asked for."""
 
     cut = ""
+    asked: ClassVar[list[str]] = []
 
     def log_message(self, *_):
-        pass
+        self.asked.append(self.path)
 
     def copyfile(self, source, outputfile):
         if self.cut and self.path.endswith(self.cut):
@@ -50,11 +58,12 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def serve():
-    """``serve(folder, cut)``: a web server on the loopback that shows a folder; its port."""
+    """``serve(folder, cut, asked)``: a web server on the loopback that shows a folder; its port."""
     servers = []
 
-    def start(folder, cut=""):
-        handler = functools.partial(type("Cut", (Handler,), {"cut": cut}), directory=str(folder))
+    def start(folder, cut="", asked=None):
+        asked = [] if asked is None else asked
+        handler = functools.partial(type("Cut", (Handler,), {"cut": cut, "asked": asked}), directory=str(folder))
         servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return servers[-1].server_port
@@ -101,6 +110,7 @@ def catalog(tmp_path):
 def quickly(monkeypatch):
     """The environment, which takes a second to pack, is not what the test is about."""
     monkeypatch.setattr(netboot_system, "initrd", lambda *_: b"initrd")
+    monkeypatch.setattr(netboot_system, "starter", lambda: b"starter")
 
 
 def order_of(catalog, name):
@@ -162,7 +172,7 @@ def test_script_and_orders_hold_each_other(hvmgr, quickly, catalog, system, kern
     assert hvmgr("catalog", "remove", "disk", "--yes", *words).code == 0
     assert hvmgr("catalog", "netboot", "os", "--url", URL, "--expand", "--default", "os", *kernel, *words).code == 0
     assert read_order(order_of(catalog, "os"))["how"] == "expand"
-    assert {one.name: len(list(one.iterdir())) for one in folder.glob("*/")} == {"images": 1, "system": 2}
+    assert {one.name: len(list(one.iterdir())) for one in folder.glob("*/")} == {"images": 1, "system": 3}
     assert len(list((folder / "images" / "os").iterdir())) == 2
 
 
@@ -192,6 +202,17 @@ def test_environment_has_drivers_and_loaders_but_not_all_modules(kernel, require
         ["mdir", "-b", "-i", tmp_path / "esp", "::/EFI/BOOT"], check=True, capture_output=True, text=True
     )
     assert "BOOTX64.EFI" in listed.stdout
+
+
+def test_script_of_the_program_that_starts_a_disk_is_grubs(require_program, monkeypatch, tmp_path):
+    require_program("grub-script-check")
+    monkeypatch.setattr(grub, "uefi_loader", lambda script, *_: script.encode())
+    script = netboot_system.starter().decode()
+    (looped,) = re.findall("^eval '(.*)'$", script, re.MULTILINE)
+    (tmp_path / "script").write_text(f"{looped}\n")
+    subprocess.run(["grub-script-check", tmp_path / "script"], check=True, capture_output=True, timeout=20)
+    assert looped.split("; ")[0].endswith("(hd*,*)/EFI/BOOT/BOOTX64.EFI")
+    assert script.endswith("\nexit\n")
 
 
 def test_names_of_others_stay_names(hvmgr, quickly, catalog, system, kernel):
@@ -229,6 +250,7 @@ def test_refusals_change_nothing(hvmgr, quickly, catalog, system, kernel, tmp_pa
         (("blank",), 5, "no Linux"),
         (("none",), 3, "no image 'none'"),
         (("os", "--timeout", "0"), 2, "somebody has to choose"),
+        (("os", "--timeout", "0", "--default", "os", "--overwrite"), 2, "choose what a disk loses"),
         (("os", "--default", "blank"), 2, "not among the images"),
         (("os", "--disk", "sd a"), 2, "no name of a disk"),
         (("os", "--append", "a=${x}"), 2, "characters"),
@@ -390,9 +412,8 @@ def test_disk_is_not_divided_for_what_does_not_fit_or_come(hvmgr, quickly, catal
     (tmp_path / "user-data").write_text("#cloud-config\n")
     answer = ("--answer", tmp_path / "user-data")
     assert hvmgr("catalog", "add", system, "--name", "os", *answer, *words).code == 0
-    told = hvmgr("catalog", "netboot", "--url", URL, "--overwrite", "--default", "os", *kernel, *words)
-    assert (told.code, "gets 'os' anew at each start" in told.err) == (0, True), told
-    assert "the answer file of 'os' is not handed out" in told.err
+    told = hvmgr("catalog", "netboot", "--url", URL, *kernel, *words)
+    assert (told.code, "the answer file of 'os' is not handed out" in told.err) == (0, True), told
     order = order_of(catalog, "os")
     hvmgr("catalog", "netboot", "--url", URL, *kernel, *words)
     assert order_of(catalog, "os") == order  # nothing has changed
@@ -410,6 +431,49 @@ def test_disk_is_not_divided_for_what_does_not_fit_or_come(hvmgr, quickly, catal
     assert environment.run("os", more=own).endswith("nothing was written")
     with environment.disk.open("rb") as file:
         assert file.read(4) == b"old!"
+
+
+@pytest.mark.parametrize(
+    ("there", "outcome"),
+    [
+        ((), "hvmgr: got"),
+        (("vhd", "unfinished"), "hvmgr: got"),  # the power went off before anybody could start from it
+        (("vhd",), "hvmgr: disk has os.vhd already"),  # whoever put it there
+        (("vhd", "entry", "loaders"), "hvmgr: disk has os.vhd already"),
+        (("vhd", "entry", "unfinished", "loaders"), "hvmgr: disk has os.vhd already"),
+        (("vhd", "entry"), "hvmgr: loaders"),
+        (("vhd", "entry", "unfinished"), "hvmgr: loaders"),
+    ],
+)
+def test_image_that_is_there_stays_unless_nobody_can_have_started_from_it(tmp_path, there, outcome):
+    (tmp_path / "volume" / "VHD" / "os.vhd.boot").mkdir(parents=True)
+    (tmp_path / "volume" / "boot" / "grub").mkdir(parents=True)
+    for one, path, text in (
+        ("vhd", "VHD/os.vhd", "data"),
+        ("unfinished", "VHD/os.vhd.boot/unfinished", ""),
+        ("entry", "boot/grub/custom.cfg", "### BEGIN hvmgr 12 ###\n### END hvmgr 12 ###\n"),
+    ):
+        if one in there:
+            (tmp_path / "volume" / path).write_text(text)
+    (tmp_path / "disk").write_bytes(b"\x33\xc0".ljust(512) if "loaders" in there else b"\xcd\x18".ljust(512, b"\0"))
+    folder = settings.netboot_folder()
+    native = (folder / "native").read_text().replace("/volume/", f"{tmp_path}/volume/")
+    text = f"""
+        cd {shlex.quote(str(tmp_path))}
+        run=. disk=disk disk_size=512 volume=none vhd=os.vhd id=12 overwrite=
+        . {folder}/functions
+        {native}
+        say() {{ echo "hvmgr: $1"; }}
+        fail() {{ say "$1"; exit; }}
+        gunzip() {{ say "loaders"; }}
+        dd() {{ case $* in if=disk*) command dd "$@" ;; *of=disk2*) cat ;; esac; }}
+        open_volume() {{ :; }}
+        close_volume() {{ :; }}
+        require_room() {{ fail "got"; }}
+        place_image
+    """
+    told = subprocess.run([initramfs.BUSYBOX, "sh", "-c", text], check=True, capture_output=True, text=True, timeout=20)
+    assert told.stdout.startswith(outcome), told
 
 
 def test_machines_own_disk_is_not_one_that_was_plugged_in(tmp_path):
@@ -475,13 +539,14 @@ def test_address_comes_with_the_domain_that_names_are_looked_up_in():
 
 @pytest.mark.guest
 @pytest.mark.timeout(600)
-def test_machine_that_starts_over_the_network_gets_a_vhd_and_its_entry(
+def test_machine_that_starts_over_the_network_gets_a_vhd_and_its_entry_once(
     hvmgr, catalog, system, counting_guest, tmp_path, serve, require_program
 ):
     require_program("qemu-system-x86_64")
     words = ("--catalog", catalog)
     assert hvmgr("catalog", "add", system, "--name", "os", *words).code == 0
-    url = f"http://10.0.2.2:{serve(catalog)}"
+    asked = []
+    url = f"http://10.0.2.2:{serve(catalog, asked=asked)}"
     kernel = ("--kernel", counting_guest.kernel, "--modules", mini.netboot_modules(counting_guest, tmp_path))
     console = f"{mini.ARGUMENTS} lsm="
     told = hvmgr(
@@ -516,3 +581,9 @@ def test_machine_that_starts_over_the_network_gets_a_vhd_and_its_entry(
     code, core = grub.at_sector(*grub.bios_loader("(,gpt3)/boot/grub", tmp_path), 40)
     assert head[:440] == code.ljust(440, b"\0")
     assert head[40 * 512 :].startswith(core)
+    # The firmware starts the network first at the next power-on, too.
+    with disk.open("r+b") as file:
+        file.write(SPEAKING)
+    asked.clear()
+    assert "the disk has started" in machine.listen(bare_machine.lines(own, tmp_path, time_s=200), None).lines
+    assert asked == ["/netboot/boot.ipxe"]
