@@ -19,12 +19,15 @@ from pathlib import Path
 from hvmgr.host import e2fsprogs, file_systems, qemu_img
 from hvmgr.host.image_export import Link
 from hvmgr.operations.inside import exporting
+from hvmgr.operations.inside.looking import Place
+from hvmgr.operations.inside.views import Frozen
 
 folder = Path(sys.argv[1])
 name = "killed.qcow2" if len(sys.argv) > 2 else "child.qcow2"
 child, base, work = folder / name, folder / "base.raw", folder / "work"
 qemu_img.create(child, "qcow2", size=base.stat().st_size, backing=(str(base), "raw"))
-with exporting.shown([Link(child, "qcow2"), Link(base, "raw")], work, start=0, size=base.stat().st_size) as file:
+links = (Link(child, "qcow2"), Link(base, "raw"))
+with exporting.shown(links, work, Place(Frozen("disk", links), 0, base.stat().st_size)) as file:
     e2fsprogs.change(file, ["mkdir /made"])
     if len(sys.argv) > 2:
         os.kill(os.getpid(), signal.SIGKILL)
