@@ -454,13 +454,30 @@ class VM:
             return returning.restore(session, self, wanted, unlocking.given(keys), overwrite=overwrite)
 
     def compare_files(
-        self, old: str, new: str | None = None, *, slot: str | None = None, paths: Sequence[bytes] = ()
+        self,
+        old: str,
+        new: str | None = None,
+        *,
+        slot: str | None = None,
+        paths: Sequence[bytes] = (),
+        keys: Mapping[str, bytes] | None = None,
+        present: bool = False,
     ) -> Outcome:
-        """Which files are not the same at a snapshot and at a later one, or at present (``new`` None); below ``paths`` only."""
-        from hvmgr.operations.inside import differing, views
+        """Which files are not the same at a snapshot and at a later one, or at present (``new`` None); below ``paths`` only.
 
-        moments = [views.of_vm(self, snapshot=one, slot=slot) for one in (old, new)]
-        return differing.between(*moments, paths=paths)
+        ``keys`` and ``present`` are those of ``look_inside``: with ``present`` the VM, which may run, stands still for it.
+        """
+        from hvmgr.operations.inside import differing, standing, unlocking, views
+
+        if present and new is not None:
+            raise errors.UsageError("a snapshot is not the present", hint="ask for one of them")
+        before = views.of_vm(self, snapshot=old, slot=slot)
+        with contextlib.ExitStack() as stack:
+            if present:
+                after = stack.enter_context(standing.still(self, slot=slot))
+            else:
+                after = views.of_vm(self, snapshot=new, slot=slot)
+            return differing.between(before, after, paths=paths, keys=unlocking.given(keys))
 
     def import_disk(
         self,
