@@ -11,6 +11,7 @@ import functools
 import hashlib
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from hvmgr import errors
 
@@ -24,7 +25,7 @@ _NUMBER = 512  # what the numbers of sectors count, however large the sectors ar
 
 
 class SectorCipher:
-    """Decrypts what dm-crypt has encrypted, with ``spec`` in its words: ``aes-xts-plain64``.
+    """Decrypts what dm-crypt has encrypted, and encrypts as it does, with ``spec`` in its words: ``aes-xts-plain64``.
 
     Unsupported for a cipher that is not known, or a host without the library.
     """
@@ -38,17 +39,24 @@ class SectorCipher:
         self.sector = sector
         self._begins = _beginning(beginning, key)
         self._library = _library()
-        self._context = _context(self, names[len(key)], key)
+        self._decrypting = _context(self, names[len(key)], key)
+        self._encrypting = _context(self, names[len(key)], key, encrypts=True)
 
     def decrypt(self, number: int, data: memoryview) -> None:
         """Whole sectors, in place; ``number`` is that of the first one, in units of 512 bytes."""
-        begin, update, context = self._library.EVP_DecryptInit_ex, self._library.EVP_DecryptUpdate, self._context
+        self._run(self._library.EVP_DecryptInit_ex, self._library.EVP_DecryptUpdate, self._decrypting, number, data)
+
+    def encrypt(self, number: int, data: memoryview) -> None:
+        """The same the other way round."""
+        self._run(self._library.EVP_EncryptInit_ex, self._library.EVP_EncryptUpdate, self._encrypting, number, data)
+
+    def _run(self, begin: Any, update: Any, context: int, number: int, data: memoryview) -> None:
         written = ctypes.c_int(0)
         at, count = ctypes.addressof(ctypes.c_char.from_buffer(data)), ctypes.addressof(written)
         sector, step, begins = self.sector, self.sector // _NUMBER, self._begins
         for place in range(at, at + len(data), sector):
             if not begin(context, None, None, None, begins(number)) or not update(context, place, count, place, sector):
-                raise errors.HostFailed(f"libcrypto does not decrypt sector {number}")
+                raise errors.HostFailed(f"libcrypto does not work on sector {number}")
             number += step
 
 

@@ -45,7 +45,7 @@ class Client:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Fill the whole buffer with the bytes of the disk from ``offset``."""
-        self._settle()
+        self.settle()
         for start in range(0, len(buffer), PIECE):
             piece = buffer[start : start + PIECE]
             self._send(_READ, offset + start, len(piece))
@@ -67,7 +67,7 @@ class Client:
 
     def flush(self) -> None:
         """Everything that was written is with the server's file; raises what went wrong with it."""
-        self._settle()
+        self.settle()
         self._send(_FLUSH, 0, 0)
         self._take_reply()
 
@@ -77,7 +77,8 @@ class Client:
         self._send(kind, offset, length)
         self._waiting += 1
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Every request was answered; raises what went wrong with one."""
         while self._waiting:
             self._settle_one()
 

@@ -175,6 +175,14 @@ class Daemon(Monitor):
             assert node is not None
             yield node
 
+    def open_served(self, address: Path) -> Node:
+        """What a server of ours has on a socket (NBD), to be read and written."""
+        name = self._name("node")
+        server = {"type": "unix", "path": os.fspath(address)}
+        self._execute("blockdev-add", {"driver": "nbd", "node-name": name, "server": server}, address)
+        node = self._nodes[name] = Node(name, address, "nbd", self._virtual_size(name), writable=True)
+        return node
+
     def close(self, node: Node) -> None:
         """Write out and let go of an image, and of its lock. Children first: a parent in use is a Conflict."""
         try:

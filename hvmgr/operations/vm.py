@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.inside.differing import Outcome
     from hvmgr.operations.inside.looking import Inside
     from hvmgr.operations.inside.putting import Put
+    from hvmgr.operations.inside.unlocking import Key
     from hvmgr.operations.session import Session
     from hvmgr.operations.snapshots import Wish
     from hvmgr.operations.transfer.outgoing import Outgoing
@@ -384,7 +385,7 @@ class VM:
         """
         from hvmgr.operations.inside import looking, standing, unlocking, views
 
-        found = [unlocking.Key((secret,), target) for target, secret in (keys or {}).items()]
+        found = unlocking.given(keys)
         if present and snapshot is not None:
             raise errors.UsageError("a snapshot is not the present", hint="ask for one of them")
         if present:
@@ -401,51 +402,82 @@ class VM:
         partition: str | None = None,
         owner: str | None = None,
         name: str | None = None,
+        keys: Mapping[str, bytes] | Sequence[Key] = (),
     ) -> Put:
         """Files and folders of this host are in a file system of the VM, which is off; what was before is a snapshot.
 
-        They go into the folder ``destination``, or a single one gets that path. ``owner`` is ``USER[:GROUP]`` as that system knows them, ``name`` the snapshot's. On any failure nothing has changed.
+        They go into the folder ``destination``, or a single one gets that path. ``owner`` is ``USER[:GROUP]`` as that system knows them, ``name`` the snapshot's,
+        ``keys`` are as for ``look_inside``. On any failure nothing has changed.
         """
         from hvmgr.model.put_options import PutOptions
-        from hvmgr.operations.inside import putting
+        from hvmgr.operations.inside import putting, unlocking
         from hvmgr.operations.inside import sources as inside_sources
 
         gathered = inside_sources.of_host([Path(one) for one in sources])
         with working.on(self) as session:
             putting.require_off(session, hint=f"stop it first: hvmgr vm stop {self.name}")
-            how, place = manner or PutOptions(), putting.Place(destination, slot, partition)
+            how = manner or PutOptions()
+            place = putting.Target(destination, slot, partition, unlocking.given(keys))
             return putting.put(session, self, gathered, place, how, owner=owner, name=name, operation="file put")
 
-    def restore_files(self, wanted: FilesWanted, manner: PutOptions | None = None, *, name: str | None = None) -> Put:
+    def restore_files(
+        self,
+        wanted: FilesWanted,
+        manner: PutOptions | None = None,
+        *,
+        name: str | None = None,
+        keys: Mapping[str, bytes] | Sequence[Key] = (),
+    ) -> Put:
         """Files of a snapshot are in the present of the VM again, which is off, with the owners, modes and times that they had.
 
-        What was before is a snapshot, called ``name``. On any failure nothing has changed.
+        What was before is a snapshot, called ``name``; ``keys`` are as for ``look_inside``. On any failure nothing has changed.
         """
         from hvmgr.model.put_options import PutOptions
-        from hvmgr.operations.inside import restoring
+        from hvmgr.operations.inside import restoring, unlocking
 
         with working.on(self) as session:
-            return restoring.restore(session, self, wanted, manner or PutOptions(), name=name)
+            how, opens = manner or PutOptions(), unlocking.given(keys)
+            return restoring.restore(session, self, wanted, how, name=name, keys=opens)
 
-    def restore_into_guest(self, wanted: FilesWanted, *, overwrite: bool = False) -> Put:
+    def restore_into_guest(
+        self, wanted: FilesWanted, *, overwrite: bool = False, keys: Mapping[str, bytes] | Sequence[Key] = ()
+    ) -> Put:
         """Files of a snapshot are in the guest that runs, put there by its agent.
 
         Each is compared before it takes the place of what is there, where the agent may run programs; else it is written in
         place, which is told. After an error the files that came before it are there, and no part of another one unless told.
+        ``keys`` open the snapshot; the guest has its own disks open.
         """
-        from hvmgr.operations.inside import returning
+        from hvmgr.operations.inside import returning, unlocking
 
         with working.on(self, needs_present=False) as session:
-            return returning.restore(session, self, wanted, overwrite=overwrite)
+            return returning.restore(session, self, wanted, unlocking.given(keys), overwrite=overwrite)
 
     def compare_files(
-        self, old: str, new: str | None = None, *, slot: str | None = None, paths: Sequence[bytes] = ()
+        self,
+        old: str,
+        new: str | None = None,
+        *,
+        slot: str | None = None,
+        paths: Sequence[bytes] = (),
+        keys: Mapping[str, bytes] | None = None,
+        present: bool = False,
     ) -> Outcome:
-        """Which files are not the same at a snapshot and at a later one, or at present (``new`` None); below ``paths`` only."""
-        from hvmgr.operations.inside import differing, views
+        """Which files are not the same at a snapshot and at a later one, or at present (``new`` None); below ``paths`` only.
 
-        moments = [views.of_vm(self, snapshot=one, slot=slot) for one in (old, new)]
-        return differing.between(*moments, paths=paths)
+        ``keys`` and ``present`` are those of ``look_inside``: with ``present`` the VM, which may run, stands still for it.
+        """
+        from hvmgr.operations.inside import differing, standing, unlocking, views
+
+        if present and new is not None:
+            raise errors.UsageError("a snapshot is not the present", hint="ask for one of them")
+        before = views.of_vm(self, snapshot=old, slot=slot)
+        with contextlib.ExitStack() as stack:
+            if present:
+                after = stack.enter_context(standing.still(self, slot=slot))
+            else:
+                after = views.of_vm(self, snapshot=new, slot=slot)
+            return differing.between(before, after, paths=paths, keys=unlocking.given(keys))
 
     def import_disk(
         self,

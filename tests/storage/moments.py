@@ -16,8 +16,11 @@ def child(path, parent, fmt):
     return path
 
 
-def write_difference(image, before, after):
-    """The image gets the clusters of ``after`` that are not those of ``before``; how many that are."""
+def write_difference(image, before, after, words=()):
+    """The image gets the clusters of ``after`` that are not those of ``before``; how many that are.
+
+    ``words`` tell QEMU where in it they go, if not to where they are.
+    """
     commands = []
     with open(before, "rb") as old, open(after, "rb") as new:
         for at in range(0, os.path.getsize(after), CLUSTER):
@@ -27,7 +30,7 @@ def write_difference(image, before, after):
                 file_trees.write(piece, one)
                 commands += ["-c", f"write -q -s {piece} {at} {len(one)}"]
     for start in range(0, len(commands), 200):
-        file_trees.run("qemu-io", "-f", "qcow2", *commands[start : start + 200], image)
+        file_trees.run("qemu-io", *commands[start : start + 200], *(words or ("-f", "qcow2", image)))
     for command in commands[1::2]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(command.split()[3])

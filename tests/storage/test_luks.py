@@ -53,8 +53,24 @@ def require_tree(image, secret, tree):
         inside = clear(disk, secret)
         reader = opening.open_reader(signatures.recognise(inside).kind, inside)
         found = file_trees.of_reader(reader)
+        require_same_when_encrypted(disk, inside)
     found.pop(b"lost+found")
     assert found == file_trees.of_host(tree)
+
+
+def require_same_when_encrypted(disk, inside):
+    """What stands there in clear is encrypted to the very bytes that cryptsetup, or QEMU, has put there."""
+    chance = random.Random(1)
+    for length in (inside.size, *(chance.randrange(1, 20_000) for _ in range(50))):
+        offset = chance.randrange(inside.size - length + 1)
+        data, wanted = bytearray(length), memoryview(bytearray(inside.size))
+        inside.read_into(offset, memoryview(data))
+        at, sectors = inside.encrypted(offset, memoryview(data))
+        assert at <= inside.start + offset < at + len(sectors)
+        disk.read_into(at, wanted[: len(sectors)])
+        assert sectors == wanted[: len(sectors)]
+    with pytest.raises(errors.Corrupt):
+        inside.encrypted(inside.size - 1, memoryview(b"ab"))
 
 
 @pytest.mark.parametrize("options", LUKS2.values(), ids=LUKS2)
@@ -230,8 +246,12 @@ def test_logical_volumes_inside_are_found(plain, tmp_path):
         logical = [one for one in inside.volumes if one.logical]
         assert [one.logical for one in logical] == ["group/whole", "group/torn", "group/thin"]
         assert all(one.encrypted for one in logical)  # what is written on top of it is kept in memory
-        with pytest.raises(errors.Unsupported, match="it is encrypted"):
-            inside.place(logical[0])
+        place = inside.place(logical[0])
+        assert (place.start, place.size, place.lock.start) == (
+            2 << 20,
+            2 << 20,
+            luks.read_header(place.lock.disk).start,
+        )
         browser = inside.choose(b"/file")
         assert (browser.volume.logical, browser.find(b"/file").size) == ("group/whole", 11)
 

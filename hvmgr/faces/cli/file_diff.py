@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
-from hvmgr.faces.cli import arguments, file_render, json_out, render
+from hvmgr.faces.cli import arguments, file_render, json_out, key_files, render
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.groups import READS, Command, Group
 from hvmgr.faces.cli.request import Request
@@ -41,6 +42,8 @@ class _Moments:
     images: tuple[Path, ...]
     home: Path | None
     fmt: str | None
+    key_files: tuple[str, ...]
+    present: bool
 
     def check(self) -> None:
         """UsageError for what does not fit together."""
@@ -54,34 +57,50 @@ class _Moments:
             raise errors.UsageError("an image file has no slots", hint="leave out --disk")
         if self.fmt is not None and not self.images:
             raise errors.UsageError("--format says what the files of --image are", hint="leave it out")
+        if self.present and (self.images or self.home is not None):
+            raise errors.UsageError("--present is of a VM", hint="leave it out")
         if len(self.words) < self._said:
-            what = "a VM and two moments of it are" if self.home is None else "two moments are"
+            what = "two moments are" if self.home is not None else "a VM and two moments of it are"
+            what = "a VM and a snapshot of it are" if self.present else what
             raise errors.UsageError(f"{what} to be named", hint="name snapshots; 'now' is the present")
 
     @property
     def _said(self) -> int:
         """How many words are no paths."""
-        return 0 if self.images else 2 if self.home is not None else 3
+        return 0 if self.images else 2 if self.home is not None or self._adds_now else 3
+
+    @property
+    def _adds_now(self) -> bool:
+        """Whether the present, which is asked for, is the second moment without being said."""
+        return self.present and NOW not in self.words[1:3]
 
     @property
     def paths(self) -> list[bytes]:
         """The paths inside."""
         return [os.fsencode(one) for one in self.words[self._said :]]
 
-    def disks(self, host: Host) -> tuple[list[Frozen], list[Frozen]]:
-        """The disks at both moments, frozen."""
-        from hvmgr.operations.inside import views
+    @contextlib.contextmanager
+    def still(self, host: Host) -> Iterator[tuple[list[Frozen], list[Frozen]]]:
+        """The disks at both moments, frozen as long as the block lasts."""
+        from hvmgr.operations.inside import standing, views
 
         if self.images:
             old, new = ([views.of_image(one, self.fmt)] for one in self.images)
-            return old, new
-        moments = [None if one == NOW else one for one in self.words[self._said - 2 : self._said]]
-        if self.home is not None:
-            old, new = (views.of_folder(self.home, snapshot=one, slot=self.slot) for one in moments)
-            return old, new
-        vm = host.vm(self.words[0])
-        old, new = (views.of_vm(vm, snapshot=one, slot=self.slot) for one in moments)
-        return old, new
+            yield old, new
+            return
+        words = self.words if self.home is not None else self.words[1:]
+        moments = (words[0], NOW) if self._adds_now else words[:2]
+        found: dict[str, list[Frozen]] = {}
+        with contextlib.ExitStack() as stack:
+            for one in sorted(moments, key=lambda one: one == NOW):  # a snapshot that is not there freezes nothing
+                snapshot = None if one == NOW else one
+                if self.home is not None:
+                    found[one] = views.of_folder(self.home, snapshot=snapshot, slot=self.slot)
+                elif one == NOW and self.present:
+                    found[one] = stack.enter_context(standing.still(host.vm(self.words[0]), slot=self.slot))
+                else:
+                    found[one] = views.of_vm(host.vm(self.words[0]), snapshot=snapshot, slot=self.slot)
+            yield found[moments[0]], found[moments[1]]
 
 
 class _VmThenMoments(arguments.VmName):
@@ -103,10 +122,15 @@ class _VmThenMoments(arguments.VmName):
     examples=[
         "hvmgr file diff web before after",
         "hvmgr file diff web before now /etc /usr/local",
+        "hvmgr file diff web before --present",
         "hvmgr file diff --image old.qcow2 --image new.qcow2 --json",
     ],
 )
 @click.argument("words", metavar="VM A B [PATH]...", nargs=-1, type=_VmThenMoments())
+@click.option(
+    "--present", is_flag=True,
+    help="'now' is this very moment of a running VM, and B where it is not said: it goes on in new images, which are merged afterwards.",
+)  # fmt: skip
 @click.option("--disk", "slot", metavar="SLOT", help="On this disk only.")
 @click.option("--partition", metavar="N|GROUP/VOLUME", help="On this partition, or logical volume, only.")
 @click.option(
@@ -123,23 +147,24 @@ class _VmThenMoments(arguments.VmName):
     type=click.Choice(options.FORMATS),
     help="The format of both images, if it is not to be found out.",
 )
+@key_files.option
 @click.option("--null", is_flag=True, help="Only the paths, as they are, each with a zero byte behind it.")
 @click.pass_obj
 def diff(request: Request, /, partition: str | None, *, null: bool, **given: Any) -> None:
     """Tell which files were added, changed, removed and renamed between two moments.
 
-    A and B are snapshots, or 'now' for the present. Only what was written in between is looked at, and of that only what is
+    A and B are snapshots, or 'now' for the present, which of a VM that runs is its latest snapshot without --present. Only what was written in between is looked at, and of that only what is
     needed to know. Exit code 0 also when nothing differs.
     """
     moments = _Moments(**given)
     moments.check()
-    with request.host() as host:
-        old, new = moments.disks(host)
+    keys = key_files.read(moments.key_files)
+    with request.host() as host, moments.still(host) as (old, new):
         for moment in dict.fromkeys(one.moment for one in (*old, *new) if one.moment is not None):
             render.notice(moment)
         from hvmgr.operations.inside import differing
 
-        outcome = differing.between(old, new, paths=moments.paths, partition=partition)
+        outcome = differing.between(old, new, paths=moments.paths, partition=partition, keys=keys)
         _tell(outcome)
         if request.json:
             json_out.show(_document(old, new, outcome))
@@ -155,6 +180,8 @@ def _tell(outcome: Outcome) -> None:
         )
         for note in notes:
             render.notice(note)
+    for volume in outcome.sealed_anew:
+        render.notice(f"{volume.title} is not encrypted with the same key at both moments, and was compared as a whole")
     for one in outcome.uncompared:
         render.notice(f"{one.volume.title} was written to, and cannot be compared: {one.why}")
     options.tell_left_out(outcome.left_out)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
-from hvmgr.faces.cli import arguments, file_render
+from hvmgr.faces.cli import arguments, file_render, key_files
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.groups import Command, Group
 from hvmgr.faces.cli.request import Request
@@ -48,6 +48,7 @@ class _Mode(click.ParamType):  # type: ignore[type-arg]  # generic since click 8
 _PLACE = (
     click.option("--disk", "slot", metavar="SLOT", help="On this disk."),
     click.option("--partition", metavar="N|GROUP/VOLUME", help="On this partition, or logical volume."),
+    key_files.option,
     click.option("--overwrite", is_flag=True, help="Files that are there already are replaced."),
     click.option("--parents", is_flag=True, help="Folders that are missing on the way are made."),
     click.option("--name", metavar="NAME", help="The name of the snapshot that is taken first."),
@@ -92,11 +93,12 @@ def put(
     from hvmgr.model.put_options import PutOptions
 
     manner = PutOptions(overwrite=given["overwrite"], parents=given["parents"], mode=mode)
+    keys = key_files.read(given["key_files"])
     with request.host() as host, request.changing():
         one = host.vm(vm)
         done = one.put_files(
             [Path(word) for word in words[:-1]], os.fsencode(words[-1]), manner,
-            slot=given["slot"], partition=given["partition"], owner=owner, name=given["name"],
+            slot=given["slot"], partition=given["partition"], owner=owner, name=given["name"], keys=keys,
         )  # fmt: skip
         _done(request, one, done)
 
@@ -132,13 +134,14 @@ def restore(
     wanted = FilesWanted(snapshot, [os.fsencode(one) for one in paths], given["slot"], given["partition"], folder)
     if to == "running" and (given["parents"] or given["name"] is not None):
         raise errors.UsageError("--parents and --name are for a VM that is off", hint="leave them out")
+    keys = key_files.read(given["key_files"])
     with request.host() as host, request.changing():
         one = host.vm(vm)
         if to == "running":
-            done = one.restore_into_guest(wanted, overwrite=given["overwrite"])
+            done = one.restore_into_guest(wanted, overwrite=given["overwrite"], keys=keys)
         else:
             manner = PutOptions(overwrite=given["overwrite"], parents=given["parents"])
-            done = one.restore_files(wanted, manner, name=given["name"])
+            done = one.restore_files(wanted, manner, name=given["name"], keys=keys)
         _done(request, one, done)
 
 

@@ -255,7 +255,8 @@ class ReceiveDisk(Step):
 class PutFiles(Step):
     """Files go into the file system on ``volume``, in ``child``, an empty image on what the disk holds.
 
-    ``work`` is the folder in which that file system is shown to a program meanwhile.
+    ``work`` is the folder in which that file system is shown to a program meanwhile. ``in_memory``: nothing of it is to be on a
+    disk of the host in clear, and so the copies that are made on the way are not.
     """
 
     child: str
@@ -264,6 +265,7 @@ class PutFiles(Step):
     files: int
     size: int
     work: str
+    in_memory: bool = False
 
     def describe(self) -> str:
         return f"put {self.files} file{'' if self.files == 1 else 's'} into {self.volume}, in image {name(self.child)}"

@@ -25,11 +25,13 @@ from hvmgr.storage.filesystems.signatures import Kind
 
 if TYPE_CHECKING:
     from hvmgr.operations.inside.looking import Inside
+    from hvmgr.operations.inside.unlocking import Key
     from hvmgr.operations.inside.views import Frozen, Volume
 
 
 _TOLD = (None, Kind.LVM)  # nothing is known to be there; its logical volumes are told themselves
-_LOST = "what lies there is not known, or damaged, at one of the moments"
+_UNSEEN = (None, Kind.LUKS)  # what may well be there, and nobody sees
+_LOST = "what lies there is not known, damaged, or encrypted with another key, at one of the moments"
 _HEAD = 1 << 20  # bytes that are zeros where nothing was ever made
 
 
@@ -43,33 +45,47 @@ class Uncompared:
 
 @dataclass(slots=True)
 class Outcome:
-    """What was found. ``browsers`` are the file systems that were looked into; ``size`` is how much of the disks may differ."""
+    """What was found. ``browsers`` are the file systems that were looked into; ``size`` is how much of the disks may differ.
+
+    ``sealed_anew`` are volumes that are not encrypted alike at both moments: all of their contents had to be compared.
+    """
 
     differences: list[Difference] = field(default_factory=list)
     uncompared: list[Uncompared] = field(default_factory=list)
+    sealed_anew: list[Volume] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     browsers: list[tuple[Browser | None, Browser | None]] = field(default_factory=list)
     size: int = 0
 
 
 def between(
-    old: Sequence[Frozen], new: Sequence[Frozen], *, paths: Sequence[bytes] = (), partition: str | None = None
+    old: Sequence[Frozen],
+    new: Sequence[Frozen],
+    *,
+    paths: Sequence[bytes] = (),
+    partition: str | None = None,
+    keys: Sequence[Key] = (),
 ) -> Outcome:
-    """All that differs, or what is and is below the ``paths``, which may be patterns. NotFound for one that was never there."""
+    """All that differs, or what is and is below the ``paths``, which may be patterns. NotFound for one that was never there.
+
+    What is encrypted is opened with the ``keys`` at both moments.
+    """
     with contextlib.ExitStack() as stack:
         for path in dict.fromkeys(one.links[0].path for one in (*old, *new)):
             stack.enter_context(
                 image_locks.held(path, writable=False)
             )  # what is said of a disk holds until it was read
-        return _between(old, new, paths, partition)
+        return _between(old, new, paths, partition, keys)
 
 
-def _between(old: Sequence[Frozen], new: Sequence[Frozen], paths: Sequence[bytes], partition: str | None) -> Outcome:
+def _between(
+    old: Sequence[Frozen], new: Sequence[Frozen], paths: Sequence[bytes], partition: str | None, keys: Sequence[Key]
+) -> Outcome:
     ranges = changed_ranges(old, new)
     outcome = Outcome(size=sum(one.size for one in ranges.values() if one != Ranges.everything()))
     if not any(ranges.values()) and not paths and partition is None:
         return outcome
-    with looking.opened(old) as before, looking.opened(new) as after:
+    with looking.opened(old, keys=keys) as before, looking.opened(new, keys=keys) as after:
         pairs = list(_pairs(before, after, partition))
         if partition is not None and not pairs:
             there = looking.described(after.volumes) or "none"
@@ -79,6 +95,8 @@ def _between(old: Sequence[Frozen], new: Sequence[Frozen], paths: Sequence[bytes
             touched = _touched(before, after, (one, other), ranges)
             if not touched and not paths:
                 continue
+            if other is not None and _is_sealed_anew(before, after, (one, other)):
+                outcome.sealed_anew.append(other)
             wanted -= _compare(before, after, (one, other), touched, paths, outcome)
         for path in paths:
             if path in wanted:
@@ -111,12 +129,21 @@ def _pairs(before: Inside, after: Inside, partition: str | None) -> Iterator[tup
 def _touched(
     before: Inside, after: Inside, pair: tuple[Volume | None, Volume | None], ranges: dict[str, Ranges]
 ) -> Ranges:
-    """Where a volume may differ: all of it, if anything does, where nobody knows at one of the moments where it lies."""
+    """Where a volume may differ: all of it, if anything does, where nobody knows at one of the moments where it lies, or it is encrypted anew."""
     moments = list(zip((before, after), pair, strict=True))
-    if all(volume is None or inside.is_placed(volume) for inside, volume in moments):
+    seals = {inside.seals(volume) for inside, volume in moments if volume is not None}
+    if len(seals) == 1 and all(volume is None or inside.is_placed(volume) for inside, volume in moments):
         old, new = ([] if volume is None else inside.parts(volume) for inside, volume in moments)
         return changed.of_volume(old, new, ranges)
     return Ranges.everything() if any(ranges.values()) else Ranges()
+
+
+def _is_sealed_anew(before: Inside, after: Inside, pair: tuple[Volume | None, Volume]) -> bool:
+    """Whether it can be read at both moments, and is not encrypted alike."""
+    one, other = pair
+    if one is None or not (looking.is_readable(one) and looking.is_readable(other)):
+        return False
+    return before.seals(one) != after.seals(other)
 
 
 def _compare(
@@ -186,12 +213,12 @@ def _is_lost(inside: Inside, others: Inside, pair: tuple[Volume | None, Volume])
         return (
             len(whole) == 1
             and whole[0].number is None
-            and whole[0].kind is None
+            and whole[0].kind in _UNSEEN
             and not inside.is_blank(whole[0], _HEAD)
         )
     physical = {(one.disk.slot, one.number) for one in others.volumes if one.kind is Kind.LVM}
     here = [one for one in inside.volumes if (one.disk.slot, one.number) in physical and not one.logical]
-    return any(one.why_not or (one.kind is None and not inside.is_blank(one, _HEAD)) for one in here)
+    return any(one.why_not or (one.kind in _UNSEEN and not inside.is_blank(one, _HEAD)) for one in here)
 
 
 def _browser(inside: Inside, volume: Volume | None) -> Browser | None:

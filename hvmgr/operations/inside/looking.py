@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hvmgr import errors, units
 from hvmgr.operations.inside import unlocking, views
@@ -22,6 +23,9 @@ from hvmgr.storage.filesystems.signatures import Kind
 from hvmgr.storage.filesystems.window import Mapped, Window
 from hvmgr.storage.partitions import Disk
 
+if TYPE_CHECKING:
+    from hvmgr.storage.filesystems.luks import Decrypted
+
 _HINTS = {
     Kind.LUKS: unlocking.NO_KEY,
     Kind.BITLOCKER: "it is encrypted (BitLocker), and its key is only in the guest",
@@ -31,6 +35,20 @@ _HINTS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A volume that lies in one piece: from ``start`` on, of the disk or of what is encrypted on it (``lock``)."""
+
+    disk: Frozen
+    start: int
+    size: int
+    lock: Decrypted | None = None
+
+    def of(self, source: Disk) -> Disk:
+        """The volume on the bytes of that disk, or of one that differs from it within the volume alone."""
+        return Window(source if self.lock is None else self.lock.moved(source, self.lock.start), self.start, self.size)
+
+
 @dataclass(slots=True)
 class Inside:
     """Disks with what lies on them. ``volumes`` are all places, those that nothing can read included."""
@@ -38,6 +56,7 @@ class Inside:
     disks: list[Frozen]
     volumes: list[Volume]
     _places: dict[Volume, Disk | None]
+    _sources: dict[int, Frozen]  # which disk it is, by the identity of its bytes
     _browsers: dict[Volume, Browser] = field(default_factory=dict)
 
     def bytes_of(self, volume: Volume) -> Disk:
@@ -62,33 +81,51 @@ class Inside:
         """All places of the disks, whichever partition was asked for."""
         return list(self._places)
 
-    def place(self, volume: Volume) -> tuple[Frozen, int]:
-        """On which disk a volume lies in one piece, and from which byte on.
+    def place(self, volume: Volume) -> Place:
+        """Where a volume lies in one piece.
 
-        Unsupported for one that is scattered or encrypted, or of which there is a second copy that would not follow.
+        Unsupported for one that is scattered or encrypted twice, or of which there is a second copy that would not follow.
         """
-        if why := "it is encrypted" if volume.encrypted else volume.copied:
-            raise errors.Unsupported(f"{volume.title} cannot be written so: {why}", hint=_RUNNING)
-        below, start = (self._places.get(volume), 0)
-        if isinstance(below, Mapped):
-            below, start = below.piece or (None, 0)
-        physical = [one for one, disk in self._places.items() if disk is below and not (one.encrypted or one.logical)]
-        if below is None or not physical:
-            raise errors.Unsupported(
-                f"{volume.title} lies in several pieces, or on several disks, and cannot be written so", hint=_RUNNING
-            )
-        self._require_alone(physical[0], below)
-        return physical[0].disk, physical[0].start + start
+        from hvmgr.storage.filesystems.luks import Decrypted
 
-    @staticmethod
-    def _require_alone(volume: Volume, place: Disk) -> None:
+        if volume.copied:
+            raise errors.Unsupported(f"{volume.title} cannot be written so: {volume.copied}", hint=_RUNNING)
+        below, start, inner = self._places[volume], 0, 0
+        lock: Decrypted | None = None
+        while isinstance(below, Window | Mapped):
+            if isinstance(below, Mapped):
+                piece = below.piece
+                if piece is None:
+                    raise errors.Unsupported(
+                        f"{volume.title} lies in several pieces, or on several disks, and cannot be written so",
+                        hint=_RUNNING,
+                    )
+                below, start = piece[0], piece[1] + start
+                continue
+            self._require_alone(volume, below)
+            if isinstance(below, Decrypted):
+                if lock is not None:
+                    raise errors.Unsupported(
+                        f"{volume.title} is encrypted twice, and cannot be written so", hint=_RUNNING
+                    )
+                lock, inner, start = below, start, 0
+            start += below.start
+            below = below.disk
+        if below is None:
+            raise errors.Unsupported(f"{volume.title} cannot be read: {why_not(volume)}", hint=_RUNNING)
+        self._require_alone(volume, below)
+        disk = self._sources[id(below)]
+        if lock is None:
+            return Place(disk, start, volume.size)
+        return Place(disk, inner, volume.size, lock.moved(below, start))
+
+    def _require_alone(self, volume: Volume, place: Disk) -> None:
         from hvmgr.storage.filesystems import raid
 
-        whole = place.disk if isinstance(place, Window) else place
-        if raid.is_type(volume.type) or raid.is_member(place) or raid.is_member(whole):
+        one = next((one for one, disk in self._places.items() if disk is place and not one.logical), volume)
+        if raid.is_type(one.type) or raid.is_member(place):
             raise errors.Unsupported(
-                f"{volume.title} is a part of a RAID or of a dynamic disk, and cannot be written on its own",
-                hint=_RUNNING,
+                f"{one.title} is a part of a RAID or of a dynamic disk, and cannot be written on its own", hint=_RUNNING
             )
 
     def is_placed(self, volume: Volume) -> bool:
@@ -103,13 +140,20 @@ class Inside:
     def parts(self, volume: Volume) -> list[tuple[str, tuple[object, int, int]]]:
         """Where a volume lies, each part with the slot of its disk; nothing of one that cannot be read.
 
-        The disks are to be opened without keys: what is encrypted lies nowhere in clear.
+        What is encrypted lies where it would lie in clear: a byte that nobody wrote is the same, as long as ``seals`` are.
         """
         disk = self._places[volume]
-        if disk is None:
-            return []
-        slots = {id(one.disk): of.disk.slot or "" for of, one in self._places.items() if isinstance(one, Window)}
-        return [("" if one[0] is None else slots[id(one[0])], one) for one in window.flattened(disk)]
+        found = [] if disk is None else window.flattened(disk)
+        return [("" if one[0] is None else self._sources[id(one[0])].slot or "", one) for one in found]
+
+    def seals(self, volume: Volume) -> frozenset[bytes]:
+        """What a volume is encrypted with; the same at two moments unless it was encrypted anew in between."""
+        disk = self._places[volume]
+        if not volume.encrypted or disk is None:
+            return frozenset()
+        from hvmgr.storage.filesystems import luks
+
+        return luks.seals(disk)
 
     def choose(self, path: bytes) -> Browser:
         """The file system that a path is looked for in: the only one, or the only one that has it.
@@ -187,8 +231,10 @@ def opened(disks: Sequence[Frozen], *, partition: str | None = None, keys: Seque
     """
     with contextlib.ExitStack() as stack:
         places: dict[Volume, Disk | None] = {}
+        sources: dict[int, Frozen] = {}
         for disk in disks:
             source = stack.enter_context(views.opened(disk))
+            sources[id(source)] = disk
             places |= {one: views.window(one, source) for one in views.volumes(disk, source)}
         number = partition if partition is not None and partition.isdigit() else None
         places = unlocking.unlocked(places, keys, number)
@@ -203,7 +249,7 @@ def opened(disks: Sequence[Frozen], *, partition: str | None = None, keys: Seque
                 there = described(volumes) or "none"
                 raise errors.NotFound(f"there is no partition {partition}", hint=f"there are: {there}")
             volumes = chosen
-        yield Inside(list(disks), volumes, places)
+        yield Inside(list(disks), volumes, places, sources)
 
 
 def _physical(places: Mapping[Volume, Disk | None]) -> tuple[dict[Volume, Disk], dict[Volume, str]]:

@@ -28,15 +28,15 @@ from hvmgr.operations.inside import arranging, asleep, exporting, looking, owner
 from hvmgr.operations.inside.arranging import Act, Arrangement
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.kernel_writing import KernelWriter
-from hvmgr.operations.inside.looking import Inside
+from hvmgr.operations.inside.looking import Inside, Place
 from hvmgr.operations.inside.sources import Gathered
-from hvmgr.operations.inside.views import Frozen, Volume
+from hvmgr.operations.inside.unlocking import Key
+from hvmgr.operations.inside.views import Volume
 from hvmgr.operations.inside.writing import Writer
 from hvmgr.operations.steps import execution
 from hvmgr.storage import images
 from hvmgr.storage.filesystems import opening
 from hvmgr.storage.filesystems.reader import Content, Node, Type
-from hvmgr.storage.filesystems.window import Window
 
 if TYPE_CHECKING:
     from hvmgr.operations.session import Session
@@ -47,12 +47,16 @@ _COARSE_NS = 2_000_000_000  # as FAT keeps times
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where things go: a path, on the only file system that has it, or on the disk and partition that are named."""
+class Target:
+    """Where things go: a path, on the only file system that has it, or on the disk and partition that are named.
+
+    ``keys`` open what is encrypted on the way.
+    """
 
     path: bytes
     slot: str | None = None
     partition: str | None = None
+    keys: Sequence[Key] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,21 +89,21 @@ def require_off(session: Session, *, hint: str) -> None:
 
 
 def put(
-    session: Session, vm: VM, gathered: Gathered, place: Place, manner: PutOptions, *, owner: str | None, name: str | None, operation: str
+    session: Session, vm: VM, gathered: Gathered, target: Target, manner: PutOptions, *, owner: str | None, name: str | None, operation: str
 ) -> Put:  # fmt: skip
     """The files are in the present of the VM, which is off; what was before is a snapshot. On any failure nothing changed."""
     if not gathered.items:
         raise errors.UsageError(f"nothing is left to put: {', '.join(gathered.left_out) or 'nothing was named'}")
-    with looking.opened(views.of_vm(vm, slot=place.slot), partition=place.partition) as inside:
-        browser = _choose(inside, place.path)
+    with looking.opened(views.of_vm(vm, slot=target.slot), partition=target.partition, keys=target.keys) as inside:
+        browser = _choose(inside, target.path)
         writer = writing.find(browser.volume.kind, browser.volume.title)
         exporting.require()
-        where = inside.place(browser.volume)
-        _require_awake(vm, inside, place, browser.volume)
+        place = inside.place(browser.volume)
+        _require_awake(vm, inside, target, browser.volume)
         if owner is not None:
             uid, gid = owners.resolve(browser, owner)
             manner = dataclasses.replace(manner, uid=uid, gid=gid)
-        arranged = arranging.arrange(browser, place.path, gathered.items, manner)
+        arranged = arranging.arrange(browser, target.path, gathered.items, manner)
         writer.require(arranged.acts, browser)
         arranged.acts = writing.within(arranged.acts, *writer.times(browser))
         _tell(session, browser, arranged, writer)
@@ -109,9 +113,9 @@ def put(
         )  # fmt: skip
     if not arranged.acts:
         return done
-    _require_room(session.layout.images, arranged.acts, writer, is_inside=manner.as_before)
-    one = _plan(session, where[0], arranged, browser.volume, name, operation)
-    session.putting = _Putting(browser.volume, where, arranged.acts, writer)
+    _require_room(session, place, arranged.acts, writer, is_inside=manner.as_before)
+    one = _plan(session, place, arranged, browser.volume, name, operation)
+    session.putting = _Putting(browser.volume, place, arranged.acts, writer)
     try:
         with occasions.operation(session, one):
             execution.run(session, one)
@@ -120,27 +124,42 @@ def put(
     return dataclasses.replace(done, snapshot=snapshots.snapshot_of(one))
 
 
-def _require_room(folder: Path, acts: Sequence[Act], writer: Writer, *, is_inside: bool) -> None:
+def _require_room(session: Session, place: Place, acts: Sequence[Act], writer: Writer, *, is_inside: bool) -> None:
     """NoSpace when the new image and what is copied on the way do not fit; only data counts, but a kernel fills holes."""
 
-    def needed(sizes: Sequence[int]) -> int:
+    def copied(sizes: Sequence[int]) -> int:
         if isinstance(writer, KernelWriter):  # all contents are at hand at once
-            return whole + sum(sizes)
-        return sum(sizes) + (min(sum(sizes), max([*sizes, writing.BYTES_AT_ONCE])) if is_inside else 0)
+            return sum(sizes)
+        return min(sum(sizes), max([*sizes, writing.BYTES_AT_ONCE])) if is_inside else 0
+
+    def written(sizes: Sequence[int]) -> int:
+        return whole if isinstance(writer, KernelWriter) else sum(sizes)
+
+    def both(sizes: Sequence[int]) -> int:
+        return written(sizes) + copied(sizes)
 
     sizes = [one.item.size for one in acts]
-    whole = sum(sizes)
-    if shutil.disk_usage(folder).free < needed(sizes):
-        data = [0 if one.item.source is None else one.item.source.data_size() for one in acts]
-        require_room(folder, needed(data), "what is put, with the copies on the way,")
+    whole, images_ = sum(sizes), session.layout.images
+    rooms = [(images_, both, "what is put, with the copies on the way,")]
+    if place.lock is not None:
+        memory = settings.own_runtime_folder()
+        memory = next(one for one in (memory, *memory.parents) if one.exists())
+        rooms = [
+            (images_, written, "what is put"),
+            (memory, copied, "what is copied on the way, which is encrypted else,"),
+        ]
+    for folder, needed, what in rooms:
+        if shutil.disk_usage(folder).free < needed(sizes):
+            data = [0 if one.item.source is None else one.item.source.data_size() for one in acts]
+            require_room(folder, needed(data), what)
 
 
-def _require_awake(vm: VM, inside: Inside, place: Place, volume: Volume) -> None:
+def _require_awake(vm: VM, inside: Inside, target: Target, volume: Volume) -> None:
     """What sleeps on another disk of the VM sleeps with this one in its memory as well."""
-    if place.slot is None:
+    if target.slot is None and not (target.partition and target.keys):  # nothing more would be seen
         asleep.require_awake(inside, volume.kind)
         return
-    with looking.opened(views.of_vm(vm)) as all_of_it:
+    with looking.opened(views.of_vm(vm), keys=target.keys) as all_of_it:
         asleep.require_awake(all_of_it, volume.kind)
 
 
@@ -164,13 +183,13 @@ def _tell(session: Session, browser: Browser, arranged: Arrangement, writer: Wri
 
 
 def _plan(
-    session: Session, disk: Frozen, arranged: Arrangement, volume: Volume, name: str | None, operation: str
+    session: Session, place: Place, arranged: Arrangement, volume: Volume, name: str | None, operation: str
 ) -> plan.Plan:
     vm, moment = session.home.name, session.now()
     usual = f"{vm} before {operation} ({moment.astimezone():%Y-%m-%d %H.%M.%S})"
     usual = usual if len(usual) <= snapshots.NAME_LENGTH else snapshots.default_name(vm, moment)
     taken = snapshots.plan_create(session, snapshots.Wish(name=usual if name is None else name))
-    top = str(disk.links[0].path)
+    top = str(place.disk.links[0].path)
     made = next(one for one in taken.prepare if isinstance(one, plan.CreateImage) and one.parent == top)
     step = plan.PutFiles(
         child=made.path,
@@ -179,6 +198,7 @@ def _plan(
         files=arranged.files,
         size=arranged.size,
         work=str(settings.own_runtime_folder() / uuid.uuid4().hex[:12]),
+        in_memory=place.lock is not None,
     )
     at = 1 + max(number for number, one in enumerate(taken.prepare) if isinstance(one, plan.CreateImage))
     return dataclasses.replace(
@@ -194,13 +214,12 @@ class _Putting:
     """What only this process has: what is to be written, and how."""
 
     volume: Volume
-    where: tuple[Frozen, int]
+    place: Place
     acts: Sequence[Act]
     writer: Writer
 
     def write(self, session: Session, step: plan.PutFiles, spool: Path) -> None:
-        disk, start = self.where
-        links = (Link(Path(step.child), images.QCOW2), *disk.links)
+        links = (Link(Path(step.child), images.QCOW2), *self.place.disk.links)
         done, what = 0, f"put {step.files} files"
 
         def report(count: int) -> None:
@@ -209,15 +228,15 @@ class _Putting:
             session.progress(Progress(done, step.size, what))
 
         report(0)
-        with exporting.shown(links, Path(step.work), start=start, size=self.volume.size) as file:
+        with exporting.shown(links, Path(step.work), self.place) as file:
             self.writer.write(file, self.acts, spool, report)
         session.progress(Progress(step.size, step.size, what))
-        self._require_written(links, start, spool)
+        self._require_written(links, spool)
 
-    def _require_written(self, links: tuple[Link, ...], start: int, spool: Path) -> None:
-        with views.opened(Frozen(self.where[0].name, links, self.where[0].slot)) as source:
+    def _require_written(self, links: tuple[Link, ...], spool: Path) -> None:
+        with views.opened(dataclasses.replace(self.place.disk, links=links)) as source:
             assert self.volume.kind is not None
-            opened = opening.open_reader(self.volume.kind, Window(source, start, self.volume.size))
+            opened = opening.open_reader(self.volume.kind, self.place.of(source))
             assert opened is not None
             browser = Browser(self.volume, opened)
             for act in self.acts:

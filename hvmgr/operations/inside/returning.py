@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
@@ -32,6 +32,7 @@ from hvmgr.operations.inside.arranging import LABEL
 from hvmgr.operations.inside.browsing import Browser, shown
 from hvmgr.operations.inside.putting import Put
 from hvmgr.operations.inside.sources import Gathered, Item
+from hvmgr.operations.inside.unlocking import Key
 from hvmgr.storage.filesystems.reader import Type
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _IN_THE_WAY = (guest_scripts.REFUSED, guest_scripts.TAKEN)
 _LINKS = "links and folders (the agent may not run programs)"
 
 
-def restore(session: Session, vm: VM, wanted: FilesWanted, *, overwrite: bool) -> Put:
+def restore(session: Session, vm: VM, wanted: FilesWanted, keys: Sequence[Key], *, overwrite: bool) -> Put:
     """The files are in the running guest as they were at the snapshot; what has its new content is compared."""
     state = session.state()
     if state is not State.RUNNING:
@@ -54,7 +55,7 @@ def restore(session: Session, vm: VM, wanted: FilesWanted, *, overwrite: bool) -
     guest = guest_files.opened(session.domain())
     if guest.is_windows and wanted.into is None:
         raise errors.UsageError("the guest is a Windows, and its drive has to be named", hint=r"--into 'C:\folder'")
-    with restoring.opened(vm, wanted) as (browser, gathered):
+    with restoring.opened(vm, wanted, keys) as (browser, gathered):
         if wanted.into is None and not browser.has(b"/etc"):
             raise errors.UsageError(
                 f"{browser.volume.title} is not the root of a system, and where it is mounted in the guest is not known",

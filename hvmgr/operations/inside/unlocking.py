@@ -29,6 +29,11 @@ class Key:
         return self.target in {"", *names_of(volume)}
 
 
+def given(keys: Mapping[str, bytes] | Sequence[Key] | None) -> Sequence[Key]:
+    """Keys as the library takes them: by what each is for, an empty word for all of it."""
+    return [Key((secret,), target) for target, secret in keys.items()] if isinstance(keys, Mapping) else keys or ()
+
+
 def names_of(volume: Volume) -> list[str]:
     """What a key's target may call a volume."""
     if volume.logical:
@@ -83,7 +88,7 @@ def check(volumes: Sequence[Volume], keys: Sequence[Key]) -> None:
     if any(one.encrypted for one in volumes):
         wrong = []
     if meant or wrong:
-        what = ", ".join(one.title for one in meant or wrong)
+        what = ", ".join(f"{one.title} of {one.disk.name}" for one in meant or wrong)
         raise errors.UsageError(
             f"{what} is encrypted (LUKS), and the key that was given does not open it",
             hint="every byte of the file counts, but for a newline at its end; the slots of keys: cryptsetup luksDump",

@@ -14,6 +14,7 @@ def put(session: Session, step: plan.PutFiles) -> None:
     """All files are in the image and on disk. What it stands on is ours again afterwards, until the switch."""
     assert session.putting is not None, "only who has the files runs the plan: a dead command's is undone"
     spool = _spool(session, step)
+    durable.make_folder(spool.parent)
     durable.make_folder(spool, mode=0o700)
     with session.lent(step.parent):
         session.putting.write(session, step, spool)
@@ -28,5 +29,7 @@ def unput(session: Session, step: plan.PutFiles) -> None:
 
 
 def _spool(session: Session, step: plan.PutFiles) -> Path:
-    """Where the home has room for what is copied on the way."""
+    """Where there is room for what is copied on the way: in the home, or below /run."""
+    if step.in_memory:
+        return Path(f"{step.work}-copies")
     return session.layout.private / f"put-{Path(step.work).name}"

@@ -6,6 +6,7 @@ Source: "LUKS1 On-Disk Format Specification" 1.2.3, "LUKS2 On-Disk Format Specif
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from hvmgr import errors, units
 from hvmgr.host import cryptsetup, libcrypto
 from hvmgr.storage.filesystems import reader, window
 from hvmgr.storage.filesystems.reader import damaged
+from hvmgr.storage.filesystems.window import Mapped, Window
 from hvmgr.storage.partitions import Disk
 
 _MAGIC, _SECOND_MAGIC = b"LUKS\xba\xbe", b"SKUL\xba\xbe"
@@ -56,33 +58,57 @@ class Header:
     tweak: int = 0
 
 
-class Decrypted:
-    """The encrypted part, in clear."""
+class Decrypted(Window):
+    """The encrypted part, in clear: byte for byte where it is on the disk, from the end of the header on.
+
+    ``seal`` says what it is encrypted with, and tells nobody the key.
+    """
 
     def __init__(self, disk: Disk, header: Header, key: bytes) -> None:
-        self._disk, self._header = disk, header
-        self._cipher = libcrypto.SectorCipher(header.cipher, key, header.sector)
         there = max(0, disk.size - header.start)
-        self.size = min(there, there if header.size is None else header.size) // header.sector * header.sector
+        size = min(there, there if header.size is None else header.size) // header.sector * header.sector
+        super().__init__(disk, header.start, size)
+        self._cipher = libcrypto.SectorCipher(header.cipher, key, header.sector)
+        self._tweak = header.tweak
+        self.seal = hashlib.sha256(f"{header.cipher} {header.sector} {header.tweak} ".encode() + key).digest()
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """The bytes from ``offset`` on."""
-        end, sector = offset + len(buffer), self._header.sector
-        if offset < 0 or end > self.size:
-            raise errors.Corrupt(f"the file system reaches to byte {end}, its encrypted volume ends at {self.size}")
-        if not buffer:
-            return
-        first, last = offset // sector * sector, -(-end // sector) * sector
-        if (first, last) == (offset, end):
+        first, last = self._sectors(offset, offset + len(buffer))
+        if (first, last) == (offset, offset + len(buffer)):
             self._decrypt(first, buffer)
             return
         whole = memoryview(bytearray(last - first))
         self._decrypt(first, whole)
-        buffer[:] = whole[offset - first : end - first]
+        buffer[:] = whole[offset - first : offset - first + len(buffer)]
+
+    def moved(self, disk: Disk, start: int) -> Decrypted:
+        """The same on another disk, where the encrypted part begins at ``start``."""
+        other = copy.copy(self)
+        other.disk, other.start = disk, start
+        return other
+
+    def encrypted(self, offset: int, data: memoryview) -> tuple[int, memoryview]:
+        """The whole sectors that have to stand on the disk for these bytes to be at ``offset``, and where they have to."""
+        first, last = self._sectors(offset, offset + len(data))
+        whole = memoryview(bytearray(last - first))
+        if (first, last) != (offset, offset + len(data)):
+            self.read_into(first, whole)
+        whole[offset - first : offset - first + len(data)] = data
+        self._cipher.encrypt(first // 512 + self._tweak, whole)
+        return self.start + first, whole
+
+    def _sectors(self, offset: int, end: int) -> tuple[int, int]:
+        """The whole sectors that a range touches; Corrupt for one that leads out."""
+        if offset < 0 or end > self.size:
+            raise errors.Corrupt(f"the file system reaches to byte {end}, its encrypted volume ends at {self.size}")
+        sector = self._cipher.sector
+        return offset // sector * sector, -(-end // sector) * sector
 
     def _decrypt(self, offset: int, buffer: memoryview) -> None:
-        self._disk.read_into(self._header.start + offset, buffer)
-        self._cipher.decrypt(offset // 512 + self._header.tweak, buffer)
+        if buffer:
+            super().read_into(offset, buffer)
+            self._cipher.decrypt(offset // 512 + self._tweak, buffer)
 
 
 def read_header(disk: Disk) -> Header:
@@ -97,6 +123,14 @@ def read_header(disk: Disk) -> Header:
         raise errors.Unsupported("the LUKS header here has its volume on another device")
     libcrypto.require_known(found.cipher)
     return found
+
+
+def seals(disk: Disk) -> frozenset[bytes]:
+    """What a volume's bytes are encrypted with, wherever they lie; the same at two moments unless it was encrypted anew."""
+    found = {disk.seal} if isinstance(disk, Decrypted) else set()
+    if isinstance(disk, Window | Mapped):
+        found.update(seal for below, _, _ in disk.parts() if below is not None for seal in seals(below))
+    return frozenset(found)
 
 
 def volume_key(disk: Disk, header: Header, secret: bytes) -> bytes | None:

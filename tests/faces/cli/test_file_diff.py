@@ -108,6 +108,10 @@ class TestDiff:
             ["added", "/srv/more"],
             ["added", "/srv/more/inner"],
         ]
+        for words in (["c", "--present"], ["c", "now", "--present"], ["c", "--present", "/"]):
+            assert hvmgr.ok("file", "diff", web, *words).lines == answer
+        turned = hvmgr.ok("file", "diff", web, "now", "c", "--present").lines
+        assert [line[:2] for line in turned] == [["removed", line[1]] for line in answer]
         assert hvmgr.ok("file", "diff", web, "b", "b").out == ""
         turned = {line[1]: line[0] for line in hvmgr.ok("file", "diff", web, "b", "a").lines}
         assert turned == {one[1]: {"added": "removed", "removed": "added"}.get(one[0], one[0]) for one in A_TO_B}
@@ -128,6 +132,9 @@ class TestDiff:
             (["a", "b", "--partition", "7"], 3, "there is no partition 7"),
             (["a", "b", "--disk", "vdz"], 3, "vdz"),
             (["a"], 2, "two moments of it are to be named"),
+            (["--present"], 2, "a VM and a snapshot of it are to be named"),
+            (["a", "--present", "--home", "y"], 2, "--present is of a VM"),
+            (["x", "--present"], 3, "x"),
             (["a", "b", "--format", "raw"], 2, "--format says"),
             (["a", "b", "--image", "x"], 2, "give --image twice"),
             (["a", "b", "--image", "x", "--image", "y", "--disk", "vda"], 2, "has no slots"),

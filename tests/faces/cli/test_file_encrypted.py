@@ -92,7 +92,7 @@ def test_bad_keys(hvmgr, disk, tmp_path):
         assert (answer.code, sentence in answer.json["error"]["message"]) == (code, True), answer
         assert "a wrong secret" not in answer.out + answer.err
 
-    refuse(2, "partition 2 is encrypted (LUKS), and the key that was given does not open it", wrong)
+    refuse(2, f"partition 2 of {image} is encrypted (LUKS), and the key that was given does not open it", wrong)
     refuse(2, "does not open it", f":2={wrong}")
     refuse(3, "there is no ':7' that the key could be for", f":7={key}")
     refuse(3, "there is no ", tmp_path / "nothing")

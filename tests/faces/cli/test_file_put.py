@@ -474,7 +474,7 @@ def test_a_system_that_sleeps_on_another_disk_is_left_alone(hvmgr, root, linux, 
 
 
 @pytest.mark.parametrize("magic", [b"LUKS\xba\xbe\x00\x02", b"\xeb\x58\x90-FVE-FS-"], ids=["luks", "bitlocker"])
-def test_an_encrypted_volume_is_named(hvmgr, made_of, tmp_path, magic):
+def test_an_encrypted_volume_without_a_key_is_named(hvmgr, made_of, tmp_path, magic):
     part = made_of(4 << 20)
     image = Path(present(hvmgr, "web"))
     with image.open("r+b") as file:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hvmgr.storage.filesystems import luks
+from hvmgr.storage.partitions import File
 from tests import ordinary_user
 from tests.storage import file_trees
 
@@ -19,14 +21,22 @@ from pathlib import Path
 from hvmgr.host import e2fsprogs, file_systems, qemu_img
 from hvmgr.host.image_export import Link
 from hvmgr.operations.inside import exporting
+from hvmgr.operations.inside.looking import Place
+from hvmgr.operations.inside.views import Frozen
+from hvmgr.storage.filesystems import luks
+from hvmgr.storage.partitions import File
 
-folder = Path(sys.argv[1])
-name = "killed.qcow2" if len(sys.argv) > 2 else "child.qcow2"
-child, base, work = folder / name, folder / "base.raw", folder / "work"
+folder, how = Path(sys.argv[1]), sys.argv[2]
+base = folder / ("sealed.raw" if how == "sealed" else "base.raw")
+child, work = folder / f"{how}.qcow2", folder / "work"
+with File(base) as disk:
+    header = luks.Header(2, "aes-xts-plain64", 4096, None, luks.Slots(0))
+    lock = luks.Decrypted(disk, header, bytes(range(64))) if how == "sealed" else None
 qemu_img.create(child, "qcow2", size=base.stat().st_size, backing=(str(base), "raw"))
-with exporting.shown([Link(child, "qcow2"), Link(base, "raw")], work, start=0, size=base.stat().st_size) as file:
+links = (Link(child, "qcow2"), Link(base, "raw"))
+with exporting.shown(links, work, Place(Frozen("disk", links), 0, 4 << 20, lock)) as file:
     e2fsprogs.change(file, ["mkdir /made"])
-    if len(sys.argv) > 2:
+    if how == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
 assert not work.exists()
 """
@@ -53,6 +63,19 @@ def folder():
     shutil.rmtree(place)
 
 
+HEADER = luks.Header(2, "aes-xts-plain64", 4096, None, luks.Slots(0))
+
+
+def sealed(folder):
+    """What is in the other one, encrypted."""
+    image, content = folder / "sealed.raw", (folder / "base.raw").read_bytes()
+    image.write_bytes(bytes(4096 + len(content)))
+    with File(image) as disk:
+        at, sectors = luks.Decrypted(disk, HEADER, bytes(range(64))).encrypted(0, memoryview(content))
+    image.write_bytes(bytes(at) + sectors)
+    return image
+
+
 def test_an_ordinary_user_writes_a_volume_and_a_kill_leaves_nothing_that_stays(folder, require_program):
     for name in ("debugfs", "fusermount3", "unshare", "setpriv"):
         require_program(name)
@@ -62,18 +85,27 @@ def test_an_ordinary_user_writes_a_volume_and_a_kill_leaves_nothing_that_stays(f
     user = ordinary_user.OrdinaryUser(folder, "nobody", 65534, 65534, python)
     for name in ("home", "run"):
         (folder / name).mkdir()
-    before = (folder / "base.raw").read_bytes()
+    with File(sealed(folder)) as disk:
+        lock = luks.Decrypted(disk, HEADER, bytes(range(64)))
+    before = (folder / "base.raw").read_bytes(), (folder / "sealed.raw").read_bytes()
     user.owns(folder)
     fuse = f"mknod {folder}/fuse c 10 229; chmod 0666 {folder}/fuse; mount --bind {folder}/fuse /dev/fuse"
 
     def words(program, *more):
         return " ".join(f"'{one}'" for one in user.command(python, "-c", program, folder, *more))
 
-    script = f"set -e; {fuse}; {words(_WRITE)}; {words(_WRITE, 'kill')} || :; {words(_CLEAR)}"
+    script = f"set -e; {fuse}; {words(_WRITE, 'child')}; {words(_WRITE, 'sealed')}; {words(_WRITE, 'killed')} || :; {words(_CLEAR)}"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
-    file_trees.run("qemu-img", "convert", "-O", "raw", folder / "child.qcow2", folder / "after.raw")
-    assert b"/made/" in file_trees.run("debugfs", "-R", "ls -p /", folder / "after.raw")
-    assert (folder / "base.raw").read_bytes() == before
+    after = folder / "after.raw"
+    file_trees.run("qemu-img", "convert", "-O", "raw", folder / "child.qcow2", after)
+    assert b"/made/" in file_trees.run("debugfs", "-R", "ls -p /", after)
+    file_trees.run("qemu-img", "convert", "-O", "raw", folder / "sealed.qcow2", after)
+    with File(after) as disk:
+        content = bytearray(4 << 20)
+        lock.moved(disk, lock.start).read_into(0, memoryview(content))
+    after.write_bytes(content)
+    assert b"/made/" in file_trees.run("debugfs", "-R", "ls -p /", after)
+    assert ((folder / "base.raw").read_bytes(), (folder / "sealed.raw").read_bytes()) == before

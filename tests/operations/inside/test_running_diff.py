@@ -61,4 +61,12 @@ def test_diff_names_exactly_the_files_that_the_guest_changed(agents, connection,
     assert capsys.readouterr().out == "/etc/gone\0/etc/mode\0/etc/moved\0/etc/new\0"
     assert cli.run([*words, "file", "find", vm.name, "/etc/gone", "/etc/new", "--index"]) == 0
     assert capsys.readouterr().out == "/etc/gone\ta\n/etc/new\tb\n"
+    do(machine, "rm etc/new; echo now >etc/now")
+    assert cli.run([*words, "file", "diff", vm.name, "b", "--present", "/etc", "--null"]) == 0
+    heard = capsys.readouterr()
+    assert heard.out == "/etc/new\0/etc/now\0"
+    assert "this is what a power cut would have left of it just now" in heard.err
+    changes = {one.path: one.change.value for one in vm.compare_files("b", present=True, paths=[b"/etc"]).differences}
+    assert changes == {b"/etc/new": "removed", b"/etc/now": "added"}
+    assert len(vm.tree().images) == 3, "what was frozen is merged"
     machine.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 
@@ -10,7 +11,8 @@ import pytest
 from hvmgr import errors
 from hvmgr.host import guest_files
 from hvmgr.model.put_options import FilesWanted
-from hvmgr.operations.inside import guest_scripts
+from hvmgr.operations.inside import guest_scripts, views
+from tests.storage import encrypted, file_trees
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(300)]
 
@@ -44,8 +46,6 @@ def restore(machine, *paths, overwrite=True, into=b"/files/tree", **wishes):
 
 
 def digest_before(machine, path):
-    import hashlib
-
     with machine.vm.look_inside(snapshot="before") as inside:
         browser = inside.choose(path)
         digest = hashlib.sha256()
@@ -59,7 +59,27 @@ def parts(machine):
     return machine.shell("find /files /etc -name '.hvmgr-*' 2> /dev/null || :")
 
 
-def test_files_come_back_into_the_guest_that_runs(machine, monkeypatch):
+def out_of_an_encrypted_disk(machine, monkeypatch, folder):
+    """The snapshot's disk is one of LUKS then; the guest knows nothing of that."""
+    tree, image = folder / "tree", folder / "luks"
+    tree.mkdir()
+    (tree / "secret").write_bytes(os.urandom(100_000))
+    file_trees.ext(image, tree, "-t", "ext4", "-b", "4096", size="4M")
+    encrypted.luks2(image, encrypted.key_file(folder))
+    with monkeypatch.context() as patch:
+        patch.setattr(views, "of_vm", lambda *_, **__: [views.of_image(image)])
+        with pytest.raises(errors.Unsupported, match="its key can be given"):
+            restore(machine, b"/secret")
+        wanted = FilesWanted("before", [b"/secret"], into=b"/files/tree")
+        assert machine.vm.restore_into_guest(wanted, keys={"": encrypted.KEY}).files == 1
+    digest = hashlib.sha256((tree / "secret").read_bytes()).hexdigest()
+    assert machine.files.digest("/files/tree/secret", 100_000) == digest
+    machine.shell("rm /files/tree/secret")
+
+
+def test_files_come_back_into_the_guest_that_runs(machine, monkeypatch, tmp_path, require_program):
+    require_program("cryptsetup")
+    out_of_an_encrypted_disk(machine, monkeypatch, tmp_path)
     data = digest_before(machine, b"/tree/data")
     machine.shell("cd /files/tree && echo broken > data && rm -r deep empty && mkdir taken && ln -s taken deep")
     with pytest.raises(errors.Conflict, match="/files/tree/data exists in the guest"):

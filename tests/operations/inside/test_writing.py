@@ -53,8 +53,8 @@ def put(image, items, folder=b"/", manner=REPLACING):
         acts = writing.within(arranged.acts, *writer.times(browser))
         writer.require(acts, browser)
     writer.write(image, acts, image.parent, lambda _: None)
-    one = putting._Putting(browser.volume, (disk, 0), acts, writer)
-    one._require_written((Link(image, images.RAW),), 0, image.parent)
+    one = putting._Putting(browser.volume, looking.Place(disk, 0, browser.volume.size), acts, writer)
+    one._require_written((Link(image, images.RAW),), image.parent)
     return arranged
 
 
@@ -243,7 +243,7 @@ def with_metadata(image, at):
 @pytest.mark.parametrize("at", [(4 << 20) - (64 << 10), (4 << 20) - (8 << 10)], ids=["0.90", "1.0"])
 def test_one_leg_of_a_mirror_is_not_written(fat, at):
     with looking.opened([views.of_image(fat, "raw")]) as inside:
-        assert inside.place(inside.volumes[0])[1] == 0
+        assert inside.place(inside.volumes[0]).start == 0
     disks = [views.of_image(with_metadata(fat, at), "raw")]
     with looking.opened(disks) as inside, pytest.raises(errors.Unsupported, match="part of a RAID"):
         inside.place(inside.volumes[0])
@@ -257,7 +257,7 @@ def test_what_the_partition_table_calls_a_raid_is_not_written(fat, tmp_path, req
         file_trees.run("sfdisk", "-q", disk, input=f"label: dos\nstart=2048,size=8192,type={kind}\n".encode())
         with looking.opened([views.of_image(disk, "raw")]) as inside:
             if not is_refused:
-                assert inside.place(inside.volumes[0])[1] == 1 << 20
+                assert inside.place(inside.volumes[0]).start == 1 << 20
                 continue
             with pytest.raises(errors.Unsupported, match="part of a RAID"):
                 inside.place(inside.volumes[0])
@@ -275,7 +275,7 @@ hidden {"""
         image.write_bytes(test_lvm.physical(test_lvm.UUID, text.encode()).data)
         with looking.opened([views.of_image(image, "raw")]) as inside:
             (whole,) = [one for one in inside.volumes if one.logical == "group/whole"]
-            assert mark is None or inside.place(whole)[1] == 2 << 20
+            assert mark is None or inside.place(whole).start == 2 << 20
         if mark is not None:
             with_metadata(image, (8 << 20) - (64 << 10))
         with looking.opened([views.of_image(image, "raw")]) as inside:
