@@ -49,6 +49,8 @@ def translated(words: str, path: Path) -> errors.HvmgrError:
         return _in_use(words, path)
     if "No such file or directory" in plain:
         return errors.NotFound(words, **facts)
+    if path.name not in words:
+        words = f"{path}: {words}"
     if any(sign in plain for sign in _IMPOSSIBLE):
         return errors.Unsupported(words, **facts)
     if any(sign in plain for sign in _DAMAGED):

@@ -28,7 +28,9 @@ class HerePath(click.Path):
     """A path that counts from where the user is, as an absolute one: it goes into configurations."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The absolute path; symbolic links stay as they are named."""
+        """The absolute path; symbolic links stay as they are named. An empty one is a variable that nobody set."""
+        if not os.fspath(value):
+            self.fail("it is empty", param, ctx)
         return absolute(value)
 
 

@@ -26,7 +26,7 @@ _HEADERS = ("", "Code", "Found", "What puts it right")
                                                 "hvmgr export web /srv/exports --snapshots none --format vhd",
                                                 "hvmgr export web --archive - | ssh other 'cat > web.tar.zst'"])  # fmt: skip
 @arguments.vm
-@click.argument("dest", required=False, type=click.Path(file_okay=False, path_type=Path))
+@click.argument("dest", required=False, type=arguments.HERE_PATH)
 @click.option("--archive", metavar="FILE", type=click.Path(dir_okay=False, allow_dash=True),
               help="One file in place of DEST: tar, compressed with zstd; '-' is stdout.")  # fmt: skip
 @click.option("--snapshots", type=click.Choice(["all", "none"]), default="all", show_default=True,
@@ -68,7 +68,8 @@ def export(request: Request, /, vm: str, dest: Path | None, archive: str | None,
         if archive is not None:
             _to_archive(request, one, archive, options, keep=if_exists == "keep")
             return
-        if if_exists != "fail" and (found := one.find_export(arguments.absolute(str(dest)), options)) is not None:
+        assert dest is not None
+        if if_exists != "fail" and (found := one.find_export(dest, options)) is not None:
             if not (found.is_current or if_exists == "keep"):
                 raise errors.Conflict(
                     f"{found.folder} is an export of {one.name}, which may have changed since",
@@ -78,7 +79,7 @@ def export(request: Request, /, vm: str, dest: Path | None, archive: str | None,
             facts_now = {"vm": facts, "export": str(found.folder)}
             request.done(f"{found.folder} is there already", facts_now, changed=False)
             return
-        made = one.export(arguments.absolute(str(dest)), options)
+        made = one.export(dest, options)
         request.done(f"exported {one.name} to {made}", {"vm": facts, "export": str(made)})
 
 

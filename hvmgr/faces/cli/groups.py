@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
 from hvmgr import errors, settings
-from hvmgr.faces.cli import words
+from hvmgr.faces.cli import arguments, words
 
 EXIT_CODES = {
     0: "done",
@@ -62,7 +61,7 @@ def global_options() -> list[click.Parameter]:
     return [
         click.Option(["-c", "--connect", "uri"], metavar="URI", expose_value=False, callback=_store,
                      help="libvirt's connection; else LIBVIRT_DEFAULT_URI, else qemu:///system."),
-        click.Option(["--root"], metavar="DIR", type=click.Path(path_type=Path), expose_value=False, callback=_store,
+        click.Option(["--root"], metavar="DIR", type=arguments.HERE_PATH, expose_value=False, callback=_store,
                      help="The folder that holds the VM homes."),
         click.Option(["--json"], is_flag=True, expose_value=False, callback=_store,
                      help="One JSON document on stdout, also for a failure."),

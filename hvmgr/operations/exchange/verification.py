@@ -18,7 +18,7 @@ from hvmgr.model.finding import Finding, Severity
 from hvmgr.model.manifest import Manifest
 from hvmgr.model.metadata import SavedState
 from hvmgr.model.progress import Progress
-from hvmgr.storage import archives, copy, images, source_home
+from hvmgr.storage import archives, copy, durable, images, source_home
 from hvmgr.storage.source_home import SourceHome
 
 _MANIFEST_MAX = 64 << 20
@@ -67,11 +67,13 @@ def verify(folder: Path, *, on_progress: Callable[[Progress], None] | None = Non
 def find_export(folder: Path) -> Path:
     """The folder of the export that is meant."""
     place = Path(os.path.realpath(folder))
-    if (place / manifest.FILE).is_file():
-        return place
-    if not place.is_dir():
-        raise errors.NotFound(f"there is no folder {folder}", hint="name the folder of an export")
-    below = sorted(one.parent for one in place.glob(f"*/{manifest.FILE}"))
+    with durable.explained(place):
+        if (place / manifest.FILE).is_file():
+            return place
+        if not place.is_dir():
+            what = f"{folder} is neither a folder nor an archive" if place.exists() else f"there is no folder {folder}"
+            raise errors.NotFound(what, hint="name the folder of an export")
+        below = sorted(one for one in place.iterdir() if (one / manifest.FILE).is_file())
     if len(below) == 1:
         return below[0]
     if below:

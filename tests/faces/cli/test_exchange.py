@@ -94,6 +94,7 @@ def test_damage_is_named_and_ends_with_6(hvmgr, vm, out):
 def test_verify_of_what_is_no_export(hvmgr, root):
     root.mkdir(exist_ok=True)
     assert hvmgr("verify", root).code == 3
+    assert "is neither a folder nor an archive" in hvmgr("verify", __file__).err
 
 
 def test_page_has_every_code_of_verify():
