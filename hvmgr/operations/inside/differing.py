@@ -86,10 +86,9 @@ def _between(
     if not any(ranges.values()) and not paths and partition is None:
         return outcome
     with looking.opened(old, keys=keys) as before, looking.opened(new, keys=keys) as after:
+        if partition is not None:
+            looking.named(list({one.title: one for one in (*before.volumes, *after.volumes)}.values()), partition)
         pairs = list(_pairs(before, after, partition))
-        if partition is not None and not pairs:
-            there = looking.described(after.volumes) or "none"
-            raise errors.NotFound(f"there is no partition {partition}", hint=f"there are: {there}")
         wanted = set(paths)
         for one, other in pairs:
             touched = _touched(before, after, (one, other), ranges)
@@ -121,8 +120,8 @@ def _pairs(before: Inside, after: Inside, partition: str | None) -> Iterator[tup
         }
         for volumes in (before.volumes, after.volumes)
     )
-    for key in {**mine, **theirs}:
-        if partition is None or partition in {str(key[1]), key[2]}:
+    for key, one in {**mine, **theirs}.items():
+        if partition is None or one.is_meant(partition):
             yield mine.get(key), theirs.get(key)
 
 

@@ -223,6 +223,15 @@ def described(volumes: Sequence[Volume]) -> str:
     )
 
 
+def named(volumes: Sequence[Volume], partition: str) -> list[Volume]:
+    """Those that are meant by a number or a name; NotFound, with the choice, where none is."""
+    found = [one for one in volumes if one.is_meant(partition)]
+    if not found:
+        there = described(volumes) or "none"
+        raise errors.NotFound(f"there is no partition {partition}", hint=f"there are: {there}")
+    return found
+
+
 @contextlib.contextmanager
 def opened(disks: Sequence[Frozen], *, partition: str | None = None, keys: Sequence[Key] = ()) -> Iterator[Inside]:
     """The disks with all their volumes, or with those of a number or with the name ``GROUP/VOLUME`` only.
@@ -244,11 +253,7 @@ def opened(disks: Sequence[Frozen], *, partition: str | None = None, keys: Seque
         volumes = list(places)
         unlocking.check(volumes, keys)
         if partition is not None:
-            chosen = [one for one in volumes if partition in {str(one.number), one.logical}]
-            if not chosen:
-                there = described(volumes) or "none"
-                raise errors.NotFound(f"there is no partition {partition}", hint=f"there are: {there}")
-            volumes = chosen
+            volumes = named(volumes, partition)
         yield Inside(list(disks), volumes, places, sources)
 
 

@@ -80,6 +80,11 @@ class Volume:
         place = self.disk.slot or Path(self.disk.links[0].path).name
         return place if self.number is None else f"{place} partition {self.number}"
 
+    def is_meant(self, partition: str) -> bool:
+        """Whether it is what was asked for, by the number of a partition or the name of a logical volume."""
+        own = self.logical or ("" if self.number is None else str(self.number))
+        return bool(own) and own == partition
+
 
 # --- which disks ----------------------------------------------------------------------------------------------------
 

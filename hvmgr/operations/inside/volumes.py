@@ -69,10 +69,7 @@ def choose(disks: Sequence[Frozen], partition: str | None, keys: Sequence[Key] =
     with looking.opened(disks, keys=keys) as inside:
         found = inside.volumes
     if partition is not None:
-        named = [one for one in found if partition in {str(one.number), one.logical}]
-        if not named:
-            raise errors.NotFound(f"there is no partition {partition}", hint=f"there is: {_list(found)}")
-        found = named
+        found = looking.named(found, partition)
     held = [one for one in found if one.kind is not None and one.kind.holds_files and not one.why_not]
     if len(held) > 1:
         held = [one for one in held if one.type.lower() not in _FIRMWARE] or held

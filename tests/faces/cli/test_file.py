@@ -319,6 +319,7 @@ class TestBadInput:
             (2, "two different things", ["list", *image, "--home", tmp_path, "/"]),
             (2, "no VM is named", ["list"]),
             (3, "there is no partition 7", ["list", *image, "/", "--partition", "7"]),
+            (3, "there is no partition", ["list", *image, "/", "--partition", ""]),
             (3, "there is no", ["list", "--image", tmp_path / "nothing", "/"]),
             (5, "neither a partition table nor a file system", ["list", "--image", empty, "/"]),
             (5, "encrypted (BitLocker)", ["list", "--image", locked, "/"]),
