@@ -143,6 +143,7 @@ def _bytes_of(path, fmt):
 
 
 def main():
+    crash.without_userfaultfd()
     name, *how = sys.argv[1:]
     run = Export(SHAPES[name], Place(Path(os.environ["HVMGR_CRASH_FOLDER"]) / name))
     started = time.monotonic()

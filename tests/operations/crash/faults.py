@@ -685,6 +685,7 @@ CASES = {
 
 
 def main():
+    crash.without_userfaultfd()
     case, *arguments = sys.argv[1:]
     CASES[case](*arguments)
 

@@ -25,7 +25,7 @@ def live_run(new_embed_root):
         pytest.skip("no userfaultfd that write-protects here")
     with (
         private_libvirt.daemon(new_embed_root(), qemu_conf=private_libvirt.WITH_RIGHTS) as daemon,
-        server(daemon.root, before=daemon.enter) as run,
+        server(daemon.root, before=daemon.enter, environment={"HVMGR_CRASH_LIVE": "1"}) as run,
     ):
         yield run
 

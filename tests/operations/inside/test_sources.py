@@ -90,18 +90,22 @@ def test_holes_take_no_room(tmp_path, monkeypatch):
     (item,) = gathered(tmp_path / "sparse").items
     acts = [SimpleNamespace(item=item)]
     monkeypatch.setattr(putting.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 30))
-    room = putting._require_room
-    room(tmp_path, acts, object(), is_inside=False)
+
+    def room(acts, writer, *, is_inside=False):
+        session = SimpleNamespace(layout=SimpleNamespace(images=tmp_path))
+        putting._require_room(session, SimpleNamespace(lock=None), acts, writer, is_inside=is_inside)
+
+    room(acts, object())
     with pytest.raises(errors.NoSpace, match=r"takes 1\.0 TiB in"):  # a kernel fills them
-        room(tmp_path, acts, KernelWriter("xfs", keeps_owners=True), is_inside=False)
+        room(acts, KernelWriter("xfs", keeps_owners=True))
     with (tmp_path / "whole").open("wb") as file:
         file.write(bytes(1 << 20))
     acts = [SimpleNamespace(item=gathered(tmp_path / "whole").items[0])]
     monkeypatch.setattr(putting.shutil, "disk_usage", lambda _: SimpleNamespace(free=3 << 19))
-    room(tmp_path, acts, object(), is_inside=False)
+    room(acts, object())
     for writer, is_inside in ((object(), True), (KernelWriter("xfs", keeps_owners=True), False)):  # both make copies
         with pytest.raises(errors.NoSpace, match=r"takes 2\.0 MiB in"):
-            room(tmp_path, acts, writer, is_inside=is_inside)
+            room(acts, writer, is_inside=is_inside)
 
 
 def test_what_another_moment_holds_comes_with_its_holes():
