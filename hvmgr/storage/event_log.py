@@ -50,15 +50,15 @@ class Reader:
         self._folder = settings.index_folder() / "events"
         self._descriptor: int | None = None
         self._rest = b""
-        self._older = from_start
-        if not from_start:
-            self._open(at_end=True)
+        # Where there is no log yet, it may be turned before it is read for the first time.
+        self._older = from_start or not (self._open(at_end=True) or (self._folder / "log.1").exists())
 
     def documents(self) -> Iterator[dict[str, Any]]:
         """What has been written since the last call; lines that cannot be understood are left out."""
         if self._older:
+            if not self._open():
+                return
             self._older = False
-            self._open()
             if not self._is_turned():
                 yield from self._whole(self._folder / "log.1")
         while True:

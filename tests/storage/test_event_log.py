@@ -82,6 +82,16 @@ def test_removed_log_begins_anew():
     assert numbers(reader) == [2]
 
 
+def test_log_that_comes_and_is_turned_before_it_is_read(monkeypatch):
+    reader = event_log.Reader(from_start=False)
+    assert numbers(reader) == []
+    monkeypatch.setattr(event_log, "LIMIT", 200)
+    for number in range(3):
+        event_log.append({"number": number, "padding": "x" * 60})
+    assert numbers(reader) == [0, 1, 2]
+    assert numbers(reader) == []
+
+
 WRITER = """
 import sys
 from hvmgr.storage import event_log
