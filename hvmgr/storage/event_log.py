@@ -56,11 +56,16 @@ class Reader:
     def documents(self) -> Iterator[dict[str, Any]]:
         """What has been written since the last call; lines that cannot be understood are left out."""
         if self._older:
+            older = self._identity_of_old()
+            whole = list(self._whole(self._folder / "log.1"))
             if not self._open():
                 return
+            if self._identity_of_old() != older:  # turned meanwhile
+                self.close()
+                yield from self.documents()
+                return
             self._older = False
-            if not self._is_turned():
-                yield from self._whole(self._folder / "log.1")
+            yield from whole
         while True:
             if self._descriptor is None and not self._open():
                 return
@@ -83,13 +88,12 @@ class Reader:
                 os.lseek(self._descriptor, 0, os.SEEK_END)
         return self._descriptor is not None
 
-    def _is_turned(self) -> bool:
-        """Whether the file that is read is the old one by now."""
+    def _identity_of_old(self) -> tuple[int, int, int] | None:
+        """Which file the log was before it was turned."""
         with contextlib.suppress(OSError):
-            return self._descriptor is not None and os.path.samestat(
-                os.fstat(self._descriptor), (self._folder / "log.1").stat()
-            )
-        return False
+            facts = (self._folder / "log.1").stat()
+            return facts.st_dev, facts.st_ino, facts.st_ctime_ns
+        return None
 
     def _is_current(self) -> bool:
         """Whether the file that is read is still the one that is written."""
