@@ -1,18 +1,20 @@
 """An index of the files in all snapshots of a VM: SQLite, with a full-text index over their names. Never the truth.
 
-A snapshot's files are told by what differs from another one, its ``base``: a path is at a snapshot what the nearest row says,
-in the snapshot itself, then in its base, and so on. So a snapshot costs what differs in it, whatever the tree looks like.
+The files of a file system at a snapshot are told by what differs from it at another one, its ``base``: a path is what the nearest
+row says, of the snapshot itself, then of its base, and so on. So a snapshot costs what differs in it, whatever the tree looks
+like; and a file system that comes to a snapshot later, for its key was not there before, changes nothing of the others.
 
 | table | holds |
 |---|---|
-| `points` | the snapshots, each with its base |
-| `volumes` | the file systems of each, with what the reader knew of them |
-| `paths` | each name once, below its folder; the topmost ones are the file systems |
+| `points` | the snapshots, each with what is encrypted there and was opened by no key (``locked``) |
+| `volumes` | the file systems of each, with their bases and what the reader knew of them |
+| `paths` | each name once, below its folder; the topmost ones are the file systems (``root``) |
 | `words` | the full-text index over the names |
 | `entries` | what a path is from a snapshot on; without a type it is gone |
 | `units`, `asked` | at which snapshot a folder was read, and which blocks of the volume that followed from |
 
-It may be removed at any time, and is made anew where it does not fit. Each snapshot is taken in by one transaction.
+It may be removed at any time, and is made anew where it does not fit. Each snapshot is taken in by one transaction. No key is in
+it; the names of encrypted files are, in clear, once a key was given: the file is nobody's but its owner's.
 """
 
 from __future__ import annotations
@@ -54,7 +56,10 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A file system at one snapshot: where it lay, what its reader knew of it (``known``), what a journal had newer bytes of."""
+    """A file system at one snapshot: where it lay, what its reader knew of it (``known``), what a journal had newer bytes of.
+
+    ``base`` is the point that it is told by the differences from; ``seal`` is the same as long as it is encrypted alike.
+    """
 
     root: int
     disk: str | None
@@ -64,6 +69,16 @@ class Place:
     parts: list[tuple[str, int | None, int]]  # which disk, where on it (None: zeros), how many bytes
     geometry: Geometry | None
     replaced: list[Range]
+    base: int | None = None
+    seal: str = ""
+
+
+class Locked(NamedTuple):
+    """What is encrypted, and was opened by none of the keys that were given, if any were."""
+
+    title: str
+    disk: str | None
+    partition: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +87,8 @@ class Point:
 
     id: int
     snapshot: str
-    base: int | None
-    left_out: int
+    left_out: int = 0
+    locked: tuple[Locked, ...] = ()
 
 
 @contextlib.contextmanager
@@ -103,56 +118,54 @@ class FileIndex(IndexFile):
     # -- snapshots -----------------------------------------------------------------------------------------------
 
     def points(self) -> list[Point]:
-        """All snapshots, each behind its base."""
-        found = {
-            row[0]: Point(*row) for row in self._rows("SELECT id, snapshot, base, left_out FROM points ORDER BY id")
-        }
-        ordered: dict[int, Point] = {}
+        """All snapshots, in the order in which they were taken in."""
+        return [_point(*row) for row in self._rows("SELECT id, snapshot, left_out, locked FROM points ORDER BY id")]
 
-        def put(one: Point) -> None:
-            trail = [one]
-            while trail[-1].base is not None and trail[-1].base not in ordered and trail[-1].base in found:
-                trail.append(found[trail[-1].base])
-            ordered.update((each.id, each) for each in reversed(trail))
-
-        for one in found.values():
-            put(one)
-        return list(ordered.values())
-
-    def add_point(self, snapshot: str, base: Point | None) -> Point:
-        """A snapshot that has, so far, the files of its base and no file system."""
+    def add_point(self, snapshot: str) -> Point:
+        """A snapshot that has, so far, no file system."""
         cursor = self._database.execute(
-            "INSERT INTO points (snapshot, base, left_out) VALUES (?, ?, 0)",
-            (snapshot, None if base is None else base.id),
+            "INSERT INTO points (snapshot, left_out, locked) VALUES (?, 0, '[]')", (snapshot,)
         )
         assert cursor.lastrowid is not None
-        return Point(cursor.lastrowid, snapshot, None if base is None else base.id, 0)
+        return Point(cursor.lastrowid, snapshot)
 
-    def note_left_out(self, point: Point, count: int) -> None:
-        """So much of it could not be read."""
-        self._database.execute("UPDATE points SET left_out = ? WHERE id = ?", (count, point.id))
+    def note(self, point: Point, left_out: int, locked: Sequence[Locked]) -> None:
+        """So much of it could not be read, and this is encrypted."""
+        self._database.execute(
+            "UPDATE points SET left_out = ?, locked = ? WHERE id = ?", (left_out, json.dumps(locked), point.id)
+        )
 
     def remove_point(self, point: Point) -> None:
         """The snapshot is gone, with all rows that nobody else stands on: the others show what they showed."""
         run = self._database.execute
         candidates = [row[0] for row in self._rows("SELECT path FROM entries WHERE point = ?", (point.id,))]
-        for (heir,) in self._rows("SELECT id FROM points WHERE base = ?", (point.id,)):
-            run(
-                "INSERT OR IGNORE INTO entries SELECT path, ?, type, size, mode, uid, gid, links, modified, ref "
-                "FROM entries WHERE point = ?",
-                (heir, point.id),
-            )
-            run(
-                "INSERT OR IGNORE INTO asked SELECT root, block, path, ? FROM asked "
-                "WHERE point = ? AND path NOT IN (SELECT path FROM units WHERE point = ?)",
-                (heir, point.id, heir),
-            )
-            run("INSERT OR IGNORE INTO units SELECT path, ? FROM units WHERE point = ?", (heir, point.id))
-            run("UPDATE points SET base = ? WHERE id = ?", (point.base, heir))
+        for root, base in self._rows("SELECT root, base FROM volumes WHERE point = ?", (point.id,)):
+            for (heir,) in self._rows("SELECT point FROM volumes WHERE root = ? AND base = ?", (root, point.id)):
+                self._hand_down(point.id, heir, root)
+            run("UPDATE volumes SET base = ? WHERE root = ? AND base = ?", (base, root, point.id))
         for table in ("entries", "asked", "units", "volumes"):
             run(f"DELETE FROM {table} WHERE point = ?", (point.id,))  # noqa: S608 - names of ours
         run("DELETE FROM points WHERE id = ?", (point.id,))
         self._forget_paths(candidates)
+
+    def _hand_down(self, point: int, heir: int, root: int) -> None:
+        """The heir has the rows of a file system that it stood on."""
+        run = self._database.execute
+        run(
+            "INSERT OR IGNORE INTO entries SELECT path, ?, type, size, mode, uid, gid, links, modified, ref FROM entries "
+            "WHERE point = ? AND (SELECT root FROM paths WHERE id = path) = ?",
+            (heir, point, root),
+        )
+        run(
+            "INSERT OR IGNORE INTO asked SELECT root, block, path, ? FROM asked "
+            "WHERE point = ? AND root = ? AND path NOT IN (SELECT path FROM units WHERE point = ?)",
+            (heir, point, root, heir),
+        )
+        run(
+            "INSERT OR IGNORE INTO units SELECT path, ? FROM units "
+            "WHERE point = ? AND (SELECT root FROM paths WHERE id = path) = ?",
+            (heir, point, root),
+        )
 
     def _forget_paths(self, candidates: Sequence[int]) -> None:
         """Names that are nowhere any more, with the folders that nothing is left in."""
@@ -180,7 +193,7 @@ class FileIndex(IndexFile):
         return [
             _place(*row)
             for row in self._rows(
-                "SELECT root, disk, partition, logical, ignores_case, parts, facts FROM volumes WHERE point = ?",
+                "SELECT root, base, disk, partition, logical, ignores_case, parts, facts FROM volumes WHERE point = ?",
                 (point.id,),
             )
         ]
@@ -188,10 +201,11 @@ class FileIndex(IndexFile):
     def put_place(self, point: Point, place: Place) -> None:
         """The snapshot has this file system."""
         geometry = place.geometry
-        facts = [None if geometry is None else [geometry.facts[0], geometry.table], place.replaced]
-        values = (place.root, place.disk, place.partition, place.logical, place.ignores_case, _packed(place.parts))
+        facts = [None if geometry is None else [geometry.facts[0], geometry.table], place.replaced, place.seal]
+        where = (place.disk, place.partition, place.logical, place.ignores_case, _packed(place.parts))
         self._database.execute(
-            "INSERT OR REPLACE INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (point.id, *values, _packed(facts))
+            "INSERT OR REPLACE INTO volumes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (point.id, place.root, place.base, *where, _packed(facts)),
         )
 
     def root(self, name: str) -> int:
@@ -205,10 +219,16 @@ class FileIndex(IndexFile):
         row = self._one("SELECT id FROM paths WHERE folder = ? AND name = ?", (folder, name))
         if row is not None:
             return int(row[0])
-        cursor = self._database.execute("INSERT INTO paths (folder, name) VALUES (?, ?)", (folder, name))
-        assert cursor.lastrowid is not None
+        run = self._database.execute
         if folder:
-            self._database.execute("INSERT INTO words (rowid, name) VALUES (?, ?)", (cursor.lastrowid, as_text(name)))
+            cursor = run(
+                "INSERT INTO paths (root, folder, name) SELECT root, id, ? FROM paths WHERE id = ?", (name, folder)
+            )
+            run("INSERT INTO words (rowid, name) VALUES (?, ?)", (cursor.lastrowid, as_text(name)))
+        else:
+            cursor = run("INSERT INTO paths (folder, name) VALUES (0, ?)", (name,))
+            run("UPDATE paths SET root = id WHERE id = ?", (cursor.lastrowid,))
+        assert cursor.lastrowid is not None
         return cursor.lastrowid
 
     def above(self, path: int) -> tuple[int, bytes] | None:
@@ -245,9 +265,9 @@ class FileIndex(IndexFile):
 
     # -- what they are -------------------------------------------------------------------------------------------
 
-    def line(self, point: Point | None) -> dict[int, int]:
-        """A snapshot and what it stands on, by their numbers: how far away each is."""
-        bases = dict(self._rows("SELECT id, base FROM points"))
+    def line(self, point: Point | None, root: int) -> dict[int, int]:
+        """A snapshot and what a file system of it stands on, by their numbers: how far away each is."""
+        bases = dict(self._rows("SELECT point, base FROM volumes WHERE root = ?", (root,)))
         found: dict[int, int] = {}
         at = None if point is None else point.id
         while at is not None and at not in found:
@@ -352,10 +372,11 @@ def _unpacked(data: bytes) -> Any:
 
 
 def _place(
-    root: int, disk: str | None, partition: int | None, logical: str, ignores_case: int, parts: bytes, facts: bytes
-) -> Place:
+    root: int, base: int | None, disk: str | None, partition: int | None, logical: str, ignores_case: int,
+    parts: bytes, facts: bytes,
+) -> Place:  # fmt: skip
     try:
-        geometry, replaced = _unpacked(facts)
+        geometry, replaced, seal = _unpacked(facts)
         return Place(
             root,
             disk,
@@ -365,6 +386,15 @@ def _place(
             [(name, start, length) for name, start, length in _unpacked(parts)],
             None if geometry is None else Geometry((geometry[0],), tuple(geometry[1])),
             [(start, end) for start, end in replaced],
+            base,
+            seal,
         )
     except (zlib.error, ValueError, TypeError, LookupError, RecursionError) as error:
         raise sqlite3.DatabaseError("what it says of a file system makes no sense") from error
+
+
+def _point(number: int, snapshot: str, left_out: int, locked: str) -> Point:
+    try:
+        return Point(number, snapshot, left_out, tuple(Locked(*one) for one in json.loads(locked)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise sqlite3.DatabaseError("what it says of a snapshot makes no sense") from error

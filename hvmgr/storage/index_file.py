@@ -12,15 +12,15 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.storage import durable
 
-FORMAT = 1
+FORMAT = 2
 _FILES = ("", "-wal", "-shm")  # what SQLite keeps beside each other
 
 _TABLES = """
 CREATE TABLE about (vm TEXT);
-CREATE TABLE points (id INTEGER PRIMARY KEY, snapshot TEXT UNIQUE, base INTEGER, left_out INTEGER);
-CREATE TABLE volumes (point INTEGER, root INTEGER, disk TEXT, partition INTEGER, logical TEXT, ignores_case INTEGER,
-                      parts BLOB, facts BLOB, PRIMARY KEY (point, root)) WITHOUT ROWID;
-CREATE TABLE paths (id INTEGER PRIMARY KEY, folder INTEGER, name BLOB, UNIQUE (folder, name));
+CREATE TABLE points (id INTEGER PRIMARY KEY, snapshot TEXT UNIQUE, left_out INTEGER, locked TEXT);
+CREATE TABLE volumes (point INTEGER, root INTEGER, base INTEGER, disk TEXT, partition INTEGER, logical TEXT,
+                      ignores_case INTEGER, parts BLOB, facts BLOB, PRIMARY KEY (point, root)) WITHOUT ROWID;
+CREATE TABLE paths (id INTEGER PRIMARY KEY, root INTEGER, folder INTEGER, name BLOB, UNIQUE (folder, name));
 CREATE VIRTUAL TABLE words USING fts5 (name, content = '', tokenize = 'trigram');
 CREATE TABLE entries (path INTEGER, point INTEGER, type TEXT, size INTEGER, mode INTEGER, uid INTEGER, gid INTEGER,
                       links INTEGER, modified INTEGER, ref BLOB, PRIMARY KEY (path, point)) WITHOUT ROWID;
@@ -93,6 +93,9 @@ class IndexFile:
                 hint="remove it",
                 path=str(self.file),
             )
+        if mode & 0o077 and not self._reading:
+            with durable.explained(self.file):
+                self.file.chmod(0o600)  # there are names of encrypted files in it
         name = self.file.absolute().as_uri() + ("?mode=ro" if self._reading else "?mode=rw")
         return sqlite3.connect(name, uri=True, timeout=self._wait_s, isolation_level=None)
 

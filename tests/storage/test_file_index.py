@@ -13,7 +13,7 @@ from hvmgr import errors
 from hvmgr.model import patterns
 from hvmgr.operations.inside import searching
 from hvmgr.storage import file_index
-from hvmgr.storage.file_index import Entry, Place
+from hvmgr.storage.file_index import Entry, Locked, Place
 from hvmgr.storage.filesystems.reader import Geometry
 
 NAMES = ["a", "b", "passwd", "pass\udcffwd"]
@@ -23,8 +23,8 @@ def entry(size):
     return Entry("file", size, 0o644, 0, 0, 1, 0, None)
 
 
-def place(root):
-    return Place(root, "vda", 1, "", False, [("vda", 0, 100)], Geometry(("x",), (1, 2)), [(1, 2)])
+def place(root, base=None):
+    return Place(root, "vda", root, "", False, [("vda", 0, 100)], Geometry(("x",), (1, 2)), [(1, 2)], base, "seal")
 
 
 @pytest.fixture(scope="module")
@@ -34,75 +34,104 @@ def file(tmp_path_factory):
 
 CHANGES = st.dictionaries(st.sampled_from(NAMES), st.one_of(st.none(), st.integers(0, 3)), max_size=4)
 READ = st.sets(st.integers(0, 6), max_size=4)
+# A file system, as what differs from that of another snapshot (0-14), or of none.
+VOLUME = st.tuples(st.integers(0, 20), CHANGES, READ)
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(0, 20), CHANGES, READ), st.tuples(st.just("remove"), st.integers(0, 20))
+        st.tuples(st.just("add"), st.lists(st.one_of(st.none(), VOLUME), min_size=2, max_size=2)),
+        st.tuples(st.just("complete"), st.integers(0, 20), VOLUME),  # with its second file system, which was locked
+        st.tuples(st.just("remove"), st.integers(0, 20)),
     ),
     max_size=12,
 )
 
 
-@settings(max_examples=40, deadline=None)
+class Model:
+    """Of each snapshot and file system: its names with sizes, and the blocks that its folder follows from."""
+
+    def __init__(self, index):
+        self.index = index
+        self.files, self.blocks = {}, {}
+        self.roots = [index.root(name) for name in ("one", "two")]
+
+    def take_in(self, point, number, volume):
+        which, changes, blocks = volume
+        root = self.roots[number]
+        having = [one for one in self.index.points() if (one.snapshot, number) in self.files]
+        base = having[which % len(having)] if having and which < 15 else None
+        self.index.put_place(point, place(root, None if base is None else base.id))
+        shown = {} if base is None else dict(self.files[base.snapshot, number])
+        for name, size in changes.items():
+            if size is not None or name in shown:
+                raw = name.encode("utf-8", "surrogateescape")
+                self.index.put(self.index.path(root, raw), point, None if size is None else entry(size))
+                shown[name] = size
+        key = point.snapshot, number
+        self.files[key] = {name: size for name, size in shown.items() if size is not None}
+        self.blocks[key] = set() if base is None else self.blocks[base.snapshot, number]
+        if blocks:
+            self.index.put_unit(root, root, point, [(one, one + 1) for one in blocks])
+            self.blocks[key] = blocks
+
+    def remove(self, point):
+        self.index.remove_point(point)
+        for number in range(2):
+            self.files.pop((point.snapshot, number), None)
+
+
+@settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_each_snapshot_shows_what_it_was_given_whatever_comes_and_goes(file, steps):
-    with file_index.opened(file, "vm", wait_s=5, anew=True) as index:
-        files, folders = {}, {}  # by snapshot: names with sizes; the blocks that its folder follows from
-        for number, (kind, which, *more) in enumerate(steps):
+    with file_index.opened(file, "vm", wait_s=5, anew=True) as index, index.writing():
+        model = Model(index)
+        for number, (kind, *words) in enumerate(steps):
             points = index.points()
-            chosen = points[which % len(points)] if points else None
-            with index.writing():
-                if kind == "remove":
-                    if chosen is not None:
-                        index.remove_point(chosen)
-                        del files[chosen.snapshot], folders[chosen.snapshot]
-                    continue
-                changes, blocks = more
-                base = chosen if which < 15 else None
-                point = index.add_point(f"s{number}", base)
-                root = index.root("disk")
-                index.put_place(point, place(root))
-                shown = {} if base is None else dict(files[base.snapshot])
-                for name, size in changes.items():
-                    if size is not None or name in shown:
-                        raw = name.encode("utf-8", "surrogateescape")
-                        index.put(index.path(root, raw), point, None if size is None else entry(size))
-                        shown[name] = size
-                files[point.snapshot] = {name: size for name, size in shown.items() if size is not None}
-                folders[point.snapshot] = {} if base is None else folders[base.snapshot]
-                if blocks:
-                    index.put_unit(root, root, point, [(one, one + 1) for one in blocks])
-                    folders[point.snapshot] = blocks
-        check(index, files, folders)
+            chosen = points[words[0] % len(points)] if points and kind != "add" else None
+            if kind == "add":
+                point = index.add_point(f"s{number}")
+                index.note(point, number, [Locked("title", None, number)])
+                assert index.points()[-1].locked == (Locked("title", None, number),)
+                for which, volume in enumerate(words[0]):
+                    if volume is not None:
+                        model.take_in(point, which, volume)
+            elif chosen is not None and kind == "remove":
+                model.remove(chosen)
+            elif chosen is not None and (chosen.snapshot, 1) not in model.files:
+                model.take_in(chosen, 1, words[1])
+        check(index, model)
 
 
-def check(index, files, folders):
-    points = index.points()
-    assert {one.snapshot for one in points} == files.keys()
-    seen = set()
-    for point in points:
-        assert point.base is None or point.base in seen
-        seen.add(point.id)
-        (found,) = index.places(point)
-        assert found == place(found.root)
-        line = index.line(point)
-        shown = {
-            name.decode("utf-8", "surrogateescape"): one.size
-            for name, (_, one) in index.children(line, found.root).items()
-        }
-        assert shown == files[point.snapshot]
-        for block in range(7):
-            touched = bool(index.touched(line, found.root, [(block, block + 1)]))
-            assert touched is (block in folders[point.snapshot])
-    hits = searching.search(index, searching.Wish(paths=(b"/",), name=b"*ASS*", ignore_case=True))
-    told = {(one.path.decode("utf-8", "surrogateescape")[1:], one.entry.size): set(one.snapshots) for one in hits}
-    expected = {}
-    for snapshot, names in files.items():
-        for name, size in names.items():
-            if "ass" in name:
-                expected.setdefault((name, size), set()).add(snapshot)
-    assert told == expected
-    alive = {name for names in files.values() for name in names}
-    assert {name.decode("utf-8", "surrogateescape") for _, name in index.all_paths()} == alive
+def check(index, model):
+    for point in index.points():
+        places = {one.root: one for one in index.places(point)}
+        for number, root in enumerate(model.roots):
+            key = point.snapshot, number
+            assert (root in places) is (key in model.files)
+            if key not in model.files:
+                continue
+            assert places[root] == place(root, places[root].base)
+            line = index.line(point, root)
+            shown = {
+                name.decode("utf-8", "surrogateescape"): one.size
+                for name, (_, one) in index.children(line, root).items()
+            }
+            assert shown == model.files[key]
+            for block in range(7):
+                assert bool(index.touched(line, root, [(block, block + 1)])) is (block in model.blocks[key])
+    for number, root in enumerate(model.roots):
+        there = any(each == number for _, each in model.files)
+        wish = searching.Wish(paths=(b"/",), name=b"*ASS*", ignore_case=True, partition=str(root))
+        hits = searching.search(index, wish) if there else []
+        told = {(one.path.decode("utf-8", "surrogateescape")[1:], one.entry.size): set(one.snapshots) for one in hits}
+        expected = {}
+        for (snapshot, each), names in model.files.items():
+            for name, size in names.items():
+                if "ass" in name and each == number:
+                    expected.setdefault((name, size), set()).add(snapshot)
+        assert told == expected
+    alive = [(number, name) for (_, number), names in model.files.items() for name in names]
+    assert len(index.all_paths()) == len(set(alive))
+    assert {name.decode("utf-8", "surrogateescape") for _, name in index.all_paths()} == {name for _, name in alive}
 
 
 TEXT = st.text(st.sampled_from("abßKİﬁ*?[]!-.é\udcff"), max_size=8)
@@ -150,7 +179,7 @@ def test_somebody_elses_database_is_replaced_and_a_link_is_never_followed(tmp_pa
 def test_what_makes_no_sense_is_removed_and_made_anew(tmp_path, blob):
     file = tmp_path / "x"
     with file_index.opened(file, "vm", wait_s=0) as index, index.writing():
-        point = index.add_point("s", None)
+        point = index.add_point("s")
         index.put_place(point, place(index.root("disk")))
         index._database.execute("UPDATE volumes SET facts = ?", (blob,))
     with pytest.raises(errors.HostFailed, match="was removed"), file_index.opened(file, "vm", wait_s=0) as index:
@@ -165,7 +194,7 @@ def test_a_dry_run_makes_and_writes_nothing(tmp_path):
         pass
     assert not file.exists()
     with file_index.opened(file, "vm", wait_s=0) as index, index.writing():
-        index.add_point("s", None)
+        index.add_point("s")
     before = file.read_bytes()
     with file_index.opened(file, "vm", wait_s=0, reading=True) as index:
         assert [one.snapshot for one in index.points()] == ["s"]
@@ -176,7 +205,7 @@ def test_a_dry_run_makes_and_writes_nothing(tmp_path):
 
 def test_folders_go_with_the_last_name_in_them(tmp_path):
     with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
-        point, root = index.add_point("s", None), index.root("disk")
+        point, root = index.add_point("s"), index.root("disk")
         index.put(root, point, entry(0))
         folder = index.path(root, b"folder")
         for path in (folder, index.path(folder, b"inner")):  # the folder is asked about first
@@ -188,10 +217,10 @@ def test_folders_go_with_the_last_name_in_them(tmp_path):
 def test_of_an_attempt_that_fails_nothing_is_kept(tmp_path):
     with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
         with pytest.raises(errors.Corrupt), index.attempt():
-            index.add_point("lost", None)
+            index.add_point("lost")
             raise errors.Corrupt("x")
         with index.attempt():
-            index.add_point("kept", None)
+            index.add_point("kept")
     with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index:
         assert [one.snapshot for one in index.points()] == ["kept"]
 
@@ -200,7 +229,7 @@ def test_a_logical_volume_is_on_its_disks_and_case_is_that_of_each_moment(tmp_pa
     with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
         root = index.root("g/v")
         for snapshot, ignoring in (("linux", False), ("windows", True)):
-            point = index.add_point(snapshot, None)
+            point = index.add_point(snapshot)
             parts = [("vda", 0, 50), ("", None, 10), ("vdb", 0, 40)]
             index.put_place(point, Place(root, None, None, "g/v", ignoring, parts, None, []))
             index.put(index.path(root, b"File"), point, entry(1))

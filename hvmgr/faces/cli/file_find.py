@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from hvmgr import errors, settings
-from hvmgr.faces.cli import arguments, file_render, json_out, render
+from hvmgr.faces.cli import arguments, file_render, json_out, key_files, render
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli.groups import READS, Command, Group
 from hvmgr.faces.cli.request import Request
@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from hvmgr.operations.inside.browsing import Browser, Found
     from hvmgr.operations.inside.indexing import Updated
     from hvmgr.operations.inside.searching import Hit
+    from hvmgr.operations.inside.unlocking import Key
+    from hvmgr.operations.snapshot import Snapshot
     from hvmgr.operations.vm import VM
-    from hvmgr.storage.file_index import Entry, FileIndex
+    from hvmgr.storage.file_index import Entry, FileIndex, Locked, Point
 
+_NAMED_MAX = 5  # snapshots in a sentence
 _TYPES = {
     "f": "file",
     "d": "folder",
@@ -151,13 +154,11 @@ def _find_in_index(
 ) -> None:
     if where.image is not None or where.home is not None:
         raise errors.UsageError("only VMs have an index of files", hint="name a VM, or leave out --index")
-    if where.present or where.key_files:
-        raise errors.UsageError(
-            "the index holds snapshots, and nothing that is encrypted",
-            hint="leave out --index, or --present and --key-file",
-        )
+    if where.present:
+        raise errors.UsageError("the index holds snapshots, and not the present", hint="leave out --index or --present")
     from hvmgr.operations.inside import indexing, searching
 
+    keys = key_files.read(where.key_files)
     with request.host() as host:
         vm = host.vm(where.words[0])
         chosen = None if where.snapshot is None else frozenset([vm.snapshot(where.snapshot).id])
@@ -165,25 +166,29 @@ def _find_in_index(
             paths=where.paths, name=condition.name, ignore_case=condition.ignore_case, depth=depth, suits=condition.suits,
             snapshots=chosen, disk=where.slot, partition=where.partition,
         )  # fmt: skip
+        indexing.require_fitting(vm, keys, wait_s=_wait_s(request))
         with indexing.opened(vm, wait_s=_wait_s(request), reading=request.dry_run) as found:
             if not request.dry_run:
-                _bring_up_to_date(request, vm, found)
+                _bring_up_to_date(request, vm, found, keys)
             hits = searching.search(found, wish)
             left_out = _left_out(found)
+            locked = searching.locked(found.points(), wish)
         names = {one.id: one.name for one in vm.snapshots()}
         options.tell_left_out(left_out)
+        _tell_locked(locked, names, keys)
         if request.json:
-            json_out.show({"left_out": left_out, "entries": [_hit(one, names) for one in hits]})
+            entries = [_hit(one, names) for one in hits]
+            json_out.show({"left_out": left_out, "locked": _locked(locked), "entries": entries})
         else:
             _show_hits(hits, names, long=long, null=null)
 
 
-def _bring_up_to_date(request: Request, vm: VM, index: FileIndex) -> None:
+def _bring_up_to_date(request: Request, vm: VM, index: FileIndex, keys: Sequence[Key]) -> None:
     """What is in the index already is answered all the same."""
     from hvmgr.operations.inside import indexing
 
     try:
-        indexing.update(vm, index, request.report)
+        indexing.update(vm, index, request.report, keys)
     except (errors.Busy, errors.NotFound) as error:
         coming, _ = indexing.missing(vm, index)
         if not index.points():
@@ -199,6 +204,21 @@ def _left_out(index: FileIndex) -> dict[str, int]:
 
     count = sum(one.left_out for one in index.points())
     return {DAMAGED: count} if count else {}
+
+
+def _tell_locked(locked: Mapping[str, Sequence[Locked]], names: Mapping[str, str], keys: Sequence[Key]) -> None:
+    """What is not in the index because no key opened it, in one line."""
+    if not locked:
+        return
+    those = [f"'{names.get(one) or one}'" for one in locked]
+    where = ", ".join(those) if len(those) <= _NAMED_MAX else f"{len(those)} snapshots"
+    what = ", ".join(dict.fromkeys(one.title for volumes in locked.values() for one in volumes))
+    why = "none of the keys that were given opens it" if keys else "its key can be given: --key-file FILE"
+    render.notice(f"{what} of {where} is encrypted (LUKS), and not in the index: {why}")
+
+
+def _locked(locked: Mapping[str, Sequence[Locked]]) -> dict[str, list[str]]:
+    return {snapshot: [one.title for one in volumes] for snapshot, volumes in locked.items()}
 
 
 def _hit(one: Hit, names: dict[str, str]) -> dict[str, Any]:
@@ -239,62 +259,75 @@ def _show_hits(hits: Sequence[Hit], names: dict[str, str], *, long: bool, null: 
     "index",
     cls=Command,
     codes=(*READS[:-2], 7, *READS[-2:]),
-    examples=["hvmgr file index web", "hvmgr file index web --rebuild"],
+    examples=["hvmgr file index web", "hvmgr file index web --rebuild", "hvmgr file index web --key-file /run/key"],
 )
 @arguments.vm
 @click.option("--rebuild", is_flag=True, help="Forget all of it first.")
+@click.option(
+    "--key-file", "files", metavar="[VOLUME=]FILE", multiple=True,
+    help="The key of what is encrypted with LUKS, which is taken in then: the names of its files lie in the index in clear"
+    " (mode 0600), the key does not. As for 'file list'.",
+)  # fmt: skip
 @click.pass_obj
-def index(request: Request, vm: str, *, rebuild: bool) -> None:
+def index(request: Request, vm: str, *, rebuild: bool, files: tuple[str, ...]) -> None:
     """Bring the index of the files in all snapshots up to date, for 'file find --index'.
 
     A new snapshot costs what was written since the one before. The index lies in the VM's home and may be removed at any time.
     """
-    from hvmgr.operations.inside import indexing
+    from hvmgr.operations.inside import indexing, searching
 
+    keys = key_files.read(files)
     with request.host() as host:
         found = host.vm(vm)
         path = indexing.place_of(found)
+        indexing.require_fitting(found, keys, wait_s=_wait_s(request), anew=rebuild)
         if request.dry_run:
-            _show_missing(request, found, rebuild=rebuild)
+            _show_missing(request, found, keys, rebuild=rebuild)
             return
         with indexing.opened(found, wait_s=_wait_s(request), anew=rebuild) as opened:
-            done = indexing.update(found, opened, request.report)
+            done = indexing.update(found, opened, request.report, keys)
             points, left_out = opened.points(), _left_out(opened)
+        locked = searching.locked(points, searching.Wish(paths=()))
         options.tell_left_out(left_out)
+        _tell_locked(locked, {one.id: one.name for one in found.snapshots()}, keys)
         sentence = f"{len(points)} snapshot{'' if len(points) == 1 else 's'} in {path} ({_told(done)})"
+        snapshots = [one.snapshot for one in points]
         request.done(
             sentence,
-            _facts(path, [one.snapshot for one in points], done, left_out),
-            changed=bool(done.added or done.removed),
+            {**_facts(path, done), "snapshots": snapshots, "left_out": left_out, "locked": _locked(locked)},
+            changed=bool(done.added or done.completed or done.removed),
         )
 
 
-def _facts(path: Any, snapshots: list[str], done: Updated, left_out: dict[str, int]) -> dict[str, Any]:
-    size = path.stat().st_size
+def _facts(path: Any, done: Updated) -> dict[str, Any]:
     return {
-        "file": str(path), "size": size, "snapshots": snapshots, "added": done.added, "removed": done.removed,
-        "folders": done.folders, "left_out": left_out,
+        "file": str(path), "size": path.stat().st_size, "added": done.added, "completed": done.completed,
+        "removed": done.removed, "folders": done.folders,
     }  # fmt: skip
 
 
 def _told(done: Updated) -> str:
-    parts = [f"{len(done.added)} added" if done.added else "", f"{len(done.removed)} removed" if done.removed else ""]
-    return ", ".join(filter(None, parts)) or "up to date"
+    parts = {"added": done.added, "completed": done.completed, "removed": done.removed}
+    return ", ".join(f"{len(those)} {what}" for what, those in parts.items() if those) or "up to date"
 
 
-def _show_missing(request: Request, vm: VM, *, rebuild: bool) -> None:
+def _show_missing(request: Request, vm: VM, keys: Sequence[Key], *, rebuild: bool) -> None:
     from hvmgr.operations.inside import indexing
 
-    added: list[str] = [one.id for one in vm.snapshots()]
-    removed: list[str] = []
+    completed: list[Snapshot] = []
+    gone: list[Point] = []
+    coming = list(vm.snapshots())
     if not rebuild:
         with contextlib.suppress(errors.NotFound), indexing.opened(vm, wait_s=_wait_s(request), reading=True) as opened:
             coming, gone = indexing.missing(vm, opened)
-            added, removed = [one.id for one in coming], [one.snapshot for one in gone]
+            completed = indexing.to_complete(vm, opened) if keys else []
     if request.json:
-        json_out.show({"plan": None, "added": added, "removed": removed})
+        removed = [one.snapshot for one in gone]
+        ids = {"added": [one.id for one in coming], "completed": [one.id for one in completed], "removed": removed}
+        json_out.show({"plan": None, **ids})
     else:
-        render.say(f"{len(added)} snapshots would be added, {len(removed)} removed")
+        more = f", {len(completed)} completed" if completed else ""
+        render.say(f"{len(coming)} snapshots would be added{more}, {len(gone)} removed")
 
 
 def _wait_s(request: Request) -> float:

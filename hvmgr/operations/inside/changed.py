@@ -75,18 +75,25 @@ def _size(link: Link) -> int:
     return images.read(link.path, link.format).size
 
 
+_SECTOR_MAX = 4096  # of LUKS: with some ciphers a byte on the disk decides about more than one byte in clear
+
 # --- volumes --------------------------------------------------------------------------------------------------------
 
 
 Placed = tuple[str, "tuple[object, int, int]"]  # a part of a volume, with the slot of the disk that it lies on
 
 
-def of_volume(old: Sequence[Placed], new: Sequence[Placed], changed: dict[str, Ranges]) -> Ranges:
+def of_volume(
+    old: Sequence[Placed], new: Sequence[Placed], changed: dict[str, Ranges], *, encrypted: bool = False
+) -> Ranges:
     """The same for a volume, in its own bytes: ``old`` and ``new`` say where its parts lie, each with the slot of the disk.
 
-    What lies elsewhere than before may all be different.
+    What lies elsewhere than before may all be different; of what is ``encrypted`` all that one sector of it has.
     """
-    return Ranges(_of_parts(_placed(old), _placed(new), changed))
+    found = Ranges(_of_parts(_placed(old), _placed(new), changed))
+    if not encrypted:
+        return found
+    return Ranges((max(0, start - _SECTOR_MAX), end + _SECTOR_MAX) for start, end in found)
 
 
 _Stretch = tuple[int, int, str, int | None]  # from where to where in the volume, which disk, where there

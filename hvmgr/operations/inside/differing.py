@@ -133,7 +133,7 @@ def _touched(
     seals = {inside.seals(volume) for inside, volume in moments if volume is not None}
     if len(seals) == 1 and all(volume is None or inside.is_placed(volume) for inside, volume in moments):
         old, new = ([] if volume is None else inside.parts(volume) for inside, volume in moments)
-        return changed.of_volume(old, new, ranges)
+        return changed.of_volume(old, new, ranges, encrypted=any(seals))
     return Ranges.everything() if any(ranges.values()) else Ranges()
 
 

@@ -233,10 +233,12 @@ def named(volumes: Sequence[Volume], partition: str) -> list[Volume]:
 
 
 @contextlib.contextmanager
-def opened(disks: Sequence[Frozen], *, partition: str | None = None, keys: Sequence[Key] = ()) -> Iterator[Inside]:
+def opened(
+    disks: Sequence[Frozen], *, partition: str | None = None, keys: Sequence[Key] = (), strict: bool = True
+) -> Iterator[Inside]:
     """The disks with all their volumes, or with those of a number or with the name ``GROUP/VOLUME`` only.
 
-    What is encrypted is opened with the ``keys``. NotFound when no disk has such a partition.
+    What is encrypted is opened with the ``keys``; if ``strict``, each has to open something. NotFound when no disk has such a partition.
     """
     with contextlib.ExitStack() as stack:
         places: dict[Volume, Disk | None] = {}
@@ -251,7 +253,8 @@ def opened(disks: Sequence[Frozen], *, partition: str | None = None, keys: Seque
         places = {dataclasses.replace(one, why_not=bad[one]) if one in bad else one: at for one, at in places.items()}
         places |= unlocking.unlocked(dict(_logical(good)), keys, number)
         volumes = list(places)
-        unlocking.check(volumes, keys)
+        if strict:
+            unlocking.check(volumes, keys)
         if partition is not None:
             volumes = named(volumes, partition)
         yield Inside(list(disks), volumes, places, sources)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from hvmgr import errors
 from hvmgr.model import names, patterns
-from hvmgr.storage.file_index import Entry, FileIndex, Place
+from hvmgr.storage.file_index import Entry, FileIndex, Locked, Place, Point
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,11 @@ class Wish:
         partition = place.logical or (None if place.partition is None else str(place.partition))
         return (self.disk is None or self.disk in disks_of(place)) and self.partition in {None, partition}
 
+    def may_mean(self, locked: Locked) -> bool:
+        """Whether what is looked for may be in what is encrypted: logical volumes, and partitions of a whole disk, lie in it."""
+        number = None if locked.partition is None else str(locked.partition)
+        return self.partition is None or number in {None, self.partition} or not self.partition.isdigit()
+
 
 def disks_of(place: Place) -> set[str]:
     """The slots of the disks that a file system lies on."""
@@ -47,11 +52,12 @@ def disks_of(place: Place) -> set[str]:
 def search(index: FileIndex, wish: Wish) -> list[Hit]:
     """All that fit, by path; a file that changed in between is as many hits as it has been files.
 
-    NotFound for a disk or a partition that no snapshot has.
+    NotFound for a disk or a partition that no snapshot has. What may be in something encrypted is told by ``locked``.
     """
     points = index.points()
     there = {point.id: index.places(point) for point in points}
     known = {slot for those in there.values() for one in those for slot in disks_of(one)}
+    known |= {one.disk for point in points for one in point.locked if one.disk is not None}
     if wish.disk is not None and known and wish.disk not in known:
         raise names.not_found("disk", wish.disk, sorted(known), where="in the index")
     places = {point: {one.root: one for one in those if wish.means(one)} for point, those in there.items()}
@@ -59,17 +65,20 @@ def search(index: FileIndex, wish: Wish) -> list[Hit]:
     for those in places.values():
         for root, one in those.items():
             roots.setdefault(root, {})[one.ignores_case] = one
-    if wish.partition is not None and not roots:
+    if wish.partition is not None and not roots and not locked(points, wish):
         raise errors.NotFound(f"there is no partition {wish.partition} in the index")
     paths = _Paths(index, roots)
+    orders = {root: _in_order(there, root) for root in roots}
     fitting = {one: path for one, name in _candidates(index, wish, roots) if (path := paths.fitting(one, name, wish))}
     hits: list[Hit] = []
     for number, rows in index.entries(fitting).items():
         root, parts, cases = fitting[number]
         state: dict[int, Entry | None] = {}
         same: dict[Entry, list[str]] = {}
+        for at, base in orders[root]:
+            state[at] = rows.get(at, None if base is None else state.get(base))
         for point in points:
-            entry = state[point.id] = rows.get(point.id, None if point.base is None else state.get(point.base))
+            entry = state.get(point.id)
             is_meant = wish.snapshots is None or point.snapshot in wish.snapshots
             place = places[point.id].get(root)
             is_meant = is_meant and place is not None and place.ignores_case in cases
@@ -79,6 +88,30 @@ def search(index: FileIndex, wish: Wish) -> list[Hit]:
         last = [*roots[root].values()][-1]
         hits += [Hit(whole, entry, last, tuple(snapshots)) for entry, snapshots in same.items()]
     return sorted(hits, key=lambda one: (one.place.disk or "", one.place.partition or 0, one.place.logical, one.path))
+
+
+def locked(points: Sequence[Point], wish: Wish) -> dict[str, list[Locked]]:
+    """By snapshot (ids) what is encrypted, was opened by no key, and may hold what is looked for."""
+    found = {
+        point.snapshot: [one for one in point.locked if wish.may_mean(one)]
+        for point in points
+        if wish.snapshots is None or point.snapshot in wish.snapshots
+    }
+    return {snapshot: those for snapshot, those in found.items() if those}
+
+
+def _in_order(there: Mapping[int, list[Place]], root: int) -> list[tuple[int, int | None]]:
+    """The points with a file system, each behind the one that it stands on there, and that one."""
+    bases = {point: one.base for point, those in there.items() for one in those if one.root == root}
+    ordered: dict[int, int | None] = {}
+    for one in bases:
+        trail: dict[int, int | None] = {}
+        at: int | None = one
+        while at is not None and at in bases and at not in ordered and at not in trail:
+            trail[at] = bases[at]
+            at = bases[at]
+        ordered.update(reversed(trail.items()))
+    return list(ordered.items())
 
 
 class _Paths:

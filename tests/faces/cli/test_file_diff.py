@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hvmgr.operations.inside import indexing
+from hvmgr.operations.inside import index_walk
 from tests.storage import file_trees, moments
 
 LOTS = 24
@@ -208,8 +208,9 @@ def rows(database):
     """All that the index says, whatever its numbers: for each snapshot its paths with what they are."""
     with sqlite3.connect(database) as opened:
         points = dict(opened.execute("SELECT id, snapshot FROM points"))
-        bases = dict(opened.execute("SELECT id, base FROM points"))
-        names = {one: (folder, name) for one, folder, name in opened.execute("SELECT * FROM paths")}
+        bases = {(point, root): base for point, root, base in opened.execute("SELECT point, root, base FROM volumes")}
+        names = {one: (folder, name) for one, folder, name in opened.execute("SELECT id, folder, name FROM paths")}
+        roots = dict(opened.execute("SELECT id, root FROM paths"))
         entries = {}
         for path, point, *facts in opened.execute("SELECT * FROM entries"):
             entries[path, point] = facts
@@ -224,7 +225,7 @@ def rows(database):
         for path in names:
             at = point
             while at is not None and (path, at) not in entries:
-                at = bases[at]
+                at = bases[at, roots[path]]
             if at is not None and entries[path, at][0] is not None:
                 found.setdefault(snapshot, {})[whole(path)] = entries[path, at]
     return found
@@ -307,7 +308,7 @@ class TestIndex:
 
         expected = hvmgr.ok("file", "find", web, "/", "--index").out
         database.unlink()
-        original, count = indexing._Walk._one, []
+        original, count = index_walk._Walk._one, []
 
         def killed(self, *words, **more):
             count.append(1)
@@ -316,7 +317,7 @@ class TestIndex:
             return original(self, *words, **more)
 
         with monkeypatch.context() as patch:
-            patch.setattr(indexing._Walk, "_one", killed)
+            patch.setattr(index_walk._Walk, "_one", killed)
             with pytest.raises(Killed):
                 hvmgr("file", "index", web)
         assert hvmgr.ok("file", "find", web, "/", "--index").out == expected

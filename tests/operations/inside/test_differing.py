@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from hvmgr.model.ranges import Ranges
-from hvmgr.operations.inside import comparison, contents, differing, indexing, looking, searching, views
+from hvmgr.operations.inside import comparison, contents, differing, index_walk, indexing, looking, searching, views
 from hvmgr.operations.inside.browsing import Browser
 from hvmgr.storage import file_index
 from hvmgr.storage.filesystems import opening, reader, signatures
@@ -280,16 +280,22 @@ def test_what_was_done_to_a_mounted_file_system_is_told(kind, tree, tmp_path, re
     assert_indexed([views.of_image(before, "raw")], [views.of_image(child)], tmp_path / "index")
 
 
+def take_in(index, snapshot, disks, before=None, keys=()):
+    """Takes a moment in, as what differs from the one that was taken in last; how many folders were read."""
+    befores = [] if before is None else [index_walk.Before(index, index.points()[-1], lambda: before)]
+    return index_walk.take_in(index, index.add_point(snapshot), disks, befores, keys).folders
+
+
 def assert_indexed(old, new, file):
     """What the index says of the newer moment is the same, be it read as what differs, forwards or backwards, or as a whole."""
     found = []
     for first, second in ((old, new), (new, old)):
         with file_index.opened(file, "vm", wait_s=5, anew=True) as index:
             with index.writing():
-                whole = indexing.take_in(index, "first", first, None)
-                indexing.take_in(index, "second", second, (index.points()[0], first))
-                part = indexing.take_in(index, "again", first, (index.points()[1], second))
-                assert indexing.take_in(index, "same", first, (index.points()[2], first)) == 0
+                whole = take_in(index, "first", first)
+                take_in(index, "second", second, first)
+                part = take_in(index, "again", first, second)
+                assert take_in(index, "same", first, first) == 0
             assert part <= whole
             hits = searching.search(index, searching.Wish(paths=(b"/",)))
             shown = {
@@ -302,7 +308,7 @@ def assert_indexed(old, new, file):
     for disks, expected in zip((old, new), found[0], strict=True):
         with looking.opened(disks) as inside:
             browser = inside.choose(b"/")
-            walked = {(one.path, indexing._entry(one)) for _, one in browser.walk(browser.root())}
+            walked = {(one.path, index_walk.entry_of(one)) for _, one in browser.walk(browser.root())}
         assert walked == expected
 
 
@@ -418,8 +424,8 @@ def test_of_btrfs_only_folders_are_read_again_that_were_written_to(tmp_path, req
     assert_told(differing.between(old, new).differences, expected)
     assert_indexed(old, new, tmp_path / "index")
     with file_index.opened(tmp_path / "index", "vm", wait_s=5, anew=True) as index, index.writing():
-        whole = indexing.take_in(index, "first", old, None)
-        part = indexing.take_in(index, "second", new, (index.points()[0], old))
+        whole = take_in(index, "first", old)
+        part = take_in(index, "second", new, old)
         assert (whole, part < 50) == (62, True), part
 
 
@@ -479,7 +485,7 @@ def test_one_file_system_that_is_lost_at_one_moment_is_named_and_the_others_are_
             assert_told(outcome.differences, {"/etc/gone": (change,)})
             assert differing.between(before, after, paths=[b"/etc/log"]).differences == []
         with file_index.opened(tmp_path / "index", "vm", wait_s=5, anew=True) as index, index.writing():
-            indexing.take_in(index, "first", of(new)[0], None)
+            take_in(index, "first", of(new)[0])
             (point,) = index.points()
             assert [one.partition for one in index.places(point)] == [1]
             assert point.left_out == number
