@@ -224,6 +224,7 @@ class FileIndex(IndexFile):
             cursor = run(
                 "INSERT INTO paths (root, folder, name) SELECT root, id, ? FROM paths WHERE id = ?", (name, folder)
             )
+            assert cursor.rowcount == 1, "its folder is no path"
             run("INSERT INTO words (rowid, name) VALUES (?, ?)", (cursor.lastrowid, as_text(name)))
         else:
             cursor = run("INSERT INTO paths (folder, name) VALUES (0, ?)", (name,))
