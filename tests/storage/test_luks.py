@@ -10,7 +10,7 @@ import struct
 import pytest
 
 from hvmgr import errors
-from hvmgr.host import process
+from hvmgr.host import cryptsetup, kept_secrets, process
 from hvmgr.operations.inside import looking, views
 from hvmgr.operations.inside.unlocking import Key
 from hvmgr.storage.filesystems import luks, opening, signatures
@@ -266,3 +266,42 @@ def test_a_whole_disk_that_is_encrypted_has_its_partitions(plain, tmp_path):
         (one,) = inside.volumes
         assert (one.number, one.kind, one.encrypted) == (1, signatures.Kind.EXT4, True)
         assert inside.choose(b"/etc/size4097").find(b"/etc/size4097").size == 4097
+
+
+def test_a_key_is_found_once_as_long_as_all_that_it_follows_from_is_the_same(plain, tmp_path, monkeypatch):
+    image = tmp_path / "image"
+    shutil.copyfile(plain[1], image)
+    key = encrypted.key_file(tmp_path)
+    encrypted.luks2(image, key)
+    kept_secrets._page.cache_clear()
+    tried, real = [], cryptsetup.volume_key
+    monkeypatch.setattr(
+        cryptsetup, "volume_key", lambda *words, **more: (tried.append(words[1]), real(*words, **more))[1]
+    )
+
+    def found(secret):
+        with File(image) as disk:
+            return luks.volume_key(disk, luks.read_header(disk), secret)
+
+    first = found(encrypted.KEY)
+    assert [found(encrypted.KEY) for _ in range(3)] == [first] * 3
+    assert len(first) == 64
+    assert [found(b"wrong") for _ in range(3)] == [None] * 3
+    assert tried == [encrypted.KEY, b"wrong"]
+    header = image.read_bytes()[: 16 * MIB]
+    places = [at for at in range(0x8000, len(header), 4096) if any(header[at : at + 4096])]
+    with image.open("r+b") as file:  # the slot's own area: what is in it is no key any more
+        for at in places:
+            file.seek(at)
+            file.write(bytes(4096))
+    assert found(encrypted.KEY) is None
+    with image.open("r+b") as file:
+        file.write(header)
+    other = encrypted.key_file(tmp_path, b"another")
+    file_trees.run("cryptsetup", "luksChangeKey", "-q", *encrypted._CHEAP, "--key-file", key, image, other)
+    assert (found(encrypted.KEY), found(b"another")) == (None, first)
+    assert tried == [encrypted.KEY, b"wrong", encrypted.KEY, encrypted.KEY, b"another"]
+    with image.open("r+b") as file:
+        file.write(header)
+    assert found(encrypted.KEY) == first
+    assert len(tried) == 5

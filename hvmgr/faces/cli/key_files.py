@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
+from hvmgr.host import kept_secrets
 from hvmgr.os_errors import explained
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def read(values: Sequence[str]) -> list[Key]:
     """The keys that were named; NotFound for a file that is not there, UsageError for one that holds no key."""
     from hvmgr.operations.inside.unlocking import Key
 
+    if values:
+        kept_secrets.leave_no_core()  # before there is anything in it
     found = []
     for value in values:
         fits = _TARGET.fullmatch(value)
