@@ -243,3 +243,43 @@ class TestPut:
         assert (
             subprocess.run(["e2fsck", "-f", "-n", after], capture_output=True, timeout=60, check=False).returncode == 0
         )
+
+
+@pytest.mark.guest
+@pytest.mark.timeout(300)
+@pytest.mark.usefixtures("able", "own_kernel")
+def test_exfat_is_read_written_and_compared(hvmgr, root, tmp_path, require_program):
+    for name in ("cryptsetup", "qemu-img", "mkfs.exfat", "fsck.exfat", "sfdisk"):
+        require_program(name)
+    key, clear = encrypted.key_file(tmp_path, KEY), tmp_path / "clear"
+    clear.write_bytes(bytes(8 * MIB))
+    file_trees.run("mkfs.exfat", clear)
+    disk = on_a_disk(encrypted.luks1(tmp_path / "luks1", clear, key), tmp_path)
+    hvmgr.ok("vm", "create", "web", *MACHINE, "--disk", disk)
+    hvmgr.ok("snapshot", "create", "web", "empty")
+    tree, below = tmp_path / "tree", digests(disk)
+    (tree / "with space").mkdir(parents=True)
+    (tree / "with space" / "large").write_bytes(SAID * 30_000)
+    (tree / "small").write_bytes(SAID)
+    words = ["--key-file", key]
+    answer = hvmgr("file", "put", "web", tree, "/", *words, "--json")
+    assert answer.code == 0, answer
+    assert answer.json["engine"].startswith("a small machine of its own (")
+    (row,) = hvmgr.ok("file", "list", "web", *words).lines
+    assert row[1:3] == ["1", "exfat (LUKS)"]
+    assert hvmgr.ok("file", "list", "web", "/tree", *words).lines == [["small"], ["with space"]]
+    hvmgr.ok("file", "get", "web", "/tree", *words, "--to", tmp_path / "out")
+    assert (tmp_path / "out" / "tree" / "with space" / "large").read_bytes() == SAID * 30_000
+    found = hvmgr.ok("file", "diff", "web", "empty", "now", *words).lines
+    new = ["/tree", "/tree/small", "/tree/with space", "/tree/with space/large"]
+    assert [line[:2] for line in found] == [["added", one] for one in new]
+    file_trees.run("qemu-img", "convert", "-O", "raw", *encrypted.by_qemu(present(hvmgr), key, MIB), clear)
+    file_trees.run("fsck.exfat", "-n", clear)
+    assert SAID * 30_000 in clear.read_bytes()
+    (tree / "small").write_bytes(b"other")
+    answer = hvmgr("file", "put", "web", tree / "small", "/tree/small", "--overwrite", "--name", "full", *words)
+    assert answer.code == 0, answer
+    (line,) = hvmgr.ok("file", "diff", "web", "full", "now", *words).lines
+    assert line[:2] == ["changed", "/tree/small"]
+    assert digests(disk) == below
+    assert not of_clear_text(root)
