@@ -112,7 +112,7 @@ def default_root() -> Path:
         return Path(root)
     if (found := find("root")) is not None:
         return Path(found.value)
-    return SYSTEM_ROOT if is_root() else _user_data() / "hvmgr"
+    return SYSTEM_ROOT if is_root() else user_data() / "hvmgr"
 
 
 def default_uri() -> str:
@@ -128,7 +128,7 @@ def index_folder() -> Path:
     """The host-wide index of homes and image users; independent of connection and root."""
     if folder := os.environ.get("HVMGR_INDEX"):
         return Path(folder)
-    return SYSTEM_ROOT / ".index" if is_root() else _user_data() / "hvmgr" / ".index"
+    return SYSTEM_ROOT / ".index" if is_root() else user_data() / "hvmgr" / ".index"
 
 
 def cache_folder() -> Path:
@@ -143,12 +143,12 @@ def runtime_folder() -> Path:
     return Path(os.environ.get("HVMGR_RUN", "/run/hvmgr"))
 
 
-def own_runtime_folder() -> Path:
-    """The same for what an ordinary user has mounted; root's is that of the host."""
+def own_runtime_folder() -> Path | None:
+    """The same for what an ordinary user has mounted; root's is that of the host. None without a session: see ``storage/runtime``."""
     if is_root() or "HVMGR_RUN" in os.environ:
         return runtime_folder()
     folder = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(folder) / "hvmgr" if folder else _user_data() / "hvmgr" / ".run"
+    return Path(folder) / "hvmgr" if folder else None
 
 
 def config_folders() -> tuple[Path, ...]:
@@ -220,6 +220,7 @@ def _value(key: str, otherwise: Any) -> Any:
     return otherwise if found is None else found.value
 
 
-def _user_data() -> Path:
+def user_data() -> Path:
+    """Where an ordinary user's data are."""
     base = os.environ.get("XDG_DATA_HOME")
     return Path(base) if base else Path.home() / ".local" / "share"

@@ -18,7 +18,7 @@ import hypothesis
 import pytest
 
 from hvmgr.faces import guest
-from hvmgr.host import hypervisor
+from hvmgr.host import hypervisor, kept_secrets
 from hvmgr.operations.automatic import worker
 from tests import ordinary_user, private_libvirt, shelf
 
@@ -95,8 +95,9 @@ def _own_place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_settings(_own_place: Path) -> Iterator[None]:
-    """Each test has a root and a host-wide index of its own (not made yet), never those of the machine."""
+    """Each test has a root and a host-wide index of its own (not made yet), never those of the machine; no keys are known."""
     number = next(_numbers)
+    kept_secrets._page.cache_clear()
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("HVMGR_ROOT", str(_own_place / f"root{number}"))
         environment.setenv("HVMGR_INDEX", str(_own_place / f"index{number}"))

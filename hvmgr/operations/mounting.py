@@ -32,7 +32,7 @@ from hvmgr.host.image_export import Link
 from hvmgr.model.plan import Plan
 from hvmgr.operations import attaching, user_mounting
 from hvmgr.operations.inside import views, volumes
-from hvmgr.storage import attachments, durable, images, index, kept_images
+from hvmgr.storage import attachments, durable, images, index, kept_images, runtime
 from hvmgr.storage.attachments import Attachment, Mount, Phase
 from hvmgr.storage.filesystems.signatures import Kind
 from hvmgr.storage.kept_images import Kept
@@ -182,7 +182,7 @@ def _record(chosen: Chosen, place: Mount) -> Attachment:
         format=chosen.links[0].format,
         read_only=True,  # as far as these images are concerned
         images=tuple(str(link.path) for link in links),
-        folder=str(settings.own_runtime_folder() / uuid.uuid4().hex[:12]),
+        folder=str(runtime.own_folder() / uuid.uuid4().hex[:12]),
         boot=attachments.boot_id(),
         since=units.to_rfc3339(datetime.now(UTC)),
         file=images.identity(links[0].path),

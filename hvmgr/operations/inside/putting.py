@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvmgr import errors, settings
+from hvmgr import errors
 from hvmgr.host.domain import State
 from hvmgr.host.image_export import Link
 from hvmgr.model import plan
@@ -34,7 +34,7 @@ from hvmgr.operations.inside.unlocking import Key
 from hvmgr.operations.inside.views import Volume
 from hvmgr.operations.inside.writing import Writer
 from hvmgr.operations.steps import execution
-from hvmgr.storage import images
+from hvmgr.storage import images, runtime
 from hvmgr.storage.filesystems import opening
 from hvmgr.storage.filesystems.reader import Content, Node, Type
 
@@ -142,7 +142,7 @@ def _require_room(session: Session, place: Place, acts: Sequence[Act], writer: W
     whole, images_ = sum(sizes), session.layout.images
     rooms = [(images_, both, "what is put, with the copies on the way,")]
     if place.lock is not None:
-        memory = settings.own_runtime_folder()
+        memory = runtime.own_folder()
         memory = next(one for one in (memory, *memory.parents) if one.exists())
         rooms = [
             (images_, written, "what is put"),
@@ -197,7 +197,7 @@ def _plan(
         volume=f"{shown(arranged.folder)} of {volume.title}",
         files=arranged.files,
         size=arranged.size,
-        work=str(settings.own_runtime_folder() / uuid.uuid4().hex[:12]),
+        work=str(runtime.own_folder() / uuid.uuid4().hex[:12]),
         in_memory=place.lock is not None,
     )
     at = 1 + max(number for number, one in enumerate(taken.prepare) if isinstance(one, plan.CreateImage))
