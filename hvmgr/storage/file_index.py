@@ -74,11 +74,15 @@ class Place:
 
 
 class Locked(NamedTuple):
-    """What is encrypted, and was opened by none of the keys that were given, if any were."""
+    """What is encrypted, and was opened by none of the keys that were given, if any were.
+
+    ``header`` is the same as long as the same keys open it.
+    """
 
     title: str
     disk: str | None
     partition: int | None
+    header: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """How many file systems of a snapshot were taken in, and how many folders were read for that."""
+    """How many file systems of a snapshot were taken in, how many folders were read for that, and what is still locked."""
 
     volumes: int
     folders: int
+    locked: Sequence[Locked]
 
 
 class Before:
@@ -93,9 +94,9 @@ def take_in(
             volumes += 1
             left_out += walk.left_out
             folders += walk.folders
-        locked = [Locked(one.title, one.disk.slot, one.number) for one in inside.volumes if one.kind is Kind.LUKS]
-    index.note(point, left_out, _still(point, locked))
-    return Taken(volumes, folders)
+        locked = [_locked(inside, one) for one in inside.volumes if one.kind is Kind.LUKS]
+    index.note(point, left_out, still := _still(point, locked))
+    return Taken(volumes, folders, still)
 
 
 def _take_over(index: FileIndex, point: Point, before: Before) -> Taken:
@@ -104,8 +105,14 @@ def _take_over(index: FileIndex, point: Point, before: Before) -> Taken:
     coming = [one for root, one in before.places.items() if root not in has]
     for place in coming:
         index.put_place(point, dataclasses.replace(place, base=before.point.id))
-    index.note(point, point.left_out, _still(point, before.point.locked))
-    return Taken(len(coming), 0)
+    index.note(point, point.left_out, still := _still(point, before.point.locked))
+    return Taken(len(coming), 0, still)
+
+
+def _locked(inside: Inside, volume: Volume) -> Locked:
+    from hvmgr.storage.filesystems import luks
+
+    return Locked(volume.title, volume.disk.slot, volume.number, luks.mark(inside.bytes_of(volume)))
 
 
 def _still(point: Point, locked: Sequence[Locked]) -> list[Locked]:

@@ -18,7 +18,7 @@ from hvmgr import errors, settings
 from hvmgr.model.progress import Progress
 from hvmgr.operations.inside import index_walk, looking, unlocking, views
 from hvmgr.storage import access, durable, file_index, index_file
-from hvmgr.storage.file_index import FileIndex, Point
+from hvmgr.storage.file_index import FileIndex, Locked, Point
 
 if TYPE_CHECKING:
     from hvmgr.operations.inside.unlocking import Key
@@ -109,19 +109,25 @@ def require_fitting(vm: VM, keys: Sequence[Key], *, wait_s: float, anew: bool = 
     if not keys:
         return
     snapshots = _parents_first(vm)
+    locked: dict[str, Sequence[Locked]] = {}
     if not anew:
         with (
             contextlib.suppress(errors.NotFound, errors.HostFailed),  # it is made anew
             opened(vm, wait_s=wait_s, reading=True) as index,
         ):
             snapshots = _to_read(vm, index, keys)
-    _require_fitting(vm, snapshots, keys)
+            locked = {one.snapshot: one.locked for one in index.points()}
+    _require_fitting(vm, [(one, locked.get(one.id, ())) for one in snapshots], keys)
 
 
-def _require_fitting(vm: VM, snapshots: Sequence[Snapshot], keys: Sequence[Key]) -> None:
+def _require_fitting(vm: VM, snapshots: Sequence[tuple[Snapshot, Sequence[Locked]]], keys: Sequence[Key]) -> None:
     left = list(keys)
     wrong: dict[Key, errors.HvmgrError] = {}
-    for snapshot in snapshots:
+    tried: set[Locked] = set()
+    for snapshot, locked in snapshots:
+        if locked and tried.issuperset(locked):
+            continue
+        tried.update(locked)
         try:
             with looking.opened(views.of_snapshot(vm, snapshot), keys=keys, strict=False) as inside:
                 volumes = inside.everything
@@ -161,19 +167,21 @@ def update(vm: VM, index: FileIndex, report: Report, keys: Sequence[Key] = ()) -
                 done.removed.append(one.snapshot)
     there = {one.id: one for one in vm.snapshots()}
     to_read = _to_read(vm, index, keys)
+    tried: set[Locked] = set()
     for number, snapshot in enumerate(to_read):
         report(Progress(number, len(to_read), f"index {snapshot.name}"))
         with index.writing():
             known = {one.snapshot: one for one in index.points()}
             point = known.get(snapshot.id)
-            if point is not None and not (keys and point.locked):  # another process was faster
-                continue
+            if point is not None and (not keys or tried.issuperset(point.locked)):
+                continue  # another process was faster, or none of the keys opens anything there
             befores = [
                 index_walk.Before(index, known[one.id], partial(views.of_snapshot, vm, one))
                 for one in _above(snapshot, there, known)
             ]
             where = index.add_point(snapshot.id) if point is None else point
             taken = index_walk.take_in(index, where, views.of_snapshot(vm, snapshot), befores, keys)
+            tried.update(taken.locked)
             done.folders += taken.folders
             if point is None:
                 done.added.append(snapshot.id)

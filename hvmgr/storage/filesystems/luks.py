@@ -125,6 +125,11 @@ def read_header(disk: Disk) -> Header:
     return found
 
 
+def mark(disk: Disk) -> str:
+    """What tells a header from another one, or from itself with other keys: its first part, which has to do with all of it."""
+    return hashlib.sha256(window.read(disk, 0, _TEXT)).hexdigest()[:32]
+
+
 def seals(disk: Disk) -> frozenset[bytes]:
     """What a volume's bytes are encrypted with, wherever they lie; the same at two moments unless it was encrypted anew."""
     found = {disk.seal} if isinstance(disk, Decrypted) else set()

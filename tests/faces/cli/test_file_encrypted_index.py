@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hvmgr.operations.inside import looking
 from tests.storage import encrypted, file_trees, moments, test_lvm
 
 MIB = 1 << 20
@@ -253,7 +254,7 @@ def test_what_is_encrypted_anew_is_read_as_a_whole(hvmgr, root, made, tmp_path):
     assert hvmgr.ok("file", "find", "web", "/etc/new", "--index", "--null").out == "/etc/new\0"
 
 
-def test_of_two_volumes_each_comes_with_its_own_key(hvmgr, root, made, tmp_path):
+def test_of_two_volumes_each_comes_with_its_own_key(hvmgr, root, made, tmp_path, monkeypatch):
     """One has a logical volume in it."""
     keys = [encrypted.key_file(tmp_path, one) for one in (KEY, OTHER)]
     data = bytearray(test_lvm.physical(test_lvm.UUID, test_lvm.METADATA.encode()).data)
@@ -274,6 +275,10 @@ def test_of_two_volumes_each_comes_with_its_own_key(hvmgr, root, made, tmp_path)
     paths = hvmgr(*find, "--null", "--name", "er").out
     assert paths == "/deep/er\0"
     assert hvmgr(*find, "--null", "--partition", "group/whole", "--type", "f").out == "/deep/er\0"
+    opened, real = [], looking.opened
+    monkeypatch.setattr(looking, "opened", lambda disks, **more: (opened.append(disks), real(disks, **more))[1])
+    assert index(hvmgr, keys[0]).json["changed"] is False
+    assert len(opened) == 2, "where the same is locked that no key opened once, it is not tried again"
     assert completed(hvmgr, f":2={keys[1]}") == ["a", "b"]
     assert index(hvmgr).json["locked"] == {}
     for words, expected in ((["--name", "er"], "/deep/er\0"), (["--name", "passwd"], "/etc/passwd\0")):
