@@ -46,7 +46,7 @@ def translated(path: Path, *, keep: bool) -> Iterator[None]:
                     hint="run it again later, or wait longer with --wait",
                 ) from error
             if "full" in said:
-                raise errors.NoSpace(f"there is no space for the index of files {path}") from error
+                raise _no_space(path) from error
             keep = keep or not said.startswith("no such ")
         if keep:
             raise errors.HostFailed(
@@ -57,6 +57,10 @@ def translated(path: Path, *, keep: bool) -> Iterator[None]:
             f"the index of files {path} cannot be used, and was removed: {error}",
             hint="run the command again: the index is made anew",
         ) from error
+
+
+def _no_space(path: Path) -> errors.NoSpace:
+    return errors.NoSpace(f"there is no space for the index of files {path}")
 
 
 def remove(file: Path) -> None:
@@ -157,10 +161,11 @@ class IndexFile:
         try:
             yield
         except BaseException:
-            self._database.execute("ROLLBACK TO attempt")
+            if self._database.in_transaction:  # where no space is left all of it is gone by itself
+                self._database.execute("ROLLBACK TO attempt")
+                self._database.execute("RELEASE attempt")
             raise
-        finally:
-            self._database.execute("RELEASE attempt")
+        self._database.execute("RELEASE attempt")
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -169,10 +174,12 @@ class IndexFile:
             self._database.execute("BEGIN IMMEDIATE")
         try:
             yield
-        except BaseException:
+            self._database.commit()
+        except BaseException as error:
             self._database.rollback()
+            if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
+                raise _no_space(self.file) from error
             raise
-        self._database.commit()
 
     def _rows(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:  # type: ignore[type-arg]  # as SQL says
         return self._database.execute(statement, values).fetchall()

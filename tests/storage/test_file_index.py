@@ -228,6 +228,22 @@ def test_of_an_attempt_that_fails_nothing_is_kept(tmp_path):
         assert [one.snapshot for one in index.points()] == ["kept"]
 
 
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
+        index.add_point("kept")
+    with (
+        pytest.raises(errors.NoSpace, match="no space for the index"),
+        file_index.opened(tmp_path / "x", "vm", wait_s=0) as index,
+    ):
+        index._database.execute("PRAGMA max_page_count = 60")
+        with index.writing(), index.attempt():
+            root = index.path(0, b"disk")
+            for number in range(100_000):
+                index.path(root, b"%d" % number * 20)
+    with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index:
+        assert [one.snapshot for one in index.points()] == ["kept"]
+
+
 def test_a_logical_volume_is_on_its_disks_and_case_is_that_of_each_moment(tmp_path):
     with file_index.opened(tmp_path / "x", "vm", wait_s=0) as index, index.writing():
         root = index.root("g/v")

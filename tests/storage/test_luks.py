@@ -11,9 +11,10 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.host import cryptsetup, kept_secrets, process
-from hvmgr.operations.inside import looking, views
+from hvmgr.model.ranges import Ranges
+from hvmgr.operations.inside import changed, looking, views
 from hvmgr.operations.inside.unlocking import Key
-from hvmgr.storage.filesystems import luks, opening, signatures
+from hvmgr.storage.filesystems import luks, opening, signatures, window
 from hvmgr.storage.partitions import File
 from tests.storage import encrypted, file_trees, test_lvm
 
@@ -305,3 +306,28 @@ def test_a_key_is_found_once_as_long_as_all_that_it_follows_from_is_the_same(pla
         file.write(header)
     assert found(encrypted.KEY) == first
     assert len(tried) == 5
+
+
+@pytest.mark.parametrize("cipher", ["aes-xts-plain64", "aes-cbc-essiv:sha256"])
+def test_a_byte_that_was_written_decides_about_no_other_bytes_than_are_told(plain, tmp_path, cipher):
+    image = tmp_path / "image"
+    shutil.copyfile(plain[1], image)
+    words = ("--cipher", cipher, "--key-size", "256", "--sector-size", "4096")
+    encrypted.luks2(image, encrypted.key_file(tmp_path), *words)
+    found, at = [], 16 * MIB + 3 * MIB + 511
+    for _ in range(2):
+        with File(image) as disk:
+            inside = clear(disk, encrypted.KEY)
+            data = bytearray(inside.size)
+            inside.read_into(0, memoryview(data))
+            parts = [("", one) for one in window.flattened(inside)]
+        found.append(data)
+        with image.open("r+b") as file:
+            file.seek(at)
+            file.write(b"\x55")
+    told = changed.of_volume(parts, parts, {"": Ranges([(at, at + 1)])}, encrypted=True)
+    differ = [place for place in range(3 * MIB - 8192, 3 * MIB + 8192) if found[0][place] != found[1][place]]
+    assert differ
+    assert found[0][: differ[0]] == found[1][: differ[0]]
+    assert all(told.touch(place, place + 1) for place in differ)
+    assert told.size <= 2 * 4096 + 1

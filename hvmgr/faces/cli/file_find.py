@@ -168,14 +168,15 @@ def _find_in_index(
         )  # fmt: skip
         indexing.require_fitting(vm, keys, wait_s=_wait_s(request))
         with indexing.opened(vm, wait_s=_wait_s(request), reading=request.dry_run) as found:
-            if not request.dry_run:
-                _bring_up_to_date(request, vm, found, keys)
+            is_tried = not request.dry_run and _bring_up_to_date(request, vm, found, keys)
+            locked = searching.locked(
+                found.points(), wish
+            )  # before: what another command takes in meanwhile may be told
             hits = searching.search(found, wish)
             left_out = _left_out(found)
-            locked = searching.locked(found.points(), wish)
         names = {one.id: one.name for one in vm.snapshots()}
         options.tell_left_out(left_out)
-        _tell_locked(locked, names, keys)
+        _tell_locked(locked, names, keys, is_tried=is_tried)
         if request.json:
             entries = [_hit(one, names) for one in hits]
             json_out.show({"left_out": left_out, "locked": _locked(locked), "entries": entries})
@@ -183,13 +184,14 @@ def _find_in_index(
             _show_hits(hits, names, long=long, null=null)
 
 
-def _bring_up_to_date(request: Request, vm: VM, index: FileIndex, keys: Sequence[Key]) -> None:
-    """What is in the index already is answered all the same."""
+def _bring_up_to_date(request: Request, vm: VM, index: FileIndex, keys: Sequence[Key]) -> bool:
+    """Whether it is; what is in the index already is answered all the same."""
     from hvmgr.operations.inside import indexing
 
     try:
         indexing.update(vm, index, request.report, keys)
-    except (errors.Busy, errors.NotFound) as error:
+        return True
+    except (errors.Busy, errors.NotFound, errors.NoSpace) as error:
         coming, _ = indexing.missing(vm, index)
         if not index.points():
             raise
@@ -197,6 +199,7 @@ def _bring_up_to_date(request: Request, vm: VM, index: FileIndex, keys: Sequence
         render.notice(
             f"the index could not be brought up to date: {error.message}; snapshots that are not in it: {missing}"
         )
+        return False
 
 
 def _left_out(index: FileIndex) -> dict[str, int]:
@@ -206,15 +209,19 @@ def _left_out(index: FileIndex) -> dict[str, int]:
     return {DAMAGED: count} if count else {}
 
 
-def _tell_locked(locked: Mapping[str, Sequence[Locked]], names: Mapping[str, str], keys: Sequence[Key]) -> None:
+def _tell_locked(
+    locked: Mapping[str, Sequence[Locked]], names: Mapping[str, str], keys: Sequence[Key], *, is_tried: bool
+) -> None:
     """What is not in the index because no key opened it, in one line."""
     if not locked:
         return
     those = [f"'{names.get(one) or one}'" for one in locked]
     where = ", ".join(those) if len(those) <= _NAMED_MAX else f"{len(those)} snapshots"
     what = ", ".join(dict.fromkeys(one.title for volumes in locked.values() for one in volumes))
-    why = "none of the keys that were given opens it" if keys else "its key can be given: --key-file FILE"
-    render.notice(f"{what} of {where} is encrypted (LUKS), and not in the index: {why}")
+    why = ": its key can be given: --key-file FILE"
+    if keys:
+        why = ": none of the keys that were given opens it" if is_tried else " yet"
+    render.notice(f"{what} of {where} is encrypted (LUKS), and not in the index{why}")
 
 
 def _locked(locked: Mapping[str, Sequence[Locked]]) -> dict[str, list[str]]:
@@ -289,7 +296,7 @@ def index(request: Request, vm: str, *, rebuild: bool, files: tuple[str, ...]) -
             points, left_out = opened.points(), _left_out(opened)
         locked = searching.locked(points, searching.Wish(paths=()))
         options.tell_left_out(left_out)
-        _tell_locked(locked, {one.id: one.name for one in found.snapshots()}, keys)
+        _tell_locked(locked, {one.id: one.name for one in found.snapshots()}, keys, is_tried=True)
         sentence = f"{len(points)} snapshot{'' if len(points) == 1 else 's'} in {path} ({_told(done)})"
         snapshots = [one.snapshot for one in points]
         request.done(
