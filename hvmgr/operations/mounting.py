@@ -182,7 +182,7 @@ def _record(chosen: Chosen, place: Mount) -> Attachment:
         format=chosen.links[0].format,
         read_only=True,  # as far as these images are concerned
         images=tuple(str(link.path) for link in links),
-        folder=str(runtime.own_folder() / uuid.uuid4().hex[:12]),
+        folder=str(runtime.own_folder(in_clear=place.encrypted) / uuid.uuid4().hex[:12]),
         boot=attachments.boot_id(),
         since=units.to_rfc3339(datetime.now(UTC)),
         file=images.identity(links[0].path),

@@ -1,8 +1,8 @@
 """Where this user has what lasts until a command or a mount ends: sockets, and what of an encrypted volume is in clear meanwhile.
 
 root has it below /run, an ordinary user in the folder of his session (``XDG_RUNTIME_DIR``): both are memory. Without a session
-it is a folder of his own in shared memory, which no other user can have put there, and none can take away; where that cannot
-be had, in his data folder, which is on a disk.
+it is in his data folder, which is on a disk; but what is in clear is in a folder of his own in shared memory, if there can be
+one which no other user has put there, and none can take away. (systemd empties it when the last of his sessions ends.)
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from hvmgr import settings
 _SHARED = Path("/dev/shm")  # noqa: S108 - what is believed of it is looked at first
 
 
-def own_folder() -> Path:
-    """The folder; it may have to be made."""
-    return settings.own_runtime_folder() or _in_memory() or settings.user_data() / "hvmgr" / ".run"
+def own_folder(*, in_clear: bool) -> Path:
+    """The folder, for what is ``in_clear`` or for other things; it may have to be made."""
+    folder = settings.own_runtime_folder()
+    if folder is None and in_clear:
+        folder = _in_memory()
+    return folder or settings.user_data() / "hvmgr" / ".run"
 
 
 def _in_memory() -> Path | None:

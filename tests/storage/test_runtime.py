@@ -26,11 +26,12 @@ def shared(tmp_path, monkeypatch, require):
     return folder / "hvmgr-0"
 
 
-def test_it_is_made_for_this_user_alone_and_used_again(shared, monkeypatch):
-    assert [runtime.own_folder() for _ in range(2)] == [shared] * 2
+def test_it_is_made_for_this_user_alone_and_used_again(shared, monkeypatch, tmp_path):
+    assert [runtime.own_folder(in_clear=True) for _ in range(2)] == [shared] * 2
     assert shared.stat().st_mode & 0o777 == 0o700
+    assert runtime.own_folder(in_clear=False) == tmp_path / "data" / "hvmgr" / ".run"
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/0")
-    assert runtime.own_folder() == Path("/run/user/0/hvmgr")
+    assert {runtime.own_folder(in_clear=one) for one in (True, False)} == {Path("/run/user/0/hvmgr")}
 
 
 @pytest.mark.parametrize("what", ["link", "dangling", "file", "other", "open", "not sticky", "not of root", "none"])
@@ -53,13 +54,13 @@ def test_what_is_not_safely_ours_is_not_used(shared, what, tmp_path):
         os.chown(shared.parent, 1234, 0)
     else:
         shared.parent.rmdir()
-    assert runtime.own_folder() == tmp_path / "data" / "hvmgr" / ".run"
+    assert runtime.own_folder(in_clear=True) == tmp_path / "data" / "hvmgr" / ".run"
     assert not (mine.exists() and list(mine.iterdir()))
 
 
 def test_of_an_ordinary_user_without_a_session(user):
     words = ["env", "-u", "XDG_RUNTIME_DIR", user.python, "-c"]
-    done = user.run(*words, "from hvmgr.storage import runtime; print(runtime.own_folder())")
+    done = user.run(*words, "from hvmgr.storage import runtime; print(runtime.own_folder(in_clear=True))")
     folder = Path(f"/dev/shm/hvmgr-{user.uid}")
     assert (done.stdout, done.returncode) == (f"{folder}\n", 0), done
     about = folder.lstat()

@@ -142,7 +142,7 @@ def _require_room(session: Session, place: Place, acts: Sequence[Act], writer: W
     whole, images_ = sum(sizes), session.layout.images
     rooms = [(images_, both, "what is put, with the copies on the way,")]
     if place.lock is not None:
-        memory = runtime.own_folder()
+        memory = runtime.own_folder(in_clear=True)
         memory = next(one for one in (memory, *memory.parents) if one.exists())
         rooms = [
             (images_, written, "what is put"),
@@ -197,7 +197,7 @@ def _plan(
         volume=f"{shown(arranged.folder)} of {volume.title}",
         files=arranged.files,
         size=arranged.size,
-        work=str(runtime.own_folder() / uuid.uuid4().hex[:12]),
+        work=str(runtime.own_folder(in_clear=place.lock is not None) / uuid.uuid4().hex[:12]),
         in_memory=place.lock is not None,
     )
     at = 1 + max(number for number, one in enumerate(taken.prepare) if isinstance(one, plan.CreateImage))
