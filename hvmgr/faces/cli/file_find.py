@@ -151,6 +151,8 @@ def _find_in_index(
 ) -> None:
     if where.image is not None or where.home is not None:
         raise errors.UsageError("only VMs have an index of files", hint="name a VM, or leave out --index")
+    if where.reader != options.READERS[0]:
+        raise errors.UsageError("the index is made by hvmgr's own readers", hint="leave out --index, or --reader")
     if where.present or where.key_files:
         raise errors.UsageError(
             "the index holds snapshots, and nothing that is encrypted",

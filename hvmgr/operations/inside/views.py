@@ -71,6 +71,7 @@ class Volume:
     why_not: str = ""  # nobody can read it
     encrypted: bool = False
     copied: str = ""  # where a copy of it is, which would not follow if it were written
+    reader: str = ""  # what reads it, where that is no reader of ours
 
     @property
     def title(self) -> str:
