@@ -88,23 +88,7 @@ class VM:
 
     def snapshot(self, reference: str) -> Snapshot:
         """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
-        known = self.snapshots()
-        by_name = [one for one in known if one.name == reference]
-        if len(by_name) > 1:
-            choices = ", ".join(one.id for one in by_name)
-            raise errors.UsageError(
-                f"{len(by_name)} snapshots are called '{reference}'", hint=f"name one by id: {choices}"
-            )
-        by_id = [one for one in known if one.id == reference]
-        by_prefix = [one for one in known if len(reference) >= 8 and one.id.startswith(reference)]
-        for found in (by_name, by_id, by_prefix):
-            if len(found) == 1:
-                return found[0]
-        if by_prefix:
-            raise errors.UsageError(
-                f"{len(by_prefix)} snapshots have ids that begin with {reference}", hint="give more of it"
-            )
-        raise names.not_found("snapshot", reference, [one.name for one in known], where=f"in {self.name}")
+        return names.find_snapshot(reference, self.snapshots(), where=f"in {self.name}")
 
     def tree(self) -> Tree:
         """Both graphs as the home's files tell them: snapshots, images, present, undo slot."""
