@@ -89,7 +89,7 @@ def started(sockets: Sequence[Path], work: Path) -> Iterator[Machine]:
                 process.spawned(
                     [sys.executable, "-I", "-c", text],
                     pass_fds=[number],
-                    environment={**own, "TMPDIR": os.fspath(work)},
+                    environment={**own, "LIBGUESTFS_TMPDIR": os.fspath(work)},
                 )
             )
         machine = Machine(ours, program)
