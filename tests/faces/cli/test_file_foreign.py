@@ -79,7 +79,17 @@ def disks(tmp_path_factory, require_program, foreign_reader):
 
 
 @pytest.fixture(scope="module")
-def inside(disks):
+def work(tmp_path_factory):
+    """What the machine has as a folder for temporary files; empty when it is gone."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(folder))
+        yield folder
+    assert list(folder.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def inside(disks, work):
     """All of them in one machine."""
     key = unlocking.Key((encrypted.KEY,))
     frozen = [views.of_image(disks / name, "raw") for name in _NAMES]
@@ -199,18 +209,6 @@ def test_get_says_who_reads_and_writes_nothing(hvmgr, disks, tmp_path):
     assert image.read_bytes() == before
 
 
-def test_machine_that_is_killed_is_an_error_and_leaves_nothing(disks, tmp_path, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with (
-        pytest.raises(errors.HostFailed, match="libguestfs ended without an answer"),
-        looking.opened([views.of_image(disks / "squashfs", "raw")], libguestfs=True) as inside,
-    ):
-        squashfs = inside.choose(b"/")
-        os.kill(squashfs.reader._machine._program.pid, signal.SIGKILL)
-        content(squashfs, b"/large")
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_machine_that_cannot_start_is_told(hvmgr, disks, monkeypatch, tmp_path):
     monkeypatch.setenv("SUPERMIN_KERNEL", str(tmp_path / "none"))
     monkeypatch.setenv("LIBGUESTFS_CACHEDIR", str(tmp_path))
@@ -231,3 +229,11 @@ def test_index_has_no_other_reader(hvmgr, vm):
     done = hvmgr("file", "find", vm, "/", "--index", "--reader", "libguestfs")
     assert done.code == 2
     assert "--reader" in done.err
+
+
+def test_machine_that_is_killed_is_an_error(inside):
+    """The last test of the machine: it is gone, and whatever it had is gone with it."""
+    squashfs = browser(inside, "squashfs")
+    os.kill(squashfs.reader._machine._program.pid, signal.SIGKILL)
+    with pytest.raises(errors.HostFailed, match="libguestfs ended without an answer"):
+        content(squashfs, b"/large")
