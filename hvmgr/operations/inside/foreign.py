@@ -14,6 +14,7 @@ import os
 import re
 import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,34 @@ def opened(places: Mapping[Volume, Disk | None], clear: Mapping[Volume, Disk]) -
             hint="name one disk: --disk SLOT",
         )
     libguestfs.require()
+    shared = one_at_a_time(clear)
     with contextlib.ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hvmgr-")))
-        sockets = [work / f"nbd{number}" for number in range(len(clear))]
-        for address, disk in zip(sockets, clear.values(), strict=True):
+        sockets = [work / f"nbd{number}" for number in range(len(shared))]
+        for address, disk in zip(sockets, shared.values(), strict=True):
             stack.enter_context(Server(Unmapped(disk), writable=False).listening(address))
         machine = stack.enter_context(libguestfs.started(sockets, work))
-        yield _found(machine, places, {_device(number): one for number, one in enumerate(clear)}, clear)
+        yield _found(machine, {**places, **shared}, {_device(number): one for number, one in enumerate(shared)})
+
+
+def one_at_a_time(disks: Mapping[Volume, Disk]) -> dict[Volume, Disk]:
+    """The same disks for several threads: their bytes may come by one file or one connection, whichever they are."""
+    lock = threading.Lock()
+    return {one: _Guarded(disk, lock) for one, disk in disks.items()}
+
+
+class _Guarded:
+    def __init__(self, disk: Disk, lock: threading.Lock) -> None:
+        self._disk, self._lock = disk, lock
+        self.size = disk.size
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        with self._lock:
+            self._disk.read_into(offset, buffer)
 
 
 def _found(
-    machine: Machine, places: Mapping[Volume, Disk | None], drives: Mapping[str, Volume], clear: Mapping[Volume, Disk]
+    machine: Machine, places: Mapping[Volume, Disk | None], drives: Mapping[str, Volume]
 ) -> dict[Volume, Foreign]:
     there = {device: _kind(words) for device, words in machine.file_systems().items() if device.startswith("/dev/")}
     devices = {one: device for device, one in drives.items()}
@@ -83,8 +101,8 @@ def _found(
         if device is not None and device in there:
             volume = dataclasses.replace(one, kind=there[device] or one.kind, why_not="")
             found |= _read(machine, device, volume, disk)
-        elif device is not None:
-            found[_without(one, clear[one])] = Foreign(None, disk)
+        elif device is not None and disk is not None:
+            found[_without(one, disk)] = Foreign(None, disk)
         elif not one.logical:
             found[one] = Foreign(None, disk)
     first = next(iter(drives.values()), None)

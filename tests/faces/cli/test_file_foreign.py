@@ -42,6 +42,7 @@ write /sub/inner "inner"
 write /outer "outer"
 """
 _NAMES = ("array0", "array1", "thin", "btrfs", "squashfs", "locked", "damaged", "ext4")
+_PARTS = 5
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,27 @@ def disks(tmp_path_factory, require_program, foreign_reader):
         file.seek(100)
         file.write(b"\xff" * 64)  # the first block of the first file, behind the header
     file_trees.ext(folder / "ext4", tree, "-t", "ext4", size="40M")
+    parted(folder)
     return folder
+
+
+def parted(folder):
+    """A qcow2 image with several partitions, each with a file system of its own."""
+    raw, size = folder / "parted.raw", 8 << 20
+    with raw.open("wb") as file:
+        file.truncate((_PARTS + 2) * size)
+    lines = [f"start={(number + 1) * size // 512},size={size // 512}" for number in range(_PARTS)]
+    file_trees.run("sfdisk", "-q", raw, input="\n".join(["label: gpt", *lines, ""]).encode())
+    for number in range(_PARTS):
+        own = folder / f"own{number}"
+        own.mkdir()
+        (own / f"only{number}").write_bytes(file_trees.pattern(1 << 20) + b"%d" % number)
+        part = file_trees.ext(folder / "part", own, "-t", "ext4", size="8M")
+        with raw.open("r+b") as file:
+            file.seek((number + 1) * size)
+            file.write(part.read_bytes())
+        part.unlink()
+    file_trees.run("qemu-img", "convert", "-O", "qcow2", raw, folder / "parted.qcow2")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +114,7 @@ def inside(disks, work):
     """All of them in one machine."""
     key = unlocking.Key((encrypted.KEY,))
     frozen = [views.of_image(disks / name, "raw") for name in _NAMES]
+    frozen.append(views.of_image(disks / "parted.qcow2"))
     with looking.opened(frozen, keys=[key], libguestfs=True) as found:
         yield found
 
@@ -156,6 +178,14 @@ def test_says_of_each_file_what_our_reader_says(inside, disks):
         foreign = browser(inside, "ext4").reader
         assert foreign.extras(large[0]) == reader.extras(large[1]) == {"user.note": b"\0binary"}
         assert file_trees.hash_of(foreign, large[0]) == file_trees.hash_of(reader, large[1])
+
+
+def test_partitions_of_one_image_are_read_at_once(inside):
+    """They come by one connection, and the machine asks for all of them at any time."""
+    for number in range(_PARTS):
+        chosen = inside.choose(b"/only%d" % number)
+        assert chosen.volume.number == number + 1
+        assert content(chosen, b"/only%d" % number) == file_trees.pattern(1 << 20) + b"%d" % number
 
 
 def test_one_tree_of_several_file_systems_is_walked(inside):
