@@ -5,13 +5,15 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= 3
 PYTEST  ?=
+PREFIX  ?= /opt/hvmgr
+LINK    ?= /usr/local/bin/hvmgr
 
 SHELL := /bin/bash
 MAKEFLAGS += --no-print-directory
 .DEFAULT_GOAL := help
 # Each process that a test starts would compile all of hvmgr anew.
 unexport PYTHONDONTWRITEBYTECODE
-.PHONY: help setup test lint format demo bench clean
+.PHONY: help setup install test lint format demo bench clean
 
 run := $(VENV)/bin/python -m
 
@@ -21,9 +23,13 @@ help:  ## this list
 	@echo '  PYTHON=python3.12   the Python that makes $(VENV) (3.11 or later; after make clean)'
 	@echo '  WORKERS=3           test processes'
 	@echo '  PYTEST="-k merge"   what pytest gets besides'
+	@echo '  PREFIX=/opt/hvmgr   where make install puts it, LINK=/usr/local/bin/hvmgr what is in PATH'
 
 setup:  ## Debian packages and the virtual environment
 	@.ci/setup "$(VENV)" "$(PYTHON)"
+
+install:  ## hvmgr for this host in PREFIX, with what it takes to run it and no more; as root, again for an upgrade
+	@.ci/install "$(PREFIX)" "$(LINK)" "$(if $(findstring file,$(origin PYTHON)),/usr/bin/python3,$(PYTHON))"
 
 test: setup  ## the whole check: format, lint, types, tests
 	@$(MAKE) --jobs=2 lint tests/__pycache__

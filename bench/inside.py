@@ -1,24 +1,25 @@
 """Files out of disks, which of them differ, and which snapshots have them, beside what a user would take instead.
 
-That is a loop mount of the same chain, a plain copy, ``diff -rq`` over two mounts, and where they are installed guestfish and
-virt-diff. The mount is what an administrator does by hand as root: a storage daemon exports the qcow2 chain by FUSE, a loop device
-lies on that, and the kernel mounts it, in a mount namespace of its own. hvmgr needs none of it.
+That is a loop mount of the same chain, a plain copy, ``diff -rq`` over two mounts, and guestfish, where it is installed. The mount
+is what an administrator does by hand as root: a storage daemon exports the qcow2 chain by FUSE, a loop device lies on that,
+and the kernel mounts it, in a mount namespace of its own. hvmgr needs none of it.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import hvmgr
-from bench import harness, snapshots
+from bench import harness, kernel, snapshots
 from bench.harness import Result
 from hvmgr import units
 from hvmgr.operations.inside import differing, getting, indexing, looking, views
@@ -74,6 +75,7 @@ class Scale:
     changed: int = 20
     small_disk: int = units.GIB
     large_disk: int = 100 * units.GIB
+    with_guestfish: bool = True  # which takes seconds to start
 
 
 def measure(say: Callable[[str], None], scale: Scale | None = None) -> list[Result]:
@@ -129,7 +131,7 @@ def _list(folder: Path, image: Path, scale: Scale) -> list[Result]:
         {
             "ours": partial(harness.program, [*_HVMGR, "list", "--long", "--image", str(image), "/many"]),
             "in process": in_process,
-            **_others(folder, image, 'ls -lR "$2/many"', ["ll /many"]),
+            **_others(folder, image, scale, 'ls -lR "$2/many"', ["ll", "/many"]),
         },
         rounds=scale.rounds,
         warm_up=scale.warm_up,
@@ -153,9 +155,8 @@ def _get(folder: Path, image: Path, scale: Scale) -> list[Result]:
     def plain() -> None:
         harness.program(["cp", "--sparse=never", "--reflink=never", str(folder / "tree" / "large"), str(_fresh(out))])
 
-    others = _others(
-        folder, image, f"cp --sparse=never --reflink=never \"$2/large\" '{out}'", [f"copy-out /large {out}"]
-    )
+    copy = f"cp --sparse=never --reflink=never \"$2/large\" '{out}'"
+    others = _others(folder, image, scale, copy, ["copy-out", "/large", str(out)])
     fresh = {name: (lambda run=run: (_fresh(out), run())) for name, run in others.items()}
     times = harness.in_turns(
         {"ours": ours, "in process": in_process, **fresh, "plain": plain}, rounds=scale.rounds, warm_up=scale.warm_up
@@ -176,7 +177,7 @@ def _first_byte(folder: Path, scale: Scale) -> list[Result]:
         {
             "ours": partial(harness.program, [*words, str(large)]),
             "small": partial(harness.program, [*words, str(small)]),
-            **_others(folder, large, 'cat "$2/file"', ["cat /file"]),
+            **_others(folder, large, scale, 'cat "$2/file"', ["cat", "/file"]),
         },
         rounds=scale.rounds,
         warm_up=scale.warm_up,
@@ -220,11 +221,9 @@ def _diff(folder: Path, image: Path, scale: Scale) -> list[Result]:
     contenders: dict[str, Callable[[], object]] = {"ours": partial(harness.program, words), "in process": in_process}
     if _can_mount():
         contenders["mount"] = partial(_all_mounted, folder, [image, new], "diff -rq 0 1 >/dev/null || [ $? -eq 1 ]")
-    if shutil.which("virt-diff"):
-        contenders["guestfish"] = partial(harness.program, ["virt-diff", "-a", str(image), "-A", str(new)])
     times = harness.in_turns(contenders, rounds=scale.rounds, warm_up=scale.warm_up)
     what = f"file diff, {len(_some(scale))} of {scale.files} files, {units.format_size(scale.large)}"
-    return _results(what, times, aim=0.5, names={"mount": "both mounted, diff -rq", "guestfish": "virt-diff"})
+    return _results(what, times, aim=0.5, names={"mount": "both mounted, diff -rq"})
 
 
 def _grown(small: Path, large: Path, scale: Scale) -> list[Result]:
@@ -310,15 +309,26 @@ def _results(
     return results
 
 
-def _others(folder: Path, image: Path, work: str, commands: list[str]) -> dict[str, Callable[[], object]]:
+def _others(
+    folder: Path, image: Path, scale: Scale, work: str, words: Sequence[str]
+) -> dict[str, Callable[[], object]]:
     """The same by other means, as far as this host and this user have them."""
     found: dict[str, Callable[[], object]] = {}
     if _can_mount():
         found["mount"] = partial(_mounted, folder, image, work)
-    if shutil.which("guestfish"):
-        line = ["guestfish", "--ro", "--format=qcow2", "-a", str(image), "-m", "/dev/sda", *commands]
-        found["guestfish"] = partial(harness.program, line)
+    if scale.with_guestfish and shutil.which("guestfish"):
+        line = ["guestfish", "--ro", "--format=qcow2", "-a", str(image), "-m", "/dev/sda", "--", *words]
+        found["guestfish"] = partial(harness.program, line, environment=_guestfish())
     return found
+
+
+@functools.cache
+def _guestfish() -> Mapping[str, str]:
+    """What guestfish has to be told to start here; what it builds at its first start is there."""
+    told = {**os.environ, **kernel.environment(), "LIBGUESTFS_BACKEND": "direct"}
+    start = ["guestfish", "add-ro", "/dev/null", ":", "run"]
+    done = subprocess.run(start, stdin=subprocess.DEVNULL, capture_output=True, check=False, env=told)
+    return told if done.returncode == 0 else {**told, "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
 
 
 def _can_mount() -> bool:

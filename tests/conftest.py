@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from bench import kernel
 from hvmgr.faces import guest
-from hvmgr.host import hypervisor, kept_secrets
+from hvmgr.host import hypervisor, kept_secrets, libguestfs_program
 from hvmgr.operations.automatic import worker
 from tests import ordinary_user, private_libvirt, shelf
 
@@ -152,6 +153,16 @@ def own_kernel(counting_guest, tmp_path, monkeypatch, require_program):
     (boot / f"vmlinuz-{version.name}").symlink_to(counting_guest.kernel)
     monkeypatch.setattr(kernels, "BOOT", boot)
     monkeypatch.setattr(kernels, "MODULES", counting_guest.modules)
+
+
+@pytest.fixture(scope="session")
+def foreign_reader(require):
+    """libguestfs has all that it needs here."""
+    require(libguestfs_program.is_installed(), "libguestfs is missing: make setup installs it")
+    with pytest.MonkeyPatch.context() as environment:
+        for name, value in kernel.environment().items():
+            environment.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="session")

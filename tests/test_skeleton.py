@@ -23,10 +23,30 @@ def test_version_is_the_newest_of_the_changelog() -> None:
     assert newest[1] == hvmgr.__version__
 
 
-@pytest.mark.parametrize("script", [".ci/setup", ".ci/run", ".ci/test"])
+@pytest.mark.parametrize("script", [".ci/setup", ".ci/run", ".ci/test", ".ci/install"])
 def test_script_is_executable_bash(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111 == 0o111
     subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_install_brings_the_packages_of_the_role() -> None:
+    script = (ROOT / ".ci/install").read_text("utf-8")
+    inside = "\n".join(re.findall(r"packages\+?=\((.*?)\)", script, re.DOTALL))
+    ours = {word for line in inside.splitlines() for word in line.partition("#")[0].split()}
+    role = (ROOT / "ansible/roles/host/vars/Debian.yml").read_text("utf-8").partition("_packages:")[2]
+    theirs = {word for line in role.splitlines() for word in re.findall(r"(?:^  - |'|else ')([a-z][a-z0-9.-]+)", line)}
+    assert ours == theirs - {"architecture", "aarch64"}
+
+
+def test_install_refuses_what_it_would_overwrite(tmp_path: Path) -> None:
+    foreign = tmp_path / "hvmgr"
+    foreign.write_text("somebody's")
+    done = subprocess.run(
+        [ROOT / ".ci/install", tmp_path / "prefix", foreign], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "no link of ours" in done.stderr or "only root" in done.stderr
+    assert (foreign.read_text(), sorted(one.name for one in tmp_path.iterdir())) == ("somebody's", ["hvmgr"])
 
 
 def test_help_names_every_target() -> None:

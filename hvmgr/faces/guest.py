@@ -160,9 +160,9 @@ def _find(folder: Path, recipe: str) -> Guest | None:
 
 
 def _build(folder: Path, recipe: str) -> Guest:
-    package, version = _kernel_package()
+    package, version = kernel_package()
     with tempfile.TemporaryDirectory(prefix="hvmgr-") as place:
-        files = _unpacked(package, Path(place) / "kernel")
+        files = unpacked(package, Path(place) / "kernel")
         kernel = next(iter((files / "boot").glob("vmlinuz-*")), None)
         if kernel is None:
             raise errors.HostFailed(f"the package {package} holds no kernel")
@@ -177,8 +177,8 @@ def _build(folder: Path, recipe: str) -> Guest:
     return Guest(target / "vmlinuz", target / "initrd")
 
 
-def _kernel_package() -> tuple[str, str]:
-    """Name and version of the package that Debian's ever newest one depends on."""
+def kernel_package() -> tuple[str, str]:
+    """Name and version of the package with a kernel that Debian's ever newest one depends on; HostFailed where apt knows none."""
     if platform.machine() != "x86_64":
         raise errors.Unsupported(f"the guest is made for x86_64, not for {platform.machine()}")
     shown = process.run(
@@ -193,8 +193,8 @@ def _kernel_package() -> tuple[str, str]:
     return match[1].decode(), match[2].decode()
 
 
-def _unpacked(package: str, folder: Path) -> Path:
-    """The folder with the files of a Debian package, which is not installed for that."""
+def unpacked(package: str, folder: Path) -> Path:
+    """The folder, in ``folder``, with the files of a Debian package, which is downloaded and not installed."""
     folder.mkdir()
     # As root apt would download as a user of its own, who may not write here, and complain about it.
     download = ["apt-get", "--quiet", "--option", "APT::Sandbox::User=root", "download", package]
@@ -213,7 +213,7 @@ def _busybox(folder: Path) -> bytes:
     """A static busybox: the installed one, or that of Debian's package."""
     if BUSYBOX.is_file() and is_static(data := BUSYBOX.read_bytes()):
         return data
-    return (_unpacked("busybox-static", folder) / "bin/busybox").read_bytes()
+    return (unpacked("busybox-static", folder) / "bin/busybox").read_bytes()
 
 
 def _contents(files: Path, busybox: bytes) -> Iterator[tuple[str, int, bytes]]:

@@ -12,25 +12,13 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hvmgr import errors
 from hvmgr.faces import block_server
 from hvmgr.host import pids
-from hvmgr.host.nbd_server import Server
+from hvmgr.host.nbd_server import Server, Unmapped
 from hvmgr.operations.inside import serving
-from hvmgr.storage.partitions import Disk
-
-
-class _Whole:
-    """A disk of which nobody knows where it has data."""
-
-    def __init__(self, disk: Disk) -> None:
-        self.size = disk.size
-        self.read_into = disk.read_into
-
-    def stretches(self, offset: int = 0, length: int | None = None) -> Iterator[tuple[int, int, bool]]:
-        yield offset, self.size - offset if length is None else length, True
 
 
 def main(words: Sequence[str]) -> int:
@@ -45,7 +33,7 @@ def main(words: Sequence[str]) -> int:
             listener.listen()
             os.chdir("/")  # no file system is kept busy for nothing
             block_server.let_go_of_output()
-            Server(_Whole(disk), writable=False).accept(listener)
+            Server(Unmapped(disk), writable=False).accept(listener)
     except errors.HvmgrError as error:
         sys.stderr.write(f"{error.code}: {error.message}\n")
         return error.exit_code

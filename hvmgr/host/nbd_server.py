@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import socket
 import struct
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from hvmgr import errors
@@ -82,6 +84,29 @@ class WritableDisk(Disk, Protocol):
         """All that was written is on the storage itself."""
 
 
+class Readable(Protocol):
+    """A disk of which only the bytes are known."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """Fill the whole buffer."""
+
+
+class Unmapped:
+    """A disk of which nobody knows where it has data, as a ``Disk``."""
+
+    def __init__(self, disk: Readable) -> None:
+        self.size = disk.size
+        self.read_into = disk.read_into
+
+    def stretches(self, offset: int = 0, length: int | None = None) -> Iterator[tuple[int, int, bool]]:
+        """All of it may be data."""
+        yield offset, self.size - offset if length is None else length, True
+
+
 class Server:
     """Serves one disk, under every export name, on connections that are given to it."""
 
@@ -98,6 +123,18 @@ class Server:
             except OSError:
                 return
             threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    @contextlib.contextmanager
+    def listening(self, address: Path) -> Iterator[None]:
+        """Serve whoever connects to this Unix socket, as long as the block lasts."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(os.fspath(address))
+            listener.listen()
+            threading.Thread(target=self.accept, args=(listener,), daemon=True).start()
+            try:
+                yield
+            finally:
+                listener.shutdown(socket.SHUT_RDWR)
 
     def serve(self, connection: socket.socket) -> None:
         """Serve one client to its end; a client that breaks the protocol is sent away."""

@@ -205,21 +205,27 @@ def seconded(argv: Sequence[str | Path]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def spawned(
-    argv: Sequence[str | Path], *, stderr_to: IO[bytes] | None = None, pass_fds: Sequence[int] = ()
+    argv: Sequence[str | Path],
+    *,
+    stderr_to: IO[bytes] | None = None,
+    pass_fds: Sequence[int] = (),
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Spawned]:
     """A program that runs for the length of the block and never longer.
 
     It is ended on every way out of the block, and by the kernel when we are killed. The kernel watches the
     *thread* that entered the block, which therefore has to stay until the block ends. Ctrl-C of the
-    terminal does not reach it. ``stderr_to`` is an open file; without one its messages are kept aside.
+    terminal does not reach it. ``stderr_to`` is an open file; without one its messages are kept aside. ``environment``
+    is added to its clean one.
     """
     require(os.fspath(argv[0]))
     command = shlex.join(os.fspath(word) for word in argv)
     with contextlib.ExitStack() as stack:
         stderr = stderr_to or stack.enter_context(tempfile.TemporaryFile(prefix="hvmgr-"))
         guarded = [*_GUARD, str(os.getpid()), *argv]
+        quiet = subprocess.DEVNULL
         process = stack.enter_context(
-            _started(guarded, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, pass_fds=pass_fds)
+            _started(guarded, stdin=quiet, stdout=quiet, stderr=stderr, pass_fds=pass_fds, environment=environment)
         )
         program = Spawned(process, command, stderr)
         stack.callback(program.end)

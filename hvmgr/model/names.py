@@ -3,10 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol, TypeVar
 
-from hvmgr.errors import NotFound
+from hvmgr.errors import NotFound, UsageError
 
 _SHOWN = 5
+_PREFIX = 8  # digits of an id that may stand for it
+
+
+class Named(Protocol):
+    """What people name: a snapshot."""
+
+    @property
+    def id(self) -> str:
+        """Its own, of hexadecimal digits."""
+
+    @property
+    def name(self) -> str:
+        """Which others may have as well."""
+
+
+_Named = TypeVar("_Named", bound=Named)
+
+
+def find_snapshot(reference: str, known: Iterable[_Named], *, where: str) -> _Named:
+    """The snapshot with this exact name, this id, or an id with these first digits, 8 or more.
+
+    UsageError where several are meant, NotFound, with near names, where none is.
+    """
+    all_of_them = list(known)
+    for found in (
+        [one for one in all_of_them if one.name == reference],
+        [one for one in all_of_them if one.id == reference],
+        [one for one in all_of_them if len(reference) >= _PREFIX and one.id.startswith(reference)],
+    ):
+        if len(found) > 1:
+            are = f"are called '{reference}'" if found[0].name == reference else f"have ids that begin with {reference}"
+            choices = ", ".join(one.id for one in found)
+            raise UsageError(f"{len(found)} snapshots {are}", hint=f"name one by id: {choices}")
+        if found:
+            return found[0]
+    raise not_found("snapshot", reference, [one.name for one in all_of_them], where=where)
 
 
 def not_found(kind: str, name: str, known: Iterable[str], *, where: str) -> NotFound:

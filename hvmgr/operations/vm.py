@@ -88,23 +88,7 @@ class VM:
 
     def snapshot(self, reference: str) -> Snapshot:
         """A snapshot by exact name, full id, or an id's first 8 digits or more; ambiguous names are a UsageError."""
-        known = self.snapshots()
-        by_name = [one for one in known if one.name == reference]
-        if len(by_name) > 1:
-            choices = ", ".join(one.id for one in by_name)
-            raise errors.UsageError(
-                f"{len(by_name)} snapshots are called '{reference}'", hint=f"name one by id: {choices}"
-            )
-        by_id = [one for one in known if one.id == reference]
-        by_prefix = [one for one in known if len(reference) >= 8 and one.id.startswith(reference)]
-        for found in (by_name, by_id, by_prefix):
-            if len(found) == 1:
-                return found[0]
-        if by_prefix:
-            raise errors.UsageError(
-                f"{len(by_prefix)} snapshots have ids that begin with {reference}", hint="give more of it"
-            )
-        raise names.not_found("snapshot", reference, [one.name for one in known], where=f"in {self.name}")
+        return names.find_snapshot(reference, self.snapshots(), where=f"in {self.name}")
 
     def tree(self) -> Tree:
         """Both graphs as the home's files tell them: snapshots, images, present, undo slot."""
@@ -375,13 +359,15 @@ class VM:
         partition: str | None = None,
         keys: Mapping[str, bytes] | None = None,
         present: bool = False,
+        libguestfs: bool = False,
     ) -> AbstractContextManager[Inside]:
         """The file systems on the disks, to be read inside the block; the VM may run, and is then seen at its latest snapshot.
 
         With ``present`` it is seen as it is now: it goes on in new images, which are merged after the block.
 
         ``partition`` is a number, or the name ``GROUP/VOLUME`` of a logical volume. ``keys`` open what is encrypted with
-        LUKS, each for SLOT, SLOT:N, :N, GROUP/VOLUME, or for all of it (an empty word). Nothing is written.
+        LUKS, each for SLOT, SLOT:N, :N, GROUP/VOLUME, or for all of it (an empty word). With ``libguestfs`` that is the
+        reader: it knows more file systems, and arrays, and takes seconds to start. Nothing is written.
         """
         from hvmgr.operations.inside import looking, standing, unlocking, views
 
@@ -389,8 +375,9 @@ class VM:
         if present and snapshot is not None:
             raise errors.UsageError("a snapshot is not the present", hint="ask for one of them")
         if present:
-            return standing.opened(self, slot=slot, partition=partition, keys=found)
-        return looking.opened(views.of_vm(self, snapshot=snapshot, slot=slot), partition=partition, keys=found)
+            return standing.opened(self, slot=slot, partition=partition, keys=found, libguestfs=libguestfs)
+        disks = views.of_vm(self, snapshot=snapshot, slot=slot)
+        return looking.opened(disks, partition=partition, keys=found, libguestfs=libguestfs)
 
     def put_files(
         self,

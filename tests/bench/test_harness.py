@@ -179,7 +179,13 @@ def test_ansible_is_measured():
 def test_files_inside_disks_are_measured(require_program):
     require_program("mke2fs")
     scale = inside.Scale(
-        rounds=1, warm_up=0, files=20, large=units.MIB, small_disk=16 * units.MIB, large_disk=32 * units.MIB
+        rounds=1,
+        warm_up=0,
+        files=20,
+        large=units.MIB,
+        small_disk=16 * units.MIB,
+        large_disk=32 * units.MIB,
+        with_guestfish=False,
     )
     results = inside.measure(lambda _: None, scale)
     assert all(result.ours > 0 for result in results)

@@ -135,7 +135,7 @@ def build(counting, folder):
     agent = folder / "qemu-ga"
     if not agent.is_file():
         with tempfile.TemporaryDirectory(prefix="hv") as place:
-            files = guest._unpacked(_PACKAGE, Path(place) / "agent")
+            files = guest.unpacked(_PACKAGE, Path(place) / "agent")
             shutil.copy(files / "usr/sbin/qemu-ga", folder / "qemu-ga.part")
         (folder / "qemu-ga.part").rename(agent)
     initrd = folder / "initrd"

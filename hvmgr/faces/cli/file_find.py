@@ -156,6 +156,8 @@ def _find_in_index(
         raise errors.UsageError("only VMs have an index of files", hint="name a VM, or leave out --index")
     if where.present:
         raise errors.UsageError("the index holds snapshots, and not the present", hint="leave out --index or --present")
+    if where.reader != options.READERS[0]:
+        raise errors.UsageError("the index is made by hvmgr's own readers", hint="leave out --index, or --reader")
     from hvmgr.operations.inside import indexing, searching
 
     keys = key_files.read(where.key_files)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.inside.views import Frozen
 
 _NAMED_MAX = 100  # of what is damaged
+READERS = ("hvmgr", "libguestfs")
 FORMATS = ("vhd", "vhdx", "qcow2", "raw")
 
 
@@ -38,6 +39,7 @@ class Where:
     fmt: str | None
     key_files: tuple[str, ...]
     present: bool
+    reader: str
 
     @property
     def paths(self) -> tuple[bytes, ...]:
@@ -124,6 +126,10 @@ def _options(metavar: str) -> list[Callable[[Any], Any]]:
             "--format", "fmt", type=click.Choice(FORMATS), help="The format of --image, if it is not to be found out."
         ),
         key_files.option,
+        click.option(
+            "--reader", type=click.Choice(READERS), default=READERS[0],
+            help="libguestfs, where it is installed, knows more file systems, and arrays; it takes seconds to start.",
+        ),
     ]  # fmt: skip
 
 
@@ -144,7 +150,8 @@ def opened(request: Request, where: Where) -> Iterator[Inside]:
     with request.host() as host, where.still(host) as disks:
         for moment in dict.fromkeys(one.moment for one in disks if one.moment is not None):
             render.notice(moment)
-        with looking.opened(disks, partition=where.partition, keys=keys) as inside:
+        libguestfs = where.reader == READERS[1]
+        with looking.opened(disks, partition=where.partition, keys=keys, libguestfs=libguestfs) as inside:
             yield inside
 
 

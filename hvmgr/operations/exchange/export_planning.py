@@ -77,19 +77,7 @@ class Planner:
         return [] if self.one is None else [self.one.id]
 
     def _find(self, reference: str) -> SnapshotRecord:
-        found = [one for one in self.records.values() if one.name == reference]
-        found = found or [one for one in self.records.values() if one.id == reference]
-        if not found and len(reference) >= 8:
-            found = [one for one in self.records.values() if one.id.startswith(reference)]
-        if len(found) > 1:
-            choices = ", ".join(one.id for one in found)
-            raise errors.UsageError(
-                f"{len(found)} snapshots are called '{reference}'", hint=f"name one by id: {choices}"
-            )
-        if not found:
-            known = [one.name for one in self.records.values()]
-            raise names.not_found("snapshot", reference, known, where=f"in {self.present.name}")
-        return found[0]
+        return names.find_snapshot(reference, self.records.values(), where=f"in {self.present.name}")
 
     def _kept(self) -> dict[str, SnapshotRecord]:
         """The snapshots of the export, with their parents in it."""

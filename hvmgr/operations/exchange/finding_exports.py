@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host.domain import State
-from hvmgr.model import manifest
+from hvmgr.model import manifest, names
 from hvmgr.model.export_options import ExportOptions
 from hvmgr.model.manifest import Extent, Manifest
 from hvmgr.operations.exchange.export_place import Place
@@ -70,15 +70,10 @@ def _is_wanted(session: Session, told: Manifest, options: ExportOptions) -> bool
 def _ids(session: Session, references: tuple[str, ...]) -> set[str]:
     """The snapshots that are named; a name that is unknown or ambiguous finds what no export has, and is refused later."""
     records = [one.record for one in session.home.snapshots()]
-    found = set[str]()
-    for reference in references:
-        matching = [one.id for one in records if one.name == reference] or [
-            one.id for one in records if len(reference) >= 8 and one.id.startswith(reference)
-        ]
-        if len(matching) != 1:
-            return set()
-        found.add(matching[0])
-    return found
+    try:
+        return {names.find_snapshot(one, records, where=f"in {session.home.name}").id for one in references}
+    except errors.HvmgrError:
+        return set()
 
 
 def _is_current(session: Session, told: Manifest, options: ExportOptions) -> bool:

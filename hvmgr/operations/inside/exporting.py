@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,15 +64,8 @@ def _in_clear(daemon: Daemon, node: Node, lock: Decrypted, address: Path) -> Ite
     with contextlib.ExitStack() as stack:
         uri = stack.enter_context(daemon.exported(node, writable=True))
         server = Server(_Clear(stack.enter_context(nbd_client.connected(uri)), lock), writable=True)
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(os.fspath(address))
-        listener.listen()
-        threading.Thread(target=server.accept, args=(listener,), daemon=True).start()
-        try:
-            with storage_daemon.started(apart=True) as other:
-                yield other, other.open_served(address)
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
+        with server.listening(address), storage_daemon.started(apart=True) as other:
+            yield other, other.open_served(address)
         with explained(node.path):
             server.flush()
 

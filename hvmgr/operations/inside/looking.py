@@ -24,7 +24,9 @@ from hvmgr.storage.filesystems.window import Mapped, Window
 from hvmgr.storage.partitions import Disk
 
 if TYPE_CHECKING:
+    from hvmgr.operations.inside.foreign import Foreign
     from hvmgr.storage.filesystems.luks import Decrypted
+    from hvmgr.storage.filesystems.reader import Reader
 
 _HINTS = {
     Kind.LUKS: unlocking.NO_KEY,
@@ -32,6 +34,7 @@ _HINTS = {
     Kind.SWAP: "it is swap space",
     Kind.SWSUSPEND: "it is swap space, with the memory of a system that sleeps",
     Kind.LVM: "its logical volumes (LVM) are told on their own",
+    Kind.RAID: "it is a part of an array (md), which libguestfs puts together: --reader libguestfs",
 }
 
 
@@ -57,6 +60,7 @@ class Inside:
     volumes: list[Volume]
     _places: dict[Volume, Disk | None]
     _sources: dict[int, Frozen]  # which disk it is, by the identity of its bytes
+    _foreign: Mapping[Volume, Foreign] | None = None  # what libguestfs reads, where it was asked for
     _browsers: dict[Volume, Browser] = field(default_factory=dict)
 
     def bytes_of(self, volume: Volume) -> Disk:
@@ -69,12 +73,18 @@ class Inside:
     def browser(self, volume: Volume) -> Browser:
         """The volume's file system; Unsupported, with the reason, where there is none that can be read."""
         if volume not in self._browsers:
-            disk = self.bytes_of(volume)
-            opened = None if volume.kind is None or volume.why_not else opening.open_reader(volume.kind, disk)
+            opened = self._opened(volume)
             if opened is None:
                 raise errors.Unsupported(f"{volume.title} of {volume.disk.name} cannot be read: {why_not(volume)}")
             self._browsers[volume] = Browser(volume, opened)
         return self._browsers[volume]
+
+    def _opened(self, volume: Volume) -> Reader | None:
+        if self._foreign is not None:
+            opens = self._foreign[volume].reader
+            return None if opens is None else opens()
+        disk = self.bytes_of(volume)
+        return None if volume.kind is None or volume.why_not else opening.open_reader(volume.kind, disk)
 
     @property
     def everything(self) -> list[Volume]:
@@ -191,19 +201,23 @@ class Inside:
             said = "; ".join(f"{one.title}: {why_not(one)}" for one in known)
             return errors.Unsupported(f"{what} holds no file system that can be read ({said})")
         places = [one for one in self.volumes if one.number is not None]
+        hint = _MORE if self._foreign is None else None
         if places:
-            return errors.Unsupported(f"nothing that is known lies on the {len(places)} partitions of {what}")
-        return errors.Unsupported(f"{what} has neither a partition table nor a file system that is known")
+            return errors.Unsupported(
+                f"nothing that is known lies on the {len(places)} partitions of {what}", hint=hint
+            )
+        return errors.Unsupported(f"{what} has neither a partition table nor a file system that is known", hint=hint)
 
 
 _SWAP = {None, Kind.SWAP, Kind.SWSUSPEND}
+_MORE = "libguestfs knows more than hvmgr: --reader libguestfs"
 _RUNNING = "start the VM: file restore --to running"
 _CHOOSE = "choose one with --disk SLOT and --partition N or GROUP/VOLUME; all of them: hvmgr file list without a path"
 
 
 def is_readable(volume: Volume) -> bool:
     """Whether there is a reader for what lies there."""
-    return volume.kind in opening.READABLE and not volume.why_not
+    return bool(volume.reader) or (volume.kind in opening.READABLE and not volume.why_not)
 
 
 def why_not(volume: Volume) -> str:
@@ -212,7 +226,10 @@ def why_not(volume: Volume) -> str:
         return volume.why_not
     if volume.kind is None:
         return "nothing that is known lies there"
-    return _HINTS.get(volume.kind) or f"no reader here knows {volume.kind.value}"
+    return (
+        _HINTS.get(volume.kind)
+        or f"no reader of hvmgr's knows {volume.kind.value}, libguestfs may: --reader libguestfs"
+    )
 
 
 def described(volumes: Sequence[Volume]) -> str:
@@ -234,11 +251,17 @@ def named(volumes: Sequence[Volume], partition: str) -> list[Volume]:
 
 @contextlib.contextmanager
 def opened(
-    disks: Sequence[Frozen], *, partition: str | None = None, keys: Sequence[Key] = (), strict: bool = True
+    disks: Sequence[Frozen],
+    *,
+    partition: str | None = None,
+    keys: Sequence[Key] = (),
+    strict: bool = True,
+    libguestfs: bool = False,
 ) -> Iterator[Inside]:
     """The disks with all their volumes, or with those of a number or with the name ``GROUP/VOLUME`` only.
 
-    What is encrypted is opened with the ``keys``; if ``strict``, each has to open something. NotFound when no disk has such a partition.
+    What is encrypted is opened with the ``keys``; if ``strict``, each has to open something. With ``libguestfs`` that is the
+    reader, and none of ours. NotFound when no disk has such a partition.
     """
     with contextlib.ExitStack() as stack:
         places: dict[Volume, Disk | None] = {}
@@ -251,13 +274,22 @@ def opened(
         places = unlocking.unlocked(places, keys, number)
         good, bad = _physical(places)
         places = {dataclasses.replace(one, why_not=bad[one]) if one in bad else one: at for one, at in places.items()}
-        places |= unlocking.unlocked(dict(_logical(good)), keys, number)
+        clear = {one: at for one, at in places.items() if at is not None}
+        logical = dict(_logical(good))
+        places |= (unlocked := unlocking.unlocked(logical, keys, number))
+        found: Mapping[Volume, Foreign] | None = None
+        if libguestfs:
+            from hvmgr.operations.inside import foreign
+
+            clear |= {one: at for one, at in unlocked.items() if at is not None and one not in logical}
+            found = stack.enter_context(foreign.opened(places, clear))
+            places = {one: about.disk for one, about in found.items()}
         volumes = list(places)
         if strict:
             unlocking.check(volumes, keys)
         if partition is not None:
             volumes = named(volumes, partition)
-        yield Inside(list(disks), volumes, places, sources)
+        yield Inside(list(disks), volumes, places, sources, found)
 
 
 def _physical(places: Mapping[Volume, Disk | None]) -> tuple[dict[Volume, Disk], dict[Volume, str]]:

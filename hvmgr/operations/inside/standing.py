@@ -49,10 +49,13 @@ def still(vm: VM, *, slot: str | None = None) -> Iterator[list[Frozen]]:
 
 @contextlib.contextmanager
 def opened(
-    vm: VM, *, slot: str | None = None, partition: str | None = None, keys: Sequence[Key] = ()
+    vm: VM, *, slot: str | None = None, partition: str | None = None, keys: Sequence[Key] = (), libguestfs: bool = False
 ) -> Iterator[Inside]:
     """The same with what lies on the disks, as ``looking.opened`` gives it."""
-    with still(vm, slot=slot) as disks, looking.opened(disks, partition=partition, keys=keys) as inside:
+    with (
+        still(vm, slot=slot) as disks,
+        looking.opened(disks, partition=partition, keys=keys, libguestfs=libguestfs) as inside,
+    ):
         yield inside
 
 

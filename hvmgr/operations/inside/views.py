@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from hvmgr import errors
 from hvmgr.host import image_export, image_locks
 from hvmgr.host.image_export import Link
+from hvmgr.model import names
 from hvmgr.storage import frozen, images, partitions
 from hvmgr.storage.filesystems import signatures
 from hvmgr.storage.filesystems.signatures import Kind
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.snapshot import Snapshot
     from hvmgr.operations.transfer.points import Point
     from hvmgr.operations.vm import VM
-    from hvmgr.storage.source_home import SourceHome, SourceSnapshot
+    from hvmgr.storage.source_home import SourceHome
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Volume:
     why_not: str = ""  # nobody can read it
     encrypted: bool = False
     copied: str = ""  # where a copy of it is, which would not follow if it were written
+    reader: str = ""  # what reads it, where that is no reader of ours
 
     @property
     def title(self) -> str:
@@ -174,29 +176,13 @@ def of_folder(
     where = f"{source.present.name} in {source.folder}"
     disks, what = dict(source.disks), where
     if snapshot is not None:
-        chosen = _find_snapshot(source, snapshot, where)
-        disks, what = dict(chosen.disks), f"snapshot '{chosen.record.name}' of {where}"
+        record = names.find_snapshot(snapshot, [one.record for one in source.snapshots], where=f"in {where}")
+        disks = next(dict(one.disks) for one in source.snapshots if one.record is record)
+        what = f"snapshot '{record.name}' of {where}"
     if slot is not None and slot not in disks:
-        from hvmgr.model import names
-
         raise names.not_found("disk", slot, disks, where=f"in {what}")
     wanted = sorted(disks) if slot is None else [slot]
     return [Frozen(f"disk {one} of {what}", tuple(_links(_source_chain(source, disks[one]))), one) for one in wanted]
-
-
-def _find_snapshot(source: SourceHome, reference: str, where: str) -> SourceSnapshot:
-    named = [one for one in source.snapshots if one.record.name == reference]
-    if len(named) > 1:
-        choices = ", ".join(one.record.id for one in named)
-        raise errors.UsageError(f"{len(named)} snapshots are called '{reference}'", hint=f"name one by id: {choices}")
-    by_id = [one for one in source.snapshots if one.record.id == reference]
-    by_id = by_id or [one for one in source.snapshots if len(reference) >= 8 and one.record.id.startswith(reference)]
-    found = named or by_id
-    if len(found) != 1:
-        from hvmgr.model import names
-
-        raise names.not_found("snapshot", reference, [one.record.name for one in source.snapshots], where=f"in {where}")
-    return found[0]
 
 
 def _source_chain(source: SourceHome, path: str) -> list[tuple[Path, str]]:

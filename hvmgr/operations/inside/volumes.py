@@ -19,13 +19,7 @@ _NAMES = {
     Kind.LVM: "LVM",
     Kind.SWAP: "swap space",
     Kind.SWSUSPEND: "a system that sleeps",
-}
-_PACKED = {
-    Kind.LUKS: "is encrypted with LUKS, and its key can be given: --key-file FILE",
-    Kind.BITLOCKER: "is encrypted with BitLocker",
-    Kind.LVM: "is a physical volume of LVM, not a file system",
-    Kind.SWAP: "is swap space, not a file system",
-    Kind.SWSUSPEND: "is swap space with the memory of a system that sleeps, not a file system",
+    Kind.RAID: "a part of an array",
 }
 
 
@@ -94,12 +88,11 @@ def size_of(volume: Volume) -> int:
 
 
 def _nothing(found: Sequence[Volume]) -> errors.HvmgrError:
-    packed = [one for one in found if one.kind in _PACKED]
+    packed = [one for one in found if one.kind is not None and not one.kind.holds_files]
     packed.sort(key=lambda one: not (one.kind is not None and one.kind.is_encrypted))
-    if packed and packed[0].kind is not None:
-        one = packed[0]
+    if packed:
         return errors.Unsupported(
-            f"{one.title}: {one.why_not}" if one.why_not else f"{one.title} {_PACKED[packed[0].kind]}",
+            f"{packed[0].title} cannot be mounted: {looking.why_not(packed[0])}",
             hint="attach the disk, and open it with the host's own tools: hvmgr image attach --read-only",
         )
     broken = [one for one in found if one.why_not]

@@ -382,7 +382,10 @@ def _read_super(raw: bytes) -> _Super:
         raise damaged("its superblock makes no sense")
     for flag, what in _REFUSED.items():
         if incompatible & flag:
-            raise errors.Unsupported(f"this ext file system uses {what}, which no reader here knows")
+            raise errors.Unsupported(
+                f"this ext file system uses {what}, which no reader here knows",
+                hint="libguestfs may know it: --reader libguestfs",
+            )
     inode_size = inode_size if revision else 128
     block = 1024 << log_block
     is_64 = bool(incompatible & _64BIT)

@@ -191,7 +191,7 @@ def _segments(one: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def _why_not(segments: Sequence[Mapping[str, Any]], starts: Mapping[str, tuple[Disk | None, int]]) -> str:
     for segment in segments:
         if segment.get("type") != "striped":
-            return f"it is a volume of the kind {segment.get('type')}, which no reader here knows"
+            return f"it is of the kind {segment.get('type')}, which libguestfs may know: --reader libguestfs"
         for name in segment["stripes"][::2]:
             if starts[name][0] is None:
                 return f"a part of it lies on another disk ({name} of its volume group)"

@@ -32,6 +32,12 @@ class Kind(StrEnum):
     BITLOCKER = "bitlocker"
     SWAP = "swap"
     SWSUSPEND = "swsuspend"  # swap space with the memory of a Linux that sleeps
+    RAID = "linux_raid_member"
+    # What no reader of ours reads, in the words of blkid; of the second line the signatures are blkid's own affair.
+    APFS, BCACHEFS, EROFS, F2FS, HFSPLUS = "apfs", "bcachefs", "erofs", "f2fs", "hfsplus"
+    JFS, REFS, REISERFS, SQUASHFS, UDF, UFS = "jfs", "refs", "reiserfs", "squashfs", "udf", "ufs"
+    CRAMFS, GFS2, HFS, MINIX, NILFS2, OCFS2 = "cramfs", "gfs2", "hfs", "minix", "nilfs2", "ocfs2"
+    ROMFS, SYSV, VMFS, ZFS, OTHER = "romfs", "sysv", "vmfs", "zfs_member", "other"
 
     @property
     def is_encrypted(self) -> bool:
@@ -41,7 +47,7 @@ class Kind(StrEnum):
     @property
     def holds_files(self) -> bool:
         """Whether it is a file system."""
-        return self not in {Kind.LVM, Kind.LUKS, Kind.BITLOCKER, Kind.SWAP, Kind.SWSUSPEND}
+        return self not in {Kind.LVM, Kind.LUKS, Kind.BITLOCKER, Kind.SWAP, Kind.SWSUSPEND, Kind.RAID}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +65,7 @@ def recognise(disk: Disk) -> Found | None:
         head = window.read(disk, 0, 72 << 10)
     except errors.Corrupt:
         return None
-    for look in (_luks, _bitlocker, _ntfs, _exfat, _xfs, _ext, _lvm, _fat, _swap, _btrfs, _iso):
+    for look in (_luks, _bitlocker, _raid, _ntfs, _exfat, _xfs, _ext, _lvm, _fat, _swap, _btrfs, _iso, _other):
         found = look(head)
         if found is not None:
             return found
@@ -158,7 +164,36 @@ def _btrfs(head: bytes) -> Found | None:
     return Found(Kind.BTRFS, _text(block[299:555]), str(uuid.UUID(bytes=block[32:48])))
 
 
+def _raid(head: bytes) -> Found | None:
+    """Where the metadata of an array (md) stands at the beginning, nothing else does."""
+    mark = b"\xfc\x4e\x2b\xa9\1\0\0\0"  # md_p.h: MD_SB_MAGIC and major_version 1
+    return Found(Kind.RAID) if mark in (head[:8], head[4096:4104]) else None
+
+
 def _iso(head: bytes) -> Found | None:
     if head[32769:32774] != b"CD001":
         return None
     return Found(Kind.ISO, _text(head[32808:32840], "ascii"))
+
+
+# Where each says its name: (offset, mark), as blkid has them (util-linux, libblkid/src/superblocks).
+_OTHERS = {
+    Kind.REFS: ((3, b"ReFS\0"),),
+    Kind.APFS: ((32, b"NXSB"),),
+    Kind.SQUASHFS: ((0, b"hsqs"),),
+    Kind.EROFS: ((1024, b"\xe2\xe1\xf5\xe0"),),
+    Kind.F2FS: ((1024, b"\x10\x20\xf5\xf2"),),
+    Kind.HFSPLUS: ((1024, b"H+\0\x04"), (1024, b"HX\0\x05")),
+    Kind.BCACHEFS: ((4120, bytes.fromhex("c68573f64e1a45ca8265f57f48ba6d81")),),
+    Kind.JFS: ((32768, b"JFS1"),),
+    Kind.UDF: ((34817, b"NSR02"), (34817, b"NSR03")),
+    Kind.REISERFS: ((65588, b"ReIsErFs"), (65588, b"ReIsEr2Fs"), (65588, b"ReIsEr3Fs")),
+    Kind.UFS: ((66908, b"\x19\x01\x54\x19"), (9564, b"\x54\x19\x01\0")),
+}
+
+
+def _other(head: bytes) -> Found | None:
+    for kind, marks in _OTHERS.items():
+        if any(head[at : at + len(mark)] == mark for at, mark in marks):
+            return Found(kind)
+    return None

@@ -266,8 +266,8 @@ def test_bad_input(hvmgr, web, space, at, tmp_path):
     refuse(2, "exclude each other", "--home", full, "--image", bare, at)
     for head, sentence in (
         (b"", "no file system that hvmgr knows"),
-        (b"LUKS\xba\xbe\0\1".ljust(512, b"\0"), "is encrypted with LUKS"),
-        (b"\xeb\x58\x90-FVE-FS-".ljust(510, b"\0") + b"\x55\xaa", "is encrypted with BitLocker"),
+        (b"LUKS\xba\xbe\0\1".ljust(512, b"\0"), "cannot be mounted: it is encrypted (LUKS)"),
+        (b"\xeb\x58\x90-FVE-FS-".ljust(510, b"\0") + b"\x55\xaa", "cannot be mounted: it is encrypted (BitLocker)"),
     ):
         with bare.open("wb") as file:
             file.truncate(3 * MIB)
