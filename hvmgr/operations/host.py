@@ -24,7 +24,7 @@ from hvmgr.model.layout import Layout
 from hvmgr.operations import homes
 from hvmgr.operations.reporter import Reporter
 from hvmgr.operations.vm import VM
-from hvmgr.storage import journal, vm_home
+from hvmgr.storage import journal, reserve, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
@@ -412,6 +412,8 @@ class Host:
             finally:
                 with contextlib.closing(session):
                     occasions.tell_waiting(session)
+                if not self.reporter.dry_run:
+                    reserve.keep(home.layout)
 
 
 def _in_place(spec: Specification) -> list[Path]:

@@ -309,7 +309,7 @@ def remove_remains(path: Path) -> None:
 
 def _is_nothing(file: Path) -> bool:
     return file.parent.name == PRIVATE and (
-        file.name in {"lock", "give-way"} or file.name.startswith(durable.TEMPORARY)
+        file.name in {"lock", "give-way", "reserve"} or file.name.startswith(durable.TEMPORARY)
     )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from tests import forking
+from tests import forking, full_disk
 from tests.operations.users.conftest import CREATE, Person
 
 pytestmark = pytest.mark.libvirtd
@@ -58,3 +60,22 @@ def test_network_of_the_systems_is_refused_before_anything_is_made(user, person)
     assert error["message"] == "qemu:///session has no network 'default': libvirt's networks belong to the system"
     assert "--network user" in error["hint"]
     assert not (user.root / "web").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file system")
+def test_snapshot_is_deleted_on_a_full_disk(user, person, tmp_path):
+    user.root.mkdir(parents=True)
+    with full_disk.mounted("ext4", tmp_path / "image", user.root):
+        user.owns(user.home / ".local")
+        person.make("web")
+        for name in ("one", "two"):
+            person.hvmgr("snapshot", "create", "web", name)
+        person.hvmgr("snapshot", "apply", "web", "one", "--no-undo")
+        full_disk.fill(user.root)
+        assert person.refused("snapshot", "create", "web", "three")[0] == 7
+        person.hvmgr("snapshot", "delete", "web", "two")
+        assert [one["name"] for one in person.hvmgr("snapshot", "list", "web")["snapshots"]] == ["one"]
+        full_disk.clear(user.root)
+        person.hvmgr("snapshot", "create", "web", "three")
+        assert (user.root / "web/.hvmgr/reserve").stat().st_uid == user.uid
+        person.hvmgr("vm", "delete", "web", "--with-disks", "--yes")
