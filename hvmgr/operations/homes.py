@@ -95,7 +95,7 @@ def complete(host: Host, folder: Path) -> None:
 # --- a new one, and what it shares ----------------------------------------------------------------------------------
 
 
-def require_free(host: Host, path: Path) -> None:
+def require_free(host: Host, path: Path, *, hint: str = "choose another name, or another place with --home") -> None:
     """Conflict where a new home would not be alone."""
     if not path.is_dir():
         return
@@ -104,7 +104,7 @@ def require_free(host: Host, path: Path) -> None:
         what = "exists already and is not empty"
         with contextlib.suppress(errors.HvmgrError):
             what = f"exists already: it is the home of the VM '{vm_home.open_home(path).name}'"
-        raise errors.Conflict(f"{path} {what}", hint="choose another name, or another place with --home")
+        raise errors.Conflict(f"{path} {what}", hint=hint)
 
 
 @contextlib.contextmanager

@@ -193,11 +193,12 @@ class Inside:
         places = [one for one in self.volumes if one.number is not None]
         if places:
             return errors.Unsupported(f"nothing that is known lies on the {len(places)} partitions of {what}")
-        return errors.Unsupported(f"{what} has neither a partition table nor a file system that is known")
+        return errors.Unsupported(f"{what} has neither a partition table nor a file system that is known", hint=_FORMAT)
 
 
 _SWAP = {None, Kind.SWAP, Kind.SWSUSPEND}
 _RUNNING = "start the VM: file restore --to running"
+_FORMAT = "let the guest, or 'hvmgr image prepare' on an image of its own, make a file system there first"
 _CHOOSE = "choose one with --disk SLOT and --partition N or GROUP/VOLUME; all of them: hvmgr file list without a path"
 
 

@@ -95,5 +95,6 @@ def test_disk_is_resized_and_shown(hvmgr, vm):
     assert hvmgr("disk", "resize", vm, "vda", "8M").code == 2  # nobody is there to ask
     assert hvmgr.ok("disk", "resize", vm, "vda", "8M", "--dry-run", "--yes").out.count("8388608 bytes") == 2
     assert hvmgr.ok("disk", "resize", vm, "vda", "8M", "--yes").out == f"disk vda of {vm} has 8.0 MiB\n"
+    assert "cannot have 100 bytes" in hvmgr("disk", "resize", vm, "vda", "100").err  # before anybody is asked
     assert hvmgr("disk", "info", vm, "vdz").code == 3
     assert hvmgr("disk", "resize", vm, "vdz", "8M").code == 3

@@ -63,6 +63,13 @@ CASES = {
     "nothing-to-undo": (["snapshot", "undo", "VM"], 3, "there is nothing to undo"),
     "slow-merge": (["snapshot", "merge", "VM", "--bandwidth", "10K"], 2, "less than 1 MiB a second"),
     "merge-at-no-rate": (["snapshot", "delete", "VM", "one", "--bandwidth", "fast"], 2, "is not a size"),
+    "merge-at-less-than-nothing": (
+        ["snapshot", "merge", "VM", "--bandwidth", "-1"],
+        2,
+        "--bandwidth: '-1' is not a size",
+    ),
+    "vm-without-a-near-name": (["snapshot", "list", "%%%"], 3, "known: 'VM'; hvmgr vm list shows all, hvmgr vm adopt"),
+    "put-where-no-file-system-is": (["file", "put", "VM", "/etc/hostname", "/"], 5, "make a file system there first"),
     "both-ways-to-delete": (["snapshot", "delete", "VM", "one", "--subtree", "--state-only"], 2, "exclude each other"),
     "hook-for-ever": (["hook", "allow", "VM"], 2, "say so: --once"),
     "hook-of-no-vm": (["hook", "allow", "nobody", "--once"], 3, "there is no VM 'nobody'"),
@@ -123,6 +130,16 @@ def test_refused_creation_and_dry_run_leave_no_root(hvmgr, root):
     hvmgr.ok("vm", "create", "new", "--network", "none", "--dry-run")
     assert hvmgr("vm", "create", "new", "--cdrom", "/etc", "--network", "none").err.startswith("hvmgr: /etc is no file")
     assert not root.exists()
+
+
+def test_first_vm_is_yet_to_come(hvmgr, root):
+    answer = hvmgr("vm", "show", "web")
+    assert (answer.code, answer.err.splitlines()[1:]) == (
+        3,
+        [
+            "  no VM is there: hvmgr vm create makes one, hvmgr vm adopt takes one of libvirt's, --root names another place"
+        ],
+    )
 
 
 def test_folder_that_is_no_home_is_no_vm(hvmgr, vm, root):

@@ -79,3 +79,15 @@ def test_snapshot_is_deleted_on_a_full_disk(user, person, tmp_path):
         person.hvmgr("snapshot", "create", "web", "three")
         assert (user.root / "web/.hvmgr/reserve").stat().st_uid == user.uid
         person.hvmgr("vm", "delete", "web", "--with-disks", "--yes")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a folder of another's")
+def test_image_in_a_folder_that_cannot_be_listed_is_told(user, person):
+    folder = user.home / "images"
+    folder.mkdir()
+    image = folder / "a.raw"
+    image.write_bytes(bytes(1 << 20))
+    image.chmod(0o644)
+    folder.chmod(0o711)
+    (one,) = person.hvmgr("image", "info", str(image))["image"]["used_by"]
+    assert (one["use"], f"no permission for {folder}" in one["name"]) == ("unknown", True)
