@@ -107,5 +107,5 @@ def _in_use(words: str, path: Path) -> errors.Conflict:
     subject = f"a parent of '{path}'" if "backing file" in words and not named else f"'{image}'"
     holders = holders_of(image)
     who = f"process {', '.join(map(str, holders))}" if holders else "another process"
-    hint = "a running VM or another command writes to it: let that end first"
+    hint = "a running VM, another command or an attachment (hvmgr image attachments) writes to it: let that end first"
     return errors.Conflict(f"{subject} is in use by {who}", hint=hint, path=str(image), pids=holders)

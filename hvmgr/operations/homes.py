@@ -35,7 +35,7 @@ def named(host: Host) -> list[tuple[str, VmHome]]:
 
 
 def _all(host: Host) -> list[VmHome]:
-    """Homes below the root, and those that the index knows elsewhere for this connection."""
+    """Homes directly below the root, and those that the index knows elsewhere for this connection."""
     below = vm_home.find_homes(host.root, left_out=lambda error: _leave_out(host, error))
     homes = {home.vm_id: home for home in below}
     for folder in _folders_elsewhere(host):
@@ -57,7 +57,7 @@ def _folders(host: Host) -> list[Path]:
 
 def _folders_elsewhere(host: Host) -> list[Path]:
     entries = (one for one in index.entries() if one.uri == host.uri)
-    return [one.home for one in entries if not one.home.is_relative_to(host.root)]
+    return [one.home for one in entries if one.home.parent != host.root]
 
 
 # --- what dead commands left ----------------------------------------------------------------------------------------
@@ -97,6 +97,10 @@ def complete(host: Host, folder: Path) -> None:
 
 def require_free(host: Host, path: Path, *, hint: str = "choose another name, or another place with --home") -> None:
     """Conflict where a new home would not be alone."""
+    if (above := vm_home.around(path)) is not None:
+        raise errors.Conflict(
+            f"{path} lies in {above}, which is a VM's home or an export", hint="choose a place outside it"
+        )
     if not path.is_dir():
         return
     complete(host, path)

@@ -245,6 +245,14 @@ def open_home(path: Path) -> VmHome:
     return VmHome(layout_of(path, found[0].stem))
 
 
+def around(path: Path) -> Path | None:
+    """The home, or the export, that a place lies in: nothing else may be made there; None when it lies in none."""
+    for above in path.parents:
+        if any(is_id(one.stem) for one in (above / CONFIGURATIONS).glob("*.xml")):
+            return above
+    return None
+
+
 def layout_of(path: Path, vm_id: str) -> Layout:
     """The folders of a home, of which snapshots and bases may lie elsewhere behind a link."""
     places = [path / SNAPSHOTS, path / BASES]

@@ -123,7 +123,9 @@ class Request:
             return
         if not _is_person_there():
             if always:
-                raise errors.UsageError(f"{what}; nobody is there to ask", hint="give --yes if that is meant")
+                named = f": {', '.join(lines[:3])}" + (f" and {len(lines) - 3} more" if len(lines) > 3 else "")
+                told = what + (named if lines else "")
+                raise errors.UsageError(f"{told}; nobody is there to ask", hint="give --yes if that is meant")
             return
         for line in (f"{what}:" if lines else what, *(f"  {line}" for line in lines)):
             render.notice(line)

@@ -21,7 +21,7 @@ from hvmgr.operations.exchange.export_place import Place
 from hvmgr.operations.exchange.export_planning import Planner
 from hvmgr.operations.exchange.export_steps import Exporter
 from hvmgr.operations.session import Session
-from hvmgr.storage import copy, durable
+from hvmgr.storage import copy, durable, vm_home
 
 _SHARED = (export_plan.ExportFile, export_plan.ExportImage, export_plan.ExportMemory)
 
@@ -91,6 +91,10 @@ def _place(session: Session, dest: Path) -> Place:
     if folder.is_relative_to(session.home.path):
         raise errors.UsageError(
             f"{folder} is in the VM's own home, and an export would copy itself", hint="choose a folder outside it"
+        )
+    if (home := vm_home.around(folder / session.home.name)) is not None:
+        raise errors.UsageError(
+            f"{folder} lies in {home}, which is a VM's home or an export", hint="choose a folder outside it"
         )
     above = next(one for one in (folder, *folder.parents) if one.exists())
     if not above.is_dir():

@@ -99,6 +99,10 @@ def _require_place(session: Session, old: Layout, new: Layout) -> None:
         raise errors.UsageError(f"{new.home} and the home {old.home} lie in each other")
     if new.home.exists() and not (new.home.is_dir() and vm_home.holds_nothing(new.home)):
         raise errors.Conflict(f"{new.home} is there already", hint="name a folder that is not there yet")
+    if (above := vm_home.around(new.home)) is not None:
+        raise errors.Conflict(
+            f"{new.home} lies in {above}, which is a VM's home or an export", hint="choose a place outside it"
+        )
     if not new.home.parent.is_dir():
         raise errors.NotFound(f"there is no folder {new.home.parent}", hint=f"make it: mkdir -p '{new.home.parent}'")
     for finding in compare_place.way_findings(new.home, session.owner):

@@ -44,6 +44,8 @@ def test_attached_listed_and_detached(hvmgr, image):
         line = hvmgr.ok("image", "attachments").out.split("\t")
         assert line == [device, str(image), "4.0 MiB", "writable", "attached", f"{device}p1\n"]
         assert hvmgr("image", "attach", image).code == 4
+        refused = hvmgr("image", "resize", image, "8M")
+        assert (refused.code, f"hvmgr image detach {image}" in refused.err) == (4, True)
         gone = hvmgr.ok("image", "detach", f"{device}p1", "--json").json
         assert keys(gone) == keys(DEVICE_SHAPES["image detach"])
         assert hvmgr.ok("image", "attachments").out == ""
