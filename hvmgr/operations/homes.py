@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors, settings
+from hvmgr.host import qemu_errors
 from hvmgr.model.layout import Layout
 from hvmgr.storage import durable, index, journal, locks, vm_home
 from hvmgr.storage.vm_home import VmHome
@@ -97,6 +98,7 @@ def complete(host: Host, folder: Path) -> None:
 
 def require_free(host: Host, path: Path, *, hint: str = "choose another name, or another place with --home") -> None:
     """Conflict where a new home would not be alone."""
+    qemu_errors.require_utf8(path)
     if (above := vm_home.around(path)) is not None:
         raise errors.Conflict(
             f"{path} lies in {above}, which is a VM's home or an export", hint="choose a place outside it"

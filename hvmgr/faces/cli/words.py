@@ -35,8 +35,9 @@ def translate(error: click.ClickException) -> errors.HvmgrError:
         found = errors.UsageError(f"{_name(error, context)}: {_sentence(error.message)}", hint=hint)
     else:
         sentence = _sentence(error.format_message())
-        is_behind = "extra argument" in sentence and "(-" in sentence
-        found = errors.UsageError(sentence, hint="options come before '--'" if is_behind else hint)
+        if "extra argument" in sentence:
+            hint = "options come before '--'" if "(-" in sentence else f"{hint}; a name with spaces needs quotes"
+        found = errors.UsageError(sentence, hint=hint)
     return found
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvmgr import errors, units
+from hvmgr.host import qemu_errors
 from hvmgr.host.domain import State
 from hvmgr.model import export_plan
 from hvmgr.model.export_options import ExportOptions
@@ -88,6 +89,7 @@ def _hold(session: Session, one: Plan) -> list[str]:
 
 def _place(session: Session, dest: Path) -> Place:
     folder = Path(os.path.realpath(dest))
+    qemu_errors.require_utf8(folder)
     if folder.is_relative_to(session.home.path):
         raise errors.UsageError(
             f"{folder} is in the VM's own home, and an export would copy itself", hint="choose a folder outside it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -171,6 +172,23 @@ def test_nothing_is_made_in_the_home_of_a_vm(hvmgr, vm, root, tmp_path):
         answer = hvmgr(*words)
         assert answer.code in {2, 4}, (words, answer)
         assert f"lies in {root / vm}, which is a VM's home" in answer.err, (words, answer)
+    assert files_of(root) == before
+
+
+def test_place_whose_name_is_not_utf8_is_refused(hvmgr, vm, root, tmp_path):
+    hvmgr.ok("export", vm, tmp_path)
+    place = root / os.fsdecode(b"na\xefve")
+    before = files_of(root)
+    for words in (
+        ["vm", "create", "new", "--home", place, "--network", "none"],
+        ["vm", "move", vm, place],
+        ["vm", "clone", vm, "new", "--vm-path", place],
+        ["import", tmp_path / vm, "--name", "new", "--new-id", "--disk-path", place],
+        ["import", tmp_path / vm, "--name", "new", "--new-id", "--snapshot-path", place],
+        ["export", vm, place],
+    ):
+        answer = hvmgr(*words)
+        assert (answer.code, "a name that is not UTF-8" in answer.err) == (5, True), (words, answer)
     assert files_of(root) == before
 
 

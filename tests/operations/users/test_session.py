@@ -91,3 +91,8 @@ def test_image_in_a_folder_that_cannot_be_listed_is_told(user, person):
     folder.chmod(0o711)
     (one,) = person.hvmgr("image", "info", str(image))["image"]["used_by"]
     assert (one["use"], f"no permission for {folder}" in one["name"]) == ("unknown", True)
+    code, error = person.refused("image", "convert", str(image), str(folder / "b.qcow2"))
+    assert (code, error["message"]) == (8, f"no permission for {folder / 'b.qcow2'}")
+    image.chmod(0o600)
+    code, error = person.refused("vm", "create", "web", *CREATE[2:], "--disk", str(image))
+    assert (code, error["hint"]) == (8, "run as root, or give your user access to it")
