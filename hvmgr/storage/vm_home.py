@@ -415,8 +415,9 @@ def _parsed_snapshot(file: str) -> tuple[SnapshotRecord, tuple[_Disk, ...]]:
     known = _parsed.get(file)
     if known is not None and known[0] == stamp:
         return known[1]
-    parsed = configuration.parse(_read(file), source=file)
-    found = _require_record(require_facts(parsed), file), tuple(_iter_disks(parsed))
+    with _examined():
+        parsed = configuration.parse(_read(file), source=file)
+        found = _require_record(require_facts(parsed), file), tuple(_iter_disks(parsed))
     if time.time_ns() - facts.st_mtime_ns > _SETTLED_NS:
         if len(_parsed) >= _PARSED_MAX:
             _parsed.clear()
@@ -426,7 +427,8 @@ def _parsed_snapshot(file: str) -> tuple[SnapshotRecord, tuple[_Disk, ...]]:
 
 def _read_entry(file: str) -> SnapshotEntry:
     text = _read(file)
-    return SnapshotEntry(_require_record(configuration.metadata_of(text, source=file), file), file, text)
+    with _examined():
+        return SnapshotEntry(_require_record(configuration.metadata_of(text, source=file), file), file, text)
 
 
 def _require_record(facts: Metadata | None, file: str) -> SnapshotRecord:
@@ -442,7 +444,18 @@ def _read(file: str) -> bytes:
 
 def parse_file(file: Path) -> Configuration:
     """The configuration in a file; NotFound, or Corrupt with line and column."""
-    return configuration.parse(_read(str(file)), source=str(file))
+    with _examined():
+        return configuration.parse(_read(str(file)), source=str(file))
+
+
+@contextlib.contextmanager
+def _examined() -> Iterator[None]:
+    """Whoever meets a damaged file of a home hears who knows what can be done."""
+    try:
+        yield
+    except errors.Corrupt as error:
+        error.hint = error.hint or "hvmgr doctor says what can be put right"
+        raise
 
 
 def _iter_disks(one: Configuration) -> Iterator[_Disk]:

@@ -133,6 +133,7 @@ def test_damaged_xml_is_told_with_line_and_column(hvmgr, known, root):
     assert answer.code == 6
     assert str(snapshots[0]) in answer.err
     assert "line 2, column" in answer.err
+    assert "hvmgr doctor" in answer.err
     assert files_of(root) == before
 
 
