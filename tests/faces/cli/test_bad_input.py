@@ -198,3 +198,11 @@ def test_home_deep_below_the_root_is_found(hvmgr, root):
     hvmgr.ok("vm", "create", "deep", "--network", "none", "--home", root / "group" / "deep")
     assert hvmgr.ok("vm", "show", "deep", "--json").json["vm"]["home"] == str(root / "group" / "deep")
     assert len(hvmgr.ok("vm", "list").lines) == 1
+
+
+def test_source_of_another_kind_says_which_there_are(hvmgr, vm, tmp_path):
+    hvmgr.ok("export", vm, tmp_path, "--exclude-disk", "vda")
+    told = hvmgr("import", tmp_path / vm / "export.yaml", "--name", "new", "--new-id")
+    assert (told.code, "name an export's folder" in told.err) == (6, True)
+    told = hvmgr("import", tmp_path / vm, "--name", "new", "--new-id", "--disk-target", f"vda={tmp_path / 'x'}")
+    assert (told.code, told.err.splitlines()[-1]) == (2, "  it has no disks")
