@@ -103,6 +103,13 @@ def test_saved_memory_and_a_snapshot_of_a_running_vm_go(bench, small):
     bench.check(vm)
 
 
+def test_what_needs_the_storage_daemon_first_says_so_too(small, vm):
+    full_disk.fill(small)
+    with pytest.raises(errors.NoSpace):
+        vm.resize_disk("hda", 2 << 20, shrink=True)
+    assert not (vm.home.layout.private / "daemon").exists()
+
+
 def test_whole_vm_goes(small, bench, vm):
     full_disk.fill(small)
     vm.delete(with_disks=True)
