@@ -24,6 +24,11 @@ def explained(path: Path) -> Iterator[None]:
         raise _as_ours(error, _named(error, path)) from error
 
 
+def translated(error: OSError) -> errors.HvmgrError:
+    """The same for one that names its file, wherever it was met."""
+    return _as_ours(error, error.filename)
+
+
 def _named(error: OSError, path: Path) -> object:
     if isinstance(error.filename, bytes) or not error.filename:
         return path

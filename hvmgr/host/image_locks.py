@@ -71,5 +71,5 @@ def in_use(path: Path) -> errors.Conflict:
     """The refusal of a file that others have open, which names them."""
     holders = qemu_errors.holders_of(path)
     who = f"process {', '.join(map(str, holders))}" if holders else "another process"
-    hint = "a running VM or another command uses it: let that end first"
+    hint = "a running VM, another command or an attachment (hvmgr image attachments) uses it: let that end first"
     return errors.Conflict(f"'{path}' is in use by {who}", hint=hint, path=str(path), pids=holders)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from hvmgr import errors
 
+_ACCESS = "run as root, or give your user access to it"
 _FULL = ("No space left on device", "quota exceeded")
 _DAMAGED = (
     "mage is not in ",  # qcow2, vpc: another format, or none
@@ -49,13 +50,16 @@ def translated(words: str, path: Path) -> errors.HvmgrError:
         return _in_use(words, path)
     if "No such file or directory" in plain:
         return errors.NotFound(words, **facts)
-    if path.name not in words:
+    way: str | None = None
+    if (closed := re.search(r"Could not create '([^']*)': Permission denied", words)) is not None:
+        words, way = f"no permission for {closed[1]}", _ACCESS
+    elif path.name not in words:
         words = f"{path}: {words}"
     if any(sign in plain for sign in _IMPOSSIBLE):
         return errors.Unsupported(words, **facts)
     if any(sign in plain for sign in _DAMAGED):
         return errors.Corrupt(words, **facts)
-    return errors.HostFailed(words, **facts)
+    return errors.HostFailed(words, hint=way, **facts)
 
 
 def require_utf8(path: Path) -> None:
@@ -107,5 +111,5 @@ def _in_use(words: str, path: Path) -> errors.Conflict:
     subject = f"a parent of '{path}'" if "backing file" in words and not named else f"'{image}'"
     holders = holders_of(image)
     who = f"process {', '.join(map(str, holders))}" if holders else "another process"
-    hint = "a running VM or another command writes to it: let that end first"
+    hint = "a running VM, another command or an attachment (hvmgr image attachments) writes to it: let that end first"
     return errors.Conflict(f"{subject} is in use by {who}", hint=hint, path=str(image), pids=holders)

@@ -34,6 +34,7 @@ _CODES_FOREIGN = {33: "it is one part of a split WIM", 67: "its version is not k
 _UNITS = {b"bytes": 1, b"B": 1, b"KiB": 1 << 10, b"MiB": 1 << 20, b"GiB": 1 << 30, b"TiB": 1 << 40}
 _PROGRESS = re.compile(rb"(?P<what>[A-Z][a-z ]+): (?P<done>\d+) (?P<unit>\w+) of (?P<all>\d+) (?P<of>\w+) \(\d+%\)")
 _COMPRESSED = re.compile(r"WIM_HDR_FLAG_COMPRESS_(\w+) is set")
+_FOREIGN_NAME = re.compile(r'"([^"\n]*)": filename is not valid UTF-8')
 _WARNING = re.compile(r"^\[WARNING\] (.*(?:\n {8}.*)*)", re.MULTILINE)
 _DIGITS_MAX = 20  # of a number of 64 bits
 _EPOCH = datetime(1601, 1, 1, tzinfo=UTC)
@@ -178,6 +179,11 @@ def _follow(path: Path, words: Sequence[str | Path], what: str, report: Report, 
 
 def _translated(error: errors.HostFailed, path: Path, source: Path | None) -> errors.HvmgrError:
     code, words = error.facts.get("code"), str(error.facts.get("words", ""))
+    if source is not None and (found := _FOREIGN_NAME.search(words)):
+        return errors.Unsupported(
+            f"the name of {found[1]} is not UTF-8: no WIM can hold it",
+            hint="rename the file, or capture without its folder",
+        )
     if "No space left on device" in words or "ENOSPC" in words:
         return errors.NoSpace(f"no space left for {path.name}", hint="free space and run it again")
     if code in _CODES_FOREIGN:

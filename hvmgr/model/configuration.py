@@ -239,9 +239,9 @@ class Configuration:
             element = xml_tree.insert(parent, "nvram", after="loader")
         source = element.find("source")
         if source is None:
-            element.text = str(path)
+            xml_tree.set_text(element, str(path))
         else:
-            source.set("file", str(path))
+            xml_tree.set_attribute(source, "file", str(path))
 
     def set_disk_source(self, slot: str, path: Path, image_format: str) -> None:
         """Point a disk to another image file.
@@ -261,7 +261,7 @@ class Configuration:
         if disk.get("type") != "file":
             _make_plain(element)
             disk.set("type", "file")
-        element.set("file", str(path))
+        xml_tree.set_attribute(element, "file", str(path))
         driver = disk.find("driver")
         if driver is None:
             driver = xml_tree.insert(disk, "driver", after=None)

@@ -112,6 +112,11 @@ class Layout:
         return self.private / "journal"
 
     @property
+    def reserve(self) -> Path:
+        """Space for what has to be written when there is none; may be missing."""
+        return self.private / "reserve"
+
+    @property
     def allowed_start(self) -> Path:
         """There while one start passes the guard, whatever it finds."""
         return self.private / "allow-start"

@@ -246,9 +246,9 @@ def _rewrite_paths(target: Configuration, maps: Maps, used: Used) -> None:
             continue
         used.entries.add(entry)
         if attribute is None:
-            element.text = new
+            xml_tree.set_text(element, new)
         else:
-            element.set(attribute, new)
+            xml_tree.set_attribute(element, attribute, new)
 
 
 def _rewrite_nic(interface: etree._Element, maps: Maps, used: Used) -> None:
@@ -270,7 +270,7 @@ def _rewrite_nic(interface: etree._Element, maps: Maps, used: Used) -> None:
     source = interface.find("source")
     if group is not None and source is not None and interface.get("type") == "network":
         used.entries.add(group)
-        source.set("portgroup", group.new)
+        xml_tree.set_attribute(source, "portgroup", group.new)
 
 
 def _plug(interface: etree._Element, wanted: str) -> None:
@@ -292,7 +292,7 @@ def _plug(interface: etree._Element, wanted: str) -> None:
     for attribute in list(source.attrib):
         if attribute != "portgroup" or kind != "network":
             del source.attrib[attribute]
-    source.set(kind, name)
+    xml_tree.set_attribute(source, kind, name)
 
 
 def _unplug(interface: etree._Element) -> None:

@@ -118,8 +118,8 @@ def check(spec: Specification) -> None:
     """Raise UsageError, with the name of the field as fact ``key``, where the parts do not go together."""
     require_name(spec.name)
     if spec.memory is not None and spec.memory < MEMORY_MINIMUM:
-        hint = f"write the unit: {spec.memory}M" if spec.memory >= 16 else None
-        raise errors.UsageError(f"{spec.memory} bytes of memory are too little", hint=hint, key="memory")
+        hint = f"write the unit: {spec.memory}M" if spec.memory >= 16 else "give a size with its unit, such as 2G"
+        raise errors.UsageError(f"{units.format_size(spec.memory)} of memory is too little", hint=hint, key="memory")
     if spec.vcpus is not None and spec.vcpus < 1:
         raise errors.UsageError("at least one virtual CPU is needed", key="vcpus")
     for field in ("initrd", "cmdline"):

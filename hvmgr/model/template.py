@@ -14,7 +14,7 @@ from pathlib import Path
 from lxml import etree
 
 from hvmgr import errors, yaml_text
-from hvmgr.model import configuration
+from hvmgr.model import configuration, xml_tree
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.specification import (
     Acceleration,
@@ -330,7 +330,7 @@ def _element(parent: etree._Element | None, tag: str, text: str | None = None, *
         element.text = text
     except ValueError as error:
         told = " ".join([*attributes.values(), *([] if text is None else [text])])
-        raise errors.UsageError(f"{told!r} holds a control character, which XML cannot keep") from error
+        raise xml_tree.unfit(told) from error
     if parent is not None:
         parent.append(element)
     return element

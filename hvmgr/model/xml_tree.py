@@ -80,7 +80,21 @@ def set_text(element: etree._Element, text: str) -> None:
     try:
         element.text = text
     except ValueError as error:
-        raise errors.UsageError(f"{text!r} holds a control character, which XML cannot keep") from error
+        raise unfit(text) from error
+
+
+def set_attribute(element: etree._Element, name: str, value: str) -> None:
+    """The same for an attribute."""
+    try:
+        element.set(name, value)
+    except ValueError as error:
+        raise unfit(value) from error
+
+
+def unfit(text: str) -> errors.UsageError:
+    """The refusal of a text that no XML can hold."""
+    hint = "choose another name"
+    return errors.UsageError(f"{text!r} is not UTF-8 or holds a control character, which XML cannot keep", hint=hint)
 
 
 def drop_attribute(element: etree._Element, name: str) -> None:

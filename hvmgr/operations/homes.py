@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors, settings
+from hvmgr.host import qemu_errors
 from hvmgr.model.layout import Layout
 from hvmgr.storage import durable, index, journal, locks, vm_home
 from hvmgr.storage.vm_home import VmHome
@@ -35,7 +36,7 @@ def named(host: Host) -> list[tuple[str, VmHome]]:
 
 
 def _all(host: Host) -> list[VmHome]:
-    """Homes below the root, and those that the index knows elsewhere for this connection."""
+    """Homes directly below the root, and those that the index knows elsewhere for this connection."""
     below = vm_home.find_homes(host.root, left_out=lambda error: _leave_out(host, error))
     homes = {home.vm_id: home for home in below}
     for folder in _folders_elsewhere(host):
@@ -57,7 +58,7 @@ def _folders(host: Host) -> list[Path]:
 
 def _folders_elsewhere(host: Host) -> list[Path]:
     entries = (one for one in index.entries() if one.uri == host.uri)
-    return [one.home for one in entries if not one.home.is_relative_to(host.root)]
+    return [one.home for one in entries if one.home.parent != host.root]
 
 
 # --- what dead commands left ----------------------------------------------------------------------------------------
@@ -95,8 +96,13 @@ def complete(host: Host, folder: Path) -> None:
 # --- a new one, and what it shares ----------------------------------------------------------------------------------
 
 
-def require_free(host: Host, path: Path) -> None:
+def require_free(host: Host, path: Path, *, hint: str = "choose another name, or another place with --home") -> None:
     """Conflict where a new home would not be alone."""
+    qemu_errors.require_utf8(path)
+    if (above := vm_home.around(path)) is not None:
+        raise errors.Conflict(
+            f"{path} lies in {above}, which is a VM's home or an export", hint="choose a place outside it"
+        )
     if not path.is_dir():
         return
     complete(host, path)
@@ -104,7 +110,7 @@ def require_free(host: Host, path: Path) -> None:
         what = "exists already and is not empty"
         with contextlib.suppress(errors.HvmgrError):
             what = f"exists already: it is the home of the VM '{vm_home.open_home(path).name}'"
-        raise errors.Conflict(f"{path} {what}", hint="choose another name, or another place with --home")
+        raise errors.Conflict(f"{path} {what}", hint=hint)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from hvmgr.model.layout import Layout
 from hvmgr.operations import homes
 from hvmgr.operations.reporter import Reporter
 from hvmgr.operations.vm import VM
-from hvmgr.storage import journal, vm_home
+from hvmgr.storage import journal, reserve, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
@@ -141,7 +141,14 @@ class Host:
         by_id = {home.vm_id: home for home in known.values()}
         home_found = known.get(name) or by_id.get(name)
         if home_found is None:
-            raise names.not_found("VM", name, known, where=f"in {self.root}")
+            raise names.not_found(
+                "VM",
+                name,
+                known,
+                where=f"in {self.root}",
+                others="hvmgr vm list shows all, hvmgr vm adopt takes one of libvirt's",
+                none="no VM is there: hvmgr vm create makes one, hvmgr vm adopt takes one of libvirt's, --root names another place",
+            )
         return VM(self, home_found)
 
     def create_vm(self, spec: Specification) -> VM:
@@ -287,7 +294,7 @@ class Host:
             homes.complete(self, path)  # what a killed adoption left, wherever its home is
         adoption.require_adoptable(domain, self.root)
         home = VmHome(Layout(home=path, vm_id=domain.uuid))
-        homes.require_free(self, path)
+        homes.require_free(self, path, hint=f"give it another folder: hvmgr vm adopt '{domain.name}' --home FOLDER")
         with homes.new(self, home) as session, homes.sharing(self, adoption.image_paths(session, domain, options)):
             plan = adoption.plan_adopt(session, domain, options)
             with occasions.operation(session, plan, name=domain.name):
@@ -412,6 +419,8 @@ class Host:
             finally:
                 with contextlib.closing(session):
                     occasions.tell_waiting(session)
+                if not self.reporter.dry_run:
+                    reserve.keep(home.layout)
 
 
 def _in_place(spec: Specification) -> list[Path]:

@@ -361,7 +361,7 @@ def _require_space(before: Tree, steps: Sequence[Step]) -> None:
             raise errors.NoSpace(
                 f"merging {Path(source).name} needs up to {units.format_size(needed)}, "
                 f"there are {units.format_size(free)} free in {Path(step.child).parent}",
-                hint="free space there, or give --state-only to remove saved memory first",
+                hint="free space there; a snapshot that nothing stands on, and saved memory (--state-only), go without any",
                 needed=needed,
                 free=free,
             )

@@ -219,8 +219,9 @@ class Session:
         """The storage daemon, started when it is first needed."""
         if self._daemon is None:
             self._daemon = self._stack.enter_context(storage_daemon.started(on_progress=self.progress))
-            self._daemon_note.write_text(self._daemon.note)
             self._stack.callback(durable.remove, self._daemon_note)
+            with durable.explained(self._daemon_note):
+                self._daemon_note.write_text(self._daemon.note)
         return self._daemon
 
     def end_left_over_daemon(self) -> None:

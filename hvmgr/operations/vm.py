@@ -300,6 +300,13 @@ class VM:
             working.carry_out(session, moving.plan_move(session, target))
         return VM(self.host, vm_home.open_home(target))
 
+    def require_resizable(self, slot: str, size: int) -> None:
+        """Raises what ``resize_disk`` would say of this size, before anybody is asked whether that is meant."""
+        from hvmgr.operations import resizing
+
+        with working.on(self) as session:
+            resizing.plan_resize(session, slot, size, shrink=True)
+
     def resize_disk(self, slot: str, size: int, *, shrink: bool = False) -> bool:
         """The disk of the present has ``size`` bytes; whether that is a change. Snapshots keep their sizes.
 

@@ -178,7 +178,7 @@ def _require_no_strangers(before: Tree) -> None:
         if names:
             raise errors.Conflict(
                 f"{Path(path).name} is needed by {', '.join(names)}",
-                hint="delete those VMs first, or give them a copy of the image",
+                hint="delete those VMs first, or bring their disks into their own homes: hvmgr disk localize VM SLOT",
                 path=path,
                 users=list(names),
             )

@@ -379,7 +379,8 @@ def _head(path: Path, length: int = _HEADER_READ) -> tuple[bytes, int, os.stat_r
     except IsADirectoryError as error:
         raise errors.UsageError(f"{path} is a folder, not an image") from error
     except OSError as error:
-        raise errors.HostFailed(f"{path} cannot be read: {error.strerror}", path=str(path)) from error
+        hint = "run as root, or give your user access to it" if isinstance(error, PermissionError) else None
+        raise errors.HostFailed(f"{path} cannot be read: {error.strerror}", hint=hint, path=str(path)) from error
     return head, size, facts
 
 

@@ -13,6 +13,7 @@ from hvmgr.model.layout import CONFIGURATIONS
 from hvmgr.storage import archives, durable, vm_home
 
 LARGEST = 8 << 20  # no domain XML comes near; a bomb does
+_SOURCES = "name an export's folder, a VM home, or a domain's XML"
 
 
 def find(source: Path, vm: str | None) -> tuple[Path, Path]:
@@ -33,7 +34,7 @@ def _find(source: Path, vm: str | None) -> tuple[Path, Path]:
         folder = source.parent.parent if source.parent.name == CONFIGURATIONS else source.parent
         return folder, source
     if not source.is_dir():
-        raise errors.NotFound(f"there is no {source}", hint="name an export's folder, a VM home, or a domain's XML")
+        raise errors.NotFound(f"there is no {source}", hint=_SOURCES)
     own = in_folder(source / CONFIGURATIONS)
     if own:
         return source, _only(own, source, vm)
@@ -66,6 +67,14 @@ def in_folder(folder: Path) -> list[Path]:
 
 def read(file: Path) -> Configuration:
     """A domain XML of foreign origin: a plain file of a sensible size."""
+    try:
+        return _parsed(file)
+    except errors.Corrupt as error:
+        error.hint = error.hint or _SOURCES  # perhaps it was never meant to be one
+        raise
+
+
+def _parsed(file: Path) -> Configuration:
     facts = file.lstat()
     if not stat.S_ISREG(facts.st_mode):
         raise errors.Corrupt(f"{file} is no plain file", path=str(file))

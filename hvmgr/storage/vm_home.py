@@ -245,6 +245,14 @@ def open_home(path: Path) -> VmHome:
     return VmHome(layout_of(path, found[0].stem))
 
 
+def around(path: Path) -> Path | None:
+    """The home, or the export, that a place lies in: nothing else may be made there; None when it lies in none."""
+    for above in path.parents:
+        if any(is_id(one.stem) for one in (above / CONFIGURATIONS).glob("*.xml")):
+            return above
+    return None
+
+
 def layout_of(path: Path, vm_id: str) -> Layout:
     """The folders of a home, of which snapshots and bases may lie elsewhere behind a link."""
     places = [path / SNAPSHOTS, path / BASES]
@@ -309,7 +317,7 @@ def remove_remains(path: Path) -> None:
 
 def _is_nothing(file: Path) -> bool:
     return file.parent.name == PRIVATE and (
-        file.name in {"lock", "give-way"} or file.name.startswith(durable.TEMPORARY)
+        file.name in {"lock", "give-way", "reserve"} or file.name.startswith(durable.TEMPORARY)
     )
 
 
@@ -407,8 +415,9 @@ def _parsed_snapshot(file: str) -> tuple[SnapshotRecord, tuple[_Disk, ...]]:
     known = _parsed.get(file)
     if known is not None and known[0] == stamp:
         return known[1]
-    parsed = configuration.parse(_read(file), source=file)
-    found = _require_record(require_facts(parsed), file), tuple(_iter_disks(parsed))
+    with _examined():
+        parsed = configuration.parse(_read(file), source=file)
+        found = _require_record(require_facts(parsed), file), tuple(_iter_disks(parsed))
     if time.time_ns() - facts.st_mtime_ns > _SETTLED_NS:
         if len(_parsed) >= _PARSED_MAX:
             _parsed.clear()
@@ -418,7 +427,8 @@ def _parsed_snapshot(file: str) -> tuple[SnapshotRecord, tuple[_Disk, ...]]:
 
 def _read_entry(file: str) -> SnapshotEntry:
     text = _read(file)
-    return SnapshotEntry(_require_record(configuration.metadata_of(text, source=file), file), file, text)
+    with _examined():
+        return SnapshotEntry(_require_record(configuration.metadata_of(text, source=file), file), file, text)
 
 
 def _require_record(facts: Metadata | None, file: str) -> SnapshotRecord:
@@ -434,7 +444,18 @@ def _read(file: str) -> bytes:
 
 def parse_file(file: Path) -> Configuration:
     """The configuration in a file; NotFound, or Corrupt with line and column."""
-    return configuration.parse(_read(str(file)), source=str(file))
+    with _examined():
+        return configuration.parse(_read(str(file)), source=str(file))
+
+
+@contextlib.contextmanager
+def _examined() -> Iterator[None]:
+    """Whoever meets a damaged file of a home hears who knows what can be done."""
+    try:
+        yield
+    except errors.Corrupt as error:
+        error.hint = error.hint or "hvmgr doctor says what can be put right"
+        raise
 
 
 def _iter_disks(one: Configuration) -> Iterator[_Disk]:

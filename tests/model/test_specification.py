@@ -117,7 +117,7 @@ def test_networks_may_be_left_out_or_be_none():
     ("text", "words"),
     [
         ("memroy: 1G", "line 2: unknown key 'memroy'"),
-        ("memory: 2048", "line 2, memory: 2048 bytes of memory are too little"),
+        ("memory: 2048", "line 2, memory: 2.0 KiB of memory is too little"),
         ("vcpus: 0", "line 2, vcpus: '0' is not a whole number"),
         ("initrd: x", "line 2, initrd: initrd is only used with a kernel"),
         ("cmdline: x", "line 2, cmdline: cmdline is only used with a kernel"),

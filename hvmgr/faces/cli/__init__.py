@@ -83,8 +83,9 @@ def _foreseen(error: BaseException) -> HvmgrError:
     if isinstance(error, FileNotFoundError) and not error.filename:
         return errors.NotFound("the folder that you are in is not there any more", hint="change to another one")
     if isinstance(error, OSError):  # the system's own no, met where nobody expected it
-        where = f"{error.filename}: " if error.filename else ""
-        found = errors.HostFailed(f"{where}{error.strerror or error}")
+        from hvmgr.os_errors import translated
+
+        found = translated(error) if error.filename else errors.HostFailed(error.strerror or str(error))
         found.__cause__ = error
         return found
     return errors.Cancelled("stopped")

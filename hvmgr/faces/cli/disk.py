@@ -72,6 +72,7 @@ def resize(request: Request, vm: str, slot: str, size: int) -> None:
         path = one.now().disks.get(slot)
         before = None if path is None else one.tree().images[path].size
         if before is not None and size < before:
+            one.require_resizable(slot, size)
             cut = f"{units.format_size(before - size)} at the end of disk {slot} of {one.name} go for good"
             request.require_consent(cut, always=True)
         changed = one.resize_disk(slot, size, shrink=True)

@@ -39,7 +39,7 @@ class Bars:
         """Draw how far a piece of work is; one that is complete goes."""
         task = self._tasks.get(how_far.what)
         if task is None:
-            task = self._tasks[how_far.what] = self._drawn.add_task(render.clean(how_far.what))
+            task = self._tasks[how_far.what] = self._drawn.add_task(render.clean(how_far.what), total=None)
         self._drawn.update(task, completed=how_far.done, total=how_far.total or None)
         if how_far.total and how_far.done >= how_far.total:
             self._drawn.remove_task(self._tasks.pop(how_far.what))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,13 +37,21 @@ def command(request: Request, vm: str, *, flatten: bool) -> None:
                 f"{one.name} becomes a plain domain of libvirt's, which has no words for this", foreseen.lost
             )
         made = one.release(flatten=flatten)
-        request.done(_sentence(facts["name"], made), _document(facts, made))
+        request.done(_sentence(facts["name"], made) + _way_back(facts), _document(facts, made))
 
 
 def _sentence(name: str, made: Release) -> str:
     count = len(made.snapshots)
     told = f"released {name}" + (f"; libvirt has {count} snapshot{'' if count == 1 else 's'} of it" if count else "")
     return told + "".join(f"; left {path} ({what})" for path, what in made.left)
+
+
+def _way_back(facts: dict[str, str]) -> str:
+    """A folder that still holds disks is no place for a new home."""
+    if not Path(facts["home"]).exists():
+        return ""
+    name = shlex.quote(facts["name"])
+    return f"; its files stay in {facts['home']}, and to take it back: hvmgr vm adopt {name} --home FOLDER"
 
 
 def _document(facts: dict[str, str], made: Release) -> dict[str, Any]:

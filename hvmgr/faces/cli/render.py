@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from hvmgr.operations.usage import Usage
     from hvmgr.operations.vm import VM
 
+_FOLDED = 12  # the least that a part of a long cell may take
+
 _BRANCH, _LAST, _BAR, _GAP = "├── ", "└── ", "│   ", "    "
 
 
@@ -78,22 +80,38 @@ def complain(message: str, hint: str | None) -> None:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """A table on a terminal, lines of tab-separated values in a pipe; ``right`` names the columns of numbers."""
+    """A table on a terminal, lines of tab-separated values in a pipe; ``right`` names the columns of numbers.
+
+    Where a terminal is too narrow for words to stay whole, each row is a paragraph.
+    """
+    cells = [[clean(cell) for cell in row] for row in rows]
     if not is_terminal():
-        for row in rows:
-            put("\t".join(clean(cell) for cell in row) + "\n")
+        for row in cells:
+            put("\t".join(row) + "\n")
         return
     from rich import box
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    console = Console()
+    if cells and _least_width(headers, cells) > console.width:
+        for number, row in enumerate(cells):
+            put("\n" if number else "")
+            facts((header, cell) for header, cell in zip(headers, row, strict=True) if cell)
+        return
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for header in headers:
         drawn.add_column(header, justify="right" if header in right else "left", overflow="fold")
-    for row in rows:
-        drawn.add_row(*(Text(clean(cell)) for cell in row))
-    Console().print(drawn)
+    for row in cells:
+        drawn.add_row(*map(Text, row))
+    console.print(drawn)
+
+
+def _least_width(headers: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """How wide a table has to be, with its padding; of long cells a part stands in each line."""
+    columns = zip(headers, *cells, strict=True)
+    return sum(min(max(map(_width, column)), _FOLDED) + 3 for column in columns)
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> None:
@@ -102,7 +120,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in found), default=0)
     for name, value in found:
         if is_terminal():
-            put(f"{name + ':':<{width + 1}}  {clean(value)}\n")
+            put(f"{name + ':' if name else '':<{width + 1}}  {clean(value)}\n")
         else:
             put(f"{name}\t{clean(value)}\n")
 

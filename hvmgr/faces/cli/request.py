@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
 
+_SAID = 200  # characters of what goes, in the one sentence that is said where nobody can be asked
+
+
 @dataclass(slots=True)
 class Request:
     """The global options of one command line; filled while it is parsed."""
@@ -123,7 +126,8 @@ class Request:
             return
         if not _is_person_there():
             if always:
-                raise errors.UsageError(f"{what}; nobody is there to ask", hint="give --yes if that is meant")
+                told = f"{what}: {', '.join(lines)}" if lines and sum(map(len, lines)) <= _SAID else what
+                raise errors.UsageError(f"{told}; nobody is there to ask", hint="give --yes if that is meant")
             return
         for line in (f"{what}:" if lines else what, *(f"  {line}" for line in lines)):
             render.notice(line)

@@ -331,12 +331,13 @@ def _read_bandwidth(_context: click.Context, _option: click.Parameter, text: str
     """Bytes a second."""
     if text is None:
         return None
-    size = units.parse_size(text.strip().removesuffix("/s"))
+    hint = "write a number with a unit, such as 50M or 1.5GiB/s"
+    try:
+        size = units.parse_size(text.strip().removesuffix("/s"))
+    except errors.UsageError as error:
+        raise errors.UsageError(f"--bandwidth: {error.message}", hint=hint) from error
     if size < units.MIB:
-        raise errors.UsageError(
-            f"--bandwidth {text} is less than 1 MiB a second",
-            hint="write a number with a unit, such as 50M or 1.5GiB/s",
-        )
+        raise errors.UsageError(f"--bandwidth {text} is less than 1 MiB a second", hint=hint)
     return size
 
 

@@ -24,7 +24,9 @@ def translate(error: click.ClickException) -> errors.HvmgrError:
         found = errors.UsageError(f"{path} needs a command", hint=f"one of: {', '.join(known)}")
     elif isinstance(error, click.NoSuchOption):
         name = error.option_name
-        found = errors.UsageError(f"{path} has no option '{name}'", hint=near(name, _options(context)) or hint)
+        found = errors.UsageError(
+            f"{path} has no option '{name}'", hint=near(name, _options(context)) or _behind(hint, context)
+        )
     elif isinstance(error, click.MissingParameter):
         name = _name(error, context)
         usage = context.command.get_usage(context).replace("Usage:", "usage:", 1) if context is not None else hint
@@ -32,8 +34,19 @@ def translate(error: click.ClickException) -> errors.HvmgrError:
     elif isinstance(error, click.BadParameter):
         found = errors.UsageError(f"{_name(error, context)}: {_sentence(error.message)}", hint=hint)
     else:
-        found = errors.UsageError(_sentence(error.format_message()), hint=hint)
+        sentence = _sentence(error.format_message())
+        if "extra argument" in sentence:
+            hint = "options come before '--'" if "(-" in sentence else f"{hint}; a name with spaces needs quotes"
+        found = errors.UsageError(sentence, hint=hint)
     return found
+
+
+def _behind(hint: str, context: click.Context | None) -> str:
+    """To a command that takes names, a word that begins with '-' may have been one."""
+    takes_names = context is not None and any(isinstance(one, click.Argument) for one in context.command.params)
+    if not takes_names:
+        return hint
+    return f"{hint}; a name that begins with '-' comes after all options and '--'"
 
 
 def near(word: str, known: Iterable[str]) -> str | None:

@@ -18,13 +18,16 @@ from typing import Any, ClassVar
 from hvmgr.errors import Corrupt
 from hvmgr.model.plan.domain import *
 from hvmgr.model.plan.files import *
-from hvmgr.model.plan.files import MakeHome, RemoveHome
+from hvmgr.model.plan.files import MakeHome, RemoveFile, RemoveFolder, RemoveHome, RemoveSnapshot
 from hvmgr.model.plan.images import *
+from hvmgr.model.plan.images import Flatten, RemoveImage
 from hvmgr.model.plan.sources import *
 from hvmgr.model.plan.sources import LeaveHome, TakeHome
 from hvmgr.model.plan.step import Step as Step
 
 JOURNAL_FORMAT = 1
+
+_FREEING = (RemoveFile, RemoveFolder, RemoveHome, RemoveImage, RemoveSnapshot)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,13 @@ class Plan:
     def makes_or_removes_home(self) -> bool:
         """Whether there is no VM before it, or none after it."""
         return any(isinstance(step, MakeHome | TakeHome | RemoveHome | LeaveHome) for step in self.steps())
+
+    @property
+    def only_frees(self) -> bool:
+        """Whether it takes files away and changes nothing else: a deletion of snapshots or memory, a merge, or a whole VM's."""
+        kinds = {type(step) for step in self.finish}
+        changes = self.prepare or Flatten in kinds or (self.switch is not None and RemoveHome not in kinds)
+        return not changes and not kinds.isdisjoint(_FREEING)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON document that ``from_json`` turns into an equal plan."""

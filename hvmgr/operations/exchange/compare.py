@@ -175,7 +175,8 @@ def _require_disk_root_used(comparison: Comparison) -> None:
 
 def _what_there_is(source: SourceHome, option: str) -> str | None:
     if option in {"disk", "disk-target"}:
-        return "it has the disks " + ", ".join((*source.disks, *source.left_out))
+        slots = [*source.disks, *source.left_out]
+        return f"it has the disks {', '.join(slots)}" if slots else "it has no disks"
     cards: dict[str, tuple[str, str | None]] = {}
     for one in source.configurations():
         cards |= maps.networks_of(one)

@@ -73,6 +73,9 @@ def _target_findings(comparison: Comparison) -> Iterator[Finding]:
     layout = comparison.layout
     if layout.home.exists() and not (layout.home.is_dir() and vm_home.holds_nothing(layout.home)):
         yield found("target-exists", f"{layout.home} is there already", layout.home, "--name NEW, or --vm-path DIR")
+    if (home := vm_home.around(layout.home)) is not None:
+        sentence = f"{layout.home} lies in {home}, which is a VM's home or an export"
+        yield found("target-exists", sentence, layout.home, "choose another folder")
     for place in (layout.home, *(place for _, place in layout.links())):
         above = next(one for one in place.parents if one.exists())
         if not above.is_dir():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hvmgr import errors, units
+from hvmgr.host import qemu_errors
 from hvmgr.host.domain import State
 from hvmgr.model import export_plan
 from hvmgr.model.export_options import ExportOptions
@@ -21,7 +22,7 @@ from hvmgr.operations.exchange.export_place import Place
 from hvmgr.operations.exchange.export_planning import Planner
 from hvmgr.operations.exchange.export_steps import Exporter
 from hvmgr.operations.session import Session
-from hvmgr.storage import copy, durable
+from hvmgr.storage import copy, durable, vm_home
 
 _SHARED = (export_plan.ExportFile, export_plan.ExportImage, export_plan.ExportMemory)
 
@@ -88,9 +89,14 @@ def _hold(session: Session, one: Plan) -> list[str]:
 
 def _place(session: Session, dest: Path) -> Place:
     folder = Path(os.path.realpath(dest))
+    qemu_errors.require_utf8(folder)
     if folder.is_relative_to(session.home.path):
         raise errors.UsageError(
             f"{folder} is in the VM's own home, and an export would copy itself", hint="choose a folder outside it"
+        )
+    if (home := vm_home.around(folder / session.home.name)) is not None:
+        raise errors.UsageError(
+            f"{folder} lies in {home}, which is a VM's home or an export", hint="choose a folder outside it"
         )
     above = next(one for one in (folder, *folder.parents) if one.exists())
     if not above.is_dir():

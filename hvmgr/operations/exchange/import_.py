@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hvmgr import errors
+from hvmgr.host import qemu_errors
 from hvmgr.host.domain import State
 from hvmgr.host.hypervisor import Connection
 from hvmgr.model import configuration, identity, plan, specification
@@ -68,6 +69,9 @@ def target_layout(root: Path, source: SourceHome, options: ImportOptions, vm_id:
     home = Path(os.path.realpath((options.vm_path or root) / name))
     snapshots_at = options.snapshot_path and Path(os.path.realpath(options.snapshot_path)) / name / "Snapshots"
     bases_at = options.disk_path and Path(os.path.realpath(options.disk_path)) / name / "Virtual Hard Disks"
+    for place in (home, snapshots_at, bases_at):
+        if place:
+            qemu_errors.require_utf8(place)
     return Layout(home=home, vm_id=vm_id, snapshots_at=snapshots_at or None, bases_at=bases_at or None)
 
 

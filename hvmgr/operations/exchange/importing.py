@@ -152,6 +152,8 @@ def clone(vm: VM, name: str, how: CloneOptions) -> VM:
     )
     snapshot_id = None if how.snapshot is None else vm.snapshot(how.snapshot).id
     host = vm.host
+    if host.connection.find_domain_by_name(name) is not None:
+        raise errors.Conflict(f"libvirt has a VM '{name}' already", hint="choose another name")
     with host.session(vm.home) as session:
         reconcile.bring_together(session)  # what others changed is cloned too
         if session.doubt is not None and snapshot_id is None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvmgr import errors
+from hvmgr.host import qemu_errors
 from hvmgr.host.domain import State
 from hvmgr.model import configuration, plan
 from hvmgr.model.identity import Identity
@@ -99,6 +100,11 @@ def _require_place(session: Session, old: Layout, new: Layout) -> None:
         raise errors.UsageError(f"{new.home} and the home {old.home} lie in each other")
     if new.home.exists() and not (new.home.is_dir() and vm_home.holds_nothing(new.home)):
         raise errors.Conflict(f"{new.home} is there already", hint="name a folder that is not there yet")
+    qemu_errors.require_utf8(new.home)
+    if (above := vm_home.around(new.home)) is not None:
+        raise errors.Conflict(
+            f"{new.home} lies in {above}, which is a VM's home or an export", hint="choose a place outside it"
+        )
     if not new.home.parent.is_dir():
         raise errors.NotFound(f"there is no folder {new.home.parent}", hint=f"make it: mkdir -p '{new.home.parent}'")
     for finding in compare_place.way_findings(new.home, session.owner):

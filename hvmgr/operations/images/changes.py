@@ -33,7 +33,7 @@ from hvmgr.model.progress import Progress
 from hvmgr.operations import image_users
 from hvmgr.operations.images import recognition
 from hvmgr.operations.images.recognition import Recognised
-from hvmgr.storage import images, index, journal
+from hvmgr.storage import attachments, images, index, journal
 
 if TYPE_CHECKING:
     from hvmgr.operations.host import Host
@@ -104,9 +104,14 @@ def require_closed(paths: Sequence[Path]) -> None:
     from hvmgr.host import loop, qemu_errors
 
     for path in paths:
-        loop.require_not_shown(path)
-        with image_locks.held(path):
-            pass
+        try:
+            loop.require_not_shown(path)
+            with image_locks.held(path):
+                pass
+        except errors.Conflict as error:
+            for one in attachments.users([str(path)]).get(str(path), ()):
+                raise needed(path, User(Use.ATTACHED, one.device or one.id), ()) from error
+            raise
     if qemu_errors.holders_of(*paths):
         raise image_locks.in_use(next(path for path in paths if qemu_errors.holders_of(path)))
 

@@ -52,6 +52,8 @@ def _users(host: Host, path: Path) -> tuple[User, ...]:
         return tuple(image_users.of(host, path))
     except errors.Conflict as error:  # half-way between two states of a VM
         return (User(Use.UNKNOWN, str(error)),)
+    except errors.HostFailed as error:  # its folder may be passed through, and not listed
+        return (User(Use.UNKNOWN, f"an image or a VM that this user cannot look at ({error})"),)
 
 
 def _open_subject(path: Path) -> str | None:

@@ -7,6 +7,7 @@ images become the present. Until then a failure or a death leaves what was, and 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 _PIECE = 4 << 20
 _COARSE_NS = 2_000_000_000  # as FAT keeps times
+_FORMAT = "let the guest, or 'hvmgr image prepare' on an image of its own, make a file system there first"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +168,15 @@ def _require_awake(vm: VM, inside: Inside, target: Target, volume: Volume) -> No
 def _choose(inside: Inside, path: bytes) -> Browser:
     """The file system that has the path, or the folder that it would be in."""
     parts = [one for one in path.split(b"/") if one]
-    for count in range(len(parts), 0, -1):
-        try:
-            return inside.choose(b"/" + b"/".join(parts[:count]))
-        except errors.NotFound:
-            continue
-    return inside.choose(b"/")
+    try:
+        for count in range(len(parts), 0, -1):
+            with contextlib.suppress(errors.NotFound):
+                return inside.choose(b"/" + b"/".join(parts[:count]))
+        return inside.choose(b"/")
+    except errors.Unsupported as error:
+        if all(one.kind is None for one in inside.volumes):
+            error.hint = _FORMAT
+        raise
 
 
 def _tell(session: Session, browser: Browser, arranged: Arrangement, writer: Writer) -> None:

@@ -35,7 +35,7 @@ from hvmgr.operations.steps import (
     resize_steps,
     transfer_steps,
 )
-from hvmgr.storage import durable, journal
+from hvmgr.storage import durable, journal, reserve
 
 _Act = Callable[[Session, Any], None]
 
@@ -181,7 +181,7 @@ _GOES_ON = "the journal holds what is open; the next command on this VM goes on 
 
 def run(session: Session, one: Plan) -> None:
     """Carry a plan out; an error leaves the state before it, or, once the switch happened, the state after it."""
-    journal.begin(session.layout.journal, one)
+    _begin(session, one)
     with _contact(session, one):
         if one.switch is not None:
             _prepare(session, one)
@@ -196,6 +196,21 @@ def run(session: Session, one: Plan) -> None:
         raise errors.HostFailed(
             f"{one.subject}: done, but {error}", hint=error.hint, **{**error.facts, "done": True}
         ) from error
+
+
+def _begin(session: Session, one: Plan) -> None:
+    """The journal is begun; on a full disk only that of a plan that gives space back, which the reserve then serves."""
+    if not one.only_frees:
+        journal.begin(session.layout.journal, one)
+        return
+    if reserve.is_needed(session.layout):
+        reserve.give_up(session.layout)
+    try:
+        journal.begin(session.layout.journal, one)
+    except errors.NoSpace:  # a quota
+        if not reserve.give_up(session.layout):
+            raise
+        journal.begin(session.layout.journal, one)
 
 
 @contextlib.contextmanager
@@ -220,6 +235,8 @@ def recover(session: Session) -> bool:
     if entry.start is not None:
         journal.take_back_start(session.layout.journal)  # it was the dead command's, not ours
     session.recovering = True
+    if reserve.is_needed(session.layout):
+        reserve.give_up(session.layout)
     with session.interrupts.held_back():
         _wait_for_jobs(session, one)
         if one.switch is None or (entry.switch_reached and _happened(session, one)) or _catch_up(session, one):
@@ -291,7 +308,12 @@ def _ask_after(session: Session, one: Plan, error: BaseException) -> bool:
 
 def _finish(session: Session, one: Plan) -> None:
     try:
-        _do_finish(session, one)
+        try:
+            _do_finish(session, one)
+        except errors.NoSpace:
+            if not reserve.give_up(session.layout):
+                raise
+            _do_finish(session, one)
     except errors.HvmgrError as error:
         error.hint = error.hint or _GOES_ON
         raise

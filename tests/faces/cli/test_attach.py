@@ -44,6 +44,8 @@ def test_attached_listed_and_detached(hvmgr, image):
         line = hvmgr.ok("image", "attachments").out.split("\t")
         assert line == [device, str(image), "4.0 MiB", "writable", "attached", f"{device}p1\n"]
         assert hvmgr("image", "attach", image).code == 4
+        refused = hvmgr("image", "resize", image, "8M")
+        assert (refused.code, f"hvmgr image detach {image}" in refused.err) == (4, True)
         gone = hvmgr.ok("image", "detach", f"{device}p1", "--json").json
         assert keys(gone) == keys(DEVICE_SHAPES["image detach"])
         assert hvmgr.ok("image", "attachments").out == ""
@@ -95,5 +97,6 @@ def test_disk_is_resized_and_shown(hvmgr, vm):
     assert hvmgr("disk", "resize", vm, "vda", "8M").code == 2  # nobody is there to ask
     assert hvmgr.ok("disk", "resize", vm, "vda", "8M", "--dry-run", "--yes").out.count("8388608 bytes") == 2
     assert hvmgr.ok("disk", "resize", vm, "vda", "8M", "--yes").out == f"disk vda of {vm} has 8.0 MiB\n"
+    assert "cannot have 100 bytes" in hvmgr("disk", "resize", vm, "vda", "100").err  # before anybody is asked
     assert hvmgr("disk", "info", vm, "vdz").code == 3
     assert hvmgr("disk", "resize", vm, "vdz", "8M").code == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
@@ -63,6 +64,22 @@ CASES = {
     "nothing-to-undo": (["snapshot", "undo", "VM"], 3, "there is nothing to undo"),
     "slow-merge": (["snapshot", "merge", "VM", "--bandwidth", "10K"], 2, "less than 1 MiB a second"),
     "merge-at-no-rate": (["snapshot", "delete", "VM", "one", "--bandwidth", "fast"], 2, "is not a size"),
+    "merge-at-less-than-nothing": (
+        ["snapshot", "merge", "VM", "--bandwidth", "-1"],
+        2,
+        "--bandwidth: '-1' is not a size",
+    ),
+    "vm-without-a-near-name": (["snapshot", "list", "%%%"], 3, "known: 'VM'; hvmgr vm list shows all, hvmgr vm adopt"),
+    "put-where-no-file-system-is": (["file", "put", "VM", "/etc/hostname", "/"], 5, "make a file system there first"),
+    "name-that-reads-as-an-option": (["vm", "create", "-dash", "--disk", "8M"], 2, "begins with '-' comes after all"),
+    "option-behind-the-names": (["snapshot", "apply", "VM", "--", "one", "--no-undo"], 2, "options come before '--'"),
+    "memory-without-a-unit": (["vm", "create", "x", "--memory", "1"], 2, "1 B of memory is too little"),
+    "subtree-without-a-yes": (
+        ["snapshot", "delete", "VM", "three", "--subtree"],
+        2,
+        "deleted: three, twice, twice; nobody",
+    ),
+    "clone-of-its-own-name": (["vm", "clone", "VM", "VM"], 4, "already\n  choose another name"),
     "both-ways-to-delete": (["snapshot", "delete", "VM", "one", "--subtree", "--state-only"], 2, "exclude each other"),
     "hook-for-ever": (["hook", "allow", "VM"], 2, "say so: --once"),
     "hook-of-no-vm": (["hook", "allow", "nobody", "--once"], 3, "there is no VM 'nobody'"),
@@ -99,8 +116,8 @@ def test_each_is_one_sentence_with_its_exit_code_and_changes_nothing(hvmgr, know
 def test_each_is_one_document_with_json(hvmgr, known):
     for case, (words, code, _) in CASES.items():
         answer = hvmgr(*(word.replace("VM", known) for word in words), "--json")
-        if case == "missing-value":
-            continue  # it takes --json for the value
+        if case in {"missing-value", "option-behind-the-names"}:
+            continue  # it takes --json for the value, or for a name
         assert (answer.code, answer.err) == (code, ""), (case, answer)
         document = json.loads(answer.out)
         assert set(document) == {"schema", "error"}, case
@@ -116,6 +133,7 @@ def test_damaged_xml_is_told_with_line_and_column(hvmgr, known, root):
     assert answer.code == 6
     assert str(snapshots[0]) in answer.err
     assert "line 2, column" in answer.err
+    assert "hvmgr doctor" in answer.err
     assert files_of(root) == before
 
 
@@ -125,7 +143,66 @@ def test_refused_creation_and_dry_run_leave_no_root(hvmgr, root):
     assert not root.exists()
 
 
+def test_first_vm_is_yet_to_come(hvmgr, root):
+    answer = hvmgr("vm", "show", "web")
+    assert (answer.code, answer.err.splitlines()[1:]) == (
+        3,
+        [
+            "  no VM is there: hvmgr vm create makes one, hvmgr vm adopt takes one of libvirt's, --root names another place"
+        ],
+    )
+
+
 def test_folder_that_is_no_home_is_no_vm(hvmgr, vm, root):
     (root / "empty" / "Virtual Machines").mkdir(parents=True)
     assert hvmgr("vm", "show", "empty").code == 3
     assert [row[0] for row in hvmgr.ok("vm", "list").lines] == [vm]
+
+
+def test_nothing_is_made_in_the_home_of_a_vm(hvmgr, vm, root, tmp_path):
+    hvmgr.ok("vm", "create", "other", "--network", "none")
+    hvmgr.ok("export", "other", tmp_path)
+    before, inside = files_of(root), root / vm / "inside"
+    for words in (
+        ["vm", "create", "new", "--home", inside, "--network", "none"],
+        ["vm", "move", "other", root / vm],
+        ["vm", "clone", "other", "new", "--vm-path", inside],
+        ["import", tmp_path / "other", "--name", "new", "--new-id", "--vm-path", inside],
+        ["export", "other", inside],
+    ):
+        answer = hvmgr(*words)
+        assert answer.code in {2, 4}, (words, answer)
+        assert f"lies in {root / vm}, which is a VM's home" in answer.err, (words, answer)
+    assert files_of(root) == before
+
+
+def test_place_whose_name_is_not_utf8_is_refused(hvmgr, vm, root, tmp_path):
+    hvmgr.ok("export", vm, tmp_path)
+    place = root / os.fsdecode(b"na\xefve")
+    before = files_of(root)
+    for words in (
+        ["vm", "create", "new", "--home", place, "--network", "none"],
+        ["vm", "move", vm, place],
+        ["vm", "clone", vm, "new", "--vm-path", place],
+        ["import", tmp_path / vm, "--name", "new", "--new-id", "--disk-path", place],
+        ["import", tmp_path / vm, "--name", "new", "--new-id", "--snapshot-path", place],
+        ["export", vm, place],
+    ):
+        answer = hvmgr(*words)
+        assert (answer.code, "a name that is not UTF-8" in answer.err) == (5, True), (words, answer)
+    assert files_of(root) == before
+
+
+def test_home_deep_below_the_root_is_found(hvmgr, root):
+    (root / "group").mkdir(parents=True)
+    hvmgr.ok("vm", "create", "deep", "--network", "none", "--home", root / "group" / "deep")
+    assert hvmgr.ok("vm", "show", "deep", "--json").json["vm"]["home"] == str(root / "group" / "deep")
+    assert len(hvmgr.ok("vm", "list").lines) == 1
+
+
+def test_source_of_another_kind_says_which_there_are(hvmgr, vm, tmp_path):
+    hvmgr.ok("export", vm, tmp_path, "--exclude-disk", "vda")
+    told = hvmgr("import", tmp_path / vm / "export.yaml", "--name", "new", "--new-id")
+    assert (told.code, "name an export's folder" in told.err) == (6, True)
+    told = hvmgr("import", tmp_path / vm, "--name", "new", "--new-id", "--disk-target", f"vda={tmp_path / 'x'}")
+    assert (told.code, told.err.splitlines()[-1]) == (2, "  it has no disks")

@@ -42,7 +42,14 @@ def test_release_in_a_pipe_names_every_file_that_is_left(hvmgr, branched):
 
 def test_release_of_a_line_says_nothing_more(hvmgr, vm, root):
     hvmgr.ok("snapshot", "create", vm, "one")
-    assert hvmgr.ok("vm", "release", vm).out == f"released {vm}; libvirt has 1 snapshot of it\n"
+    assert hvmgr.ok("vm", "release", vm).out == (
+        f"released {vm}; libvirt has 1 snapshot of it; its files stay in {root / vm}, and to take it back: "
+        f"hvmgr vm adopt {vm} --home FOLDER\n"
+    )
+    answer = hvmgr("vm", "adopt", vm)
+    assert (answer.code, f"hvmgr vm adopt '{vm}' --home FOLDER" in answer.err) == (4, True)
+    assert hvmgr("vm", "adopt", vm, "--home", root / "again").code == 0
+    hvmgr.ok("vm", "release", vm)
     (root / vm / "Virtual Machines" / "NVRAM of a VM that was started").mkdir(parents=True, exist_ok=True)
     assert vm not in hvmgr("doctor").out
 

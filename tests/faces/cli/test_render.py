@@ -55,3 +55,17 @@ def test_deep_trees_are_drawn(hvmgr, vm):
 def test_sizes_stand_to_the_right(hvmgr, branched):
     lines = hvmgr.ok("snapshot", "tree", branched).out.splitlines()[1:]
     assert len({line.index("KiB") for line in lines}) == 1
+
+
+def test_narrow_terminal_gets_paragraphs_instead_of_broken_words(monkeypatch, capsys):
+    rows = [("web", "running", "0" * 36, "/srv/web"), ("old one", "off", "1" * 36, "")]
+    monkeypatch.setattr(render, "is_terminal", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    render.table(("Name", "State", "Id", "Home"), rows)
+    assert capsys.readouterr().out == (
+        f"Name:   web\nState:  running\nId:     {'0' * 36}\nHome:   /srv/web\n"
+        f"\nName:   old one\nState:  off\nId:     {'1' * 36}\n"
+    )
+    monkeypatch.setenv("COLUMNS", "80")
+    render.table(("Name", "State", "Id", "Home"), rows)
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())

@@ -90,7 +90,10 @@ __main__.main()"""
 def test_systems_no_is_no_defect(hvmgr, monkeypatch):
     failing(monkeypatch, PermissionError(13, "Permission denied", "/root/x"))
     answer = hvmgr("version")
-    assert (answer.code, answer.err) == (8, "hvmgr: /root/x: Permission denied\n")
+    assert (answer.code, answer.err) == (
+        8,
+        "hvmgr: no permission for /root/x\n  run as root, or give your user access to it\n",
+    )
 
 
 def test_json_as_the_text_of_an_argument_is_no_wish(hvmgr):

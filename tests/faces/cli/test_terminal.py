@@ -174,5 +174,6 @@ def test_bars_come_and_go(capsys):
     for done in range(0, 101, 50):
         bars.update(Progress(done=done << 20, total=100 << 20, what="merge [bold] vda"))
     bars.update(Progress(done=1, total=0, what="copy"))
+    assert [one.total for one in bars._drawn.tasks] == [None]  # not a hundred, which nobody said
     bars.close()
     assert capsys.readouterr().out == ""

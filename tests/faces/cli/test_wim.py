@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,15 @@ def place(tmp_path, require_program):
 def wim(hvmgr, place):
     hvmgr.ok("wim", "capture", place / "tree", place / "a.wim", "--name", "One", "--description", "the first")
     return place / "a.wim"
+
+
+def test_name_that_no_wim_can_hold_is_named(hvmgr, place):
+    (place / "tree" / os.fsdecode(b"na\xefve")).touch()
+    told = hvmgr("wim", "capture", place / "tree", place / "b.wim")
+    assert (told.code, told.out) == (5, "")
+    assert told.err.startswith(f"hvmgr: the name of {place}/tree/na")
+    assert "wimlib" not in told.err
+    assert not (place / "b.wim").exists()
 
 
 def test_way_of_a_windows_disk(hvmgr, place, wim):

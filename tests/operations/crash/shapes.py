@@ -19,6 +19,7 @@ from hvmgr.operations import merge, working
 from hvmgr.operations.exchange import converting
 from hvmgr.operations.inside import writing
 from hvmgr.operations.steps import execution
+from hvmgr.storage import reserve
 from tests.storage.test_partitions import Memory, put_gpt
 
 
@@ -295,6 +296,19 @@ def delete(name, **how):
     return lambda host: snapshot(host, name).delete(**how)
 
 
+def delete_on_a_full_disk(name):
+    """A deletion that gives the reserve up, and cannot make it again."""
+
+    def act(host):
+        original, reserve.is_needed = reserve.is_needed, lambda _: True
+        try:
+            snapshot(host, name).delete()
+        finally:
+            reserve.is_needed = original
+
+    return act
+
+
 def delete_alone(name):
     """A deletion that leaves what the running VM has open unmerged, as a kill right after it does."""
 
@@ -560,6 +574,7 @@ WHOLES = {
 
 MERGES = {
     "delete-leaf": Shape(forked_tree, delete("three")),
+    "delete-with-the-reserve": Shape(forked_tree, delete_on_a_full_disk("three")),
     "delete-middle": Shape(line, delete("two")),
     "delete-two-children": Shape(forked_tree, delete("one")),
     "delete-root": Shape(line, delete("one")),

@@ -6,6 +6,7 @@ import pytest
 
 MERGES = [
     "delete-leaf",
+    "delete-with-the-reserve",
     "delete-middle",
     "delete-two-children",
     "delete-root",
