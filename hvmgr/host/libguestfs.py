@@ -114,7 +114,7 @@ class Machine:
         """It runs."""
         self._connection.settimeout(_START_S)
         try:
-            self.version = self._ask("start", [os.fspath(one) for one in sockets])[0]
+            self.version = str(self._ask("start", [os.fspath(one) for one in sockets])[0])
         except _Refused as error:
             raise errors.HostFailed(f"{NAME} cannot start its machine: {error}", hint=_HINT) from error
         self._connection.settimeout(_ANSWER_S)
