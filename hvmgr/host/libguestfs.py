@@ -27,12 +27,16 @@ from hvmgr.host import libguestfs_program, process
 NAME = "libguestfs"
 DISKS_MAX = 200  # the machine's controller takes 255
 PIECE = 2 << 20  # bytes in one read; the library's own limit for a message is 4 MiB
+NAMES = 1000  # files that are asked for at a time: as many as the library asks its machine for
 
 _START_S = 900.0  # it builds its system at the first start: minutes in emulation on a busy host
 _ANSWER_S = 300.0  # after which a damaged file system is taken to hang it
 _END_S = 10.0
 _VARIABLES = ("LIBGUESTFS_", "SUPERMIN_")  # by which the library is told where its own parts are
 _DAMAGED = {errno.EIO, errno.EUCLEAN, errno.EBADMSG}
+_OPTIONS = {"xfs": "ro,nouuid"}  # a copy has the id of its original, which may be mounted as well
+_TIME_MAX = 1 << 100
+_COPY_HINT = "another disk is a copy of it, and its kernel takes one of them at a time: --disk SLOT"
 _HINT = "what it lacks, its own test says: libguestfs-test-tool; it needs a Linux kernel on this host, and QEMU"
 
 
@@ -110,7 +114,7 @@ class Machine:
         """It runs."""
         self._connection.settimeout(_START_S)
         try:
-            self.version = self._ask("start", [os.fspath(one) for one in sockets])[0]
+            self.version = str(self._ask("start", [os.fspath(one) for one in sockets])[0])
         except _Refused as error:
             raise errors.HostFailed(f"{NAME} cannot start its machine: {error}", hint=_HINT) from error
         self._connection.settimeout(_ANSWER_S)
@@ -123,28 +127,37 @@ class Machine:
 
     def file_systems(self) -> Mapping[str, str]:
         """Devices with a file system or something else on them, and what that is in the words of blkid."""
-        found: dict[str, str] = self._call("file_systems")
-        return found
+        found = self._call("file_systems")
+        with _sensible():
+            return {str(device): str(kind) for device, kind in found.items()}
 
     def device(self, name: str) -> Device:
         """What is to be known of a device."""
-        return Device(*self._call("device", name))
+        found = self._call("device", name)
+        with _sensible():
+            size, *words = found
+            return Device(_number(size), *(str(one) for one in words))
 
-    def mount(self, device: str) -> bytes:
+    def mount(self, device: str, kind: str) -> bytes:
         """Where the file system of a device is, to be read; Corrupt with the kernel's words where it cannot be mounted."""
         try:
-            return _bytes(self._ask("mount", device)[0])
+            with _sensible():
+                return _bytes(self._ask("mount", device, _OPTIONS.get(kind, "ro"))[0])
         except _Refused as error:
-            raise errors.Corrupt(f"{NAME} cannot mount it: {error}") from error
+            hint = _COPY_HINT if os.strerror(errno.EEXIST) in str(error) else None
+            raise errors.Corrupt(f"{NAME} cannot mount it: {error}", hint=hint) from error
 
     def names(self, folder: bytes) -> list[bytes]:
         """The names in a folder."""
-        return [_bytes(one) for one in self._call("names", _text(folder))]
+        found = self._call("names", _text(folder))
+        with _sensible():
+            return [_bytes(one) for one in found]
 
     def stats(self, folder: bytes, names: Sequence[bytes]) -> list[Stat | None]:
-        """What ``lstat`` says of files in a folder; None of one that cannot be read."""
+        """What ``lstat`` says of files in a folder, at most ``NAMES``; None of one that cannot be read."""
         found = self._call("stats", _text(folder), [_text(one) for one in names])
-        return [None if one is None else _stat(*one) for one in found]
+        with _sensible():
+            return [None if one is None else _stat(*one) for _, one in zip(names, found, strict=True)]
 
     def attributes(self, path: bytes) -> dict[str, bytes]:
         """Extended attributes by their names; none where the file system has none."""
@@ -154,7 +167,8 @@ class Machine:
             if error.number in {errno.EOPNOTSUPP, errno.ENOSYS}:
                 return {}
             raise self._explained(error) from error
-        return {os.fsdecode(_bytes(name)): _bytes(value) for name, value in found.items()}
+        with _sensible():
+            return {os.fsdecode(_bytes(name)): _bytes(value) for name, value in found.items()}
 
     def read(self, path: bytes, offset: int, length: int) -> bytes:
         """Bytes of a file, at most ``PIECE``; fewer at its end only."""
@@ -175,14 +189,18 @@ class Machine:
         try:
             libguestfs_program.put(self._stream, list(words))
             answer, data = libguestfs_program.take(self._stream)
+            failed = (str(answer["no"]), int(answer["number"])) if "no" in answer else None
+            result = answer["yes"] if failed is None else None
         except TimeoutError as error:
             raise errors.HostFailed(f"{NAME} gives no answer", hint="what it reads may be damaged") from error
         except (OSError, EOFError, ValueError) as error:
             said = self._program.stderr_text().strip().splitlines()
             raise errors.HostFailed(f"{NAME} ended without an answer: {' '.join(said[-1:])}") from error
-        if "no" in answer:
-            raise _Refused(answer["no"], answer["number"])
-        return answer["yes"], data
+        except (TypeError, KeyError, RecursionError) as error:
+            raise _nonsense() from error
+        if failed is not None:
+            raise _Refused(*failed)
+        return result, data
 
     def _explained(self, error: _Refused) -> errors.HvmgrError:
         if error.number == errno.ENOENT:
@@ -200,8 +218,32 @@ class _Refused(Exception):
         self.number = number
 
 
+# What it reads may have taken it over: whatever it answers has to be what was asked for.
+
+
+@contextlib.contextmanager
+def _sensible() -> Iterator[None]:
+    """What makes no sense in an answer is HostFailed."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _nonsense() from error
+
+
+def _nonsense() -> errors.HostFailed:
+    return errors.HostFailed(f"{NAME} answers what makes no sense", hint="do not trust the disks that it reads")
+
+
 def _stat(target: str | None, *numbers: int) -> Stat:
-    return Stat(None if target is None else _bytes(target), *numbers)
+    *counts, accessed, modified, changed = numbers
+    times = (_number(one, least=-_TIME_MAX, most=_TIME_MAX) for one in (accessed, modified, changed))
+    return Stat(None if target is None else _bytes(target), *(_number(one) for one in counts), *times)
+
+
+def _number(value: object, *, least: int = 0, most: int = (1 << 64) - 1) -> int:
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(value)
+    return value
 
 
 def _text(raw: bytes) -> str:

@@ -21,12 +21,16 @@ from typing import Any
 
 _LIBRARY = "libguestfs.so.0"
 _LENGTHS = struct.Struct(">II")
+_TEXT_MAX, _DATA_MAX = 1 << 30, 4 << 20  # some millions of names; the library's own limit of a piece
 _SECOND = 1_000_000_000
 _SECTOR = 512
 _READONLY, _FORMAT, _PROTOCOL, _SERVER, _END = 0, 1, 5, 6, -1  # GUESTFS_ADD_DRIVE_OPTS_*
 _STATNS = 22  # numbers of 64 bits in struct guestfs_statns
 _GONE = -1  # the inode of what lstatnslist cannot find
 _FORCE_TCG = "force_tcg"
+_ARGUMENTS = (
+    b"md_mod.start_ro=1"  # of its kernel: an array that is not in step stays so, and does not fill the overlays
+)
 _CALLS: dict[str, tuple[Any, ...]] = {
     "guestfs_create": (ctypes.c_void_p,),
     "guestfs_close": (None, ctypes.c_void_p),
@@ -35,15 +39,22 @@ _CALLS: dict[str, tuple[Any, ...]] = {
     "guestfs_last_errno": (ctypes.c_int, ctypes.c_void_p),
     "guestfs_set_backend": (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p),
     "guestfs_set_backend_setting": (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p),
+    "guestfs_set_append": (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p),
     "guestfs_launch": (ctypes.c_int, ctypes.c_void_p),
     "guestfs_version": (ctypes.POINTER(ctypes.c_int64), ctypes.c_void_p),
-    "guestfs_list_filesystems": (ctypes.c_void_p, ctypes.c_void_p),
+    "guestfs_list_devices": (ctypes.c_void_p, ctypes.c_void_p),
+    "guestfs_list_partitions": (ctypes.c_void_p, ctypes.c_void_p),
+    "guestfs_list_md_devices": (ctypes.c_void_p, ctypes.c_void_p),
+    "guestfs_lvs": (ctypes.c_void_p, ctypes.c_void_p),
+    "guestfs_list_ldm_volumes": (ctypes.c_void_p, ctypes.c_void_p),
+    "guestfs_list_ldm_partitions": (ctypes.c_void_p, ctypes.c_void_p),
+    "guestfs_vfs_type": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p),
     "guestfs_blockdev_getsize64": (ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p),
     "guestfs_vfs_label": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p),
     "guestfs_vfs_uuid": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p),
     "guestfs_md_detail": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p),
     "guestfs_mkmountpoint": (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p),
-    "guestfs_mount_ro": (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p),
+    "guestfs_mount_options": (ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p),
     "guestfs_ls": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p),
     "guestfs_lstatnslist": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
     "guestfs_readlinklist": (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
@@ -71,11 +82,13 @@ def put(stream: BufferedRWPair, message: object, data: bytes = b"") -> None:
 
 
 def take(stream: BufferedRWPair) -> tuple[Any, bytes]:
-    """The next message; EOFError where there is none."""
+    """The next message; EOFError where there is none, ValueError for what is none."""
     head = stream.read(_LENGTHS.size)
     if len(head) < _LENGTHS.size:
         raise EOFError
     length, size = _LENGTHS.unpack(head)
+    if length > _TEXT_MAX or size > _DATA_MAX:
+        raise ValueError("a message without end")
     return json.loads(stream.read(length)), stream.read(size)
 
 
@@ -138,6 +151,7 @@ class _Library:
         self._handle = self._library.guestfs_create()
         self._library.guestfs_set_error_handler(self._handle, None, None)  # it would write to stderr
         self._checked(self._library.guestfs_set_backend(self._handle, b"direct"))
+        self._checked(self._library.guestfs_set_append(self._handle, _ARGUMENTS))
         if emulated:
             self._checked(self._library.guestfs_set_backend_setting(self._handle, _FORCE_TCG.encode(), b"1"))
         for one in sockets:
@@ -156,9 +170,23 @@ class _Library:
             self._handle = None
 
     def file_systems(self) -> dict[str, str]:
-        """Devices, and what is on them."""
-        words = self._words(self._library.guestfs_list_filesystems(self._handle))
-        return dict(zip(words[::2], words[1::2], strict=True))
+        """Devices, and what is on them; without parts of what is a device of its own.
+
+        guestfs_list_filesystems would say it too, but mounts each Btrfs for that: where one is damaged there is no list.
+        """
+        library = self._library
+        sources = (
+            library.guestfs_list_devices, library.guestfs_list_partitions, library.guestfs_list_md_devices,
+            library.guestfs_lvs, library.guestfs_list_ldm_volumes, library.guestfs_list_ldm_partitions,
+        )  # fmt: skip
+        devices: dict[str, str] = {}
+        for ask in sources:
+            found = ask(self._handle)  # nothing where its machine has no programs for these
+            for device in self._words(found) if found else []:
+                kind = self._word(library.guestfs_vfs_type(self._handle, device.encode("latin-1"))) or "unknown"
+                if kind != "crypto_LUKS" and not kind.endswith("_member"):
+                    devices[device] = kind
+        return devices
 
     def device(self, name: str) -> tuple[int, str, str, str]:
         """Size, label, uuid, and the name of an array."""
@@ -179,12 +207,13 @@ class _Library:
         about = dict(zip(words[::2], words[1::2], strict=True))
         return about.get("name", "").rpartition(":")[2] or about.get("uuid", "")
 
-    def mount(self, device: str) -> str:
+    def mount(self, device: str, options: str) -> str:
         """A mount point of its own for the file system."""
         place = f"/{self._mounted}"
         self._checked(self._library.guestfs_mkmountpoint(self._handle, place.encode()))
         self._mounted += 1
-        self._checked(self._library.guestfs_mount_ro(self._handle, device.encode("latin-1"), place.encode()))
+        words = [options.encode(), device.encode("latin-1"), place.encode()]
+        self._checked(self._library.guestfs_mount_options(self._handle, *words))
         return place
 
     def names(self, folder: str) -> list[str]:
@@ -286,6 +315,7 @@ def _stat(row: Sequence[int], target: str | None) -> list[Any] | None:
     device, number, mode, links, uid, gid, special, size, _, blocks = row[:10]
     if number == _GONE:
         return None
+    number %= 1 << 64  # it has no sign
     times = [row[at] * _SECOND + row[at + 1] for at in (10, 12, 14)]
     is_link = mode & 0o170000 == 0o120000
     return [target if is_link else None, device, number, mode, links, uid, gid, special, size, blocks * _SECTOR, *times]

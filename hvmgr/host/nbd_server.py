@@ -357,7 +357,7 @@ class _Client:
         """It is not done, and why."""
         number = _errno(error)
         if self.structured:
-            text = str(error).encode()[:4096]
+            text = str(error).encode(errors="replace")[:4096]  # of a path that is no text too
             self.send_chunk(_DONE, _ERROR, cookie, struct.pack(">IH", number, len(text)) + text)
         else:
             self.send(_SIMPLE.pack(_SIMPLE_MAGIC, number, cookie))

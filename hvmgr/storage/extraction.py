@@ -13,6 +13,7 @@ import stat
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from hvmgr import errors
 from hvmgr.storage import durable
@@ -31,6 +32,9 @@ UNNAMEABLE = "names that cannot be names here"
 UNLINKABLE = "links whose target is none here"
 _NAME_MAX = 255
 _SIZE_MAX = (1 << 63) - 1
+_KINDS = {Type.FOLDER: stat.S_IFDIR, Type.PIPE: stat.S_IFIFO}
+_NOBODY = (1 << 32) - 1  # to chown this means: as it is
+_ALONE = "name a folder with --to that nobody else can write to"
 _ROOT_ONLY = ("security.", "trusted.")
 
 
@@ -126,29 +130,44 @@ class Target:
                 os.symlink(node.target, parts[-1], dir_fd=parent)
         return True
 
-    def settle(self, parts: tuple[bytes, ...], node: Node, extras: Mapping[str, bytes]) -> None:
-        """Owner, mode, attributes and times of what was made."""
-        with self._parent(parts) as parent:
-            name = parts[-1]
-            is_link = node.type is Type.LINK
-            if self.as_owner and node.uid is not None and node.gid is not None:
-                with contextlib.suppress(OverflowError):
-                    os.chown(name, node.uid, node.gid, dir_fd=parent, follow_symlinks=False)
-            if not is_link:
-                with self._opened(parent, name, node) as descriptor:
-                    if descriptor is not None:
-                        self._set_extras(descriptor, extras)
-                        os.fchmod(descriptor, _mode(node, as_owner=self.as_owner))
-                    else:
-                        os.chmod(name, _mode(node, as_owner=self.as_owner), dir_fd=parent)
-            if node.modified is not None:
-                times = (node.accessed if node.accessed is not None else node.modified, node.modified)
-                with contextlib.suppress(OverflowError):
-                    os.utime(name, ns=times, dir_fd=parent, follow_symlinks=False)
+    def settle(
+        self, parts: tuple[bytes, ...], node: Node, extras: Mapping[str, bytes], descriptor: int | None = None
+    ) -> None:
+        """Owner, mode, attributes and times of what was made: of the file that ``descriptor`` is, whatever has its name by now."""
+        path = self.path / os.fsdecode(b"/".join(parts))
+        if descriptor is not None:
+            with durable.explained(path):
+                self._settle(descriptor, node, extras)
+            return
+        with self._parent(parts) as parent, self._opened(parent, parts[-1], node) as found:
+            if found is not None:
+                self._settle(found, node, extras)
+                return
+            self._own(parts[-1], node, dir_fd=parent, follow_symlinks=False)
+            _set_times(parts[-1], node, dir_fd=parent, follow_symlinks=False)
 
-    def _set_extras(self, descriptor: int, extras: Mapping[str, bytes]) -> None:
+    def _settle(self, descriptor: int, node: Node, extras: Mapping[str, bytes]) -> None:
+        place: int | str = descriptor if node.type is not Type.PIPE else f"/proc/self/fd/{descriptor}"
+        is_owned = self._own(place, node)
+        if node.type is not Type.PIPE:
+            self._set_extras(descriptor, extras, is_owned=is_owned)
+        os.chmod(place, _mode(node, as_owner=is_owned))  # noqa: PTH101 - it may be a descriptor
+        _set_times(place, node)
+
+    def _own(self, place: int | str | bytes, node: Node, **how: Any) -> bool:
+        """Whether it has the owner that it has inside."""
+        if not self.as_owner:
+            return False
+        if node.uid is None or node.gid is None:
+            return True
+        if not (0 <= node.uid < _NOBODY and 0 <= node.gid < _NOBODY):
+            return False
+        os.chown(place, node.uid, node.gid, **how)
+        return True
+
+    def _set_extras(self, descriptor: int, extras: Mapping[str, bytes], *, is_owned: bool) -> None:
         for name, value in extras.items():
-            if name.startswith(_ROOT_ONLY) and not self.as_owner:
+            if name.startswith(_ROOT_ONLY) and not is_owned:
                 continue
             if name.startswith("system.ntfs"):
                 continue  # nobody but NTFS can hold them
@@ -178,11 +197,17 @@ class Target:
 
     @contextlib.contextmanager
     def _opened(self, parent: int, name: bytes, node: Node) -> Iterator[int | None]:
-        if node.type not in {Type.FILE, Type.FOLDER}:
+        """What was made, by its name; None of a link. Nothing else that took the name meanwhile."""
+        if node.type is Type.LINK:
             yield None
             return
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        # A pipe is not opened: that would wait for whoever writes.
+        how = os.O_PATH if node.type is Type.PIPE else os.O_RDONLY | os.O_NONBLOCK
+        descriptor = os.open(name, how | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
+            kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+            if kind != _KINDS.get(node.type, stat.S_IFREG):
+                raise errors.Conflict(f"{self.path / os.fsdecode(name)} was replaced meanwhile", hint=_ALONE)
             yield descriptor
         finally:
             os.close(descriptor)
@@ -240,6 +265,13 @@ def stays(name: bytes) -> bool:
 
 def _is_safe(name: bytes) -> bool:
     return stays(name) and len(name) <= _NAME_MAX
+
+
+def _set_times(place: int | str | bytes, node: Node, **how: Any) -> None:
+    if node.modified is not None:
+        times = (node.accessed if node.accessed is not None else node.modified, node.modified)
+        with contextlib.suppress(OverflowError):
+            os.utime(place, ns=times, **how)
 
 
 def _mode(node: Node, *, as_owner: bool) -> int:

@@ -40,7 +40,7 @@ class Memory:
 
     def read_into(self, offset, buffer):
         if offset in self.broken:
-            raise OSError(errno.EIO, "broken")
+            raise OSError(errno.EIO, "broken \udcff")  # as the name of a file may be
         buffer[:] = self.data[offset : offset + len(buffer)]
 
     def write(self, offset, data):
@@ -208,6 +208,14 @@ def test_wrong_request_fails_alone(disk, serve, connect, command, offset, length
     client.request(0, 2 * MIB, 512, cookie=6)
     assert client.answer() == (6, 0)
     assert client.read(512) == bytes(512)
+
+
+def test_broken_place_is_an_error_for_qemu_and_no_wait(disk, serve):
+    disk.broken = range(MIB, MIB + 1)
+    words = ["qemu-io", "-r", "-f", "raw", "-c", f"read {MIB} 512", "-c", f"read {2 * MIB} 512", serve()]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    assert "read failed: Input/output error" in done.stdout + done.stderr
+    assert f"read 512/512 bytes at offset {2 * MIB}" in done.stdout
 
 
 def test_unknown_option_is_refused_and_goes_on(serve, connect):

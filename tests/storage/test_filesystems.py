@@ -471,6 +471,18 @@ def test_iso_shows_the_tree(trees, tmp_path, extension):
         (512, b"LABELONE".ljust(24, b"\0") + b"LVM2 001", Kind.LVM),
         (0, b"XFSB", Kind.XFS),
         ((64 << 10) + 64, b"_BHRfS_M", Kind.BTRFS),
+        (4096, b"\xfc\x4e\x2b\xa9\1\0\0\0", Kind.RAID),
+        (3, b"ReFS\0", Kind.REFS),
+        (32, b"NXSB", Kind.APFS),
+        (0, b"hsqs", Kind.SQUASHFS),
+        (1024, b"\xe2\xe1\xf5\xe0", Kind.EROFS),
+        (1024, b"\x10\x20\xf5\xf2", Kind.F2FS),
+        (1024, b"H+\0\4", Kind.HFSPLUS),
+        (4120, bytes.fromhex("c68573f64e1a45ca8265f57f48ba6d81"), Kind.BCACHEFS),
+        (32768, b"JFS1", Kind.JFS),
+        (32769, b"BEA01".ljust(2048, b"\0") + b"NSR02", Kind.UDF),
+        ((64 << 10) + 52, b"ReIsEr2Fs", Kind.REISERFS),
+        ((64 << 10) + 1372, b"\x19\1\x54\x19", Kind.UFS),
     ],
     ids=lambda one: one.value if isinstance(one, Kind) else "",
 )
@@ -479,6 +491,13 @@ def test_what_is_no_file_system_of_ours_is_named(tmp_path, place, data, kind):
     image.write_bytes(bytes(place) + data + bytes(256 << 10))
     with File(image) as disk:
         assert signatures.recognise(disk).kind is kind
+
+
+def test_memory_of_a_system_that_sleeps_is_never_taken_for_an_array(tmp_path):
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4086) + b"S1SUSPEND\0" + b"\xfc\x4e\x2b\xa9\1\0\0\0" + bytes(256 << 10))
+    with File(image) as disk:
+        assert signatures.recognise(disk).kind is Kind.SWSUSPEND
 
 
 def test_an_empty_disk_holds_nothing(tmp_path):

@@ -44,7 +44,6 @@ _WORDS = {"vfat": Kind.FAT, "msdos": Kind.FAT, "ntfs3": Kind.NTFS, "LVM2_member"
 _IGNORING_CASE = {Kind.FAT, Kind.EXFAT, Kind.NTFS, Kind.HFSPLUS, Kind.HFS}
 _PART = re.compile(r"(/dev/sd[a-z]+)(\d+)")
 _ARRAY = re.compile(r"/dev/md[^/]*")
-_REMEMBERED = 64
 _SPECIAL = {Type.BLOCK, Type.CHARACTER}
 _TYPES = {
     stat.S_IFREG: Type.FILE, stat.S_IFDIR: Type.FOLDER, stat.S_IFLNK: Type.LINK, stat.S_IFBLK: Type.BLOCK,
@@ -110,10 +109,16 @@ def _found(
         if kind is not None and device not in drives and first is not None:
             about = machine.device(device)
             name = _name(device, about.raid, drives)
+            if any(one.logical == name for one in found):
+                name = device.removeprefix("/dev/")  # two arrays may have one name
+            ours = next((one for one in places if one.logical == name), None)
             volume = Volume(first.disk, None, 0, about.size, kind, about.label, about.uuid, logical=name)
+            volume = dataclasses.replace(volume, encrypted=ours is not None and ours.encrypted)
             found |= _read(machine, device, volume, None)
     known = {one.logical for one in found}
-    return found | {one: Foreign(None, at) for one, at in places.items() if one.logical and one.logical not in known}
+    return found | {
+        _unseen(one): Foreign(None, at) for one, at in places.items() if one.logical and one.logical not in known
+    }
 
 
 def _read(machine: Machine, device: str, volume: Volume, disk: Disk | None) -> dict[Volume, Foreign]:
@@ -125,9 +130,14 @@ def _read(machine: Machine, device: str, volume: Volume, disk: Disk | None) -> d
 
 def _without(volume: Volume, disk: Disk) -> Volume:
     """A place on which the machine sees no file system of its own."""
-    if raid.is_type(volume.type) or raid.is_member(disk):
-        return dataclasses.replace(volume, kind=Kind.RAID, why_not="it is a part of an array (md)")
-    if volume.kind is not None and volume.kind.holds_files:
+    with contextlib.suppress(errors.Corrupt):  # its end may be beyond that of the disk
+        if raid.is_type(volume.type) or raid.is_member(disk):
+            return dataclasses.replace(volume, kind=Kind.RAID, why_not="it is a part of an array (md)")
+    return _unseen(volume)
+
+
+def _unseen(volume: Volume) -> Volume:
+    if volume.kind is not None and volume.kind.holds_files and not volume.why_not:
         return dataclasses.replace(volume, why_not=f"{libguestfs.NAME} sees no file system there")
     return volume
 
@@ -158,44 +168,38 @@ def _kind(words: str) -> Kind | None:
 
 
 class _FileSystem:
-    """A file system in the machine. A node's ``ref`` is its path there, in two: the folder and the name."""
+    """A file system in the machine. A node's ``ref`` is where it is there: its folder, with what is known of it, and its name."""
 
     def __init__(self, machine: Machine, device: str, volume: Volume) -> None:
         self._machine, self._volume = machine, volume
-        self._top = machine.mount(device)
+        self._top = machine.mount(device, volume.kind or "")
         self.title = volume.reader
         self.notes = [f"read by {self.title}"]
         self.ignores_case = volume.kind in _IGNORING_CASE
-        self._folders: dict[bytes, _Folder] = {}
         self._device: int | None = None
-        ref = (b"/", self._top[1:])
-        self._root = self._node(ref, machine.stats(ref[0], [ref[1]])[0])
+        self._root = self.stat((_Folder(b"/", [self._top[1:]]), self._top[1:]))
 
     def root(self) -> Node:
         return self._root
 
     def names(self, folder: Node) -> Iterator[tuple[bytes, Any]]:
         path = _path(folder.ref)
-        if len(self._folders) >= _REMEMBERED:
-            self._folders.clear()
-        self._folders[path] = found = _Folder(self._machine.names(path))
-        yield from ((name, (path, name)) for name in found.names)
+        found = _Folder(path, self._machine.names(path))
+        yield from ((name, (found, name)) for name in found.names)
 
     def stat(self, ref: Any) -> Node:
-        path, name = ref
-        folder = self._folders.get(path, _Folder([name]))
+        folder, name = ref
         if name not in folder.known:
-            # One name is looked for along a path; who asks for two will ask for all of them.
-            wanted = folder.names if folder.known else [name]
-            folder.known.update(zip(wanted, self._machine.stats(path, wanted), strict=True))
-        return self._node(ref, folder.known.get(name))
+            wanted = folder.wanted(name)
+            folder.known.update(zip(wanted, self._machine.stats(folder.path, wanted), strict=True))
+        return self._node(ref, folder.known[name])
 
-    def _node(self, ref: tuple[bytes, bytes], found: Stat | None) -> Node:
+    def _node(self, ref: tuple[_Folder, bytes], found: Stat | None) -> Node:
         if found is None:
             raise damaged(f"{os.fsdecode(_path(ref))} cannot be read")
         self._device = found.device if self._device is None else self._device
         # Several file systems may be one tree, as those of Btrfs, each with numbers of its own.
-        number = found.number if found.device == self._device else found.device << 64 | found.number
+        number = found.number if found.device == self._device else (found.device + 1) << 64 | found.number
         type = _TYPES.get(stat.S_IFMT(found.mode), Type.OTHER)
         return Node(
             id=number,
@@ -241,10 +245,20 @@ class _FileSystem:
         return ()
 
 
-@dataclasses.dataclass(slots=True)
 class _Folder:
-    names: list[bytes]
-    known: dict[bytes, Stat | None] = dataclasses.field(default_factory=dict)
+    """A folder of the machine, with what was asked of the files in it."""
+
+    def __init__(self, path: bytes, names: list[bytes]) -> None:
+        self.path, self.names = path, names
+        self.known: dict[bytes, Stat | None] = {}
+        self._places = {name: place for place, name in enumerate(names)}
+
+    def wanted(self, name: bytes) -> list[bytes]:
+        """Which files to ask for when this one is: it alone along a path; who asks for a second one will ask for all of them."""
+        if not self.known:
+            return [name]
+        start = self._places[name]
+        return self.names[start : start + libguestfs.NAMES]
 
 
 class _File:
@@ -271,6 +285,6 @@ class _File:
         return [(0, self.size)] if self.size else []
 
 
-def _path(ref: tuple[bytes, bytes]) -> bytes:
+def _path(ref: tuple[_Folder, bytes]) -> bytes:
     folder, name = ref
-    return folder + name if folder.endswith(b"/") else folder + b"/" + name
+    return folder.path + name if folder.path.endswith(b"/") else folder.path + b"/" + name

@@ -146,9 +146,13 @@ def _put(target: Target, item: _Item, counting: _Counting, outcome: Outcome) -> 
             target.leave_out(_why(error))
             outcome.note(found, error)
             return False
-        if descriptor is not None:
+        if descriptor is None:
+            return False
+        try:
+            target.settle(item.parts, node, _extras(item, target.leave_out), descriptor)
+        finally:
             os.close(descriptor)
-        made = descriptor is not None
+        return True
     if made:
         target.settle(item.parts, node, _extras(item, target.leave_out))
     return made

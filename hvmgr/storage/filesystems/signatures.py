@@ -165,9 +165,9 @@ def _btrfs(head: bytes) -> Found | None:
 
 
 def _raid(head: bytes) -> Found | None:
-    """Where the metadata of an array (md) stands at the beginning, nothing else does."""
+    """Where the metadata of an array (md) stands at the beginning, nothing else does; but in swap space anything may."""
     mark = b"\xfc\x4e\x2b\xa9\1\0\0\0"  # md_p.h: MD_SB_MAGIC and major_version 1
-    return Found(Kind.RAID) if mark in (head[:8], head[4096:4104]) else None
+    return Found(Kind.RAID) if mark in (head[:8], head[4096:4104]) and _swap(head) is None else None
 
 
 def _iso(head: bytes) -> Found | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hvmgr import errors
-from hvmgr.host import libguestfs_program
+from hvmgr.host import libguestfs, libguestfs_program
 from hvmgr.operations.inside import looking, unlocking, views
 from tests.storage import encrypted, file_trees
 
@@ -22,6 +22,7 @@ add array0 format:raw
 add array1 format:raw
 add thin format:raw
 add btrfs format:raw
+add ruined format:raw
 run
 md-create disks "/dev/sda /dev/sdb" level:raid1
 mkfs ext4 /dev/md127
@@ -30,6 +31,7 @@ vgcreate vg /dev/sdc
 debug sh "lvcreate -y -T -L 32M -V 40M -n thin vg/pool"
 mkfs ext4 /dev/vg/thin
 mkfs btrfs /dev/sdd
+mkfs btrfs /dev/sde
 mount /dev/md127 /
 write /in-array "array"
 umount /
@@ -40,8 +42,10 @@ mount /dev/sdd /
 btrfs-subvolume-create /sub
 write /sub/inner "inner"
 write /outer "outer"
+mkdir /full
+debug sh "cd /sysroot/full; for one in $(seq 2500); do echo $one >n$one; done"
 """
-_NAMES = ("array0", "array1", "thin", "btrfs", "squashfs", "locked", "damaged", "ext4")
+_NAMES = ("array0", "array1", "thin", "btrfs", "squashfs", "locked", "damaged", "ext4", "ruined", "xfs", "twin")
 _PARTS = 5
 
 
@@ -51,7 +55,7 @@ def disks(tmp_path_factory, require_program, foreign_reader):
     for name in ("guestfish", "mksquashfs", "cryptsetup", "mke2fs"):
         require_program(name)
     folder = tmp_path_factory.mktemp("foreign")
-    for name, size in (("array0", 32), ("array1", 32), ("thin", 64), ("btrfs", 120)):
+    for name, size in (("array0", 32), ("array1", 32), ("thin", 64), ("btrfs", 120), ("ruined", 120)):
         with (folder / name).open("wb") as file:
             file.truncate(size << 20)
     emulated = {**os.environ, "LIBGUESTFS_BACKEND": "direct", "LIBGUESTFS_BACKEND_SETTINGS": "force_tcg"}
@@ -76,6 +80,11 @@ def disks(tmp_path_factory, require_program, foreign_reader):
         file.seek(100)
         file.write(b"\xff" * 64)  # the first block of the first file, behind the header
     file_trees.ext(folder / "ext4", tree, "-t", "ext4", size="40M")
+    with (folder / "ruined").open("r+b") as file:
+        file.seek(1 << 20)  # its superblock says that it is a Btrfs, and nothing else is left
+        file.write(b"\xee" * (63 << 20))
+    file_trees.xfs(folder / "xfs", folder / "two")
+    shutil.copy(folder / "xfs", folder / "twin")
     parted(folder)
     return folder
 
@@ -190,9 +199,28 @@ def test_partitions_of_one_image_are_read_at_once(inside):
 
 def test_one_tree_of_several_file_systems_is_walked(inside):
     btrfs = browser(inside, "btrfs")
-    walked = [one for _, one in btrfs.walk(btrfs.root())]
+    walked = [one for _, one in btrfs.walk(btrfs.root()) if not one.path.startswith(b"/full")]
     assert [one.path for one in walked] == [b"/", b"/outer", b"/sub", b"/sub/inner"]
     assert len({one.node.id for one in walked}) == 4
+
+
+def test_large_folder_comes_in_several_answers(inside, monkeypatch):
+    btrfs = browser(inside, "btrfs")
+    machine, asked = btrfs.reader._machine, []
+    btrfs.forget()  # another test may have been there
+    stats = machine.stats
+    monkeypatch.setattr(machine, "stats", lambda folder, names: asked.append(len(names)) or stats(folder, names))
+    sizes = {one.name: one.node.size for one in btrfs.children(btrfs.find(b"/full"))}
+    assert sizes == {b"n%d" % one: len(f"{one}\n") for one in range(1, 2501)}
+    assert max(asked) == libguestfs.NAMES
+    assert len(asked) < 10
+
+
+def test_ruined_file_system_does_not_hide_the_others(inside):
+    """Nor does a disk that is a copy of another one, with its id."""
+    with pytest.raises(errors.Corrupt, match="cannot mount it"):
+        browser(inside, "ruined")
+    assert content(browser(inside, "xfs"), b"/b") == content(browser(inside, "twin"), b"/b") == b"sound"
 
 
 def test_damage_is_told_and_the_rest_is_read(inside):
