@@ -44,7 +44,7 @@ class Accounts:
             stamp = None
         with self._lock:
             if stamp is None or stamp != self._stamp:
-                self._stamp, self._known = stamp, self._read()
+                self._read(stamp)
             return self._known.get(name)
 
     def check(self, name: str, password: str, peer: str) -> User | None:
@@ -61,12 +61,15 @@ class Accounts:
             return None
         return user
 
-    def _read(self) -> dict[str, User]:
+    def _read(self, stamp: object) -> None:
+        """What is damaged is read again after a change; what could not be read this time, the next time."""
+        self._stamp, self._known = stamp, {}
         try:
-            return users.read(self._path)
+            self._known = users.read(self._path)
         except errors.HvmgrError as error:
             self._report(error.message)
-            return {}
+            if isinstance(error, errors.HostFailed):
+                self._stamp = None
 
 
 class Failures:

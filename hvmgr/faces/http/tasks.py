@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from hvmgr.faces.http import notes
 from hvmgr.faces.http.events import Events
 from hvmgr.faces.http.failure import XenFailure
 from hvmgr.faces.http.sessions import NULL, REF, new_ref
@@ -131,10 +132,8 @@ class Tasks:
             task = self._own(ref, owner)
             if value is None:
                 task.other_config.pop(key, None)
-            elif key in task.other_config:
-                raise XenFailure("MAP_DUPLICATE_KEY", "task", "other_config", ref, key)
-            elif len(task.other_config) < 50:
-                task.other_config[key] = value
+            else:
+                notes.put(task.other_config, key, value, kind="task", name=ref)
             self._tell(task)
 
     # -- whoever works for a task --------------------------------------------------------------------------------
