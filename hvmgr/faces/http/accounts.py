@@ -81,6 +81,7 @@ class Failures:
         self._clock = clock
         self._lock = threading.Lock()
         self._times: dict[str, deque[float]] = {}
+        self._closed: set[str] = set()  # those of which somebody was turned away already
 
     def require_few(self, places: list[str]) -> None:
         """TooMany when one of the places has failed too often."""
@@ -92,8 +93,11 @@ class Failures:
                     times.popleft()
                 if not times:
                     self._times.pop(place, None)
+                    self._closed.discard(place)
                 elif len(times) >= self._limit(place):
-                    raise TooMany(self._within_s - (now - times[0]))
+                    is_first = place not in self._closed
+                    self._closed.add(place)
+                    raise TooMany(self._within_s - (now - times[0]), is_first=is_first)
 
     def note(self, places: list[str]) -> None:
         """One more failure."""
@@ -101,6 +105,7 @@ class Failures:
         with self._lock:
             if len(self._times) > _MOST_PLACES:
                 self._times = {key: one for key, one in self._times.items() if one and now - one[-1] <= self._within_s}
+                self._closed &= self._times.keys()
             for place in places:
                 self._times.setdefault(place, deque(maxlen=self._limit(place))).append(now)
 

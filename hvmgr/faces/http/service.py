@@ -85,8 +85,9 @@ class Service:
         shown = name[:LONGEST_NAME]  # of a stranger's words no more than a name has
         try:
             user = self.accounts.check(name, password, peer)
-        except TooMany:
-            self.audit.tell("login", peer=peer, user=shown, outcome="too many failures")
+        except TooMany as error:
+            if error.is_first:  # the log must not grow as fast as somebody asks
+                self.audit.tell("login", peer=peer, user=shown, outcome="too many failures")
             raise
         if user is None:
             self.audit.tell("login", peer=peer, user=shown, outcome="wrong user or password")

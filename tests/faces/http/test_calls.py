@@ -237,6 +237,13 @@ class TestRights:
             assert failure(call, task)[0] == "RBAC_PERMISSION_DENIED"
         assert mine.task.get_status(task) == "pending"
 
+    def test_administrator_ends_what_another_does_not(self, server):
+        mine, other = server.login().xenapi, server.login("rita").xenapi
+        task = other.task.create("for ever", "")
+        mine.task.cancel(task)
+        assert other.task.get_status(task) == "cancelled"
+        assert failure(mine.task.destroy, task)[0] == "RBAC_PERMISSION_DENIED"
+
     def test_session_ends_with_its_user_and_with_another_role(self, server):
         from hvmgr.storage import users
 
