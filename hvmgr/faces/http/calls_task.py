@@ -129,7 +129,7 @@ def wait(asked: Asked, classes: Any, token: str, timeout: Any) -> dict[str, Any]
         return bool({"*", event.kind, f"{event.kind}/{event.ref}"} & wanted)
 
     start = service.parse_token(text("token", token))
-    if start is None:
+    if start is None or not events.has_all_since(start):
         service.look_at_disks(older_than_s=math.inf)  # what differs from the first look is told behind this number
         number_now = events.number
         everything = [

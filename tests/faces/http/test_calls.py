@@ -170,6 +170,18 @@ class TestXenOrchestra:
         batch = server.json("event.from", session.handle, ["vdi"], token, 60)["result"]
         assert [(one["operation"], one["snapshot"]["uuid"]) for one in batch["events"]] == [("add", made)]
 
+    def test_who_asks_too_late_is_told_everything_again(self, server):
+        session = server.login()
+        task = session.xenapi.task.create("watched", "")
+        token = server.json("event.from", session.handle, ["task"], "", 0)["result"]["token"]
+        server.service.events._most = 3
+        session.xenapi.task.set_status(task, "success")
+        for _ in range(3):  # somebody else's, which push that change out
+            session.xenapi.task.destroy(session.xenapi.task.create("other", ""))
+        batch = server.json("event.from", session.handle, ["task"], token, 1)["result"]
+        assert [(one["ref"], one["snapshot"]["status"]) for one in batch["events"]] == [(task, "success")]
+        assert server.json("event.from", session.handle, ["task"], batch["token"], 0)["result"]["events"] == []
+
 
 class TestTasks:
     def test_client_works_by_itself(self, server):
