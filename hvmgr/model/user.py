@@ -17,10 +17,11 @@ from hvmgr import errors
 LOG_N, BLOCK, PARALLEL = 15, 8, 1  # 32 MiB and about 0.1 s for each guess
 SALT_SIZE = 16
 SHORTEST, LONGEST = 8, 1024  # characters; bytes in UTF-8
+LONGEST_NAME = 64
 
 _KEY_SIZE = 32
 _MOST_LOG_N, _MOST_BLOCK, _MOST_PARALLEL = 20, 16, 16  # what a damaged file may not exceed: 2 GiB
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._@-]{0,63}")
+_NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9._@-]{{0,{LONGEST_NAME - 1}}}")
 
 
 class Role(StrEnum):
@@ -84,7 +85,8 @@ def require_name(name: str) -> None:
     """UsageError for a name that no user can have."""
     if not _NAME.fullmatch(name):
         raise errors.UsageError(
-            f"'{name}' cannot be the name of a user", hint="use 1 to 64 letters, digits and . _ @ - (not first)"
+            f"'{name}' cannot be the name of a user",
+            hint=f"use 1 to {LONGEST_NAME} letters, digits and . _ @ - (not first)",
         )
 
 

@@ -44,7 +44,7 @@ class Accounts:
             stamp = None
         with self._lock:
             if stamp is None or stamp != self._stamp:
-                self._stamp, self._known = stamp, self._read()
+                self._read(stamp)
             return self._known.get(name)
 
     def check(self, name: str, password: str, peer: str) -> User | None:
@@ -61,12 +61,15 @@ class Accounts:
             return None
         return user
 
-    def _read(self) -> dict[str, User]:
+    def _read(self, stamp: object) -> None:
+        """What is damaged is read again after a change; what could not be read this time, the next time."""
+        self._stamp, self._known = stamp, {}
         try:
-            return users.read(self._path)
+            self._known = users.read(self._path)
         except errors.HvmgrError as error:
             self._report(error.message)
-            return {}
+            if isinstance(error, errors.HostFailed):
+                self._stamp = None
 
 
 class Failures:
@@ -78,6 +81,7 @@ class Failures:
         self._clock = clock
         self._lock = threading.Lock()
         self._times: dict[str, deque[float]] = {}
+        self._closed: set[str] = set()  # those of which somebody was turned away already
 
     def require_few(self, places: list[str]) -> None:
         """TooMany when one of the places has failed too often."""
@@ -89,8 +93,11 @@ class Failures:
                     times.popleft()
                 if not times:
                     self._times.pop(place, None)
+                    self._closed.discard(place)
                 elif len(times) >= self._limit(place):
-                    raise TooMany(self._within_s - (now - times[0]))
+                    is_first = place not in self._closed
+                    self._closed.add(place)
+                    raise TooMany(self._within_s - (now - times[0]), is_first=is_first)
 
     def note(self, places: list[str]) -> None:
         """One more failure."""
@@ -98,6 +105,7 @@ class Failures:
         with self._lock:
             if len(self._times) > _MOST_PLACES:
                 self._times = {key: one for key, one in self._times.items() if one and now - one[-1] <= self._within_s}
+                self._closed &= self._times.keys()
             for place in places:
                 self._times.setdefault(place, deque(maxlen=self._limit(place))).append(now)
 

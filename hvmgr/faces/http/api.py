@@ -167,10 +167,15 @@ def _tell(asked: Asked, method: str, parameters: Sequence[Any], outcome: str) ->
 # -- what parameters have to be ----------------------------------------------------------------------------------------
 
 
+def shown(value: Any) -> str:
+    """A parameter that is not what it has to be, for the answer; of lists and maps only what they are: they may be deep."""
+    return str(value)[:64] if isinstance(value, str | int | float) else type(value).__name__
+
+
 def text(name: str, value: Any, *, most: int = 1000) -> str:
     """A parameter that is a text."""
     if not isinstance(value, str) or len(value) > most:
-        raise XenFailure("INVALID_VALUE", name, str(value)[:64])
+        raise XenFailure("INVALID_VALUE", name, shown(value))
     return value
 
 
@@ -185,7 +190,7 @@ def number(name: str, value: Any) -> float:
             return found
     except (ValueError, OverflowError):
         pass
-    raise XenFailure("INVALID_VALUE", name, str(value)[:64])
+    raise XenFailure("INVALID_VALUE", name, shown(value))
 
 
 def size(name: str, value: Any) -> int:
@@ -195,11 +200,11 @@ def size(name: str, value: Any) -> int:
             return int(value)
     except ValueError:
         pass
-    raise XenFailure("INVALID_VALUE", name, str(value)[:64])
+    raise XenFailure("INVALID_VALUE", name, shown(value))
 
 
 def mapping(name: str, value: Any) -> dict[str, Any]:
     """A parameter that is a record or a map."""
     if not isinstance(value, dict):
-        raise XenFailure("INVALID_VALUE", name, str(value)[:64])
+        raise XenFailure("INVALID_VALUE", name, shown(value))
     return value

@@ -45,6 +45,7 @@ class App:
             except Exception as error:  # noqa: BLE001 - the outermost edge: one request's defect is not the others'
                 self._service.report_defect(error)
                 if connection.has_begun:
+                    connection.cut_off()
                     return
                 _refuse(connection, Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "a defect in hvmgr"))
         connection.linger()

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from hvmgr.faces.http.api import CALLS, Asked, call, text
+from hvmgr.faces.http.api import CALLS, Asked, call, shown, text
 from hvmgr.faces.http.failure import TooMany, XenFailure
 from hvmgr.faces.http.sessions import REF
 from hvmgr.model.user import Role
@@ -43,14 +43,13 @@ def login(asked: Asked, name: str, password: str, version: str = "", originator:
     service = asked.service
     who, word = text("uname", name), text("pwd", password, most=4096)
     try:
-        user = service.accounts.check(who, word, asked.peer)
+        user = service.find_user(who, word, asked.peer)
     except TooMany as error:
-        service.audit.tell("login", peer=asked.peer, user=who, outcome="too many failures")
         raise XenFailure("SESSION_AUTHENTICATION_FAILED", who, str(error)) from error
-    service.audit.tell("login", peer=asked.peer, user=who, outcome="ok" if user else "wrong user or password")
     if user is None:
         raise XenFailure("SESSION_AUTHENTICATION_FAILED", who, "wrong user or password")
-    return service.sessions.open(user, str(originator)[:100]).ref
+    service.audit.tell("login", peer=asked.peer, user=who, outcome="ok")
+    return service.sessions.open(user, shown(originator)).ref
 
 
 @call("session.logout")
@@ -121,7 +120,7 @@ def sr_record(asked: Asked) -> dict[str, Any]:
 
 def _own(kind: str, ref: Any, own: str) -> None:
     if ref != own:
-        raise XenFailure("HANDLE_INVALID", kind, str(ref)[:64])
+        raise XenFailure("HANDLE_INVALID", kind, shown(ref))
 
 
 @call("pool.get_all")
@@ -242,8 +241,8 @@ def sr_record_of(asked: Asked, ref: str) -> dict[str, Any]:
 @call("SR.get_by_uuid", least=1)
 def sr_by_uuid(asked: Asked, wanted: str) -> str:
     """The reference of the place of disks."""
-    if REF + str(wanted) != asked.service.place.sr:
-        raise XenFailure("UUID_INVALID", "SR", str(wanted)[:64])
+    if REF + text("uuid", wanted) != asked.service.place.sr:
+        raise XenFailure("UUID_INVALID", "SR", wanted[:64])
     return asked.service.place.sr
 
 

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from hvmgr.faces.http import calls_host, calls_vdi
-from hvmgr.faces.http.api import Asked, call, number, text
+from hvmgr.faces.http.api import Asked, call, number, shown, text
 from hvmgr.faces.http.events import Event
 from hvmgr.faces.http.failure import XenFailure
 
@@ -29,8 +29,8 @@ def destroy(asked: Asked, ref: str) -> str:
 
 @call("task.cancel", least=1)
 def cancel(asked: Asked, ref: str) -> str:
-    """The task is cancelled; a transfer for it stops."""
-    asked.service.tasks.cancel(text("task", ref), asked.known.name)
+    """The task is cancelled; a transfer for it stops. An administrator may do that to anybody's."""
+    asked.service.tasks.cancel(text("task", ref), None if asked.known.is_admin else asked.known.name)
     return ""
 
 
@@ -106,8 +106,8 @@ for _name in (
 def inject(asked: Asked, kind: str, ref: str) -> str:
     """A change of an object that has not changed: whoever waits for it is woken. The token of that change."""
     records = _records(asked, text("class", kind).lower())
-    if ref not in records:
-        raise XenFailure("HANDLE_INVALID", kind, str(ref)[:64])
+    if text("ref", ref) not in records:
+        raise XenFailure("HANDLE_INVALID", kind, ref[:64])
     events = asked.service.events
     events.note(kind.lower(), "mod", ref, records[ref])
     return _token(asked, events.number)
@@ -117,7 +117,7 @@ def inject(asked: Asked, kind: str, ref: str) -> str:
 def wait(asked: Asked, classes: Any, token: str, timeout: Any) -> dict[str, Any]:
     """What has changed since the token, as soon as anything has; an empty token is the beginning of time."""
     if not isinstance(classes, list) or not all(isinstance(one, str) for one in classes):
-        raise XenFailure("INVALID_VALUE", "classes", str(classes)[:64])
+        raise XenFailure("INVALID_VALUE", "classes", shown(classes))
     wanted = {
         one.lower() if "/" not in one else one.partition("/")[0].lower() + "/" + one.partition("/")[2]
         for one in classes
@@ -129,7 +129,7 @@ def wait(asked: Asked, classes: Any, token: str, timeout: Any) -> dict[str, Any]
         return bool({"*", event.kind, f"{event.kind}/{event.ref}"} & wanted)
 
     start = service.parse_token(text("token", token))
-    if start is None:
+    if start is None or not events.has_all_since(start):
         service.look_at_disks(older_than_s=math.inf)  # what differs from the first look is told behind this number
         number_now = events.number
         everything = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvmgr.faces.http.api import Asked, call, mapping, size, text
+from hvmgr.faces.http.api import Asked, call, mapping, shown, size, text
 from hvmgr.faces.http.failure import XenFailure
 from hvmgr.faces.http.sessions import NULL, REF
 from hvmgr.model.user import Role
@@ -48,7 +48,7 @@ def create(asked: Asked, record: Any) -> str:
     wish = mapping("record", record)
     where = wish.get("SR", NULL)
     if where not in ("", NULL, asked.service.place.sr):
-        raise XenFailure("HANDLE_INVALID", "SR", str(where)[:64])
+        raise XenFailure("HANDLE_INVALID", "SR", shown(where))
     label = text("name_label", wish.get("name_label", ""))
     made = asked.service.disks.create(label, size("virtual_size", wish.get("virtual_size", "")))
     asked.service.look_at_disks()

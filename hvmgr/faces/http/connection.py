@@ -65,6 +65,8 @@ class Connection:
         self.limit = watcher.watch(sock)
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=limits.head_size)
         self._is_first = True
+        self._is_bodiless = False  # the answer to HEAD
+        self._is_open_ended = False  # nobody knows where the request ends
         self._has_trailing_data_read = False
         self._ends_by_closing = False  # nothing else tells that the answer is complete
 
@@ -118,6 +120,8 @@ class Connection:
             return None
         self.limit.set(None)
         head = parse_head(event.method, event.target, list(event.headers), event.http_version)
+        self._is_bodiless = head.method == "HEAD"
+        self._is_open_ended = head.method == "PUT" and head.length is None and not head.is_chunked
         if not head.length and not head.is_chunked:
             self._next_event()  # the end of the request, which has come with its head
         return head
@@ -188,8 +192,9 @@ class Connection:
         is_old = self._http.their_http_version == b"1.0"
         self._ends_by_closing = is_old and not any(name.lower() == "content-length" for name, _ in headers)
         fields = [("Server", f"hvmgr/{__version__}"), *headers]
-        if self._http.their_state is not h11.DONE and ("Connection", "close") not in headers:
-            fields.append(("Connection", "close"))  # nobody is going to read the rest of the request
+        is_read = self._http.their_state is h11.DONE and not self._is_open_ended
+        if not is_read and ("Connection", "close") not in headers:
+            fields.append(("Connection", "close"))  # the rest of the request, a disk maybe, is not the next one
         self._send(
             h11.Response(
                 status_code=status.value,
@@ -202,7 +207,8 @@ class Connection:
         """A whole answer."""
         self.limit.set(self.limits.stall_s)
         self.begin(status, [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers])
-        self._send(h11.Data(data=body))
+        if not self._is_bodiless:
+            self._send(h11.Data(data=body))
         self.finish()
         self.limit.set(None)
 

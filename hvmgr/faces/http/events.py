@@ -31,12 +31,17 @@ class Events:
         self._changed = threading.Condition()
         self._last: dict[tuple[str, str], Event] = {}  # in the order of their ids
         self._number = 0
+        self._forgotten = 0  # up to this number changes are missing
         self._closed = False
 
     @property
     def number(self) -> int:
         """The number of the last change."""
         return self._number
+
+    def has_all_since(self, number: int) -> bool:
+        """Whether no change after this one was forgotten: whoever asks too late has to look at everything again."""
+        return number >= self._forgotten
 
     def note(self, kind: str, operation: str, ref: str, record: Record | None) -> None:
         """Something has changed."""
@@ -45,7 +50,7 @@ class Events:
             self._last.pop((kind, ref), None)
             self._last[kind, ref] = Event(self._number, kind, operation, ref, record)
             while len(self._last) > self._most:
-                del self._last[next(iter(self._last))]
+                self._forgotten = self._last.pop(next(iter(self._last))).id
             self._changed.notify_all()
 
     def since(self, number: int, wants: Callable[[Event], bool], timeout_s: float) -> tuple[list[Event], int]:

@@ -50,11 +50,12 @@ class Unreadable(Exception):
 
 
 class TooMany(Exception):
-    """Too many failed logins; ``wait_s`` until the next try counts."""
+    """Too many failed logins; ``wait_s`` until the next try counts. ``is_first`` of those that are turned away like that."""
 
-    def __init__(self, wait_s: float) -> None:
+    def __init__(self, wait_s: float, *, is_first: bool = True) -> None:
         super().__init__(f"too many failed logins; try again in {wait_s:.0f} s")
         self.wait_s = wait_s
+        self.is_first = is_first
 
 
 class Gone(Exception):

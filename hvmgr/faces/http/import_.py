@@ -36,6 +36,7 @@ def handle(service: Service, connection: Connection, head: Head) -> None:
     """The answer to one request."""
     with transfer.begun(service, connection, head, Role.ADMIN, REALM) as work:
         fmt = transfer.parse_format(head)
+        _require_plain(head)
         if "chunked" in head.query and fmt is not ImageFormat.RAW:
             raise XenFailure("INTERNAL_ERROR", "chunked is for raw alone")
         body = Body(work)
@@ -50,6 +51,15 @@ def handle(service: Service, connection: Connection, head: Head) -> None:
         if answers_late:
             connection.begin(HTTPStatus.OK, [*_headers(work), ("Content-Length", "0")])
         connection.finish()
+
+
+def _require_plain(head: Head) -> None:
+    """The body is a whole disk as it stands; packed, or as a part, its bytes would be taken for the disk's own."""
+    if head.headers.get("content-encoding", "").lower() not in {"", "identity"}:
+        status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+        raise XenFailure("INVALID_VALUE", "content-encoding", "send the disk without a content encoding", status=status)
+    if "content-range" in head.headers:
+        raise XenFailure("INVALID_VALUE", "content-range", "a part of a disk is not taken in; send all of it")
 
 
 def _headers(work: Work) -> list[tuple[str, str]]:

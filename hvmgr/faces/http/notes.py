@@ -6,7 +6,18 @@ import threading
 
 from hvmgr.faces.http.failure import XenFailure
 
-_MOST = 50
+_MOST, _LONGEST = 50, 4_000  # notes on one object, and their characters together: they are kept in memory
+
+
+def put(notes: dict[str, str], key: str, value: str, *, kind: str, name: str) -> None:
+    """One more among those on an object; XenFailure where there is one under this key, or there are too many."""
+    if key in notes:
+        raise XenFailure("MAP_DUPLICATE_KEY", kind, "other_config", name, key)
+    if len(notes) >= _MOST:
+        raise XenFailure("OUT_OF_SPACE", f"there are at most {_MOST} notes on one object")
+    if sum(map(len, (*notes, *notes.values(), key, value))) > _LONGEST:
+        raise XenFailure("OUT_OF_SPACE", f"the notes on one object have at most {_LONGEST} characters")
+    notes[key] = value
 
 
 class Notes:
@@ -23,14 +34,9 @@ class Notes:
             return dict(self._of.get(name, {}))
 
     def add(self, name: str, key: str, value: str) -> None:
-        """One more; XenFailure where there is one under this key, or there are too many."""
+        """One more, as ``put``."""
         with self._lock:
-            notes = self._of.setdefault(name, {})
-            if key in notes:
-                raise XenFailure("MAP_DUPLICATE_KEY", self._kind, "other_config", name, key)
-            if len(notes) >= _MOST:
-                raise XenFailure("OUT_OF_SPACE", f"there are at most {_MOST} notes on one object")
-            notes[key] = value
+            put(self._of.setdefault(name, {}), key, value, kind=self._kind, name=name)
 
     def remove(self, name: str, key: str) -> None:
         """The note is gone; there need not have been one."""

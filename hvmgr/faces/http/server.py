@@ -99,8 +99,8 @@ class Server:
 
     def reload(self) -> None:
         """New connections get the certificate that is in the files now; a broken one changes nothing."""
-        if self._tls is not None and self._address.certificate is not None:
-            _load(self._tls, self._address.certificate, self._address.key)
+        if self._address.certificate is not None:  # whole or not: OpenSSL takes a certificate and then refuses its key
+            self._tls = _tls(self._address.certificate, self._address.key)
 
     def _awake(self) -> None:
         with contextlib.suppress(OSError):
@@ -222,11 +222,6 @@ def _listen(address: Address) -> list[socket.socket]:
 def _tls(certificate: Path, key: Path | None) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    _load(context, certificate, key)
-    return context
-
-
-def _load(context: ssl.SSLContext, certificate: Path, key: Path | None) -> None:
     try:
         context.load_cert_chain(certificate, key, password=_no_password)
     except (OSError, ValueError) as error:
@@ -235,6 +230,7 @@ def _load(context: ssl.SSLContext, certificate: Path, key: Path | None) -> None:
             f"{certificate} and its key cannot be used: {why}",
             hint="--tls-cert takes the certificate with those that signed it, --tls-key its key, both as PEM and without a password",
         ) from error
+    return context
 
 
 def _no_password() -> str:

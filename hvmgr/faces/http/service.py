@@ -16,10 +16,11 @@ from hvmgr.faces.http.audit import Audit
 from hvmgr.faces.http.calls_host import Place
 from hvmgr.faces.http.disks import Disks
 from hvmgr.faces.http.events import Events
-from hvmgr.faces.http.failure import XenFailure
+from hvmgr.faces.http.failure import TooMany, XenFailure
 from hvmgr.faces.http.notes import Notes
 from hvmgr.faces.http.sessions import Sessions
 from hvmgr.faces.http.tasks import Tasks
+from hvmgr.model.user import LONGEST_NAME, User
 
 _MOST_ASIDE = 16
 
@@ -78,6 +79,19 @@ class Service:
             left = list(self._aside)
         for thread in left:
             thread.join()
+
+    def find_user(self, name: str, password: str, peer: str) -> User | None:
+        """The user, if this is the password; who is turned away is told to the log. TooMany as ``Accounts.check``."""
+        shown = name[:LONGEST_NAME]  # of a stranger's words no more than a name has
+        try:
+            user = self.accounts.check(name, password, peer)
+        except TooMany as error:
+            if error.is_first:  # the log must not grow as fast as somebody asks
+                self.audit.tell("login", peer=peer, user=shown, outcome="too many failures")
+            raise
+        if user is None:
+            self.audit.tell("login", peer=peer, user=shown, outcome="wrong user or password")
+        return user
 
     def report_defect(self, error: BaseException) -> None:
         """A defect is told to the log."""

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from hvmgr.faces.http import notes
 from hvmgr.faces.http.events import Events
 from hvmgr.faces.http.failure import XenFailure
 from hvmgr.faces.http.sessions import NULL, REF, new_ref
@@ -95,8 +96,11 @@ class Tasks:
                 self._stop(task)
             self._forget(task)
 
-    def cancel(self, ref: str, owner: str) -> None:
-        """The task is cancelled, or will be when whoever works for it has stopped; a finished one stays as it is."""
+    def cancel(self, ref: str, owner: str | None) -> None:
+        """The task is cancelled, or will be when whoever works for it has stopped; a finished one stays as it is.
+
+        Without ``owner`` anybody's, for an administrator: a transfer that never ends keeps a VM from being started.
+        """
         with self._lock:
             task = self._own(ref, owner)
             if task.status is Status.PENDING and task.working:
@@ -131,10 +135,8 @@ class Tasks:
             task = self._own(ref, owner)
             if value is None:
                 task.other_config.pop(key, None)
-            elif key in task.other_config:
-                raise XenFailure("MAP_DUPLICATE_KEY", "task", "other_config", ref, key)
-            elif len(task.other_config) < 50:
-                task.other_config[key] = value
+            else:
+                notes.put(task.other_config, key, value, kind="task", name=ref)
             self._tell(task)
 
     # -- whoever works for a task --------------------------------------------------------------------------------
@@ -229,9 +231,9 @@ class Tasks:
             raise XenFailure("HANDLE_INVALID", "task", ref[:64])
         return task
 
-    def _own(self, ref: str, owner: str) -> Task:
+    def _own(self, ref: str, owner: str | None) -> Task:
         task = self._find(ref)
-        if task.owner != owner:
+        if owner not in {None, task.owner}:
             raise XenFailure("RBAC_PERMISSION_DENIED", "task", f"the task {ref} belongs to another user")
         return task
 

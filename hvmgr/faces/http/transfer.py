@@ -158,13 +158,11 @@ def _authenticate(service: Service, connection: Connection, head: Head, realm: s
         raise _unauthorized(realm, "log in first: by session_id, or by name and password (Basic)")
     name, password = given
     try:
-        user = service.accounts.check(name, password, connection.peer)
+        user = service.find_user(name, password, connection.peer)
     except TooMany as error:
-        service.audit.tell("login", peer=connection.peer, user=name, outcome="too many failures")
         headers = [("Retry-After", str(int(error.wait_s) + 1))]
         raise Refused(HTTPStatus.TOO_MANY_REQUESTS, str(error), headers=headers) from error
     if user is None:
-        service.audit.tell("login", peer=connection.peer, user=name, outcome="wrong user or password")
         raise _unauthorized(realm, "wrong user or password")
     now = service.sessions.now()
     return Session("", user, now, now)  # for this request only

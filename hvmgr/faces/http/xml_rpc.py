@@ -35,7 +35,7 @@ def parse_call(body: bytes) -> tuple[str, list[Any]]:
     try:
         parser.Parse(body, True)
         parameters, method = reader.close(), reader.getmethodname()
-    except (expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError, OverflowError) as error:
+    except (expat.ExpatError, xmlrpc.client.Error, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise Unreadable(f"no XML-RPC call: {str(error)[:200]}") from error
     if not isinstance(method, str):
         raise Unreadable("no XML-RPC call: it names no method")

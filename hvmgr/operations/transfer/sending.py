@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors
 from hvmgr.host.domain import State
+from hvmgr.model import tree
 from hvmgr.model.image_format import ImageFormat
 from hvmgr.operations import occasions, working
 from hvmgr.operations.exchange import freezing
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
 ACTIVE = (State.RUNNING, State.PAUSED)
+_MOST_WAITING = 16  # images on one chain that exports froze: the room up to libvirt's limit is the snapshots'
 
 
 def of_vm(
@@ -56,6 +58,7 @@ def of_vm(
 
 
 def _of_running(vm: VM, session: Session, point: Point, base: Point | None, fmt: ImageFormat) -> Outgoing:
+    _require_room(session, point)
     freezing.freeze(session, with_memory=False, quiesce=False)
     try:
         durable.remove_folder(session.layout.export)
@@ -63,6 +66,17 @@ def _of_running(vm: VM, session: Session, point: Point, base: Point | None, fmt:
     except BaseException:
         freezing.end(session, outcome="nothing was exported")
         raise
+
+
+def _require_room(session: Session, point: Point) -> None:
+    """Each export of a VM that runs makes its chain longer by an image until it has ended."""
+    waiting = {parent for parent, _ in tree.pending(session.home.tree())}
+    count = sum(str(path) in waiting for path, _ in point.chain)
+    if count >= _MOST_WAITING:
+        raise errors.Busy(
+            f"{count} images of {point.name} that were frozen for exports wait to be merged",
+            hint=f"let exports that go on end first; then: hvmgr snapshot merge {session.home.name}",
+        )
 
 
 def _end(vm: VM) -> None:

@@ -311,6 +311,8 @@ class TestGuesses:
         assert told["message"] == "SESSION_AUTHENTICATION_FAILED"
         assert "too many" in told["data"][1]
         assert "result" in server.json("session.login_with_password", "rita", "correct horse")
+        outcomes = [line["outcome"] for line in server.told("login") if line["user"] == "anna"]
+        assert outcomes == ["wrong user or password"] * 3 + ["too many failures"]  # once, as often as somebody may ask
 
     def test_time_heals(self):
         now = [0.0]

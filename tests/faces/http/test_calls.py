@@ -170,6 +170,18 @@ class TestXenOrchestra:
         batch = server.json("event.from", session.handle, ["vdi"], token, 60)["result"]
         assert [(one["operation"], one["snapshot"]["uuid"]) for one in batch["events"]] == [("add", made)]
 
+    def test_who_asks_too_late_is_told_everything_again(self, server):
+        session = server.login()
+        task = session.xenapi.task.create("watched", "")
+        token = server.json("event.from", session.handle, ["task"], "", 0)["result"]["token"]
+        server.service.events._most = 3
+        session.xenapi.task.set_status(task, "success")
+        for _ in range(3):  # somebody else's, which push that change out
+            session.xenapi.task.destroy(session.xenapi.task.create("other", ""))
+        batch = server.json("event.from", session.handle, ["task"], token, 1)["result"]
+        assert [(one["ref"], one["snapshot"]["status"]) for one in batch["events"]] == [(task, "success")]
+        assert server.json("event.from", session.handle, ["task"], batch["token"], 0)["result"]["events"] == []
+
 
 class TestTasks:
     def test_client_works_by_itself(self, server):
@@ -236,6 +248,13 @@ class TestRights:
         for call in (other.task.destroy, other.task.cancel, lambda ref: other.task.set_status(ref, "failure")):
             assert failure(call, task)[0] == "RBAC_PERMISSION_DENIED"
         assert mine.task.get_status(task) == "pending"
+
+    def test_administrator_ends_what_another_does_not(self, server):
+        mine, other = server.login().xenapi, server.login("rita").xenapi
+        task = other.task.create("for ever", "")
+        mine.task.cancel(task)
+        assert other.task.get_status(task) == "cancelled"
+        assert failure(mine.task.destroy, task)[0] == "RBAC_PERMISSION_DENIED"
 
     def test_session_ends_with_its_user_and_with_another_role(self, server):
         from hvmgr.storage import users

@@ -9,6 +9,7 @@ from hvmgr.host.domain import Domain, State
 from hvmgr.model import tree
 from hvmgr.model.metadata import SnapshotType
 from hvmgr.operations.snapshot import Snapshot
+from hvmgr.operations.transfer import sending
 from hvmgr.storage import event_log
 from tests.operations.rules.conftest import MIB
 from tests.operations.transfer.conftest import RAW, VHD, by_codec, by_libvhdi, chain_of, raw_of
@@ -106,3 +107,16 @@ def test_only_images_that_still_wait_in_the_end_are_told(bench, monkeypatch) -> 
             assert len(told_to_wait()) == before + 1
     finally:
         bench.domain(vm).destroy()
+
+
+def test_exports_at_once_leave_room_on_the_chain(bench, running, monkeypatch) -> None:
+    """Each one puts an image there, for as long as whoever reads it wants: that much whoever may only look can do."""
+    monkeypatch.setattr(sending, "_MOST_WAITING", 2)
+    before = running.tree().depth()
+    with running.export_disk("hda"), running.export_disk("hda"):
+        with pytest.raises(errors.Busy, match="2 images of disk hda"):
+            running.export_disk("hda")
+        assert running.tree().depth() == before + 2
+    with running.export_disk("hda") as stream:
+        assert stream.length
+    assert running.tree().depth() == before
