@@ -80,6 +80,8 @@ _CODES = {
 
 def translate(error: errors.HvmgrError) -> XenFailure:
     """What the client is told of an error of hvmgr's: its sentence and its hint, no facts (they name files)."""
+    if "pids" in error.facts:  # another process has the image open: its path is nothing for clients
+        return XenFailure("VDI_IN_USE", "another command or a running VM uses the disk", status=HTTPStatus.CONFLICT)
     code, status = next(_CODES[kind] for kind in type(error).__mro__ if kind in _CODES)
     words = error.message if error.hint is None else f"{error.message} ({error.hint})"
     if "most" in error.facts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import datetime
 from typing import Any
 
@@ -23,7 +24,8 @@ def parse_call(body: bytes) -> tuple[str, list[Any], Any]:
     if not isinstance(call, dict) or not isinstance(call.get("method"), str):
         raise Unreadable("no JSON-RPC call: it names no method")
     parameters, number = call.get("params", []), call.get("id")
-    if not isinstance(parameters, list) or not isinstance(number, str | int | float | None):
+    is_id = isinstance(number, str | int | None) or (isinstance(number, float) and math.isfinite(number))
+    if not isinstance(parameters, list) or not is_id:
         raise Unreadable("no JSON-RPC call: params are a list, an id is a text or a number")
     return call["method"], parameters, number
 
