@@ -24,6 +24,11 @@ def main() -> None:
         from hvmgr.faces.cli import run
 
         code = run(sys.argv[1:])
+        if "libvirt" in sys.modules:
+            import signal
+
+            # Python's own end takes a moment, in which Ctrl-C would end the process without its exit code.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     except KeyboardInterrupt:  # before anything was begun
         sys.stderr.write("hvmgr: stopped\n")
         code = 130

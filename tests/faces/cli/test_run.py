@@ -87,6 +87,24 @@ __main__.main()"""
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "hvmgr: stopped\n")
 
 
+_LATE = """
+import os, signal, sys
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGINT):
+        kill(pid, number)
+sys.modules["libvirt"], sys.argv = sys, ["hvmgr", "--version"]
+sys.late = Late()
+from hvmgr.__main__ import main
+main()
+"""
+
+
+def test_interrupt_when_all_is_done_changes_no_exit_code():
+    """Where libvirt is loaded Python's own end takes a moment, in which nobody hears Ctrl-C."""
+    done = subprocess.run([sys.executable, "-c", _LATE], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_systems_no_is_no_defect(hvmgr, monkeypatch):
     failing(monkeypatch, PermissionError(13, "Permission denied", "/root/x"))
     answer = hvmgr("version")
