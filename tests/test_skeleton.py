@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tomllib
@@ -23,10 +24,27 @@ def test_version_is_the_newest_of_the_changelog() -> None:
     assert newest[1] == hvmgr.__version__
 
 
-@pytest.mark.parametrize("script", [".ci/setup", ".ci/run", ".ci/test"])
+@pytest.mark.parametrize("script", [".ci/setup", ".ci/run", ".ci/test", ".ci/scratch"])
 def test_script_is_executable_bash(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111 == 0o111
     subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_tmp_of_its_own_goes_with_the_command(tmp_path_factory) -> None:
+    """Where it cannot be had the command has the one that is there."""
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(one) for one in command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    name = f"/tmp/{tmp_path_factory.mktemp('scratch').name}-{os.getpid()}"
+    device = "df --output=source /tmp | tail -n 1"
+    outside = run("sh", "-c", device).stdout
+    done = run(ROOT / ".ci/scratch", "sh", "-c", f"touch {name}; {device}; exit 7")
+    assert (done.returncode, done.stderr) == (7, "")
+    assert Path(name).exists() == (done.stdout == outside)
+    Path(name).unlink(missing_ok=True)
 
 
 def test_help_names_every_target() -> None:
