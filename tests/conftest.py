@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _numbers = itertools.count()
+_EARLY = 0.6  # how much of a run has begun with the last file that takes long
 
 # How long an example takes says nothing on a machine that runs other tests as well.
 hypothesis.settings.register_profile("patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
@@ -49,13 +50,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first: at the end all processes have something to do."""
-    weights: dict[Path, int] = {}
-    for item in items:
-        marks = {mark.name for mark in item.iter_markers()}
-        weight = 0 if "crash" in marks else 1 if marks & {"guest", "libvirtd"} else 2
-        weights[item.path] = min(weight, weights.get(item.path, weight))
-    items.sort(key=lambda item: weights[item.path])
+    """Files with guests and kills, which mostly wait, come among those that compute; at the end are short ones only."""
+    slow = {
+        item.path for item in items if any(item.get_closest_marker(name) for name in ("crash", "guest", "libvirtd"))
+    }
+    places: dict[Path, float] = {}
+    for some, share in ((slow, _EARLY), ({item.path for item in items} - slow, 1.0)):
+        files = sorted(some)
+        places |= {path: share * number / len(files) for number, path in enumerate(files)}
+    items.sort(key=lambda item: places[item.path])
 
 
 def is_complete_run() -> bool:

@@ -1,6 +1,8 @@
 """A libvirt of our own, beside the machine's: roots for the embedded driver, and a daemon in a mount namespace.
 
-For the tests and for ``bench``: without pytest.
+For the tests and for ``bench``: without pytest. As a program it only learns about QEMU:
+
+    python -m tests.private_libvirt FOLDER
 """
 
 from __future__ import annotations
@@ -88,6 +90,14 @@ def roots(capability_cache):
             end_guests(root)
             made.remove(root)
             shutil.rmtree(root, ignore_errors=True)
+
+
+def learn(capability_cache):
+    """What libvirt learns about this host's QEMUs is in the folder, for all processes of a run."""
+    ask = "import sys; from hvmgr.host import hypervisor as one\nwith one.opened(sys.argv[1], wait_s=60) as it: it.capabilities()"
+    capability_cache.mkdir(parents=True, exist_ok=True)
+    with roots(capability_cache) as make:
+        subprocess.run([sys.executable, "-c", ask, f"qemu:///embed?root={make()}"], check=True, timeout=120)
 
 
 @dataclass
@@ -262,3 +272,7 @@ def wait_for_end(pid, timeout_s=60):
     deadline = time.monotonic() + timeout_s
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+if __name__ == "__main__":
+    learn(Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tomllib
@@ -23,7 +24,7 @@ def test_version_is_the_newest_of_the_changelog() -> None:
     assert newest[1] == hvmgr.__version__
 
 
-@pytest.mark.parametrize("script", [".ci/setup", ".ci/run", ".ci/test", ".ci/install"])
+@pytest.mark.parametrize("script", [".ci/setup", ".ci/install", ".ci/run", ".ci/test", ".ci/scratch"])
 def test_script_is_executable_bash(script: str) -> None:
     assert (ROOT / script).stat().st_mode & 0o111 == 0o111
     subprocess.run(["bash", "-n", ROOT / script], check=True)
@@ -47,6 +48,23 @@ def test_install_refuses_what_it_would_overwrite(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "no link of ours" in done.stderr or "only root" in done.stderr
     assert (foreign.read_text(), sorted(one.name for one in tmp_path.iterdir())) == ("somebody's", ["hvmgr"])
+
+
+def test_tmp_of_its_own_goes_with_the_command(tmp_path_factory) -> None:
+    """Where it cannot be had the command has the one that is there."""
+
+    def run(*command: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [str(one) for one in command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+        )
+
+    name = f"/tmp/{tmp_path_factory.mktemp('scratch').name}-{os.getpid()}"
+    device = "df --output=source /tmp | tail -n 1"
+    outside = run("sh", "-c", device).stdout
+    done = run(ROOT / ".ci/scratch", "sh", "-c", f"touch {name}; {device}; exit 7")
+    assert (done.returncode, done.stderr) == (7, "")
+    assert Path(name).exists() == (done.stdout == outside)
+    Path(name).unlink(missing_ok=True)
 
 
 def test_help_names_every_target() -> None:

@@ -106,14 +106,17 @@ class Agent:
     def await_silence(self):
         """It answers no more; it, too, comes a little later to what it was told."""
         deadline = time.monotonic() + AGENT_S
+        self._greet(3)  # a busy one is not silent
         with contextlib.suppress(errors.HvmgrError):
             while True:
-                self.machine.domain.ask_agent("guest-ping", timeout_s=3)  # a busy one is not silent
+                self.machine.domain.ask_agent("guest-ping", timeout_s=3)
                 assert time.monotonic() < deadline, "the guest's agent did not stop"
                 time.sleep(0.05)
+        self._greet(1)  # whoever asks now waits in vain
 
     def await_answer(self):
         """It holds the channel and answers."""
+        self._greet(-1)  # 5 s, as everywhere
         deadline, words = time.monotonic() + AGENT_S, "nobody holds the channel"
         while True:
             if guest_agent.is_connected(self.machine.domain):
@@ -125,6 +128,10 @@ class Agent:
                     return
             assert time.monotonic() < deadline, f"the guest's agent did not come: {words}"
             time.sleep(0.1)
+
+    def _greet(self, seconds):
+        """How long libvirt waits for an answer to the greeting that it sends before every command."""
+        self.machine.domain._handle().agentSetResponseTimeout(seconds)
 
     def is_frozen(self):
         return guest_agent.is_frozen(self.machine.domain)

@@ -11,11 +11,17 @@ for group in virtio port; do
 done
 mount -t ext4 /dev/vda1 /files
 
-for port in /sys/class/virtio-ports/*; do
-    read -r name < "$port/name"
-    [ "$name" = org.qemu.guest_agent.0 ] || continue
-    qemu-ga --method virtio-serial --path "/dev/${port##*/}" --statedir /agent --pidfile /agent/pid --logfile /agent/log &
-done
+path=''
+find_port() { # the kernel hears of ports, and of their names, some time after it has the driver
+    for port in /sys/class/virtio-ports/*; do
+        read -r name < "$port/name" && [ "$name" = org.qemu.guest_agent.0 ] && path=/dev/${port##*/}
+    done
+    [ -e "$path" ]
+}
+{
+    until find_port 2> /dev/null; do sleep 0.05; done
+    exec qemu-ga --method virtio-serial --path "$path" --statedir /agent --pidfile /agent/pid --logfile /agent/log
+} &
 
 number=0
 while :; do # a file system at rest lets it wait here

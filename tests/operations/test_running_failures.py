@@ -14,6 +14,7 @@ from hvmgr import errors
 from hvmgr.host import saved_state
 from hvmgr.model import plan
 from hvmgr.model.metadata import SavedState
+from tests import private_libvirt
 
 pytestmark = pytest.mark.guest
 
@@ -209,6 +210,7 @@ def end_qemu(machine):
 
     def end():
         os.kill(pid, signal.SIGKILL)
+        private_libvirt.wait_for_end(pid)  # a busy host may let it go on for a moment
 
     return end
 

@@ -23,6 +23,7 @@ from hvmgr.operations.steps.live_images import POLL_S, SETTLES_S
 from hvmgr.storage import durable, images
 
 _SYNC_S = 5.0
+_SOON_S = 0.01  # small ones are at their end by then; later they are asked less and less often
 _LITTLE = 16 * units.MIB  # with so little left, a job that ended early had no space
 
 
@@ -81,7 +82,7 @@ def follow(session: Session, domain: Domain, jobs: Sequence[Job]) -> None:
 
     What they have written is brought to the disk now and then: the last act of one is a header, which should not come first.
     """
-    synced = time.monotonic()
+    synced, pause = time.monotonic(), _SOON_S
     what = f"merge {Path(jobs[0].source).name}" if len(jobs) == 1 else f"merge images of {len(jobs)} disks"
     while far := _far(domain, jobs):
         live = live_images.live(domain)
@@ -92,7 +93,8 @@ def follow(session: Session, domain: Domain, jobs: Sequence[Job]) -> None:
             for job in jobs:
                 durable.sync_file(job.written)
             synced = time.monotonic()
-        time.sleep(POLL_S)
+        time.sleep(pause)
+        pause = min(2 * pause, POLL_S)
 
 
 def _far(domain: Domain, jobs: Sequence[Job]) -> list[tuple[int, int]]:

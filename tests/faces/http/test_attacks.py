@@ -34,11 +34,14 @@ _CALL = post("/jsonrpc", b'{"method": "system.listMethods", "params": [], "id": 
 
 
 class TestSlow:
-    @pytest.mark.parametrize("sent", [b"", b"GE", b"GET / HTTP/1.1\r\nHost: h\r\nX-A: b"])
-    def test_head_that_does_not_come(self, start, sent):
+    def test_what_does_not_come(self, start):
+        """Nothing at all, a head, or the body of a call: all of them at once."""
         server = start(limits=HASTY)
-        got = server.talk(sent)
-        assert got.startswith(b"HTTP/1.1 408 ") if sent else got == b""
+        heads = [b"GE", b"GET / HTTP/1.1\r\nHost: h\r\nX-A: b", post("/jsonrpc", b"x" * 100)[:-50]]
+        with ThreadPoolExecutor() as pool:
+            nothing, *answers = pool.map(server.talk, [b"", *heads])
+        assert nothing == b""
+        assert [answer[:13] for answer in answers] == [b"HTTP/1.1 408 "] * len(heads)
         assert is_served(server)
 
     def test_second_head_has_no_longer_than_the_first(self, start):
@@ -48,10 +51,6 @@ class TestSlow:
             assert one.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
             one.sendall(b"GE")
             assert b"HTTP/1.1 408 " in read_all(one)
-
-    def test_body_of_a_call_that_does_not_come(self, start):
-        server = start(limits=HASTY)
-        assert server.talk(post("/jsonrpc", b"x" * 100)[:-50]).startswith(b"HTTP/1.1 408 ")
 
     def test_drops_do_not_help(self, start):
         server = start(limits=HASTY)

@@ -228,9 +228,14 @@ def test_a_vm_that_starts_meanwhile_keeps_what_is_inside(place, base, monkeypatc
 
     def start_first(path, name, real=internal_snapshots.delete):
         if not holder:
-            holder.append(subprocess.Popen(["qemu-nbd", "-k", str(place.folder / "s"), "-t", str(base)]))
-            while not (place.folder / "s").exists():
+            door = place.folder / "s"
+            holder.append(subprocess.Popen(["qemu-nbd", "-k", str(door), "-t", str(base)]))
+            while not door.exists():
                 pass
+            # It opens the image after its socket, and answers when it has it.
+            subprocess.run(
+                ["qemu-img", "info", f"nbd+unix:///?socket={door}"], check=True, capture_output=True, timeout=60
+            )
         real(path, name)
 
     monkeypatch.setattr(internal_snapshots, "delete", start_first)
