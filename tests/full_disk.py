@@ -15,12 +15,12 @@ _BALLAST = "ballast"
 
 
 @contextlib.contextmanager
-def mounted(kind, image, folder):
+def mounted(kind, image, folder, *options, megabytes=None):
     """The file system at ``folder``, which QEMU's user can enter."""
-    make, megabytes = MAKE[kind]
+    make, usual = MAKE[kind]
     with image.open("wb") as file:
-        file.truncate(megabytes << 20)
-    subprocess.run([*make, str(image)], check=True, timeout=60, capture_output=True)
+        file.truncate((megabytes or usual) << 20)
+    subprocess.run([*make, *options, str(image)], check=True, timeout=60, capture_output=True)
     subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True, timeout=60)
     try:
         folder.chmod(0o711)

@@ -236,3 +236,14 @@ def start(bench):
 def server(start):
     """A server as it is without wishes."""
     return start()
+
+
+def make_certificate(folder):
+    """A certificate that signed itself, and its key, in a folder that is made if need be."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
+        check=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    return folder / "cert.pem", folder / "key.pem"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
-import subprocess
 import time
 import xmlrpc.client
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,17 @@ from hvmgr.faces.http.accounts import Failures
 from hvmgr.faces.http.connection import Limits
 from hvmgr.faces.http.failure import Unreadable
 from hvmgr.model.image_format import ImageFormat
-from tests.faces.http.conftest import MIB, PATIENCE_S, parse_answer, pattern, post, raw_of, read_all, settled
+from tests.faces.http.conftest import (
+    MIB,
+    PATIENCE_S,
+    make_certificate,
+    parse_answer,
+    pattern,
+    post,
+    raw_of,
+    read_all,
+    settled,
+)
 from tests.faces.http.test_transfers import PIB, put_head, vdi_of
 
 HASTY = Limits(head_s=1.5, body_s=1.5, idle_s=1.5, linger_s=0.3)
@@ -415,13 +424,7 @@ class TestEnds:
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     """A certificate that signed itself, and its key."""
-    folder = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=localhost", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
-    return folder / "cert.pem", folder / "key.pem"
+    return make_certificate(tmp_path_factory.mktemp("tls"))
 
 
 def test_everything_goes_through_tls(start, bench, certificate, place):

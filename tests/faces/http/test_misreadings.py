@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import shutil
-import subprocess
 import time
 
 import pytest
@@ -15,7 +14,7 @@ from hvmgr.faces.http.message import parse_head
 from hvmgr.faces.http.notes import Notes
 from hvmgr.model.user import Role
 from hvmgr.storage import users
-from tests.faces.http.conftest import MIB, PATIENCE_S, parse_answer, pattern, post, settled
+from tests.faces.http.conftest import MIB, PATIENCE_S, make_certificate, parse_answer, pattern, post, settled
 
 HEAD = b"HEAD /export_raw_vdi HTTP/1.1\r\nHost: h\r\n\r\n"
 GET = b"GET /nothing HTTP/1.1\r\nHost: h\r\n\r\n"
@@ -180,14 +179,3 @@ class TestFiles:
         shutil.copy(new[1], old[1])
         server.server.reload()
         assert server.curl(f"{server.url}/x").status == 404
-
-
-def make_certificate(folder):
-    """One that signed itself, and its key."""
-    folder.mkdir()
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-         "-subj", "/CN=localhost", "-keyout", folder / "key.pem", "-out", folder / "cert.pem"],
-        check=True, capture_output=True, timeout=60,
-    )  # fmt: skip
-    return folder / "cert.pem", folder / "key.pem"

@@ -23,6 +23,7 @@ from hvmgr.host import pids, qmp, storage_daemon
 from hvmgr.model import plan
 from hvmgr.operations import working
 from hvmgr.operations.steps import execution
+from tests import full_disk
 
 FOLDER = Path(os.environ["HVMGR_CRASH_FOLDER"])
 
@@ -96,18 +97,10 @@ def replaced(owner, name, value):
 @contextlib.contextmanager
 def small_file_system(megabytes: int):
     """A loop-mounted ext4 that QEMU's user can enter."""
-    image, folder = FOLDER / "small.img", FOLDER / "small"
-    with image.open("wb") as file:
-        file.truncate(megabytes << 20)
-    subprocess.run(["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", str(image)], check=True, timeout=60)
+    folder = FOLDER / "small"
     folder.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", str(image), str(folder)], check=True, timeout=60)
-    try:
-        folder.chmod(0o711)
+    with full_disk.mounted("ext4", FOLDER / "small.img", folder, "-O", "^has_journal", megabytes=megabytes):
         yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=60)
-        image.unlink()
 
 
 def fill(folder: Path, leave: int) -> None:
