@@ -90,6 +90,14 @@ class Command(click.Command):
             self._globals = global_options()
         return [*super().get_params(ctx), *self._globals]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As click does it; what is wrong is wrong with this command, which click forgets of an option without its value."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The command's options first, then the global ones."""
         _format_options(self, self._globals or [], ctx, formatter)

@@ -34,7 +34,7 @@ def translate(error: click.ClickException) -> errors.HvmgrError:
     elif isinstance(error, click.BadParameter):
         found = errors.UsageError(f"{_name(error, context)}: {_sentence(error.message)}", hint=hint)
     else:
-        sentence = _sentence(error.format_message())
+        sentence = _sentence(error.format_message()).replace("requires an argument", "needs a value")
         if "extra argument" in sentence:
             hint = "options come before '--'" if "(-" in sentence else f"{hint}; a name with spaces needs quotes"
         found = errors.UsageError(sentence, hint=hint)

@@ -35,7 +35,7 @@ CASES = {
     "near-command": (["snapshot", "creat", "VM"], 2, "did you mean 'create'"),
     "unknown-command": (["frobnicate"], 2, "hvmgr has no command 'frobnicate'"),
     "missing-argument": (["snapshot", "apply", "VM"], 2, "SNAP is missing"),
-    "missing-value": (["vm", "list", "--root"], 2, "requires an argument"),
+    "missing-value": (["vm", "list", "--root"], 2, "needs a value\n  see: hvmgr vm list --help"),
     "too-many-arguments": (["snapshot", "tree", "VM", "more"], 2, "unexpected extra argument"),
     "no-command": (["snapshot"], 2, "hvmgr snapshot needs a command"),
     "type-that-is-none": (["snapshot", "create", "VM", "--type", "odd"], 2, "--type: 'odd' is not one of"),
