@@ -37,6 +37,7 @@ _DAMAGED = {errno.EIO, errno.EUCLEAN, errno.EBADMSG}
 _OPTIONS = {"xfs": "ro,nouuid"}  # a copy has the id of its original, which may be mounted as well
 _TIME_MAX = 1 << 100
 _COPY_HINT = "another disk is a copy of it, and its kernel takes one of them at a time: --disk SLOT"
+_ADVICE = " To see full error messages"  # for whoever uses the library himself
 _HINT = "what it lacks, its own test says: libguestfs-test-tool; it needs a Linux kernel on this host, and QEMU"
 
 
@@ -116,7 +117,8 @@ class Machine:
         try:
             self.version = str(self._ask("start", [os.fspath(one) for one in sockets])[0])
         except _Refused as error:
-            raise errors.HostFailed(f"{NAME} cannot start its machine: {error}", hint=_HINT) from error
+            said = str(error).partition(_ADVICE)[0]
+            raise errors.HostFailed(f"{NAME} cannot start its machine: {said}", hint=_HINT) from error
         self._connection.settimeout(_ANSWER_S)
 
     def end(self) -> None:

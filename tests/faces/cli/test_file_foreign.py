@@ -274,6 +274,7 @@ def test_machine_that_cannot_start_is_told(hvmgr, disks, monkeypatch, tmp_path):
     assert done.code == 8
     assert "libguestfs cannot start its machine" in done.err
     assert "libguestfs-test-tool" in done.err
+    assert "LIBGUESTFS_DEBUG" not in done.err  # what it advises itself is of no use here
 
 
 def test_missing_library_is_named(hvmgr, tmp_path, monkeypatch):
