@@ -277,13 +277,15 @@ def _read_qcow2(path: Path) -> Header:
         if backing_offset + backing_length > len(head):
             raise errors.Corrupt(f"{path} names its parent outside its header", path=str(path))
         backing = head[backing_offset : backing_offset + backing_length].decode(errors="surrogateescape")
-        backing_format = _backing_format(head, header_length, backing_offset)
+        backing_format = _backing_format(path, head, header_length, backing_offset)
         backing = _as_path(path, backing)
     return Header(path, QCOW2, size, backing, backing_format, _allocated(facts), _identity(facts), bool(snapshots))
 
 
 def _as_path(path: Path, backing: str) -> str:
-    """QEMU reads ``name:`` as a protocol; only files can be parents here."""
+    """QEMU reads ``name:`` as a protocol; only files can be parents here. To QEMU a name ends with its first zero byte."""
+    if "\0" in backing:
+        raise errors.Corrupt(f"{path} names its parent with a zero byte in it", path=str(path))
     if backing.startswith("file:"):
         return backing.removeprefix("file:")
     if ":" in backing.split("/", 1)[0]:
@@ -291,15 +293,19 @@ def _as_path(path: Path, backing: str) -> str:
     return backing
 
 
-def _backing_format(head: bytes, start: int, end: int) -> str | None:
+def _backing_format(path: Path, head: bytes, start: int, end: int) -> str | None:
+    """The stated format of the parent. Of two QEMU takes the last; nobody but an attacker writes two."""
+    found = None
     while start + 8 <= end:
         kind, length = struct.unpack_from(">II", head, start)
         if kind == _EXTENSION_END:
-            return None
+            break
         if kind == _EXTENSION_BACKING_FORMAT:
-            return head[start + 8 : start + 8 + length].decode(errors="replace")
+            if found is not None:
+                raise errors.Corrupt(f"{path} states the format of its parent twice", path=str(path))
+            found = head[start + 8 : start + 8 + length].decode(errors="replace")
         start += 8 + (length + 7) // 8 * 8
-    return None
+    return found
 
 
 def _read_vhd(path: Path) -> Header:
