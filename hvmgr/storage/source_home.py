@@ -238,8 +238,6 @@ class _Reader:
         if is_home and present.uuid != self.file.stem:
             self._problem("damaged", f"{self.file} is the configuration of {present.uuid}", self.file)
         layout = Layout(home=self.folder, vm_id=present.uuid)
-        if layout.private.is_symlink():
-            self._problem("link", f"{layout.private} is a symbolic link", layout.private)
         snapshots = self._snapshots(layout) if is_home and facts is not None else ()
         disks, left_out = self.finder.disks(present), self.finder.disks_left_out(present)
         others = [left_out, *(each for one in snapshots for each in (one.disks, one.left_out))]
@@ -251,6 +249,7 @@ class _Reader:
         undo_disks = {} if undo is None else self.finder.disks(undo)
         if undo is not None:
             self.finder.disks_left_out(undo)
+            self._named_file(undo.nvram)
         memory = self._file(layout.present_memory)
         change = None if facts is None else facts.change
         tpm = self._folder(layout.present_tpm) or (change and self._folder(layout.tpm_copy(change))) or None
@@ -357,18 +356,21 @@ class _Reader:
             if len(state.xml) > source_configurations.LARGEST:
                 raise errors.Corrupt(f"the configuration in {memory} is too long")
             saved = configuration.parse(state.xml, source=str(memory))
-            self._require_same_disks(saved, of)
+            self._require_alike(saved, of)
         except errors.HvmgrError as error:
             self._problem("saved-state-damaged", f"the saved state of {whose} cannot be used: {error}", memory, repair)
             return None
         return saved
 
-    def _require_same_disks(self, saved: Configuration, of: Configuration) -> None:
-        """A hard disk that only the saved state has would be opened without a look at its file."""
+    def _require_alike(self, saved: Configuration, of: Configuration) -> None:
+        """What only the saved state has would be opened without a look at its file."""
+        if self.finder.trusted:
+            return
         known = {disk.slot for disk in of.disks() if not disk.is_removable}
-        for disk in saved.disks():
-            if not self.finder.trusted and not disk.is_removable and disk.slot not in known:
-                raise errors.Corrupt(f"it has a disk {disk.slot}, and its configuration has none")
+        more = [f"a disk {one.slot}" for one in saved.disks() if not one.is_removable and one.slot not in known]
+        more += ["NVRAM"] if saved.nvram is not None and of.nvram is None else []
+        if more:
+            raise errors.Corrupt(f"it has {more[0]}, and its configuration has none")
 
     def _undo(self, layout: Layout) -> Configuration | None:
         if not layout.undo.is_file():

@@ -14,6 +14,7 @@ from hvmgr.model import maps, reach, xml_tree
 from hvmgr.model.compatibility import found
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.finding import Finding
+from hvmgr.model.import_options import Mode
 
 if TYPE_CHECKING:
     from hvmgr.operations.exchange.compare import Comparison
@@ -119,6 +120,7 @@ def _access_findings(comparison: Comparison, host: Capabilities) -> Iterator[Fin
     """What else of the host a stranger's VM would have, in any of its configurations, each thing once."""
     source = comparison.source
     named = [("the VM", source.present), ("the saved state", source.saved)]
+    named += [("the undo slot", source.undo)] if comparison.options.mode is Mode.REGISTER else []
     for one in comparison.snapshots:
         named += [(f"snapshot '{one.record.name}'", one.configuration)]
         named += [(f"the saved state of snapshot '{one.record.name}'", one.saved)]

@@ -105,6 +105,8 @@ def _register_findings(comparison: Comparison) -> Iterator[Finding]:
     if not os.access(source.folder, os.W_OK):
         yield found("not-readable", f"{source.folder} cannot be written", source.folder, "use --mode copy or link")
     yield from _users_findings(comparison)
+    if not source.trusted:
+        yield from _odd_files(source.folder)
     if source.layout.journal.exists() and not source.is_known:
         sentence = f"{source.layout.journal} speaks of an operation that no command of this host began"
         yield found(
@@ -112,6 +114,16 @@ def _register_findings(comparison: Comparison) -> Iterator[Finding]:
         )
     if source.is_export:
         yield found("export-used-up", f"{source.folder} becomes the VM, and is no export any more", source.folder)
+
+
+def _odd_files(folder: Path) -> Iterator[Finding]:
+    """A home changes modes and owners of what is in it, empties its trash, writes notes: never by a link that leads out."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place) / name
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISSOCK(mode)):
+                yield found("link", f"{path} is no plain file", path)
 
 
 def _users_findings(comparison: Comparison) -> Iterator[Finding]:

@@ -166,6 +166,16 @@ class TestRegister:
             bench.make(4, name=source.name, home=source)
         assert victim.read_bytes() == before
 
+    def test_doctor_does_not_follow_it(self, bench, source, victim):
+        before = victim.read_bytes()
+        edit(
+            source,
+            lambda text: re.sub("home='[^']*'", f"home='{source}'", text).replace('home="', f'home="{source}" was="'),
+        )
+        self.begun(source, victim)
+        bench.host.repair(str(source))
+        assert victim.read_bytes() == before
+
     def test_lock_that_is_a_link(self, bench, source, victim):
         before = victim.read_bytes()
         (source / ".hvmgr").mkdir()
@@ -174,10 +184,23 @@ class TestRegister:
             bench.bring(source, mode=hvmgr.Mode.REGISTER)
         assert victim.read_bytes() == before
 
-    def test_private_folder_that_is_a_link(self, bench, source, place):
-        (place / "elsewhere").mkdir()
-        (source / ".hvmgr").symlink_to(place / "elsewhere")
-        assert "link" in bench.codes(source, mode=hvmgr.Mode.REGISTER)
+    @pytest.mark.parametrize(
+        "name", [".hvmgr", ".hvmgr/trash", ".hvmgr/reserve", "Virtual Machines/ID", "Snapshots/ID"]
+    )
+    def test_link_in_the_folder(self, bench, place, name):
+        """Its target would be emptied, written, or have another mode."""
+        source = bench.take_away(bench.make(4, name="web"), export=False)
+        target = place / "elsewhere"
+        target.mkdir(mode=0o700)
+        (target / "precious").write_bytes(b"x")
+        path = source / name.replace("ID", source_home.open_source(source).vm_id)
+        path.parent.mkdir(exist_ok=True)
+        if path.is_dir():
+            path.rmdir()
+        path.symlink_to(target)
+        with pytest.raises(errors.Corrupt):
+            bench.bring(source, mode=hvmgr.Mode.REGISTER)
+        assert (target.stat().st_mode & 0o777, list(target.iterdir())) == (0o700, [target / "precious"])
 
     def test_folder_of_another_user(self, bench, source):
         os.chown(source, STRANGER, STRANGER)
@@ -194,6 +217,7 @@ def test_journal_is_our_own(place):
     for one in (path, place / "link"):
         with pytest.raises(errors.Conflict):
             journal.read(one)
+    assert journal.read(path, obeyed=False).plan.plan_id == "x"  # as on a share that makes nobody of root
 
 
 def test_lock_follows_no_link(place, victim):
