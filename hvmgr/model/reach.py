@@ -20,6 +20,7 @@ _PROGRAMS = (
     ("devices/interface/downscript", "path"),
     ("devices/filesystem/binary", "path"),
 )
+_LOGS = "devices/*/log"  # root's virtlogd writes there what the guest says
 _DEVICES = ("devices/hostdev", "devices/interface[@type='hostdev']", "devices/redirdev[@type='tcp']")
 _DISK_TYPES = {"file", "block", "dir", "volume"}  # the others are no file that could come along
 _CONFINEMENTS = {"none", "static"}  # instead of libvirt's own choice of user and profile
@@ -38,6 +39,8 @@ def of(one: Configuration) -> Iterator[tuple[str, str]]:
     for place, attribute in _PROGRAMS:
         for element in one.root.iterfind(place):
             yield f"a program that is run, <{element.tag}>", element.get(attribute, "")
+    for element in one.root.iterfind(_LOGS):
+        yield "a file that its guest writes, <log>", element.get("file", "")
     for place in _DEVICES:
         for element in one.root.iterfind(place):
             yield "a device of the host", f"<{element.tag} type='{element.get('type', '')}'>"

@@ -24,6 +24,7 @@ _QCOW2_MAGIC = b"QFI\xfb"
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to snapshots_offset
 _QCOW2_V3 = struct.Struct(">QQQII")  # incompatible, compatible, autoclear, refcount_order, header_length
 _QCOW2_SNAPSHOT = struct.Struct(">QIHHIIQII")  # one of the table, up to its extra data
+_SNAPSHOTS_MAX, _SNAPSHOT_EXTRA_MAX = 65536, 64 << 10  # QEMU takes no more of them, and 1 KiB of extra data
 _VERSION_3 = b"\0\0\0\3"
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
@@ -193,7 +194,9 @@ def internal_snapshots(path: Path) -> tuple[InternalSnapshot, ...]:
     if not head.startswith(_QCOW2_MAGIC) or len(head) < _QCOW2_HEADER.size:
         return ()
     count, offset = _QCOW2_HEADER.unpack_from(head)[11:13]
-    found = []
+    found: list[InternalSnapshot] = []
+    if count > _SNAPSHOTS_MAX:
+        raise errors.Corrupt(f"{path} says that it holds {count} internal snapshots", path=str(path))
     with path.open("rb") as file:
         for _ in range(count):
             file.seek(offset)
@@ -201,6 +204,8 @@ def internal_snapshots(path: Path) -> tuple[InternalSnapshot, ...]:
             if len(entry) < _QCOW2_SNAPSHOT.size:
                 raise errors.Corrupt(f"{path} has a cut off table of internal snapshots", path=str(path))
             _, _, id_length, name_length, seconds, nanoseconds, _, state, extra = _QCOW2_SNAPSHOT.unpack(entry)
+            if extra > _SNAPSHOT_EXTRA_MAX:
+                raise errors.Corrupt(f"{path} has a damaged table of internal snapshots", path=str(path))
             more, words = file.read(extra), file.read(id_length + name_length)
             state, size = struct.unpack_from(">QQ", more) if extra >= 16 else (state, None)
             found.append(

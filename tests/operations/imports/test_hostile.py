@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import struct
 import subprocess
 from pathlib import Path
@@ -88,6 +89,24 @@ class TestParents:
         child.chmod(0o600)
         child.write_bytes(data.replace(name, str(victim).encode()[: len(name)].ljust(len(name), b"\0"), 1))
         assert "damaged" in bench.codes(source)
+
+
+@pytest.mark.parametrize(("count", "extra"), [(0xFFFFFFFF, 0), (1, 0xFFFFFFFF)])
+def test_snapshots_inside_that_take_all_memory(place, count, extra):
+    path = place / "x.qcow2"
+    qemu_img("create", "-q", "-f", "qcow2", path, "1M")
+    with path.open("r+b") as file:
+        file.seek(60)
+        file.write(struct.pack(">IQ", count, 1 << 20))
+        file.seek(1 << 20)
+        file.write(struct.pack(">QIHHIIQII", 0, 0, 0, 0, 0, 0, 0, 0, extra))
+        file.truncate(6 << 30)
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, (limits := resource.getrlimit(resource.RLIMIT_AS))[1]))
+    try:
+        with pytest.raises(errors.Corrupt):
+            images.internal_snapshots(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 class TestStateFolders:
@@ -243,6 +262,7 @@ class TestHostAccess:
             "<serial type='dev'><source path='/dev/sda'/></serial>",
             "<channel type='unix'><source mode='connect' path='/run/libvirt/libvirt-sock'/><target type='virtio'/></channel>",
             "<rng model='virtio'><backend model='random'>/dev/mem</backend></rng>",
+            "<serial type='pty'><log file='/etc/cron.d/not-yet-there'/></serial>",
             "<disk type='network'><source protocol='nbd' name='x'/><target dev='vdz'/></disk>",
         ],
     )
