@@ -173,7 +173,8 @@ def _note_use(session: Session, taken: Intake, *, linked: bool) -> plan.NoteUse:
     folder = taken.source.folder
     beside = None
     if linked and taken.source.is_export and os.access(folder.parent, os.W_OK):
-        beside = str(gold.place_of(folder))
+        notes = gold.place_of(folder)
+        beside = None if notes.is_symlink() else str(notes)  # root writes by no link that others have put there
     return plan.NoteUse(name=taken.identity.name, outside=outside, beside=beside)
 
 

@@ -227,6 +227,14 @@ class TestRegister:
         assert bench.codes(source, mode=hvmgr.Mode.REGISTER) == ["source-of-others"]
 
 
+def test_notes_beside_a_source_are_not_written_by_a_link(bench, place):
+    source = bench.take_away(bench.make(4, name="web"))
+    (place / "elsewhere").mkdir()
+    (source.parent / ".web.hvmgr-links").symlink_to(place / "elsewhere")
+    bench.bring(source, mode=hvmgr.Mode.LINK)
+    assert list((place / "elsewhere").iterdir()) == []
+
+
 def test_journal_is_our_own(place):
     path = place / "journal"
     journal.begin(path, Plan(plan_id="x", vm_id="y", operation="o", subject="s"))
