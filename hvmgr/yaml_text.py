@@ -16,6 +16,7 @@ import yaml
 
 from hvmgr import errors, units
 
+_DIGITS_MAX = 4000  # Python reads no more
 _NULL = "tag:yaml.org,2002:null"
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -70,7 +71,7 @@ class Value:
     def integer(self, *, minimum: int) -> int:
         """A whole number."""
         text = self.text()
-        if not text.isdecimal() or int(text) < minimum:
+        if not text.isdecimal() or len(text) > _DIGITS_MAX or int(text) < minimum:
             raise self.error(f"'{text}' is not a whole number of at least {minimum}")
         return int(text)
 
@@ -127,6 +128,10 @@ def parse(text: str, *, source: str) -> Value:
         mark = error.problem_mark or error.context_mark
         line = 1 if mark is None else mark.line + 1
         raise errors.UsageError(f"{source}, line {line}: {error.problem}", file=source, line=line) from error
+    except RecursionError as error:
+        raise errors.UsageError(
+            f"{source}: lists in lists in lists, deeper than anybody writes", file=source
+        ) from error
     except yaml.YAMLError as error:  # a character that YAML does not allow
         raise errors.UsageError(f"{source}: {error}", file=source) from error
     if node is None:

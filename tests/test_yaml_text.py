@@ -32,13 +32,19 @@ def field(text: str) -> yaml_text.Value:
         ("a: &x 1\nb: *x", "line 1: anchors and aliases are not allowed"),
         ("a: &x [*x]", "anchors and aliases"),
         ("a: 1\n---\nb: 2", "line 2: "),
+        ("a: " + "[" * 30_000, "lists in lists"),
     ],
-    ids=["empty", "open list", "tab", "nul", "object", "tag", "alias", "loop", "two documents"],
+    ids=["empty", "open list", "tab", "nul", "object", "tag", "alias", "loop", "two documents", "depth"],
 )
 def test_what_is_not_plain_yaml_is_refused(text, words):
     with pytest.raises(errors.UsageError) as caught:
         parse(text)
     assert words in str(caught.value)
+
+
+def test_number_that_python_reads_no_more():
+    with pytest.raises(errors.UsageError):
+        field("9" * 5000).integer(minimum=1)
 
 
 @pytest.mark.parametrize("text", ["no", "007", "52:54:00:12:34:56", "2026-01-01", "1e3", "'a b'"])

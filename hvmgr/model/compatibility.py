@@ -54,6 +54,7 @@ KINDS: Mapping[str, Kind] = {
     "source-in-use": _error("the source's disks are being written"),
     "source-shared": _error("other VMs stand on images that would be changed or renamed"),
     "source-writable": _error("images that would be shared can still be written"),
+    "source-of-others": _warning("somebody else can change at any time what would be shared or become the home"),
     # this host
     "missing-network": _error("a network of libvirt is not up here"),
     "missing-bridge": _error("a bridge or device is not there"),
@@ -75,6 +76,7 @@ KINDS: Mapping[str, Kind] = {
     # worth knowing
     "export-used-up": _warning("the export becomes the VM, and is no export any more"),
     "drive-emptied": _warning("a medium is not there: the drive will be empty"),
+    "host-access": _warning("the VM would have, or run, something else of the host"),
     "host-path": _info("the VM names a file or device of the host"),
     "address-in-state": _info("a guest that goes on from a saved state keeps its old addresses until it restarts"),
     "vhd-kept": _info("a VHD stays one: the memory of a VM that runs on it cannot be saved"),

@@ -255,7 +255,7 @@ def _require_format(top: Value, source: str) -> None:
     for key, value in top.node.value if isinstance(top.node, yaml.MappingNode) else ():
         if key.value == "format" and isinstance(value, yaml.ScalarNode):
             found = str(value.value)
-            if found.isdecimal() and int(found) > FORMAT:
+            if found.isdecimal() and len(found) < 10 and int(found) > FORMAT:
                 raise errors.Unsupported(
                     f"{source} was written by a newer hvmgr (format {found}, this one knows {FORMAT})",
                     hint="use the newer hvmgr",

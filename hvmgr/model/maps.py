@@ -23,6 +23,9 @@ DISCONNECTED = "disconnected"
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _KINDS = ("network", "bridge")
 
+# Where libvirt puts the sockets of a running domain: they carry its name, and the next start makes new ones.
+OWN_SOCKET = re.compile(r"/domain-\d+-[^/]*/|/channel/target/")
+
 # Where a domain XML names files and folders of the host, besides the disks that snapshots freeze: (element, attribute
 # or None for the text). https://libvirt.org/formatdomain.html
 _PLACES = (
@@ -203,6 +206,11 @@ def paths_of(target: Configuration) -> Iterator[tuple[str, str]]:
         what = f"drive {slot.get('dev')}" if slot is not None and slot.get("dev") else etree.QName(element).localname
         if text.startswith("/"):
             yield what, text
+
+
+def named_paths(target: Configuration) -> Iterator[tuple[etree._Element, str | None]]:
+    """Every element, and the attribute of it (None: its text), in which the maps look for a path; hard disks too."""
+    yield from _named_paths(target, set())
 
 
 def networks_of(target: Configuration) -> dict[str, tuple[str, str | None]]:

@@ -41,6 +41,7 @@ _HEAD, _HEAD_OF_MEMORY, _TAIL = 1 << 20, 16 << 20, 64 << 10
 _HEAD_OF_VHD = 20 << 20  # with the whole table of blocks of the largest disk
 _SMALL_MAX = 128 << 20  # NVRAM is 64 MiB on some machines
 _ALL_MAX = 1 << 30
+_SHOWN_MAX = 8 << 30  # what is laid out of images and saved memory: that of hundreds
 _FOLDER_MODE, _FILE_MODE = 0o700, 0o600
 _PARENT_LOCK_S = 60.0
 
@@ -299,7 +300,7 @@ def _make_folder(path: Path, state: tuple[int, int, int, int]) -> Archive:
 
 
 def _lay_out(archive: Archive, *, hashed: bool, report: Report | None) -> None:
-    small = 0
+    small = shown = 0
     with _opened(archive.path, archive.state, report) as reader:
         for entry in reader.entries():
             target = archive.folder / entry.name
@@ -313,6 +314,11 @@ def _lay_out(archive: Archive, *, hashed: bool, report: Report | None) -> None:
                 raise errors.Corrupt(
                     f"{entry.name} in {archive.path} has {entry.size} bytes: no such file is that long",
                     hint="name an archive that hvmgr export made",
+                )
+            shown += min(entry.data, _head_of(target) + _TAIL) if is_large else 0
+            if shown > _SHOWN_MAX:
+                raise errors.Corrupt(
+                    f"{archive.path} holds more images than any export", hint="unpack it, and name the folder"
                 )
             digest = _show(reader, entry, target, hashed=hashed or not is_large)
             archive.members[entry.name] = Member(entry.size, entry.data, digest)

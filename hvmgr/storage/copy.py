@@ -54,6 +54,7 @@ class Job:
     hashed: bool = True
     mode: int = 0o600
     owner: tuple[int, int] | None = None
+    plain: bool = False  # no link may lead to the source, not even one above it
 
 
 def copy_files(
@@ -164,6 +165,8 @@ def _copy(job: Job, notes: Notes | None, meter: _Meter) -> Made:
         reader = os.open(job.source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         before = os.fstat(reader)
+        if job.plain:
+            durable.require_plain(reader, job.source)
         size = length_of(reader)
         with durable.explained(job.target), durable.replacing(job.target, job.mode, job.owner, named=False) as writer:
             shared = _share(reader, writer)

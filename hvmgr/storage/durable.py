@@ -89,15 +89,28 @@ def append(path: Path, data: bytes) -> None:
             os.close(descriptor)
 
 
-def copy_file(source: Path, target: Path, *, mode: int = 0o600, owner: tuple[int, int] | None = None) -> None:
-    """``target`` holds the bytes of ``source``, holes as holes; shared blocks where the file system can."""
+def copy_file(
+    source: Path, target: Path, *, mode: int = 0o600, owner: tuple[int, int] | None = None, plain: bool = False
+) -> None:
+    """``target`` holds the bytes of ``source``, holes as holes; shared blocks where the file system can.
+
+    ``plain``: Conflict where a link leads to the source.
+    """
     with explained(target), source.open("rb") as reader, replacing(target, mode, owner) as descriptor:
+        if plain:
+            require_plain(reader.fileno(), source)
         size = os.fstat(reader.fileno()).st_size
         if not size:  # a block device has no length in its inode
             size = os.lseek(reader.fileno(), 0, os.SEEK_END)
         os.ftruncate(descriptor, size)
         for start, end in holes.data_ranges(reader.fileno(), size):
             holes.copy_range(reader.fileno(), descriptor, start, end)
+
+
+def require_plain(descriptor: int, path: Path) -> None:
+    """Conflict when a link led to the open file: who owns a folder above it has put one there since it was looked at."""
+    if os.readlink(f"/proc/self/fd/{descriptor}") != os.fspath(path):
+        raise errors.Conflict(f"{path} became a link while it was looked at", hint="run the command again")
 
 
 def link_or_copy(source: Path, target: Path, *, owner: tuple[int, int] | None = None) -> None:

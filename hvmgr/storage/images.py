@@ -24,6 +24,7 @@ _QCOW2_MAGIC = b"QFI\xfb"
 _QCOW2_HEADER = struct.Struct(">4sIQIIQIIQQIIQ")  # up to snapshots_offset
 _QCOW2_V3 = struct.Struct(">QQQII")  # incompatible, compatible, autoclear, refcount_order, header_length
 _QCOW2_SNAPSHOT = struct.Struct(">QIHHIIQII")  # one of the table, up to its extra data
+_SNAPSHOTS_MAX, _SNAPSHOT_EXTRA_MAX = 65536, 64 << 10  # QEMU takes no more of them, and 1 KiB of extra data
 _VERSION_3 = b"\0\0\0\3"
 _INCOMPATIBLE_CORRUPT = 1 << 1
 _INCOMPATIBLE_DATA_FILE = 1 << 2
@@ -193,7 +194,9 @@ def internal_snapshots(path: Path) -> tuple[InternalSnapshot, ...]:
     if not head.startswith(_QCOW2_MAGIC) or len(head) < _QCOW2_HEADER.size:
         return ()
     count, offset = _QCOW2_HEADER.unpack_from(head)[11:13]
-    found = []
+    found: list[InternalSnapshot] = []
+    if count > _SNAPSHOTS_MAX:
+        raise errors.Corrupt(f"{path} says that it holds {count} internal snapshots", path=str(path))
     with path.open("rb") as file:
         for _ in range(count):
             file.seek(offset)
@@ -201,6 +204,8 @@ def internal_snapshots(path: Path) -> tuple[InternalSnapshot, ...]:
             if len(entry) < _QCOW2_SNAPSHOT.size:
                 raise errors.Corrupt(f"{path} has a cut off table of internal snapshots", path=str(path))
             _, _, id_length, name_length, seconds, nanoseconds, _, state, extra = _QCOW2_SNAPSHOT.unpack(entry)
+            if extra > _SNAPSHOT_EXTRA_MAX:
+                raise errors.Corrupt(f"{path} has a damaged table of internal snapshots", path=str(path))
             more, words = file.read(extra), file.read(id_length + name_length)
             state, size = struct.unpack_from(">QQ", more) if extra >= 16 else (state, None)
             found.append(
@@ -277,13 +282,15 @@ def _read_qcow2(path: Path) -> Header:
         if backing_offset + backing_length > len(head):
             raise errors.Corrupt(f"{path} names its parent outside its header", path=str(path))
         backing = head[backing_offset : backing_offset + backing_length].decode(errors="surrogateescape")
-        backing_format = _backing_format(head, header_length, backing_offset)
+        backing_format = _backing_format(path, head, header_length, backing_offset)
         backing = _as_path(path, backing)
     return Header(path, QCOW2, size, backing, backing_format, _allocated(facts), _identity(facts), bool(snapshots))
 
 
 def _as_path(path: Path, backing: str) -> str:
-    """QEMU reads ``name:`` as a protocol; only files can be parents here."""
+    """QEMU reads ``name:`` as a protocol; only files can be parents here. To QEMU a name ends with its first zero byte."""
+    if "\0" in backing:
+        raise errors.Corrupt(f"{path} names its parent with a zero byte in it", path=str(path))
     if backing.startswith("file:"):
         return backing.removeprefix("file:")
     if ":" in backing.split("/", 1)[0]:
@@ -291,15 +298,19 @@ def _as_path(path: Path, backing: str) -> str:
     return backing
 
 
-def _backing_format(head: bytes, start: int, end: int) -> str | None:
+def _backing_format(path: Path, head: bytes, start: int, end: int) -> str | None:
+    """The stated format of the parent. Of two QEMU takes the last; nobody but an attacker writes two."""
+    found = None
     while start + 8 <= end:
         kind, length = struct.unpack_from(">II", head, start)
         if kind == _EXTENSION_END:
-            return None
+            break
         if kind == _EXTENSION_BACKING_FORMAT:
-            return head[start + 8 : start + 8 + length].decode(errors="replace")
+            if found is not None:
+                raise errors.Corrupt(f"{path} states the format of its parent twice", path=str(path))
+            found = head[start + 8 : start + 8 + length].decode(errors="replace")
         start += 8 + (length + 7) // 8 * 8
-    return None
+    return found
 
 
 def _read_vhd(path: Path) -> Header:

@@ -14,8 +14,10 @@ Anywhere behind the plan, a line ``start`` names a start of the VM that the oper
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +61,13 @@ def is_open(path: Path) -> bool:
     return os.path.exists(path)  # noqa: PTH110 - False also for a name that is too long for this file system
 
 
-def read(path: Path) -> Entry | None:
-    """The open operation, if there is one; raises Corrupt when the journal cannot be understood."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+def read(path: Path, *, obeyed: bool = True) -> Entry | None:
+    """The open operation, if there is one; raises Corrupt when the journal cannot be understood, Conflict for a stranger's.
+
+    Unless ``obeyed``, nobody does what stands in it: then it may be anybody's, as root's is on a share that maps root.
+    """
+    data = _read_own(path, obeyed=obeyed)
+    if data is None:
         return None
     from hvmgr.model import memory_plan  # noqa: F401 - its steps are known then
     from hvmgr.model.plan import Plan
@@ -75,6 +79,31 @@ def read(path: Path) -> Entry | None:
         raise errors.Corrupt(f"the journal {path} is damaged: {error}", path=str(path)) from error
     lines = rest.split(b"\n")[:-1]  # a last line that was cut off says nothing
     return Entry(plan=Plan.from_json(document), switch_reached=_SWITCH in lines, start=_last_start(lines))
+
+
+def _read_own(path: Path, *, obeyed: bool) -> bytes | None:
+    """Whoever else could write a journal would have any file of the host written."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise _foreign(path) from error
+    with os.fdopen(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or (obeyed and facts.st_uid not in {0, os.geteuid()}):
+            raise _foreign(path)
+        return file.read()
+
+
+def _foreign(path: Path) -> errors.Conflict:
+    return errors.Conflict(
+        f"{path} was written neither by this user nor by root, and is not followed",
+        hint="let its owner finish what he began, or remove it",
+        path=str(path),
+    )
 
 
 def begin(path: Path, plan: Plan, *, alone: bool = False) -> None:

@@ -27,7 +27,7 @@ def held(path: Path, *, wait_s: float, what: str, on_wait: Callable[[], None] | 
     deadline = time.monotonic() + wait_s
     while True:
         with durable.explained(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             _take(descriptor, deadline, what, on_wait)
             if _is_same(descriptor, path):
@@ -49,7 +49,7 @@ def is_held(path: Path) -> bool:
 def holder(path: Path) -> int | None:
     """The id of the process that has the lock now, 0 when it has not said it yet; None when nobody has it."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     try:

@@ -27,7 +27,7 @@ from hvmgr.model.manifest import Image as Listed
 from hvmgr.model.manifest import Manifest
 from hvmgr.model.maps import Entry, Used
 from hvmgr.model.metadata import ImportOrigin, Metadata, SavedState, SnapshotRecord
-from hvmgr.storage import archives, durable, index, source_configurations
+from hvmgr.storage import archives, durable, index, source_configurations, vm_home
 from hvmgr.storage.archives import Archive
 from hvmgr.storage.source_images import Finder, Missing, SourceImage
 
@@ -93,6 +93,11 @@ class SourceHome:
         if listed is not None:
             return listed.sha256 or ""
         return self.sums.get(str(Path(path).relative_to(self.folder)), "")
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the index of this host has a home there, be it half-way."""
+        return any(one.home == self.folder for one in index.entries())
 
     @property
     def vm_id(self) -> str:
@@ -224,6 +229,12 @@ class _Reader:
         if told is not None:
             here = {str(self.folder / one.file): one for one in told.images}
             self.finder.listed = {one.path: one for one in told.images} | here
+        if not vm_home.is_id(present.uuid):  # names of files are made of it
+            raise errors.Corrupt(
+                f"{self.file}: '{present.uuid}' is no id of a VM",
+                hint="write it as 8-4-4-4-12 digits",
+                path=str(self.file),
+            )
         if is_home and present.uuid != self.file.stem:
             self._problem("damaged", f"{self.file} is the configuration of {present.uuid}", self.file)
         layout = Layout(home=self.folder, vm_id=present.uuid)
@@ -238,6 +249,7 @@ class _Reader:
         undo_disks = {} if undo is None else self.finder.disks(undo)
         if undo is not None:
             self.finder.disks_left_out(undo)
+            self._named_file(undo.nvram)
         memory = self._file(layout.present_memory)
         change = None if facts is None else facts.change
         tpm = self._folder(layout.present_tpm) or (change and self._folder(layout.tpm_copy(change))) or None
@@ -252,7 +264,7 @@ class _Reader:
             nvram=self._named_file(present.nvram),
             tpm=tpm,
             memory=memory,
-            saved=None if memory is None else self._saved(memory, "the present"),
+            saved=None if memory is None else self._saved(memory, "the present", present),
             snapshots=snapshots,
             images=self.finder.images,
             missing=tuple(dict.fromkeys(self.finder.missing)),
@@ -316,7 +328,7 @@ class _Reader:
         memory = self._file(folder / "memory.save")
         saved = None
         if record.state is not SavedState.NONE:
-            saved = None if memory is None else self._saved(memory, f"snapshot '{record.name}'")
+            saved = None if memory is None else self._saved(memory, f"snapshot '{record.name}'", parsed)
             if memory is None:
                 self._problem(
                     "saved-state-damaged", f"the saved state of snapshot '{record.name}' is missing", folder,
@@ -334,7 +346,7 @@ class _Reader:
             tpm=self._folder(folder / "tpm"),
         )
 
-    def _saved(self, memory: Path, whose: str) -> Configuration | None:
+    def _saved(self, memory: Path, whose: str, of: Configuration) -> Configuration | None:
         repair = "leave it out with --without-state"
         try:
             state = saved_state.read(memory)
@@ -343,10 +355,22 @@ class _Reader:
                 return None
             if len(state.xml) > source_configurations.LARGEST:
                 raise errors.Corrupt(f"the configuration in {memory} is too long")
-            return configuration.parse(state.xml, source=str(memory))
+            saved = configuration.parse(state.xml, source=str(memory))
+            self._require_alike(saved, of)
         except errors.HvmgrError as error:
             self._problem("saved-state-damaged", f"the saved state of {whose} cannot be used: {error}", memory, repair)
             return None
+        return saved
+
+    def _require_alike(self, saved: Configuration, of: Configuration) -> None:
+        """What only the saved state has would be opened without a look at its file."""
+        if self.finder.trusted:
+            return
+        known = {disk.slot for disk in of.disks() if not disk.is_removable}
+        more = [f"a disk {one.slot}" for one in saved.disks() if not one.is_removable and one.slot not in known]
+        more += ["NVRAM"] if saved.nvram is not None and of.nvram is None else []
+        if more:
+            raise errors.Corrupt(f"it has {more[0]}, and its configuration has none")
 
     def _undo(self, layout: Layout) -> Configuration | None:
         if not layout.undo.is_file():
@@ -391,8 +415,11 @@ class _Reader:
         return path if self.finder.may_read(str(path), str(recorded)) else None
 
     def _folder(self, path: Path) -> Path | None:
-        """A folder of state files, free of links and special files."""
+        """A folder of state files, free of links and special files, as every folder above it in the source is."""
         if not os.path.lexists(path):
+            return None
+        if not self.finder.trusted and os.path.realpath(path) != str(path):
+            self._problem("link", f"{path} leads to {os.path.realpath(path)}", path)
             return None
         for entry in (path, *path.rglob("*")):
             if entry.is_symlink() or not (entry.is_file() or entry.is_dir()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from hvmgr.model.configuration import Configuration, Disk
 from hvmgr.model.finding import Finding
 from hvmgr.model.maps import Entry, Used
 from hvmgr.storage import images
+
+_SLOT = re.compile(r"[A-Za-z0-9_]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class Finder:
         disks: dict[str, str] = {}
         try:
             listed = one.disks()
+            _require_slots(listed, one.source)
         except errors.HvmgrError as error:
             self.problem("damaged", str(error), one.source)
             return disks
@@ -358,3 +362,10 @@ class Finder:
             if step in seen:
                 self.problem("cycle", f"the parents of {path} form a circle", path)
                 return
+
+
+def _require_slots(disks: Sequence[Disk], where: str) -> None:
+    """Names of files are made of slots."""
+    for disk in disks:
+        if not _SLOT.fullmatch(disk.slot):
+            raise errors.Corrupt(f"{where}: no disk can be called {disk.slot!r}")

@@ -56,10 +56,11 @@ class DropOldName(Step):
 
 @dataclass(frozen=True, slots=True)
 class CopyFile(Step):
-    """A small state file (NVRAM, saved memory) under a new name."""
+    """A small state file (NVRAM, saved memory) under a new name; ``plain`` as in ``CopyImages``."""
 
     source: str
     target: str
+    plain: bool = False
 
     def describe(self) -> str:
         return f"copy {name(self.source)} to {self.target}"

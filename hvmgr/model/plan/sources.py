@@ -31,13 +31,27 @@ class TakeHome(Step):
 
 @dataclass(frozen=True, slots=True)
 class CopyImages(Step):
-    """Images of another home: (source, target, SHA-256 or ''). ``hold`` are those that a VM here could begin to write."""
+    """Images of another home: (source, target, SHA-256 or ''). ``hold`` are those that a VM here could begin to write.
+
+    ``plain``: no link leads to a source; one that has become a link since it was looked at is somebody's trick.
+    """
 
     files: tuple[tuple[str, str, str], ...]
     hold: tuple[str, ...] = ()
+    plain: bool = False
 
     def describe(self) -> str:
         return "copy " + ", ".join(name(source) for source, _, _ in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class RequireImages(Step):
+    """Copies are still what was looked at before they were made: (path, format, size, the parent's name or '')."""
+
+    images: tuple[tuple[str, str, int, str], ...]
+
+    def describe(self) -> str:
+        return "check the copies of " + ", ".join(name(path) for path, *_ in self.images)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 
 def interrupted(case: Case) -> Iterator[Cure]:
     """What a dead command left open is completed or undone, as the next command would."""
-    if _lies_elsewhere(case):
-        return  # the plan's paths lead to where the home was
+    if _lies_elsewhere(case) or case.folder not in case.around.folders:
+        return  # the plan's paths lead to where the home was; or nobody knows who wrote it
     for one in (*case.of(Code.OPERATION_OPEN), *case.of(Code.DAEMON_LEFT)):
         yield Cure(one, f"complete or undo what was interrupted in {case.folder}", partial(_recover, case))
         return

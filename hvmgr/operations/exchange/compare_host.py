@@ -10,15 +10,17 @@ from lxml import etree
 
 from hvmgr.host.capabilities import Capabilities
 from hvmgr.host.hypervisor import Connection
-from hvmgr.model import maps
+from hvmgr.model import maps, reach, xml_tree
 from hvmgr.model.compatibility import found
 from hvmgr.model.configuration import Configuration
 from hvmgr.model.finding import Finding
+from hvmgr.model.import_options import Mode
 
 if TYPE_CHECKING:
     from hvmgr.operations.exchange.compare import Comparison
 
 _DEVICES = Path("/sys/class/net")
+_PACKAGED = "/usr/"  # firmware that came with the system
 
 
 def findings(connection: Connection, comparison: Comparison) -> Iterator[Finding]:
@@ -35,6 +37,8 @@ def findings(connection: Connection, comparison: Comparison) -> Iterator[Finding
             if finding not in seen:
                 seen.add(finding)
                 yield finding
+    if not comparison.source.trusted:
+        yield from _access_findings(comparison, host)
     yield from _version_findings(host, comparison)
     yield from _cpu_findings(connection, comparison)
     yield from _state_findings(comparison)
@@ -100,16 +104,38 @@ def machine_findings(connection: Connection, host: Capabilities, one: Configurat
 def _file_findings(where: str, one: Configuration, taken: set[str]) -> Iterator[Finding]:
     removable = {disk.source for disk in one.disks() if disk.is_removable}
     for what, path in maps.paths_of(one):
-        if what == "loader" or what.removeprefix("drive ") in taken:
+        if (what == "loader" and path.startswith(_PACKAGED)) or what.removeprefix("drive ") in taken:
             continue
         if Path(path).exists():
             yield found("host-path", f"{what} is {path}, a file of this host", path)
         elif path in removable:
             sentence = f"{path} is not here: the {what} will be empty"
             yield found("drive-emptied", sentence, path, f"--path {path}=OTHER, or put it there")
-        elif what not in {"log", "nvram"}:
+        elif what not in {"log", "nvram", "loader"}:
             sentence = f"{path} is not here, which {where} needs ({what})"
             yield found("missing-file", sentence, path, f"--path {path}=OTHER, or put it there")
+
+
+def _access_findings(comparison: Comparison, host: Capabilities) -> Iterator[Finding]:
+    """What else of the host a stranger's VM would have, in any of its configurations, each thing once."""
+    source = comparison.source
+    named = [("the VM", source.present), ("the saved state", source.saved)]
+    named += [("the undo slot", source.undo)] if comparison.options.mode is Mode.REGISTER else []
+    for one in comparison.snapshots:
+        named += [(f"snapshot '{one.record.name}'", one.configuration)]
+        named += [(f"the saved state of snapshot '{one.record.name}'", one.saved)]
+    seen: set[tuple[str, str]] = set()
+    for where, each in named:
+        for what, text in () if each is None else reach.of(each):
+            if (what, text) not in seen:
+                seen.add((what, text))
+                yield found(
+                    "host-access", f"{where} has {what}: {text}", text or what, f"see {source.origin} before it starts"
+                )
+    emulator, own = source.present.emulator, host.emulators.get(source.present.arch or "")
+    if emulator is not None and own is not None and emulator.exists() and not emulator.samefile(own):
+        sentence = f"the VM says that {emulator} is its emulator; it gets this host's own, {own}"
+        yield found("host-access", sentence, emulator, "if that is right: virsh edit, after the import")
 
 
 def _version_findings(host: Capabilities, comparison: Comparison) -> Iterator[Finding]:
@@ -140,7 +166,7 @@ def _cpu_findings(connection: Connection, comparison: Comparison) -> Iterator[Fi
 
 def lacks_cpu(connection: Connection, saved: Configuration, cookie: str | None) -> bool:
     """Whether this host cannot offer the CPU of a saved state: the one in libvirt's ``cookie`` is that which QEMU had."""
-    cpu = None if cookie is None else etree.fromstring(cookie.encode()).find("cpu")
+    cpu = None if cookie is None else xml_tree.parse(cookie, source="the saved state").find("cpu")
     if cpu is None:
         cpu = saved.root.find("cpu")
     if cpu is None:

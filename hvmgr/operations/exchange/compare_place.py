@@ -15,6 +15,7 @@ from hvmgr.model.finding import Finding
 from hvmgr.model.import_options import Mode
 from hvmgr.operations.exchange import gold, import_, intake
 from hvmgr.storage import index, vm_home
+from hvmgr.storage.source_home import SourceHome
 
 if TYPE_CHECKING:
     from hvmgr.operations.exchange.compare import Comparison
@@ -35,6 +36,8 @@ def findings(connection: Connection, comparison: Comparison) -> Iterator[Finding
         yield from _space_findings(comparison)
     if options.mode is Mode.LINK:
         yield from _link_findings(comparison, owner)
+    if options.mode is not Mode.COPY:
+        yield from _owner_findings(comparison.source, owner)
     for folder in {comparison.layout.home, *(place for _, place in comparison.layout.links())}:
         yield from way_findings(folder, owner)
 
@@ -102,8 +105,25 @@ def _register_findings(comparison: Comparison) -> Iterator[Finding]:
     if not os.access(source.folder, os.W_OK):
         yield found("not-readable", f"{source.folder} cannot be written", source.folder, "use --mode copy or link")
     yield from _users_findings(comparison)
+    if not source.trusted:
+        yield from _odd_files(source.folder)
+    if source.layout.journal.exists() and not source.is_known:
+        sentence = f"{source.layout.journal} speaks of an operation that no command of this host began"
+        yield found(
+            "source-in-use", sentence, source.layout.journal, "finish it where it was begun, or use --mode copy"
+        )
     if source.is_export:
         yield found("export-used-up", f"{source.folder} becomes the VM, and is no export any more", source.folder)
+
+
+def _odd_files(folder: Path) -> Iterator[Finding]:
+    """A home changes modes and owners of what is in it, empties its trash, writes notes: never by a link that leads out."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(place) / name
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISSOCK(mode)):
+                yield found("link", f"{path} is no plain file", path)
 
 
 def _users_findings(comparison: Comparison) -> Iterator[Finding]:
@@ -162,6 +182,21 @@ def _link_findings(comparison: Comparison, owner: tuple[int, int] | None) -> Ite
         if not _may(facts, owner, 0o4) and read_only:
             yield found("not-readable", f"QEMU's user cannot read {path}", path, "export it anew, or use --mode copy")
         yield from way_findings(path.parent, owner)
+
+
+def _owner_findings(source: SourceHome, owner: tuple[int, int] | None) -> Iterator[Finding]:
+    """Whose files the VM goes on reading: who may replace one of them may put a link to any file of this host there."""
+    known = {0, os.geteuid(), *(() if owner is None else owner[:1])}
+    images_of = [Path(one.path) for one in source.images.values()]
+    for step in dict.fromkeys((source.folder, *images_of, *(above for one in images_of for above in one.parents))):
+        facts = step.stat()
+        is_open = stat.S_ISDIR(facts.st_mode) and facts.st_mode & 0o022 and not facts.st_mode & stat.S_ISVTX
+        if (facts.st_uid in known and not is_open) or os.statvfs(step).f_flag & os.ST_RDONLY:
+            continue
+        who = "others" if facts.st_uid in known else f"the user {facts.st_uid}"
+        sentence = f"{step} can be changed by {who} at any time, and with it what the VM reads of this host"
+        yield found("source-of-others", sentence, step, "use --mode copy")
+        return
 
 
 def way_findings(folder: Path, owner: tuple[int, int] | None) -> Iterator[Finding]:

@@ -114,5 +114,5 @@ class Place:
         return self._is_published() or (folder.is_dir() and any(folder.iterdir()))
 
     def _is_published(self) -> bool:
-        entry = journal.read(self.journal)
+        entry = journal.read(self.journal, obeyed=False)
         return entry is not None and entry.switch_reached and not self.home.exists() and self.target.is_dir()

@@ -131,7 +131,7 @@ def plan_new(session: Session, taken: Intake) -> Plan:
     prepare += taken.steps_for_images(hold=_to_hold(session, source), only=taken.left_out() if linked else None)
     prepare += taken.steps_for_snapshots()
     nvram = layout.nvram(session.new_id()) if source.present.nvram is not None else None
-    prepare += _firmware(session, source, nvram)
+    prepare += _firmware(session, taken, nvram)
     prepare += _managed_save(taken, disks, nvram)
     frozen = () if linked else taken.frozen()
     shared = intake.needed_images(source, taken.snapshots, left_out=False) if linked else []
@@ -173,7 +173,8 @@ def _note_use(session: Session, taken: Intake, *, linked: bool) -> plan.NoteUse:
     folder = taken.source.folder
     beside = None
     if linked and taken.source.is_export and os.access(folder.parent, os.W_OK):
-        beside = str(gold.place_of(folder))
+        notes = gold.place_of(folder)
+        beside = None if notes.is_symlink() else str(notes)  # root writes by no link that others have put there
     return plan.NoteUse(name=taken.identity.name, outside=outside, beside=beside)
 
 
@@ -187,10 +188,10 @@ def _to_hold(session: Session, source: SourceHome) -> tuple[str, ...]:
     return tuple(path for path in (*source.disks.values(), *source.left_out.values()) if path in present)
 
 
-def _firmware(session: Session, source: SourceHome, nvram: Path | None) -> list[Step]:
-    steps: list[Step] = []
+def _firmware(session: Session, taken: Intake, nvram: Path | None) -> list[Step]:
+    source, steps = taken.source, list[Step]()
     if source.nvram is not None and nvram is not None:
-        steps.append(plan.CopyFile(source=str(source.nvram), target=str(nvram)))
+        steps.append(taken.step_for_nvram(source.nvram, nvram))
     if (tpm := tpm_of(session.connection, source)) is not None:
         folder = session.connection.tpm_folder(session.layout.vm_id)
         steps.append(plan.CopyFolder(source=str(tpm), target=str(folder)))

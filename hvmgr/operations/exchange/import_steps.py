@@ -56,7 +56,7 @@ def copy_images(session: Session, step: plan.CopyImages) -> None:
     for path in step.hold:
         session.hold(path, images.RAW)  # QEMU's lock; as raw, so that not even a header is written
     jobs = [
-        copy.Job(Path(one), Path(target), hashed=bool(sha256), owner=session.owner)
+        copy.Job(Path(one), Path(target), hashed=bool(sha256), owner=session.owner, plain=step.plain)
         for one, target, sha256 in step.files
     ]
     made = copy.copy_files(
@@ -73,6 +73,16 @@ def uncopy_images(_session: Session, step: plan.CopyImages) -> None:
     """No copy is there."""
     for _, target, _ in step.files:
         durable.remove(Path(target))
+
+
+def require_images(_session: Session, step: plan.RequireImages) -> None:
+    """No header says anything else than when the plan was made: who owns the source could change it in between."""
+    for path, fmt, size, backing in step.images:
+        found = images.read(Path(path), fmt)
+        if (found.size, found.backing or "") != (size, backing):
+            raise errors.Conflict(
+                f"what was copied to {path} was changed while it was read", hint="run the command again", path=path
+            )
 
 
 def unpack_files(session: Session, step: plan.UnpackFiles) -> None:

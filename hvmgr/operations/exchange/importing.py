@@ -40,7 +40,7 @@ def run(host: Host, source: Path, options: ImportOptions) -> VM:
 def carry_out(host: Host, comparison: Comparison) -> VM:
     """The import that was compared; the source is locked already."""
     for finding in comparison.findings:
-        if finding.severity == "warning" or finding.code == "default-map":
+        if finding.severity == "warning" or finding.code in ("default-map", "host-path"):
             host.reporter.notice(f"{finding.code}: {finding.sentence}")
     if (error := comparison.error()) is not None:
         raise error
@@ -69,12 +69,12 @@ def _make(host: Host, comparison: Comparison) -> VM:
         plan = import_.plan_new(session, taken)
         who = comparison.identity.name
         with occasions.operation(session, plan, name=who, path=comparison.source.origin):
-            _note_home(session, comparison)
+            note_home(session, comparison)
             execution.run(session, plan)
     return VM(host, home)
 
 
-def _note_home(session: Session, comparison: Comparison) -> None:
+def note_home(session: Session, comparison: Comparison) -> None:
     """A home that is not below the root is found by the next command even when this one dies at once."""
     layout = session.layout
     for entry in index.entries():
@@ -113,6 +113,8 @@ def _complete_target(host: Host, source: Path, options: ImportOptions) -> None:
     """What a dead import left at the same place is gone before anybody compares."""
     opened, _, _ = compare.read(source, options)
     layout = import_.target_layout(host.root, opened, options, opened.vm_id)
+    if options.mode is Mode.REGISTER and not opened.is_known:
+        return  # a journal that came with the folder is its maker's
     if layout.home.is_dir() and layout.journal.exists():
         homes.complete(host, layout.home)
 

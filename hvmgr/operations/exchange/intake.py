@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -22,9 +21,6 @@ from hvmgr.storage.source_home import SourceHome, SourceSnapshot
 from hvmgr.storage.source_images import SourceImage
 
 _SUFFIXES = {images.QCOW2: ".qcow2", images.VPC: ".vhd", images.RAW: ".img"}
-
-# Where libvirt puts the sockets of a running domain: they carry its name, and the next start makes new ones.
-_OWN_SOCKET = re.compile(r"/domain-\d+-[^/]*/|/channel/target/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +83,7 @@ class Intake:
         changed = self._changed(live, disks, nvram)
         for source in changed.root.findall("devices/channel[@type='unix']/source"):
             parent = source.getparent()
-            if parent is not None and _OWN_SOCKET.search(source.get("path", "")):
+            if parent is not None and maps.OWN_SOCKET.search(source.get("path", "")):
                 parent.remove(source)
         changed.set_metadata(dataclasses.replace(self._facts(facts_of), snapshot=None))
         return changed.to_xml()
@@ -125,10 +121,15 @@ class Intake:
         return found
 
     def _set_emulator(self, changed: Configuration) -> None:
-        """Distributions put QEMU into different places: where the source's is not, this host's own is."""
+        """Distributions put QEMU into different places: where the source's is not, this host's own is.
+
+        libvirt runs it as soon as the VM is defined: no stranger says which program that is.
+        """
         element = changed.root.find("devices/emulator")
         own = self.emulators.get(changed.arch or "")
-        if element is not None and own is not None and not Path((element.text or "").strip()).exists():
+        if element is None or own is None:
+            return
+        if not self.source.trusted or not Path((element.text or "").strip()).exists():
             element.text = str(own)
 
     def _facts(self, one: Configuration) -> Metadata:
@@ -182,6 +183,8 @@ class Intake:
         parents = {image.parent for image in needed if image.parent is not None}
         frozen = parents | {path for one in self.snapshots for path in one.disks.values()}
         steps = self._steps_for_bytes(needed, hold)
+        copied = [one for one in needed if one.path not in self.converted]
+        steps += [self._require(copied)] if copied else []
         steps += [step for image in needed if (step := self._rename_parent(image)) is not None]
         steps += [plan.FreezeImage(path=self.places[image.path]) for image in needed if image.path in frozen]
         return steps
@@ -193,6 +196,11 @@ class Intake:
         files += [(one.path, str(self._waiting(one)), self._digest(one)) for one in needed if self._is_packed_vhd(one)]
         steps = self._steps_for_files(files, hold)
         return [*steps, *(self._convert(one) for one in needed if one.path in self.converted)]
+
+    def _require(self, copied: Sequence[SourceImage]) -> plan.RequireImages:
+        return plan.RequireImages(
+            images=tuple((self.places[one.path], one.format, one.size, one.backing or "") for one in copied)
+        )
 
     def _digest(self, image: SourceImage) -> str:
         listed = self.source.expected.get(image.path)
@@ -227,7 +235,7 @@ class Intake:
     def _steps_for_files(self, files: Sequence[tuple[str, str, str]], hold: tuple[str, ...]) -> list[Step]:
         archive = self.source.archive
         if archive is None:
-            return [plan.CopyImages(files=tuple(files), hold=hold)] if files else []
+            return [plan.CopyImages(tuple(files), hold, plain=not self.source.trusted)] if files else []
         packed, others, steps = list[tuple[str, str, str]](), list[tuple[str, str, str]](), list[Step]()
         for path, target, digest in files:
             name = archive.name_of(path)
@@ -243,7 +251,7 @@ class Intake:
                 steps.append(plan.MakeSnapshotFolder(snapshot_id=place.parent.name))
         if any(Path(target).is_relative_to(self.unpacked) for _, target, _ in packed):
             steps.append(plan.MakeFolders(folders=(str(self.unpacked),)))
-        steps += [plan.CopyImages(files=tuple(others), hold=hold)] if others else []
+        steps += [plan.CopyImages(tuple(others), hold, plain=True)] if others else []
         if packed:
             _, _, size, mtime_ns = archive.state
             steps.append(plan.UnpackFiles(str(archive.path), size, mtime_ns, tuple(packed)))
@@ -256,6 +264,10 @@ class Intake:
                 yield one.memory, self.layout.memory(self.identity.snapshot(one.record.id) or one.record.id)
         if self.present_memory is not None and self.source.memory is not None:
             yield self.source.memory, self.present_memory
+
+    def step_for_nvram(self, source: Path, target: Path) -> Step:
+        """The variables of the firmware are at their place."""
+        return plan.CopyFile(source=str(source), target=str(target), plain=not self.source.trusted)
 
     def step_for_memory(self, source: Path, target: Path, before: Configuration, xml: str) -> Step:
         """The saved state is at its place, with this configuration in it."""
@@ -295,7 +307,7 @@ class Intake:
             assert new_id is not None
             steps.append(plan.MakeSnapshotFolder(snapshot_id=new_id))
             if one.nvram is not None:
-                steps.append(plan.CopyFile(source=str(one.nvram), target=str(self.layout.snapshot_nvram(new_id))))
+                steps.append(self.step_for_nvram(one.nvram, self.layout.snapshot_nvram(new_id)))
             if one.tpm is not None:
                 steps.append(plan.CopyFolder(source=str(one.tpm), target=str(self.layout.snapshot_tpm(new_id))))
             if self.keeps_state(one):

@@ -18,7 +18,7 @@ from hvmgr.model import manifest, plan
 from hvmgr.model.layout import Layout
 from hvmgr.model.plan import Plan, Step
 from hvmgr.operations import occasions
-from hvmgr.operations.exchange import import_
+from hvmgr.operations.exchange import import_, importing
 from hvmgr.operations.exchange.intake import Intake
 from hvmgr.operations.session import Session
 from hvmgr.operations.steps import execution
@@ -53,6 +53,7 @@ def run(host: Host, comparison: Comparison) -> VM:
         try:
             who = comparison.identity.name
             with occasions.operation(session, one, name=who, path=comparison.source.origin, is_approved=True):
+                importing.note_home(session, comparison)
                 execution.run(session, one)
         finally:
             session.close()

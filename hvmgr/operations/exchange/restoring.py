@@ -66,7 +66,7 @@ def plan_replace(session: Session, comparison: Comparison) -> Plan:
     if taken.present_memory is not None:  # of an archive it is unpacked by now
         taken = dataclasses.replace(taken, source=dataclasses.replace(taken.source, memory=taken.present_memory))
     if taken.source.nvram is not None and nvram is not None:
-        prepare.append(plan.CopyFile(source=str(taken.source.nvram), target=str(nvram)))
+        prepare.append(taken.step_for_nvram(taken.source.nvram, nvram))
     prepare += replacement.put_present_away(session, present, facts, how)
     prepare += _memory(taken, disks, nvram)  # only now does libvirt's own place for it belong to nobody
     brought, finish = _tpm(session, taken) if taken.source.present.has_tpm else ([], [])

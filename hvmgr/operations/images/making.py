@@ -70,6 +70,7 @@ def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
     found = recognition.look(source, stated, folders=wish.folders)
     if found.format is ImageFormat.VHDX and found.is_differencing:
         images.require_usable(source)
+    _tell_of_parents(host, found)
     parent = None if wish.parent is None else _parent(host, wish.parent, fmt, wish)
     if parent is not None and parent.size != found.size:
         raise errors.Conflict(
@@ -88,6 +89,14 @@ def convert(host: Host, source: Path, path: Path, wish: ImageOptions) -> None:
     plan = changes.plan_of("image convert", f"conversion of {source} into {path}", [step])
     with _approved(host, plan, path, parent, found) as part:
         _convert(found, parent, part, path, step, host.reporter.progress)
+
+
+def _tell_of_parents(host: Host, found: Recognised) -> None:
+    """Who made an image says what it stands on, and that may be any file of this host: it would be in the result."""
+    folder = Path(os.path.realpath(found.path)).parent
+    for parent in recognition.known_chain(found.path, found.folders)[1:] if found.is_differencing else ():
+        if not parent.is_relative_to(folder):
+            host.reporter.notice(f"{found.path} stands on {parent}, whose content becomes a part of the new image")
 
 
 @contextlib.contextmanager

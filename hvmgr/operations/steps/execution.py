@@ -105,6 +105,7 @@ DO: Mapping[type[Step], _Act] = {
     plan.PullDisk: move_steps.pull_disk,
     plan.TakeHome: import_steps.take_home,
     plan.CopyImages: import_steps.copy_images,
+    plan.RequireImages: import_steps.require_images,
     plan.UnpackFiles: import_steps.unpack_files,
     plan.ConvertVhd: vhd_steps.convert,
     plan.NameParent: import_steps.name_parent,
@@ -151,6 +152,7 @@ UNDO: Mapping[type[Step], _Act] = {
     plan.PullDisk: lambda _session, _step: None,  # the image holds the same, whoever holds it
     plan.TakeHome: import_steps.untake_home,
     plan.CopyImages: import_steps.uncopy_images,
+    plan.RequireImages: lambda _session, _step: None,
     plan.UnpackFiles: import_steps.pack_files_away,
     plan.ConvertVhd: vhd_steps.unconvert,
     plan.NameParent: import_steps.unname_parent,

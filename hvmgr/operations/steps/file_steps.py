@@ -60,7 +60,7 @@ def drop_old_name(session: Session, step: plan.DropOldName) -> None:
 
 def copy_file(session: Session, step: plan.CopyFile) -> None:
     """The copy is complete and on disk."""
-    durable.copy_file(Path(step.source), Path(step.target), owner=session.owner)
+    durable.copy_file(Path(step.source), Path(step.target), owner=session.owner, plain=step.plain)
 
 
 def uncopy_file(_session: Session, step: plan.CopyFile) -> None:

@@ -104,6 +104,19 @@ class TestConvert:
         assert folder.shown(made.path.name) == shown[-1]
         assert made.parent is None
 
+    def test_parent_elsewhere_is_named(self, folder, tmp_path_factory):
+        """Who made the image chose it: any file of the host."""
+        folder.chain("a.qcow2", "b.qcow2")
+        folder.images.convert(folder / "b.qcow2", folder / "to.raw")
+        assert folder.notices == []
+        place = tmp_path_factory.mktemp("elsewhere")
+        (place / "secret").write_bytes(b"s" * (4 * MIB))
+        command = ["qemu-img", "rebase", "-q", "-u", "-F", "raw", "-b", place / "secret", folder / "b.qcow2"]
+        subprocess.run(command, check=True, timeout=60)
+        folder.images.convert(folder / "b.qcow2", folder / "with.raw")
+        assert len(folder.notices) == 1
+        assert str(place / "secret") in folder.notices[0]
+
     @pytest.mark.parametrize("fmt", ["vhd", "qcow2"])
     def test_child_holds_only_what_differs(self, folder, fmt):
         data = folder.raw("base.raw", spots=20)
