@@ -11,9 +11,11 @@ from hvmgr import errors
 from hvmgr.host import libvirt_snapshots
 from hvmgr.host.domain import Domain
 from hvmgr.host.libvirt_snapshots import Listed
-from hvmgr.model import configuration, libvirt_snapshot
+from hvmgr.model import libvirt_snapshot
+from hvmgr.model.configuration import Configuration
 from hvmgr.model.layout import BASES, SNAPSHOTS
 from hvmgr.model.tree import Tree
+from hvmgr.operations import volumes
 from hvmgr.operations.session import Session
 from hvmgr.storage import attachments, images, index, transfers, vm_home
 from hvmgr.storage.index import Entry
@@ -171,23 +173,33 @@ def _needed_by(entry: Entry, mine: _Own) -> set[Identity]:
 def _written(session: Session, mine: _Own) -> Iterator[tuple[str, list[str]]]:
     for domain in session.connection.domains():
         if domain.uuid != session.home.vm_id:
-            parsed = configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}")
-            yield domain.name, list(vm_home.disks_of(parsed).values())
+            yield (
+                domain.name,
+                [path for one in volumes.configurations(session.connection, domain) for path in _written_by(one)],
+            )
     for entry in _candidates(session, mine):
         try:
             home = vm_home.open_home(entry.home)
             for one in (home.present(), home.undo()):
-                yield entry.name, [] if one is None else list(vm_home.disks_of(one).values())
+                yield entry.name, [] if one is None else _written_by(one)
         except errors.HvmgrError:
             continue  # a home that cannot be read writes nothing through hvmgr
 
 
+def _written_by(one: Configuration) -> list[str]:
+    """What a guest may write to: also what its snapshots leave out."""
+    return [
+        vm_home.canonical(disk.source)
+        for disk in one.disks()
+        if disk.source is not None and disk.type in {"file", "block"} and disk.device != "cdrom" and not disk.readonly
+    ]
+
+
 def _images_of(session: Session, domain: Domain) -> set[str]:
     """Every image that a domain has or would open, as far as its files tell."""
-    texts = [domain.xml(live=False)] + ([domain.xml(live=True)] if domain.is_active() else [])
     found: set[str] = set()
-    for text in texts:
-        for disk in configuration.parse(text, source=f"libvirt's XML of {domain.name}").disks():
+    for one in volumes.configurations(session.connection, domain):
+        for disk in one.disks():
             if disk.source is None or disk.type not in {"file", "block"} or not Path(disk.source).exists():
                 continue
             path = vm_home.canonical(disk.source)

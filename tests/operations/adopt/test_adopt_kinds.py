@@ -439,6 +439,80 @@ class TestOthers:
         (entry,) = index.entries()
         assert {Path(path).name for path in entry.outside} == {"a.qcow2", "a.one", "branch.qcow2"}
 
+    @pytest.fixture
+    def volume(self, place):
+        """A disk that is named by pool and volume."""
+        place.virsh("pool-define-as", "disks", "dir", "--target", place.folder)
+        place.virsh("pool-start", "disks")
+        yield (
+            "<disk type='volume' device='disk'><driver name='qemu' type='qcow2'/>"
+            "<source pool='disks' volume='{}'/><target dev='vda' bus='virtio'/></disk>"
+        ).format
+        place.virsh("pool-destroy", "disks")
+        place.virsh("pool-undefine", "disks")
+
+    @pytest.mark.parametrize("how", ["by its volume", "left out", "until it stops"])
+    def test_base_that_another_vm_writes_is_seen_whatever_it_is_called(self, place, volume, how):
+        base, other = place.image("a.qcow2", fill=1), place.image("b.qcow2")
+        place.virsh("pool-refresh", "disks")
+        place.define("web", ("vda", "qcow2", place.image("top.qcow2", below=base)))
+        if how == "by its volume":
+            place.define("db", volume(base.name))
+        elif how == "left out":
+            disk = place.xml("db", [("vda", "qcow2", base)])
+            disk = disk[disk.index("<disk") : disk.index("</disk>") + len("</disk>")]
+            place.define("db", disk.replace("device='disk'", "device='disk' snapshot='no'"))
+        else:
+            place.define("db", ("vda", "qcow2", base))
+            place.virsh("start", "db")
+            place.edit("db", lambda text: text.replace(str(base), str(other)))
+        refusal(place, "web", errors.Conflict, "is written by the VM 'db' as well")
+
+    def test_disk_that_a_volume_stands_on(self, place, volume):
+        path = place.image("a.qcow2")
+        place.image("top.qcow2", below=path)
+        place.virsh("pool-refresh", "disks")
+        place.define("web", ("vda", "qcow2", path))
+        place.define("db", volume("top.qcow2"))
+        refusal(place, "web", errors.Conflict, "which db stands on")
+
+    def test_frozen_image_that_a_volume_stands_on_stays(self, place, volume):
+        place.define("web", ("vda", "qcow2", place.image("a.qcow2", fill=1)))
+        vm = place.host.adopt("web")
+        vm.create_snapshot("one")
+        place.write("web", 2, 1)
+        vm.create_snapshot("two")
+        place.write("web", 3, 2)
+        top = place.image("top.qcow2", below=vm.snapshot("two").disks["vda"])
+        place.virsh("pool-refresh", "disks")
+        place.define("db", volume(top.name))
+        vm.snapshot("two").delete()
+        assert place.bytes_of(top, "qcow2")[:3] == [1, 2, 0]
+        place.virsh("undefine", "db")
+        top.unlink()
+        vm.merge()
+        assert place.now(vm)["vda"][:3] == [1, 2, 3]
+        place.check(vm)
+
+    @pytest.mark.parametrize("how", ["by its volume", "left out", "plugged in since"])
+    def test_image_of_a_disk_that_is_no_plain_file_of_a_snapshot_is_used(self, place, volume, how):
+        """``image merge`` would leave a VM that names a file which is gone."""
+        base = place.image("a.qcow2", fill=1)
+        top = place.image("top.qcow2", below=base)
+        place.virsh("pool-refresh", "disks")
+        if how == "by its volume":
+            place.define("web", volume(top.name))
+        elif how == "plugged in since":
+            place.define("web", ("vda", "qcow2", place.image("b.qcow2")))
+            place.host.adopt("web")
+            place.virsh("attach-disk", "web", top, "vdb", "--config", "--subdriver", "qcow2")
+        else:
+            place.define("web", ("vda", "qcow2", place.image("b.qcow2")), ("vdb", "qcow2", top))
+            place.host.adopt("web", hvmgr.AdoptOptions(exclude_disks=("vdb",)))
+        with pytest.raises(errors.Conflict, match="web"):
+            place.host.images.merge(top)
+        assert place.bytes_of(top, "qcow2")[0] == 1
+
 
 class TestDevices:
     @pytest.fixture
