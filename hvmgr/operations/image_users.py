@@ -98,6 +98,9 @@ def _in_homes(host: Host, path: Path, domains: dict[str, Domain]) -> Iterator[Us
             yield from _in_home(entry, home, wanted, present)
         except (errors.Corrupt, errors.NotFound, errors.Unsupported):
             yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home cannot be read", entry.name)
+    for entry in index.away(host.uri, domains):
+        if any(_is(one, wanted) for one in entry.outside):
+            yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home {entry.home} is not there", entry.name)
 
 
 def _require_complete(entry: Entry, home: VmHome) -> None:

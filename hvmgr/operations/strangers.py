@@ -30,7 +30,7 @@ def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     for path, names in transfers.users(paths).items():
         attached[path] = (*attached.get(path, ()), *names)
     others = [domain for domain in session.connection.domains() if domain.uuid != session.home.vm_id]
-    if not others and all(entry.vm_id == session.home.vm_id for entry in index.entries()):
+    if not others and not _entries(session):
         return attached  # a large tree is not looked at for nobody
     own = _Own.of(paths)
     mine = own.paths
@@ -142,15 +142,22 @@ def _has_other_names(path: str) -> bool:
 
 def _candidates(session: Session, mine: _Own) -> Iterator[Entry]:
     """Other VMs that have, or once had, something to do with these images: the index only ever adds."""
-    for entry in index.entries():
-        if entry.vm_id == session.home.vm_id:
-            continue
+    for entry in _entries(session):
         if mine.paths.keys() & _by_identity(entry.outside).keys() or _inside(entry, mine):
             yield entry
 
 
+def _entries(session: Session) -> list[Entry]:
+    """Other VMs; one whose home is away may need all that it ever had."""
+    known = {domain.uuid for domain in session.connection.domains()}
+    found = [*index.entries(), *index.away(session.connection.uri, known)]
+    return [entry for entry in found if entry.vm_id != session.home.vm_id]
+
+
 def _inside(entry: Entry, mine: _Own) -> set[Identity]:
     """What lies in a home, also when it is named by a way that a bind mount made, or by a hard link elsewhere."""
+    if not entry.home.exists():
+        return set()
     home = images.identity(entry.home)
     found = {one for one, path in mine.paths.items() if home in mine.folders[Path(path).parent]}
     if mine.linked - found:

@@ -513,6 +513,31 @@ class TestOthers:
             place.host.images.merge(top)
         assert place.bytes_of(top, "qcow2")[0] == 1
 
+    def test_image_that_a_vm_stands_on_stays_while_that_vms_home_is_away(self, place):
+        """A file server that is not mounted: libvirt knows the VM, and the folder will be back."""
+        place.define("web", ("vda", "qcow2", place.image("a.qcow2", fill=1)))
+        vm = place.host.adopt("web")
+        vm.create_snapshot("one")
+        place.write("web", 2, 1)
+        vm.create_snapshot("two")
+        far = place.folder / "far"
+        far.mkdir()
+        top = place.image("far/top.qcow2", below=vm.snapshot("two").disks["vda"])
+        place.define("db", ("vda", "qcow2", top))
+        place.host.adopt("db", hvmgr.AdoptOptions(home=far / "db"))
+        far.rename(place.folder / "away")
+        frozen = Path(vm.snapshot("two").disks["vda"])
+        vm.snapshot("two").delete()
+        (place.folder / "away").rename(far)
+        assert place.bytes_of(top, "qcow2")[:3] == [1, 2, 0]
+        with pytest.raises(errors.Conflict, match="db"):
+            far.rename(place.folder / "away")
+            place.host.images.compact(frozen)
+        place.virsh("undefine", "db")
+        vm.merge()  # nobody knows it any more
+        assert not frozen.exists()
+        place.check(vm)
+
 
 class TestDevices:
     @pytest.fixture
