@@ -24,24 +24,30 @@ Identity = tuple[int, int]  # device and inode
 
 
 def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each of these images who else needs it: other VMs, by the index and by libvirt, attachments and transfers."""
+    """For each of these images who else needs it: other VMs, by the index and by libvirt, attachments and transfers.
+
+    So do disks of this VM that its snapshots leave out: somebody looks at an old state beside the present one.
+    """
     paths = list(paths)
     attached = {path: tuple(map(attachments.name_of, users)) for path, users in attachments.users(paths).items()}
     for path, names in transfers.users(paths).items():
         attached[path] = (*attached.get(path, ()), *names)
     others = [domain for domain in session.connection.domains() if domain.uuid != session.home.vm_id]
-    if not others and not _entries(session):
+    this = session.find_domain()
+    left_out = set[str]() if this is None else _images_of(session, this, left_out=True)
+    if not others and not left_out and not _entries(session):
         return attached  # a large tree is not looked at for nobody
     own = _Own.of(paths)
     mine = own.paths
     found = _needing(own, _candidates(session, own))
     for path, names in attached.items():
         found.setdefault(path, []).extend(names)
-    for domain in others:
-        for path in _images_of(session, domain):
+    theirs = {domain.name: _images_of(session, domain) for domain in others}
+    for name, needed in (*theirs.items(), ("a disk of its own that snapshots leave out", left_out)):
+        for path in needed:
             ours = mine.get(images.identity(Path(path)))
             if ours is not None:
-                found.setdefault(ours, []).append(domain.name)
+                found.setdefault(ours, []).append(name)
     return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
 
 
@@ -202,12 +208,14 @@ def _written_by(one: Configuration) -> list[str]:
     ]
 
 
-def _images_of(session: Session, domain: Domain) -> set[str]:
-    """Every image that a domain has or would open, as far as its files tell."""
+def _images_of(session: Session, domain: Domain, *, left_out: bool = False) -> set[str]:
+    """Every image that a domain has or would open, as far as its files tell; or those that snapshots leave out alone."""
     found: set[str] = set()
     for one in volumes.configurations(session.connection, domain):
         for disk in one.disks():
             if disk.source is None or disk.type not in {"file", "block"} or not Path(disk.source).exists():
+                continue
+            if left_out and disk.takes_part:
                 continue
             path = vm_home.canonical(disk.source)
             found.add(path)

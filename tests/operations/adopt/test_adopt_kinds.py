@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 from pathlib import Path
 
@@ -535,6 +536,32 @@ class TestOthers:
             place.host.images.compact(frozen)
         place.virsh("undefine", "db")
         vm.merge()  # nobody knows it any more
+        assert not frozen.exists()
+        place.check(vm)
+
+    @pytest.mark.parametrize("direct", [True, False], ids=["the image", "an overlay"])
+    def test_frozen_image_in_another_slot_of_the_same_vm_stays(self, place, direct):
+        """Somebody looks at an old state of a disk beside the present one."""
+        place.define("web", ("vda", "qcow2", place.image("a.qcow2", fill=1)))
+        vm = place.host.adopt("web")
+        vm.create_snapshot("one")
+        place.write("web", 2, 1)
+        vm.create_snapshot("two")
+        frozen = Path(vm.snapshot("two").disks["vda"])
+        shown = frozen if direct else place.image("look.qcow2", below=frozen)
+        mark = ["--mode", "readonly"] if direct else []
+        place.virsh("attach-disk", "web", shown, "vdb", "--config", "--subdriver", "qcow2", *mark)
+        if not direct:
+            place.edit("web", lambda text: re.sub(r"(<disk )([^>]*>(?:(?!</disk>).)*dev='vdb')", r"\1snapshot='no' \2", text,
+                                                  flags=re.DOTALL))  # fmt: skip
+        vm.snapshot("two").delete()
+        assert place.bytes_of(shown, "qcow2")[:3] == [1, 2, 0]
+        place.virsh("start", "web")
+        place.virsh("destroy", "web")
+        place.virsh("detach-disk", "web", "vdb", "--config")
+        if not direct:
+            shown.unlink()
+        vm.merge()
         assert not frozen.exists()
         place.check(vm)
 
