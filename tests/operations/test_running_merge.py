@@ -69,7 +69,7 @@ def require_whole(machine, number_of_images):
     files = {str(file) for file in machine.vm.path.rglob("*.qcow2") if not file.is_relative_to(private)}
     assert files == set(forest)
     assert {one.name for one in machine.layout.frozen.iterdir()} <= {Path(path).name for path in forest}
-    assert {one.name for one in private.iterdir() if one.is_file()} <= {"lock", "give-way"}
+    assert {one.name for one in private.iterdir() if one.is_file()} <= {"lock", "give-way", "reserve"}
     for path in forest:
         if path not in machine.vm.now().disks.values():  # that one changes while it is looked at
             subprocess.run(["qemu-img", "check", "-q", "-U", "-f", "qcow2", path], check=True, timeout=60)
