@@ -24,30 +24,24 @@ Identity = tuple[int, int]  # device and inode
 
 
 def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """For each of these images who else needs it: other VMs, by the index and by libvirt, attachments and transfers.
-
-    So do disks of this VM that its snapshots leave out: somebody looks at an old state beside the present one.
-    """
+    """For each of these images who else needs it: other VMs, by the index and by libvirt, attachments and transfers."""
     paths = list(paths)
     attached = {path: tuple(map(attachments.name_of, users)) for path, users in attachments.users(paths).items()}
     for path, names in transfers.users(paths).items():
         attached[path] = (*attached.get(path, ()), *names)
     others = [domain for domain in session.connection.domains() if domain.uuid != session.home.vm_id]
-    this = session.find_domain()
-    left_out = set[str]() if this is None else _images_of(session, this, left_out=True)
-    if not others and not left_out and not _entries(session):
+    if not others and not _entries(session):
         return attached  # a large tree is not looked at for nobody
     own = _Own.of(paths)
     mine = own.paths
     found = _needing(own, _candidates(session, own))
     for path, names in attached.items():
         found.setdefault(path, []).extend(names)
-    theirs = {domain.name: _images_of(session, domain) for domain in others}
-    for name, needed in (*theirs.items(), ("a disk of its own that snapshots leave out", left_out)):
-        for path in needed:
+    for domain in others:
+        for path in _images_of(session, domain):
             ours = mine.get(images.identity(Path(path)))
             if ours is not None:
-                found.setdefault(ours, []).append(name)
+                found.setdefault(ours, []).append(domain.name)
     return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
 
 
@@ -85,6 +79,17 @@ def libvirts_own(session: Session, forest: Tree) -> dict[str, tuple[str, ...]]:
         for path in forest.present.disks.values():
             found.setdefault(path, []).append(f"libvirt's checkpoint '{name}'")
     return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
+
+
+def in_other_slots(session: Session, forest: Tree) -> set[str]:
+    """Images of this VM that it has in a slot which snapshots leave out, too: somebody looks at an old state there."""
+    domain = session.find_domain()
+    needed = set[str]() if domain is None else _images_of(session, domain, left_out=True)
+    if not needed:
+        return set()
+    named, below = forest.named(), forest.children()
+    mine = _by_identity(path for path in forest.images if path in named or below.get(path))
+    return {mine[one] for one in _by_identity(needed) if one in mine}
 
 
 def say_what_bitmaps_lose(session: Session) -> None:
