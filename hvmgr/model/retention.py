@@ -28,24 +28,26 @@ def to_delete(
 ) -> list[str]:
     """The ids of the scheduled snapshots that are not to be kept, and of those of crashes; oldest first."""
     rules = [(Origin.CRASH, CRASHES), *([(Origin.SCHEDULE, policy.keep or KEEP)] if policy.takes_snapshots else [])]
+    by_age = _by_age(records)
     gone = {
         one.id
         for origin, keep in rules
-        for one in superseded([record for record in records if record.automatic is origin], keep, zone)
+        for one in superseded([record for record in by_age if record.automatic is origin], keep, zone)
     }
-    free = _free(records, now_parent, policy)
-    return [one.id for one in _by_age(records) if one.id in gone & free]
+    free = _free(by_age, now_parent, policy)
+    return [one.id for one in by_age if one.id in gone & free]
 
 
 def after_clean_stop(records: Sequence[SnapshotRecord], now_parent: str | None, policy: Policy) -> list[str]:
     """The ids of the snapshots that were taken at a start, which a clean stop makes needless."""
-    free = _free(records, now_parent, policy)
-    return [one.id for one in _by_age(records) if one.automatic is Origin.START and one.id in free]
+    by_age = _by_age(records)
+    free = _free(by_age, now_parent, policy)
+    return [one.id for one in by_age if one.automatic is Origin.START and one.id in free]
 
 
-def superseded(records: Iterable[SnapshotRecord], keep: Keep, zone: tzinfo | None = None) -> list[SnapshotRecord]:
-    """What no rule keeps. Each rule keeps the newest snapshot of each of its newest periods that have any."""
-    newest_first = _by_age(records)[::-1]
+def superseded(by_age: Sequence[SnapshotRecord], keep: Keep, zone: tzinfo | None = None) -> list[SnapshotRecord]:
+    """What no rule keeps, oldest first as they come. Each rule keeps the newest of each of its newest periods that have any."""
+    newest_first = by_age[::-1]
     kept = {one.id for one in newest_first[: keep.last]}
     rules: tuple[tuple[int, Callable[[datetime], object]], ...] = (
         (keep.hourly, lambda moment: moment.astimezone(UTC).replace(minute=0, second=0, microsecond=0)),
@@ -89,14 +91,14 @@ def _as_utc(wall: datetime, zone: tzinfo | None) -> datetime:
     return (wall if zone is None else wall.replace(tzinfo=zone)).astimezone(UTC)
 
 
-def _free(records: Sequence[SnapshotRecord], now_parent: str | None, policy: Policy) -> set[str]:
+def _free(by_age: Sequence[SnapshotRecord], now_parent: str | None, policy: Policy) -> set[str]:
     """Those in which nobody has shown interest."""
-    standing = Counter([*(one.parent for one in records), now_parent])
-    newest = _by_age(records)[-1].id if records else None
+    standing = Counter([*(one.parent for one in by_age), now_parent])
+    newest = by_age[-1].id if by_age else None
     target = None if policy.recovery is None else policy.recovery.snapshot
     return {
         one.id
-        for one in records
+        for one in by_age
         if one.automatic is not None
         and not one.damaged
         and one.id != target
@@ -106,4 +108,16 @@ def _free(records: Sequence[SnapshotRecord], now_parent: str | None, policy: Pol
 
 
 def _by_age(records: Iterable[SnapshotRecord]) -> list[SnapshotRecord]:
-    return sorted(records, key=lambda one: (one.created, one.id))
+    """Oldest first. None is older than what it stands on, whatever the clock said then: it may have been set back."""
+    known = {one.id: one for one in records}
+    ages: dict[str, tuple[datetime, int]] = {}
+    for one in known.values():
+        line: dict[str, SnapshotRecord] = {}
+        above: SnapshotRecord | None = one
+        while above is not None and above.id not in ages and above.id not in line:
+            line[above.id] = above
+            above = known.get(above.parent or "")
+        for each in reversed(line.values()):
+            latest, depth = ages.get(each.parent or "", (each.created, 0))
+            ages[each.id] = (max(each.created, latest), depth + 1)
+    return sorted(known.values(), key=lambda one: (*ages[one.id], one.id))

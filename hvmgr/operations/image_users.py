@@ -18,6 +18,7 @@ from hvmgr.storage import attachments, durable, free_disks, images, index, journ
 
 if TYPE_CHECKING:
     from hvmgr.host.domain import Domain
+    from hvmgr.model.configuration import Disk
     from hvmgr.operations.host import Host
     from hvmgr.storage.index import Entry
     from hvmgr.storage.vm_home import VmHome
@@ -32,8 +33,7 @@ def of(host: Host, path: Path) -> list[User]:
     found = list(_in_homes(host, path, domains))
     known = {entry.vm_id for entry in index.entries()}
     for domain in domains.values():
-        if domain.uuid not in known:
-            found += _in_domain(domain, path)
+        found += _in_domain(host, domain, path, is_managed=domain.uuid in known)
     found += _on_shelf(path)
     found += beside(path, known={user.name for user in found})
     for one in attachments.users([str(path)]).get(str(path), ()):
@@ -60,9 +60,9 @@ def stated_format(host: Host, path: Path) -> str | None:
                     if _is(image.path, wanted):
                         return image.format
     for domain in _domains(host).values():
-        for disk in _disks(domain):
-            if disk[0] is not None and _is(disk[0], wanted):
-                return disk[1]
+        for disk in _disks(host, domain):
+            if disk.source is not None and _is(disk.source, wanted):
+                return disk.format or images.RAW
     for child in beside(path):
         with contextlib.suppress(errors.HvmgrError):  # a VHD: its parent is one, and says so itself
             if (stated := images.read(Path(child.name), images.QCOW2).backing_format) is not None:
@@ -98,6 +98,9 @@ def _in_homes(host: Host, path: Path, domains: dict[str, Domain]) -> Iterator[Us
             yield from _in_home(entry, home, wanted, present)
         except (errors.Corrupt, errors.NotFound, errors.Unsupported):
             yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home cannot be read", entry.name)
+    for entry in index.away(host.uri, domains):
+        if any(_is(one, wanted) for one in entry.outside):
+            yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home {entry.home} is not there", entry.name)
 
 
 def _require_complete(entry: Entry, home: VmHome) -> None:
@@ -138,11 +141,14 @@ def is_inside(path: Path, home: Path) -> bool:
     return home.exists() and any(_is(str(folder), images.identity(home)) for folder in path.parents)
 
 
-def _in_domain(domain: Domain, path: Path) -> Iterator[User]:
-    """A VM of libvirt's that is not hvmgr's."""
+def _in_domain(host: Host, domain: Domain, path: Path, *, is_managed: bool) -> Iterator[User]:
+    """A VM as libvirt has it; its home, where hvmgr manages it, knows neither left out disks nor what was plugged in since."""
     wanted = images.identity(path)
-    for source, fmt in _disks(domain):
-        for number, one in enumerate(_chain(source, fmt)):
+    for disk in _disks(host, domain):
+        assert disk.source is not None
+        for number, one in enumerate(_chain(vm_home.canonical(disk.source), disk.format or images.RAW)):
+            if number and is_managed and disk.takes_part:
+                break
             if _is(one, wanted):
                 yield User(Use.PARENT if number else _use(domain), f"the VM '{domain.name}'", domain.name)
 
@@ -155,14 +161,14 @@ def _use(domain: Domain | None) -> Use:
     return Use.SAVED if domain.has_managed_save() else Use.OFF
 
 
-def _disks(domain: Domain) -> list[tuple[str, str]]:
-    from hvmgr.model import configuration
+def _disks(host: Host, domain: Domain) -> list[Disk]:
+    """Its disks that are files or devices of this host."""
+    from hvmgr.operations import volumes
 
-    texts = [domain.xml(live=False)] + ([domain.xml(live=True)] if domain.is_active() else [])
     return [
-        (vm_home.canonical(disk.source), disk.format or images.RAW)
-        for text in texts
-        for disk in configuration.parse(text, source=f"libvirt's XML of {domain.name}").disks()
+        disk
+        for one in volumes.configurations(host.connection, domain)
+        for disk in one.disks()
         if disk.source is not None and disk.type in {"file", "block"} and Path(disk.source).exists()
     ]
 

@@ -293,6 +293,8 @@ def whole_tree(session: Session, *, with_libvirts: bool = True, outside: bool = 
     users = strangers.of(session, counted)
     for path, names in alone.strangers.items():
         users[path] = (*users.get(path, ()), *names)
+    for path in strangers.in_other_slots(session, alone):
+        users[path] = (*users.get(path, ()), "a disk of its own that snapshots leave out")
     if with_libvirts:
         for path, names in strangers.libvirts_own(session, alone).items():
             users[path] = (*users.get(path, ()), *names)

@@ -11,9 +11,11 @@ from hvmgr import errors
 from hvmgr.host import libvirt_snapshots
 from hvmgr.host.domain import Domain
 from hvmgr.host.libvirt_snapshots import Listed
-from hvmgr.model import configuration, libvirt_snapshot
+from hvmgr.model import libvirt_snapshot
+from hvmgr.model.configuration import Configuration
 from hvmgr.model.layout import BASES, SNAPSHOTS
 from hvmgr.model.tree import Tree
+from hvmgr.operations import volumes
 from hvmgr.operations.session import Session
 from hvmgr.storage import attachments, images, index, transfers, vm_home
 from hvmgr.storage.index import Entry
@@ -28,7 +30,7 @@ def of(session: Session, paths: Iterable[str]) -> dict[str, tuple[str, ...]]:
     for path, names in transfers.users(paths).items():
         attached[path] = (*attached.get(path, ()), *names)
     others = [domain for domain in session.connection.domains() if domain.uuid != session.home.vm_id]
-    if not others and all(entry.vm_id == session.home.vm_id for entry in index.entries()):
+    if not others and not _entries(session):
         return attached  # a large tree is not looked at for nobody
     own = _Own.of(paths)
     mine = own.paths
@@ -77,6 +79,17 @@ def libvirts_own(session: Session, forest: Tree) -> dict[str, tuple[str, ...]]:
         for path in forest.present.disks.values():
             found.setdefault(path, []).append(f"libvirt's checkpoint '{name}'")
     return {path: tuple(dict.fromkeys(names)) for path, names in found.items()}
+
+
+def in_other_slots(session: Session, forest: Tree) -> set[str]:
+    """Images of this VM that it has in a slot which snapshots leave out, too: somebody looks at an old state there."""
+    domain = session.find_domain()
+    needed = set[str]() if domain is None else _images_of(session, domain, left_out=True)
+    if not needed:
+        return set()
+    named, below = forest.named(), forest.children()
+    mine = _by_identity(path for path in forest.images if path in named or below.get(path))
+    return {mine[one] for one in _by_identity(needed) if one in mine}
 
 
 def say_what_bitmaps_lose(session: Session) -> None:
@@ -140,15 +153,22 @@ def _has_other_names(path: str) -> bool:
 
 def _candidates(session: Session, mine: _Own) -> Iterator[Entry]:
     """Other VMs that have, or once had, something to do with these images: the index only ever adds."""
-    for entry in index.entries():
-        if entry.vm_id == session.home.vm_id:
-            continue
+    for entry in _entries(session):
         if mine.paths.keys() & _by_identity(entry.outside).keys() or _inside(entry, mine):
             yield entry
 
 
+def _entries(session: Session) -> list[Entry]:
+    """Other VMs; one whose home is away may need all that it ever had."""
+    known = {domain.uuid for domain in session.connection.domains()}
+    found = [*index.entries(), *index.away(session.connection.uri, known)]
+    return [entry for entry in found if entry.vm_id != session.home.vm_id]
+
+
 def _inside(entry: Entry, mine: _Own) -> set[Identity]:
     """What lies in a home, also when it is named by a way that a bind mount made, or by a hard link elsewhere."""
+    if not entry.home.exists():
+        return set()
     home = images.identity(entry.home)
     found = {one for one, path in mine.paths.items() if home in mine.folders[Path(path).parent]}
     if mine.linked - found:
@@ -171,24 +191,36 @@ def _needed_by(entry: Entry, mine: _Own) -> set[Identity]:
 def _written(session: Session, mine: _Own) -> Iterator[tuple[str, list[str]]]:
     for domain in session.connection.domains():
         if domain.uuid != session.home.vm_id:
-            parsed = configuration.parse(domain.xml(live=False), source=f"libvirt's XML of {domain.name}")
-            yield domain.name, list(vm_home.disks_of(parsed).values())
+            yield (
+                domain.name,
+                [path for one in volumes.configurations(session.connection, domain) for path in _written_by(one)],
+            )
     for entry in _candidates(session, mine):
         try:
             home = vm_home.open_home(entry.home)
             for one in (home.present(), home.undo()):
-                yield entry.name, [] if one is None else list(vm_home.disks_of(one).values())
+                yield entry.name, [] if one is None else _written_by(one)
         except errors.HvmgrError:
             continue  # a home that cannot be read writes nothing through hvmgr
 
 
-def _images_of(session: Session, domain: Domain) -> set[str]:
-    """Every image that a domain has or would open, as far as its files tell."""
-    texts = [domain.xml(live=False)] + ([domain.xml(live=True)] if domain.is_active() else [])
+def _written_by(one: Configuration) -> list[str]:
+    """What a guest may write to: also what its snapshots leave out."""
+    return [
+        vm_home.canonical(disk.source)
+        for disk in one.disks()
+        if disk.source is not None and disk.type in {"file", "block"} and disk.device != "cdrom" and not disk.readonly
+    ]
+
+
+def _images_of(session: Session, domain: Domain, *, left_out: bool = False) -> set[str]:
+    """Every image that a domain has or would open, as far as its files tell; or those that snapshots leave out alone."""
     found: set[str] = set()
-    for text in texts:
-        for disk in configuration.parse(text, source=f"libvirt's XML of {domain.name}").disks():
+    for one in volumes.configurations(session.connection, domain):
+        for disk in one.disks():
             if disk.source is None or disk.type not in {"file", "block"} or not Path(disk.source).exists():
+                continue
+            if left_out and disk.takes_part:
                 continue
             path = vm_home.canonical(disk.source)
             found.add(path)

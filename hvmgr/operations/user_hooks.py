@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -135,17 +135,36 @@ def _run(path: Path, occurrence: Occurrence, root: Path, *, holds: bool) -> proc
 def _unsafe(path: Path) -> tuple[str, str] | None:
     """What is wrong with a hook, or with the way to it, and what puts it right; None when only we can have written it."""
     real = Path(os.path.realpath(path))
-    places = [real, real.parent, *list(path.parents)[:3]]
-    for place in dict.fromkeys(places):
+    own = (real, real.parent, *list(path.parents)[:3])
+    for place in dict.fromkeys((*own, *_way(path))):
         try:
             facts = place.stat()
         except OSError as error:
             return f"{place}: {error.strerror}", "remove the hook, or put it right"
         if facts.st_uid not in (0, os.geteuid()):
             return f"{place} belongs to another user (uid {facts.st_uid})", f"chown root '{place}'"
-        if facts.st_mode & _WRITABLE:
+        is_sticky = (
+            place not in own and facts.st_mode & stat.S_ISVTX
+        )  # in /tmp nobody takes the place of what is another's
+        if facts.st_mode & _WRITABLE and not is_sticky:
             return f"others may write {place}", f"chmod go-w '{place}'"
     return None
+
+
+def _way(path: Path) -> Iterator[Path]:
+    """For root every folder in which somebody could put something else in the place of the hook, or of a link to it.
+
+    Others are careful with what is in their home themselves; whose group may write there is their system's custom.
+    """
+    todo, seen = [path] if os.geteuid() == 0 else [], set[Path]()
+    while todo:
+        one = todo.pop()
+        for place in (one, *one.parents):
+            if place not in seen:
+                seen.add(place)
+                yield place
+                if place.is_symlink():
+                    todo.append(place.parent / place.readlink())
 
 
 def _vetoed(occurrence: Occurrence, path: Path, message: str, hint: str | None) -> errors.Vetoed:

@@ -1,7 +1,7 @@
 """The host-wide index: which homes exist, and which images outside their home they use.
 
 It does not depend on the connection or on ``--root``, so that a base which two VMs share is counted even when the VMs
-live in different places. One small file per VM; a home that has gone is skipped, never trusted.
+live in different places. One small file per VM; a home that has gone is skipped, unless it may come back (``away``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +47,15 @@ def entries() -> list[Entry]:
     home was removed by hand, when another VM's home stands in its place.
     """
     return [note.entry for note in notes() if note.entry is not None and _is_there(note.entry)]
+
+
+def away(uri: str, known: Container[str]) -> list[Entry]:
+    """Every VM whose home is not there but may come back, as from a file server that is not mounted.
+
+    The libvirt at ``uri`` knows the VMs with the ids ``known``; of another one's VMs nobody can tell that they are gone.
+    """
+    found = [note.entry for note in notes() if note.entry is not None and not note.entry.home.exists()]
+    return [one for one in found if one.uri != uri or one.vm_id in known]
 
 
 def _is_there(entry: Entry) -> bool:

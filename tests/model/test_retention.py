@@ -40,7 +40,8 @@ def line(*origins):
 
 
 def gone(records, keep):
-    return {one.id for one in retention.superseded(records, keep, BERLIN)}
+    by_age = sorted(records, key=lambda one: one.created)
+    return {one.id for one in retention.superseded(by_age, keep, BERLIN)}
 
 
 # --- the numbers ----------------------------------------------------------------------------------------------------
@@ -137,6 +138,20 @@ def test_place_to_go_on_from_stays():
     branch = dataclasses.replace(records[3], parent=records[0].id)
     assert retention.to_delete([*records[:3], branch], branch.id, ON) == [records[1].id]
     assert retention.to_delete(records, records[1].id, ON) == [records[0].id]
+
+
+def test_what_was_taken_before_the_clock_was_set_back_is_older():
+    """A clock that was years ahead for an hour would else have all that comes after it deleted at once."""
+    ahead = [
+        dataclasses.replace(one, created=one.created + timedelta(days=1000)) for one in line(*[Origin.SCHEDULE] * 3)
+    ]
+    mine = record(BEGIN + timedelta(hours=10), None, parent=ahead[-1].id)
+    first = record(BEGIN + timedelta(hours=11), parent=mine.id)
+    second = record(BEGIN + timedelta(hours=12), parent=first.id)
+    records = [*ahead, mine, first, second]
+    assert retention.to_delete(records, second.id, ON) == [one.id for one in ahead]
+    hourly = dataclasses.replace(ON, keep=Keep(hourly=2))
+    assert retention.to_delete(records, second.id, hourly) == [one.id for one in ahead]
 
 
 def test_only_what_is_wanted_goes():

@@ -22,6 +22,7 @@ from hvmgr.model.configuration import Configuration, Disk
 from hvmgr.model.libvirt_snapshot import Kind, LibvirtSnapshot, Moment
 from hvmgr.model.metadata import SavedState, SnapshotType
 from hvmgr.model.tree import Tree
+from hvmgr.operations import volumes
 from hvmgr.operations.session import Session
 from hvmgr.operations.snapshots import NAME_LENGTH
 from hvmgr.storage import images, vm_home
@@ -154,20 +155,14 @@ def abandoned(pasts: Sequence[Past], forest: Tree) -> list[tuple[str, Past]]:
     ]
 
 
-def resolve_volumes(session: Session, one: Configuration, *, excluded: frozenset[str] = frozenset()) -> list[str]:
-    """Disks that are named by storage pool and volume name the file or device behind it; the slots of these.
+def resolve_volumes(session: Session, one: Configuration, *, excluded: frozenset[str] = frozenset()) -> None:
+    """Disks that are named by storage pool and volume name the file or device behind it.
 
     libvirt itself takes no snapshots of such disks when the VM is off, and images that hvmgr makes are files anyway.
     """
-    slots = []
     for disk in one.disks():
-        if disk.type == "volume" and disk.device == "disk" and disk.slot not in excluded:
-            pool, name = adoptee.volume(one, disk.slot)
-            found = session.connection.find_volume(pool, name)
-            if found is not None:
-                adoptee.use_file(one, disk.slot, str(found.path), is_device=found.is_device)
-                slots.append(disk.slot)
-    return slots
+        if disk.device == "disk" and disk.slot not in excluded:
+            volumes.resolve(session.connection, one, disk)
 
 
 def _in_order(found: Sequence[Past]) -> tuple[Past, ...]:

@@ -109,10 +109,24 @@ def _complete_copies(session: Session, before: Tree) -> dict[str, plan.CompleteI
     for slot, path in before.present.disks.items():
         image = before.chain(path)[0]
         if image.parent is not None:
+            _require_nothing_inside(session, path, image.format)
             target = _free_name(session, f"{name}-{slot}", {one.target for one in copies.values()})
             copies[slot] = plan.CompleteImage(source=path, target=target, size=image.size)
     _require_space(session, before, copies)
     return copies
+
+
+def _require_nothing_inside(session: Session, path: str, fmt: str) -> None:
+    """A complete image holds what the guest sees, and no snapshots that virsh or qemu-img made inside the old one."""
+    if images.read(Path(path), fmt).has_internal_snapshots:
+        inside = [one.name for one in images.internal_snapshots(Path(path))]
+        raise errors.Conflict(
+            f"{path} has internal snapshots, which a complete image would not hold: {', '.join(inside)}",
+            hint=f"delete those that nobody needs (virsh snapshot-delete {session.home.name} NAME; qemu-img snapshot -d"
+            f" NAME '{path}'), or release it without --flatten",
+            path=path,
+            snapshots=inside,
+        )
 
 
 def _free_name(session: Session, stem: str, taken: set[str]) -> str:

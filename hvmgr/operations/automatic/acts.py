@@ -26,7 +26,7 @@ from pathlib import Path
 
 from hvmgr import errors
 from hvmgr.host.domain import State, StopReason
-from hvmgr.model import retention, tree
+from hvmgr.model import configuration, retention, tree
 from hvmgr.model.metadata import SnapshotRecord, SnapshotType
 from hvmgr.model.policy import Origin, Policy, SnapshotDefault
 from hvmgr.operations import merge, policies, replacement, vms, working
@@ -35,7 +35,7 @@ from hvmgr.operations.session import Session
 from hvmgr.operations.snapshots import Wish
 from hvmgr.operations.steps import domain_steps
 from hvmgr.operations.vm import VM
-from hvmgr.storage import diary, journal
+from hvmgr.storage import diary, images, journal, vm_home
 from hvmgr.storage.diary import Diary
 
 QUIET = timedelta(minutes=2)
@@ -200,6 +200,29 @@ def has_written(session: Session) -> bool:
     return any(image.parent is None or domain_steps.holds_data(image.path) for image in working)
 
 
+def _was_edited(session: Session) -> bool:
+    """Whether the VM's configuration is another than an apply of the snapshot above its present has made it."""
+    present = session.home.present()
+    facts = vm_home.require_facts(present)
+    if facts.parent is None:
+        return True
+    now, then = present.without_metadata(), session.home.snapshot(facts.parent).without_metadata()
+    then.set_name(now.name)
+    if now.genid is not None:
+        then.set_genid(now.genid)
+    if now.nvram is not None and then.nvram is not None:
+        then.set_nvram(now.nvram)
+    for disk in then.disks():
+        mine = now.find_disk(disk.slot)
+        if disk.takes_part and mine is not None and mine.source is not None:
+            then.set_disk_source(disk.slot, Path(mine.source), mine.format or images.RAW)
+        elif disk.is_removable and disk.source is not None and not Path(disk.source).exists():
+            then.eject(disk.slot)
+    for one in (now, then):
+        one.strip_backing_chains()
+    return not configuration.same(now.to_xml(), then.to_xml())
+
+
 def _recover(one: VM, session: Session, stopped: datetime, now: datetime) -> Iterator[Deed]:
     """Back to the snapshot; what the VM had come to becomes one of its own, so that nothing is lost.
 
@@ -229,7 +252,7 @@ def _recover(one: VM, session: Session, stopped: datetime, now: datetime) -> Ite
         yield _deed(one, Action.GIVEN_UP, failure.message, failure=failure)
         return
     _note(session, Diary(known.scheduled, (*recent, now)))
-    if has_written(session):
+    if has_written(session) or _was_edited(session):
         yield _take(one, session, Origin.CRASH, SnapshotType.STANDARD)
         session.forget_uses()
     working.carry_out(session, replacement.plan_apply(session, target.id, Replacement(keep_undo=False)))

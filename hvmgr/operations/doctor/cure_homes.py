@@ -324,7 +324,11 @@ def index_notes(around: surroundings.Surroundings, found: tuple[Finding, ...]) -
         if note is None:
             continue
         is_forgotten = (
-            one.code == Code.INDEX_STALE and around.connection is not None and note.file.stem not in around.domains
+            one.code == Code.INDEX_STALE
+            and around.connection is not None
+            and note.file.stem not in around.domains
+            and note.entry is not None
+            and note.entry.uri == around.uri  # another libvirt was not asked
         )
         if one.code == Code.INDEX_DAMAGED or is_forgotten:
             yield Cure(one, f"set {note.file} aside", partial(_forget, note))

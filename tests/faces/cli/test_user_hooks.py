@@ -322,6 +322,30 @@ def test_link_is_judged_by_the_file_behind_it(hvmgr, vm, hooks, tmp_path):
     assert f"others may write {behind}" in hvmgr("snapshot", "create", vm).err
 
 
+@pytest.mark.parametrize("via", ["a folder above the file", "a link in between"])
+def test_way_behind_a_link_is_judged_too(via, hvmgr, vm, hooks, tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    open_to_all = tmp_path / "open"
+    behind = (open_to_all / "bin" if via == "a folder above the file" else tmp_path / "bin") / "hook"
+    behind.parent.mkdir(parents=True)
+    open_to_all.mkdir(exist_ok=True)
+    behind.write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\n")
+    behind.chmod(0o755)
+    link = behind if via == "a folder above the file" else open_to_all / "link"
+    if link is not behind:
+        link.symlink_to(behind)
+    hooks("before-snapshot", "b", "#!/bin/sh\n")
+    (tmp_path / "config" / "hooks.d" / "before-snapshot" / "a").symlink_to(link)
+    hvmgr.ok("snapshot", "create", vm)
+    (tmp_path / "ran").unlink()
+    open_to_all.chmod(0o777)
+    answer = hvmgr("snapshot", "create", vm)
+    assert answer.code == 4
+    assert f"others may write {open_to_all}" in answer.err
+    assert not (tmp_path / "ran").exists()
+
+
 def test_environment_holds_no_secrets(hvmgr, vm, hooks, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hidden")
     place = tmp_path / "environment"

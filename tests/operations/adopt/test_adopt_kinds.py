@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import subprocess
 from pathlib import Path
 
@@ -438,6 +439,131 @@ class TestOthers:
         place.host.adopt("web")
         (entry,) = index.entries()
         assert {Path(path).name for path in entry.outside} == {"a.qcow2", "a.one", "branch.qcow2"}
+
+    @pytest.fixture
+    def volume(self, place):
+        """A disk that is named by pool and volume."""
+        place.virsh("pool-define-as", "disks", "dir", "--target", place.folder)
+        place.virsh("pool-start", "disks")
+        yield (
+            "<disk type='volume' device='disk'><driver name='qemu' type='qcow2'/>"
+            "<source pool='disks' volume='{}'/><target dev='vda' bus='virtio'/></disk>"
+        ).format
+        place.virsh("pool-destroy", "disks")
+        place.virsh("pool-undefine", "disks")
+
+    @pytest.mark.parametrize("how", ["by its volume", "left out", "until it stops"])
+    def test_base_that_another_vm_writes_is_seen_whatever_it_is_called(self, place, volume, how):
+        base, other = place.image("a.qcow2", fill=1), place.image("b.qcow2")
+        place.virsh("pool-refresh", "disks")
+        place.define("web", ("vda", "qcow2", place.image("top.qcow2", below=base)))
+        if how == "by its volume":
+            place.define("db", volume(base.name))
+        elif how == "left out":
+            disk = place.xml("db", [("vda", "qcow2", base)])
+            disk = disk[disk.index("<disk") : disk.index("</disk>") + len("</disk>")]
+            place.define("db", disk.replace("device='disk'", "device='disk' snapshot='no'"))
+        else:
+            place.define("db", ("vda", "qcow2", base))
+            place.virsh("start", "db")
+            place.edit("db", lambda text: text.replace(str(base), str(other)))
+        refusal(place, "web", errors.Conflict, "is written by the VM 'db' as well")
+
+    def test_disk_that_a_volume_stands_on(self, place, volume):
+        path = place.image("a.qcow2")
+        place.image("top.qcow2", below=path)
+        place.virsh("pool-refresh", "disks")
+        place.define("web", ("vda", "qcow2", path))
+        place.define("db", volume("top.qcow2"))
+        refusal(place, "web", errors.Conflict, "which db stands on")
+
+    def test_frozen_image_that_a_volume_stands_on_stays(self, place, volume):
+        place.define("web", ("vda", "qcow2", place.image("a.qcow2", fill=1)))
+        vm = place.host.adopt("web")
+        vm.create_snapshot("one")
+        place.write("web", 2, 1)
+        vm.create_snapshot("two")
+        place.write("web", 3, 2)
+        top = place.image("top.qcow2", below=vm.snapshot("two").disks["vda"])
+        place.virsh("pool-refresh", "disks")
+        place.define("db", volume(top.name))
+        vm.snapshot("two").delete()
+        assert place.bytes_of(top, "qcow2")[:3] == [1, 2, 0]
+        place.virsh("undefine", "db")
+        top.unlink()
+        vm.merge()
+        assert place.now(vm)["vda"][:3] == [1, 2, 3]
+        place.check(vm)
+
+    @pytest.mark.parametrize("how", ["by its volume", "left out", "plugged in since"])
+    def test_image_of_a_disk_that_is_no_plain_file_of_a_snapshot_is_used(self, place, volume, how):
+        """``image merge`` would leave a VM that names a file which is gone."""
+        base = place.image("a.qcow2", fill=1)
+        top = place.image("top.qcow2", below=base)
+        place.virsh("pool-refresh", "disks")
+        if how == "by its volume":
+            place.define("web", volume(top.name))
+        elif how == "plugged in since":
+            place.define("web", ("vda", "qcow2", place.image("b.qcow2")))
+            place.host.adopt("web")
+            place.virsh("attach-disk", "web", top, "vdb", "--config", "--subdriver", "qcow2")
+        else:
+            place.define("web", ("vda", "qcow2", place.image("b.qcow2")), ("vdb", "qcow2", top))
+            place.host.adopt("web", hvmgr.AdoptOptions(exclude_disks=("vdb",)))
+        with pytest.raises(errors.Conflict, match="web"):
+            place.host.images.merge(top)
+        assert place.bytes_of(top, "qcow2")[0] == 1
+
+    def test_image_that_a_vm_stands_on_stays_while_that_vms_home_is_away(self, place):
+        """A file server that is not mounted: libvirt knows the VM, and the folder will be back."""
+        place.define("web", ("vda", "qcow2", place.image("a.qcow2", fill=1)))
+        vm = place.host.adopt("web")
+        vm.create_snapshot("one")
+        place.write("web", 2, 1)
+        vm.create_snapshot("two")
+        far = place.folder / "far"
+        far.mkdir()
+        top = place.image("far/top.qcow2", below=vm.snapshot("two").disks["vda"])
+        place.define("db", ("vda", "qcow2", top))
+        place.host.adopt("db", hvmgr.AdoptOptions(home=far / "db"))
+        far.rename(place.folder / "away")
+        frozen = Path(vm.snapshot("two").disks["vda"])
+        vm.snapshot("two").delete()
+        (place.folder / "away").rename(far)
+        assert place.bytes_of(top, "qcow2")[:3] == [1, 2, 0]
+        with pytest.raises(errors.Conflict, match="db"):
+            far.rename(place.folder / "away")
+            place.host.images.compact(frozen)
+        place.virsh("undefine", "db")
+        vm.merge()  # nobody knows it any more
+        assert not frozen.exists()
+        place.check(vm)
+
+    @pytest.mark.parametrize("direct", [True, False], ids=["the image", "an overlay"])
+    def test_frozen_image_in_another_slot_of_the_same_vm_stays(self, place, direct):
+        """Somebody looks at an old state of a disk beside the present one."""
+        place.define("web", ("vda", "qcow2", place.image("a.qcow2", fill=1)))
+        vm = place.host.adopt("web")
+        vm.create_snapshot("one")
+        place.write("web", 2, 1)
+        vm.create_snapshot("two")
+        frozen = Path(vm.snapshot("two").disks["vda"])
+        shown = frozen if direct else place.image("look.qcow2", below=frozen)
+        mark = ["--mode", "readonly"] if direct else []
+        place.virsh("attach-disk", "web", shown, "vdb", "--config", "--subdriver", "qcow2", *mark)
+        if not direct:
+            place.edit("web", lambda text: re.sub(r"(<disk )([^>]*>(?:(?!</disk>).)*dev='vdb')", r"\1snapshot='no' \2", text,
+                                                  flags=re.DOTALL))  # fmt: skip
+        vm.snapshot("two").delete()
+        assert place.bytes_of(shown, "qcow2")[:3] == [1, 2, 0]
+        place.virsh("start", "web")
+        place.virsh("destroy", "web")
+        place.virsh("detach-disk", "web", "vdb", "--config")
+        if not direct:
+            shown.unlink()
+        vm.merge()
+        assert not frozen.exists()
+        place.check(vm)
 
 
 class TestDevices:

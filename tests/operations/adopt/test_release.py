@@ -289,6 +289,21 @@ def test_flatten_of_a_complete_disk_changes_no_image(place, vm):
     assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
 
 
+@pytest.mark.parametrize("is_noted", [True, False], ids=["virsh", "qemu-img"])
+def test_flatten_loses_no_snapshot_inside_the_working_image(place, vm, is_noted):
+    working = vm.now().disks["hda"]
+    if is_noted:
+        place.virsh("snapshot-create-as", "web", "inside")
+    else:
+        place.run("qemu-img", "snapshot", "-c", "inside", working)
+    with pytest.raises(errors.Conflict, match="internal snapshots, which a complete image would not hold: inside"):
+        vm.release(flatten=True)
+    assert "inside" in place.run("qemu-img", "snapshot", "-l", working)
+    assert [one.name for one in place.host.vms()] == ["web"]
+    vm.release()
+    assert "inside" in place.run("qemu-img", "snapshot", "-l", working)
+
+
 @pytest.mark.parametrize("saved", [False, True], ids=["running", "saved"])
 def test_flatten_waits_for_off(place, vm, saved):
     vm.start()

@@ -184,6 +184,19 @@ def test_crashed_vm_is_put_back_and_what_it_had_come_to_is_kept(bench):
     assert bench.done() == []
 
 
+def test_edit_of_a_vm_that_crashed_before_it_wrote_is_kept(bench):
+    vm = bench.make("one")
+    vm.create_snapshot("two")
+    vm.set(recovery="revert")
+    bench.virsh("setmem", "web", "48M", "--config", check=True)
+    assert bench.start() == ""
+    bench.crash()
+    assert bench.done() == [Action.SNAPSHOT, Action.RECOVERED]
+    (kept,) = [one for one in vm.snapshots() if one.automatic is Origin.CRASH]
+    sizes = [one.root.findtext("currentMemory") for one in (vm.home.snapshot(kept.id), vm.home.present())]
+    assert sizes == ["49152", "65536"]
+
+
 @pytest.mark.parametrize("before", ["the switch", "the start"])
 def test_worker_that_is_killed_is_made_up_for(bench, kill_at, run_and_die, monkeypatch, before):
     vm = crashed(bench)

@@ -372,6 +372,15 @@ def test_index_entries_of_homes_that_are_gone_are_set_aside(bench, vm):
     bench.healthy(vm)
 
 
+def test_index_entry_of_another_libvirt_stays_while_its_home_is_away(bench, vm):
+    """Its images are counted as used until that libvirt says that the VM is gone."""
+    index.record(index.Entry(ID, "away", bench.place / "nowhere", "qemu:///session", (str(bench.place / "base"),)))
+    assert bench.codes() == {"index-stale"}
+    assert bench.repair() == []
+    assert ID in {note.file.stem for note in index.notes()}
+    assert bench.codes(vm) == set()
+
+
 def test_read_only_home_is_examined(bench, vm):
     subprocess.run(["mount", "--bind", vm.path, vm.path], check=True)
     try:
