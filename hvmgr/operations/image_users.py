@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from hvmgr.storage.vm_home import VmHome
 
 
-def of(host: Host, path: Path) -> list[User]:
+def of(host: Host, path: Path, *, gone: Container[Path] = ()) -> list[User]:
     """Every user of an image. libvirt is asked as far as it can be: a host without it has no VMs that run.
 
-    Conflict when an interrupted operation on one of these VMs is still open: nobody knows yet who needs what.
+    Of VMs whose homes are not there those in ``gone`` do not count, for somebody says that they were removed. Conflict when an interrupted operation on one of these VMs is still open: nobody knows yet who needs what.
     """
     domains = _domains(host)
-    found = list(_in_homes(host, path, domains))
+    found = list(_in_homes(host, path, domains, gone))
     known = {entry.vm_id for entry in index.entries()}
     for domain in domains.values():
         found += _in_domain(host, domain, path, is_managed=domain.uuid in known)
@@ -85,7 +85,7 @@ def _domains(host: Host) -> dict[str, Domain]:
         return {}
 
 
-def _in_homes(host: Host, path: Path, domains: dict[str, Domain]) -> Iterator[User]:
+def _in_homes(host: Host, path: Path, domains: dict[str, Domain], gone: Container[Path]) -> Iterator[User]:
     wanted = images.identity(path)
     for entry in index.entries():
         if not _concerns(entry, path, wanted):
@@ -99,7 +99,7 @@ def _in_homes(host: Host, path: Path, domains: dict[str, Domain]) -> Iterator[Us
         except (errors.Corrupt, errors.NotFound, errors.Unsupported):
             yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home cannot be read", entry.name)
     for entry in index.away(host.uri, domains):
-        if any(_is(one, wanted) for one in entry.outside):
+        if entry.home not in gone and any(_is(one, wanted) for one in entry.outside):
             yield User(Use.UNKNOWN, f"the VM '{entry.name}', whose home {entry.home} is not there", entry.name)
 
 

@@ -230,7 +230,7 @@ class Images:
             return
         catalog_links.require_none(self._catalog, name, path, gone)
         managed = {one.name for one in index.entries()}
-        for user in image_users.of(self._host, path):
+        for user in image_users.of(self._host, path, gone=gone):
             raise changes.needed(path, user, managed)
 
     def _deploy_wim(self, entry: Entry, folder: Path, wim: WimApplyOptions | None, *, linked: bool) -> Path:
