@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
-from hvmgr.host import kept_secrets
 from hvmgr.os_errors import explained
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ def read(values: Sequence[str]) -> list[Key]:
     from hvmgr.operations.inside.unlocking import Key
 
     if values:
+        from hvmgr.host import kept_secrets
+
         kept_secrets.leave_no_core()  # before there is anything in it
     found = []
     for value in values:
