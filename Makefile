@@ -5,6 +5,7 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= 3
 PYTEST  ?=
+BENCH   ?=
 PREFIX  ?= /opt/hvmgr
 LINK    ?= /usr/local/bin/hvmgr
 
@@ -23,6 +24,7 @@ help:  ## this list
 	@echo '  PYTHON=python3.12   the Python that makes $(VENV) (3.11 or later; after make clean)'
 	@echo '  WORKERS=3           test processes'
 	@echo '  PYTEST="-k merge"   what pytest gets besides'
+	@echo '  BENCH="inside vhd"  the suites of bench/ that are measured (all)'
 	@echo '  PREFIX=/opt/hvmgr   where make install puts it, LINK=/usr/local/bin/hvmgr what is in PATH'
 
 setup:  ## Debian packages and the virtual environment
@@ -55,10 +57,7 @@ demo: setup  ## a guided tour with a real guest, no libvirt daemon needed
 
 bench: setup  ## measures the promises of speed against the usual tools
 	@.ci/setup "$(VENV)" "$(PYTHON)" virtinst virtnbdbackup mmdebstrap
-	@if [[ -f bench/__main__.py ]]; then exec $(run) bench; fi; \
-	shopt -s nullglob; files=(bench/[!_]*.py); \
-	(( $${#files[@]} )) || { echo 'bench: nothing to measure yet'; exit 0; }; \
-	for file in "$${files[@]}"; do $(VENV)/bin/python "$$file" || exit; done
+	@exec $(run) bench $(BENCH)
 
 clean:  ## removes the virtual environment, caches and build products; Debian packages stay
 	rm -rf -- $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
