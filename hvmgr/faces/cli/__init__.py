@@ -20,14 +20,7 @@ def run(argv: Sequence[str]) -> int:
     """Carry out one command line and return its exit code; never raises but for SystemExit of a shell's completion."""
     arguments = list(argv)
     try:
-        try:
-            code = _tell_version() if arguments == ["--version"] else invoke(arguments)
-        except (HvmgrError, OSError, KeyboardInterrupt, EOFError) as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            code = _fail(_foreseen(error), arguments)
-        except Exception as error:  # noqa: BLE001 - the outermost edge: a defect is one sentence, not a wall of text
-            code = _fail_by_defect(error, arguments)
+        code = _tell_version() if arguments == ["--version"] else _carry_out(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
         _forget_stdout()  # whoever read us has seen enough; what was asked for is done
@@ -38,12 +31,23 @@ def run(argv: Sequence[str]) -> int:
     return code
 
 
+def _carry_out(arguments: list[str]) -> int:
+    """The exit code of a command, whose failure is told; but for a reader of stdout who has gone."""
+    try:
+        return invoke(arguments)
+    except (HvmgrError, OSError, KeyboardInterrupt, EOFError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        return _fail(_foreseen(error), arguments)
+    except Exception as error:  # noqa: BLE001 - the outermost edge: a defect is one sentence, not a wall of text
+        return _fail_by_defect(error, arguments)
+
+
 def _tell_version() -> int:
     """Before anything heavy is imported."""
-    from hvmgr.faces.cli import render
     from hvmgr.version import __version__
 
-    render.say(f"hvmgr {__version__}")
+    sys.stdout.write(f"hvmgr {__version__}\n")
     return 0
 
 

@@ -15,7 +15,7 @@ import click
 from hvmgr import errors
 from hvmgr.faces.cli import arguments, file_render, json_out, key_files, render
 from hvmgr.faces.cli import file_options as options
-from hvmgr.faces.cli.groups import READS, Command, Group
+from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -26,11 +26,6 @@ if TYPE_CHECKING:
     from hvmgr.storage.filesystems.reader import Node
 
 NOW = "now"
-
-
-def register(group: Group) -> None:
-    """The command is one of the group."""
-    group.add_command(diff)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import click
 from hvmgr import errors, settings
 from hvmgr.faces.cli import arguments, file_render, json_out, key_files, render
 from hvmgr.faces.cli import file_options as options
-from hvmgr.faces.cli.groups import READS, Command, Group
+from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 from hvmgr.model import patterns
 
@@ -36,12 +36,6 @@ _TYPES = {
     "p": "pipe",
     "s": "socket",
 }
-
-
-def register(group: Group) -> None:
-    """The commands are commands of the group."""
-    group.add_command(find)
-    group.add_command(index)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +199,12 @@ def _bring_up_to_date(request: Request, vm: VM, index: FileIndex, keys: Sequence
 
 
 def _left_out(index: FileIndex) -> dict[str, int]:
+    count = sum(one.left_out for one in index.points())
+    if not count:
+        return {}
     from hvmgr.operations.inside.browsing import DAMAGED
 
-    count = sum(one.left_out for one in index.points())
-    return {DAMAGED: count} if count else {}
+    return {DAMAGED: count}
 
 
 def _tell_locked(

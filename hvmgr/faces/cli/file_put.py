@@ -11,7 +11,7 @@ import click
 from hvmgr import errors
 from hvmgr.faces.cli import arguments, file_render, key_files
 from hvmgr.faces.cli import file_options as options
-from hvmgr.faces.cli.groups import Command, Group
+from hvmgr.faces.cli.groups import Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from hvmgr.operations.vm import VM
 
 _MODE_MAX = 0o7777
-
-
-def register(group: Group) -> None:
-    """The commands are commands of the group."""
-    for one in (put, restore):
-        group.add_command(one)
 
 
 class _Mode(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4, not before

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from hvmgr import units
 from hvmgr.faces.cli import render
-from hvmgr.operations.inside import looking
 from hvmgr.storage.filesystems.reader import Type
 
 if TYPE_CHECKING:
@@ -82,6 +81,8 @@ def source(browser: Browser) -> dict[str, Any]:
 
 def volume(one: Volume) -> dict[str, Any]:
     """A place that may hold a file system."""
+    from hvmgr.operations.inside import looking
+
     return {
         "disk": one.disk.slot,
         "partition": one.number,
@@ -125,6 +126,8 @@ def _moment(nanoseconds: int | None) -> datetime | None:
 
 def volume_row(one: Volume) -> tuple[str, ...]:
     """A line of the table of file systems."""
+    from hvmgr.operations.inside import looking
+
     readable = "yes" if looking.is_readable(one) else looking.why_not(one)
     number = one.logical or ("-" if one.number is None else str(one.number))
     holds = one.kind.value if one.kind is not None else "-"

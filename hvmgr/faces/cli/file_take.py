@@ -14,7 +14,7 @@ import click
 from hvmgr import errors
 from hvmgr.faces.cli import file_options as options
 from hvmgr.faces.cli import file_render, json_out, render
-from hvmgr.faces.cli.groups import READS, Command, Group
+from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 
 _GETS = (*READS[:-2], 7, *READS[-2:])
 _STANDARD = "-"
-
-
-def register(group: Group) -> None:
-    """The commands are commands of the group."""
-    for one in (cat, get, hash_):
-        group.add_command(one)
 
 
 @click.command("cat", cls=Command, codes=READS, examples=["hvmgr file cat web /etc/fstab --snapshot before"])

@@ -28,12 +28,12 @@ option: Callable[[Any], Any] = click.option(
 
 def read(values: Sequence[str]) -> list[Key]:
     """The keys that were named; NotFound for a file that is not there, UsageError for one that holds no key."""
+    if not values:
+        return []
+    from hvmgr.host import kept_secrets
     from hvmgr.operations.inside.unlocking import Key
 
-    if values:
-        from hvmgr.host import kept_secrets
-
-        kept_secrets.leave_no_core()  # before there is anything in it
+    kept_secrets.leave_no_core()  # before there is anything in it
     found = []
     for value in values:
         fits = _TARGET.fullmatch(value)

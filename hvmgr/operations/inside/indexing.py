@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from hvmgr import errors, settings
 from hvmgr.model.progress import Progress
-from hvmgr.operations.inside import index_walk, looking, unlocking, views
 from hvmgr.storage import access, durable, file_index, index_file
 from hvmgr.storage.file_index import FileIndex, Locked, Point
 
@@ -121,6 +120,8 @@ def require_fitting(vm: VM, keys: Sequence[Key], *, wait_s: float, anew: bool = 
 
 
 def _require_fitting(vm: VM, snapshots: Sequence[tuple[Snapshot, Sequence[Locked]]], keys: Sequence[Key]) -> None:
+    from hvmgr.operations.inside import looking, unlocking, views
+
     left = list(keys)
     wrong: dict[Key, errors.HvmgrError] = {}
     tried: set[Locked] = set()
@@ -165,8 +166,17 @@ def update(vm: VM, index: FileIndex, report: Report, keys: Sequence[Key] = ()) -
             if still is not None:
                 index.remove_point(still)
                 done.removed.append(one.snapshot)
+    if to_read := _to_read(vm, index, keys):
+        _take_in(vm, index, to_read, report, keys, done)
+    return done
+
+
+def _take_in(
+    vm: VM, index: FileIndex, to_read: Sequence[Snapshot], report: Report, keys: Sequence[Key], done: Updated
+) -> None:
+    from hvmgr.operations.inside import index_walk, views
+
     there = {one.id: one for one in vm.snapshots()}
-    to_read = _to_read(vm, index, keys)
     tried: set[Locked] = set()
     for number, snapshot in enumerate(to_read):
         report(Progress(number, len(to_read), f"index {snapshot.name}"))
@@ -187,7 +197,6 @@ def update(vm: VM, index: FileIndex, report: Report, keys: Sequence[Key] = ()) -
                 done.added.append(snapshot.id)
             elif taken.volumes:
                 done.completed.append(snapshot.id)
-    return done
 
 
 def _above(snapshot: Snapshot, there: Mapping[str, Snapshot], known: Mapping[str, Point]) -> Iterator[Snapshot]:

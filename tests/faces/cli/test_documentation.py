@@ -91,10 +91,14 @@ def test_page_has_every_exit_code():
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == list(groups.EXIT_CODES)
 
 
-def test_list_of_commands_says_what_each_command_says():
-    for name, (_, line) in commands_root.COMMANDS.items():
-        if f"hvmgr {name}" in COMMANDS:
-            assert (COMMANDS[f"hvmgr {name}"].command.help or "").startswith(line.removesuffix(".")), name
+def test_lists_of_commands_say_what_each_command_says():
+    groups_of = {"hvmgr": commands_root.command} | {
+        path: context.command for path, context in COMMANDS.items() if isinstance(context.command, click.Group)
+    }
+    for path, group in groups_of.items():
+        for name, (_, line) in group.lazy.items():
+            text = " ".join((COMMANDS[f"{path} {name}"].command.help or "").split("\n\n")[0].split())
+            assert text.startswith(line.removesuffix(".")), name
 
 
 def test_bare_command_lists_the_groups(hvmgr):
