@@ -450,6 +450,26 @@ def test_exfat_shows_the_tree(trees, tmp_path, require, require_program):
     assert seen(image) == file_trees.of_host(trees / "plain")
 
 
+@pytest.mark.parametrize("label", ["", "Dätei 1"])
+@pytest.mark.parametrize(("kind", "argv"), [(Kind.NTFS, ["mkntfs", "-q", "-F", "-Q"]), (Kind.EXFAT, ["mkfs.exfat"])])
+def test_label_that_lies_inside_is_told(tmp_path, require_program, kind, argv, label):
+    require_program(argv[0])
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(32 << 20)
+    file_trees.run(*argv, *(["-L", label] if label else []), image, env={**os.environ, "LC_ALL": "C.UTF-8"})
+    with File(image) as disk:
+        found = signatures.recognise(disk)
+    assert (found.kind, found.label) == (kind, label)
+    serial = found.uuid
+    data = bytearray(image.read_bytes())
+    data[512:] = bytes(len(data) - 512)  # the boot sector alone is left
+    image.write_bytes(data)
+    with File(image) as disk:
+        found = signatures.recognise(disk)
+    assert (found.kind, found.label, found.uuid) == (kind, "", serial)
+
+
 @pytest.mark.parametrize("extension", ["-R", "-J"], ids=["Rock Ridge", "Joliet"])
 def test_iso_shows_the_tree(trees, tmp_path, extension):
     tree = trees / ("full" if extension == "-R" else "plain")

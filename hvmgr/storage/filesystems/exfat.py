@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from hvmgr.storage.filesystems.reader import Bytes, Content, Geometry, Node, Run
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
 
-_FILE, _STREAM, _NAME = 0x85, 0xC0, 0xC1
+_LABEL, _FILE, _STREAM, _NAME = 0x83, 0x85, 0xC0, 0xC1
+_LABEL_MAX = 11
 _NO_CHAIN = 2
 _FOLDER = 0x10
 _WORDS = {0x1: "read-only", 0x2: "hidden", 0x4: "system", 0x20: "archive"}
@@ -59,6 +61,16 @@ class ExFat(Watched):
             self._root = _Stream(b"", 0, root, _FOLDER_MAX, _FOLDER_MAX, is_contiguous=False)
             if flags & _DIRTY:
                 self.notes.append("the exFAT volume was not unmounted cleanly")
+
+    def label(self) -> str:
+        """What the volume is called, as an entry in the first cluster of its topmost folder says, where a format puts it."""
+        with reader.parsing("its topmost folder"):
+            for _, raw in itertools.islice(self._entries(self._root), self._cluster // 32):
+                if raw[0] == _LABEL:
+                    return raw[2 : 2 + 2 * min(raw[1], _LABEL_MAX)].decode("utf-16-le", "replace")
+                if raw[0] == 0:
+                    break
+            return ""
 
     def root(self) -> Node:
         return Node(id=0, ref=self._root, type=Type.FOLDER, size=0)

@@ -94,6 +94,12 @@ class Ntfs(Watched):
                 " changed in the last seconds may be missing, or half there"
             )
 
+    def label(self) -> str:
+        """What the volume is called, as its file $Volume says."""
+        with reader.parsing("its volume record"):
+            parts = self._load(_VOLUME).find(_VOLUME_NAME)
+            return parts[0].value.decode("utf-16-le", "replace") if parts and parts[0].is_resident else ""
+
     # -- what a reader gives -------------------------------------------------------------------------------------
 
     def root(self) -> Node:

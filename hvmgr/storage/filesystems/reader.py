@@ -197,6 +197,14 @@ class HasShortNames(Protocol):
         """The short names in a folder, each with the name that ``names`` gives for the same file."""
 
 
+@runtime_checkable
+class HasLabel(Protocol):
+    """A reader of a file system whose label is not in its first sectors."""
+
+    def label(self) -> str:
+        """What the volume is called; empty if nobody named it."""
+
+
 @dataclass(slots=True)
 class Bytes:
     """A content that is at hand."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from hvmgr import errors
@@ -50,6 +50,9 @@ class Kind(StrEnum):
         return self not in {Kind.LVM, Kind.LUKS, Kind.BITLOCKER, Kind.SWAP, Kind.SWSUSPEND, Kind.RAID}
 
 
+_LABELLED_INSIDE = {Kind.NTFS, Kind.EXFAT}
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """A kind, and what it says of itself."""
@@ -68,8 +71,18 @@ def recognise(disk: Disk) -> Found | None:
     for look in (_luks, _bitlocker, _raid, _ntfs, _exfat, _xfs, _ext, _lvm, _fat, _swap, _btrfs, _iso, _other):
         found = look(head)
         if found is not None:
-            return found
+            return found if found.kind not in _LABELLED_INSIDE else replace(found, label=_label(found.kind, disk))
     return None
+
+
+def _label(kind: Kind, disk: Disk) -> str:
+    from hvmgr.storage.filesystems import opening, reader
+
+    try:
+        opened = opening.open_reader(kind, disk)
+        return opened.label() if isinstance(opened, reader.HasLabel) else ""
+    except (errors.Corrupt, errors.Unsupported):
+        return ""  # whoever wants a file of it is told what is wrong
 
 
 def _text(raw: bytes, encoding: str = "utf-8") -> str:
