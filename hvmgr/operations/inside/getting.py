@@ -25,7 +25,8 @@ from hvmgr.storage.filesystems.reader import Content, Type
 Report = Callable[[Progress], None]
 
 _NAMES = {Type.BLOCK: tarfile.BLKTYPE, Type.CHARACTER: tarfile.CHRTYPE, Type.PIPE: tarfile.FIFOTYPE}
-_SPACE_LEFT = 16 << 20  # what a copy leaves free at least
+_SPACE_LEFT = 16 << 20  # what a copy leaves free at least; a small one as much as it takes itself
+_BLOCK = 4096  # what the smallest file and a folder take
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,15 +314,19 @@ def _seconds(nanoseconds: int) -> str:
 
 def _require_space(gathered: Gathered, folder: Path) -> None:
     # Of sparse files only the data is written, so what they take inside is the better measure.
-    needed = sum(
-        min(one.found.node.size, one.found.node.used or one.found.node.size)
-        for one in gathered.items
-        if one.found.node.type is Type.FILE
-    )
+    needed = 0
+    for one in gathered.items:
+        node = one.found.node
+        if node.type is Type.FILE:
+            needed += -(-min(node.size, node.used or node.size) // _BLOCK) * _BLOCK
+        elif node.is_folder:
+            needed += _BLOCK
     free = shutil.disk_usage(folder).free
-    if needed > free - _SPACE_LEFT:
+    left = min(_SPACE_LEFT, needed)
+    if needed + left > free:
         raise errors.NoSpace(
-            f"{units.format_size(needed)} are to be written, and {folder} has {units.format_size(free)} free",
+            f"{units.format_size(needed)} are to be written, and {folder} has {units.format_size(free)} free, of which"
+            f" {units.format_size(left)} have to stay",
             hint="free space there, or name another folder with --to",
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import resource
+import subprocess
 import tarfile
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -92,6 +93,38 @@ def archived(found):
 
 def taken(found, tmp_path, *, streams=False):
     return getting.into_folder(found, tmp_path / "to", lambda _: None, streams=streams, overwrite=False)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of 2 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)]
+    if subprocess.run(words, capture_output=True, check=False, timeout=60).returncode != 0:
+        pytest.skip("cannot mount a tmpfs here")
+    yield place
+    subprocess.run(["umount", place], check=True, timeout=60)
+
+
+class TestSpace:
+    def test_a_small_file_fits_where_little_is_free(self, small):
+        found = gathered(Reader({1: CLEAR}))
+        getting.into_folder(found, small, lambda _: None, streams=False, overwrite=False)
+        assert (small / "clear").read_bytes() == b"content"
+        (small / "filler").write_bytes(bytes(2036 << 10))
+        (small / "clear").unlink()
+        with pytest.raises(
+            errors.NoSpace, match=r"8\.0 KiB are to be written, and .* free, of which 8\.0 KiB have to stay"
+        ):
+            getting.into_folder(found, small, lambda _: None, streams=False, overwrite=False)
+        assert {one.name for one in small.iterdir()} == {"filler"}
+
+    def test_many_small_files_take_whole_blocks(self, small):
+        names = {f"file{number}".encode(): file(2 + number) for number in range(400)}
+        with pytest.raises(errors.NoSpace, match=r"1\.6 MiB are to be written"):
+            getting.into_folder(gathered(Reader({1: names})), small, lambda _: None, streams=False, overwrite=False)
+        assert not any(small.iterdir())
 
 
 COMPRESSED = errors.Unsupported("it is compressed in a way that is not known")
