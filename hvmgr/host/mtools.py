@@ -1,6 +1,10 @@
 """FAT in an ordinary file, written through mtools: folders, files, their times. No root, no mount.
 
 Names are UTF-8 on the command line. mtools takes ``*``, ``?`` and ``[`` in any name for a pattern, and no quoting helps.
+
+A name that fits in 8.3 is kept as a short one alone where mtools takes its code page (850) to have the letters, and it takes those
+for there that iconv spells otherwise (``à`` as ``a``, ``…`` as three dots, over which it does not end). So of short names only
+those are tried whose letters are the same in the code pages 437, which Linux reads, and 850, or that iconv cannot spell.
 """
 
 from __future__ import annotations
@@ -13,8 +17,10 @@ from hvmgr.host import file_systems, process
 
 _LIMIT_S = 3600.0
 # The user's own settings mean other drives; times on FAT have no zone.
-_ENVIRONMENT = {"MTOOLSRC": "/dev/null", "HOME": "/nonexistent", "LC_ALL": "C.UTF-8", "TZ": "UTC"}
+_LOCALE = {"LC_ALL": "C.UTF-8"}
+_ENVIRONMENT = {"MTOOLSRC": "/dev/null", "HOME": "/nonexistent", **_LOCALE, "TZ": "UTC"}
 _PATTERN = re.compile(r"[*?\[\]]")
+_SHORT = re.compile(r"[^.]{1,8}(\.[^.]{0,3})?")  # 8.3
 
 
 def require() -> None:
@@ -23,9 +29,36 @@ def require() -> None:
         process.require(program)
 
 
-def is_possible(name: str) -> bool:
-    """Whether mtools takes the name as it is."""
-    return _PATTERN.search(name) is None
+def require_possible(path: str) -> None:
+    """Unsupported where mtools cannot write the last name of a path as it is."""
+    name = path.rpartition("/")[2]
+    if _PATTERN.search(name):
+        raise errors.Unsupported(f"{path}: mtools takes no name with * ? [ ]", hint="rename it")
+    if max(name) > "\uffff":
+        raise errors.Unsupported(f"{path}: mtools writes no character beyond U+FFFF", hint="rename it")
+    letters = [one for one in name if not one.isascii() and not _is_common(one)]
+    spelled = _spelled(letters) if letters else ""
+    if "." in spelled:
+        raise errors.Unsupported(f"{path}: mtools would make several dots of a letter in its short name", hint="rename it")
+    if _SHORT.fullmatch(name) and spelled != "?" * len(letters):
+        raise errors.Unsupported(f"{path}: mtools loses such letters in a short name (8.3)", hint="give it a longer name")
+
+
+def _is_common(letter: str) -> bool:
+    """Whether both code pages have it, as a capital too, at the same places."""
+    both = letter + (letter.upper() if len(letter.upper()) == 1 else "")
+    try:
+        return both.encode("cp437") == both.encode("cp850")
+    except UnicodeEncodeError:
+        return False
+
+
+def _spelled(letters: list[str]) -> str:
+    """What iconv makes of them in ASCII; a question mark for each that it knows nothing for."""
+    argv = ["iconv", "-f", "UTF-8", "-t", "ASCII//TRANSLIT"]
+    words = "".join(letters).encode()
+    done = process.run(argv, input=words, timeout_s=_LIMIT_S, ok_codes=(0, 1), environment=_LOCALE)
+    return done.stdout.decode("ascii")
 
 
 def make_folder(volume: Path, path: str) -> None:

@@ -41,6 +41,7 @@ _PACKAGES = {
     "fuse2fs": "fuse2fs",
     "fusermount3": "fuse3",
     "grub-mkimage": "grub-common",
+    "iconv": "libc-bin",
     "ldd": "libc-bin",
     "mcopy": "mtools",
     "mke2fs": "e2fsprogs",

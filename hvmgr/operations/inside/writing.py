@@ -315,8 +315,7 @@ class _Fat:
                     f"{shown(one.path)} may become the short name (8.3) of what is put beside it", hint="put it alone"
                 )
             _require_windows_name(one)
-            if not mtools.is_possible(shown(one.path)):
-                raise errors.Unsupported(f"{shown(one.path)}: mtools takes no name with * ? [ ]", hint="rename it")
+            mtools.require_possible(shown(one.path))
             if one.item.size > _FAT_MAX:
                 raise errors.Unsupported(f"{one.item.origin} is larger than a file on FAT can be (4 GiB)")
 

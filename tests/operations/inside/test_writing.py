@@ -102,6 +102,24 @@ def test_a_short_name_on_fat_leads_to_no_other_file(fat, tmp_path):
     assert read(fat, b"/LongFileName.txt", b"/ANOTHE~1") == ["replaced", "new"]
 
 
+def test_names_on_fat_with_letters_beyond_ascii(fat, tmp_path):
+    names = ("é.txt", "Größe.txt", "ß", "日本.txt", "Ā— a longer name", "ΑΒΓ.txt", "voilà, a longer name")
+    for name in names:
+        put_files(fat, host_file(tmp_path, name, f"this is {name}"))
+    put_files(fat, host_file(tmp_path, "Größe.txt", "replaced"))
+    wanted = ["replaced" if name == "Größe.txt" else f"this is {name}" for name in names]
+    assert read(fat, *(f"/{name}".encode() for name in names)) == wanted
+
+
+@pytest.mark.parametrize("name", ["à.txt", "ünï", "a….txt", "ǈ", "x©", "three dots … in a long one", "😀", "a long name with 😀", "a[b].txt"])
+def test_a_name_that_mtools_cannot_write_is_refused_before_it_is_tried(fat, tmp_path, name):
+    """It hangs on some of them."""
+    before = fat.read_bytes()
+    with pytest.raises(errors.Unsupported, match="mtools"):
+        put_files(fat, host_file(tmp_path, name))
+    assert fat.read_bytes() == before
+
+
 def test_mtools_itself_replaces_nothing_unasked(fat, tmp_path):
     put_files(fat, host_file(tmp_path, "LongFileName.txt", "the long one"))
     source = str(host_file(tmp_path, "other"))
