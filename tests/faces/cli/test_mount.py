@@ -156,6 +156,27 @@ def test_vm_does_not_start_while_its_present_is_mounted(hvmgr, web, space, at):
     hvmgr.ok("snapshot", "create", "web", "b")
 
 
+def test_mounts_do_not_hold_each_other_nor_those_of_others(hvmgr, web, space, disk, at, tmp_path):
+    """Where nothing that is mounted or unmounted is heard of in another namespace."""
+    others, foreign, second = tmp_path / "others.img", tmp_path / "foreign", tmp_path / "second"
+    foreign.mkdir()
+    second.mkdir()
+    with others.open("wb") as file:
+        file.truncate(4 * MIB)
+    subprocess.run(["mke2fs", "-q", "-F", others], check=True, timeout=60)
+    space.sh(f"mount -o loop '{others}' '{foreign}'")
+    space.hvmgr("mount", "web", at, "--snapshot", "a")
+    space.hvmgr("mount", "web", second, "--snapshot", "a")
+    assert help_.run("losetup", "--associated", others)
+    space.sh(f"umount '{foreign}'")
+    assert help_.run("losetup", "--associated", others) == ""
+    space.hvmgr("unmount", at)
+    assert [one["directory"] for one in space.hvmgr("mounts")["mounts"]] == [str(second)]
+    assert seen(space, second) == FILES
+    space.hvmgr("unmount", second)
+    assert help_.is_clean()
+
+
 def test_journal_is_replayed_in_an_image_of_its_own(space, disk, at, tmp_path):
     dirty = tmp_path / "dirty.raw"
     offset = f"offset={mounting.START},sizelimit={15 * MIB}"
