@@ -32,7 +32,7 @@ from hvmgr.host.image_export import Link
 from hvmgr.model.plan import Plan
 from hvmgr.operations import attaching, user_mounting
 from hvmgr.operations.inside import views, volumes
-from hvmgr.storage import attachments, durable, images, index, kept_images, runtime
+from hvmgr.storage import attachments, durable, images, index, kept_images, runtime, vm_home
 from hvmgr.storage.attachments import Attachment, Mount, Phase
 from hvmgr.storage.filesystems.signatures import Kind
 from hvmgr.storage.kept_images import Kept
@@ -280,8 +280,20 @@ def _require_keepable(one: Attachment, place: Mount, keep: Path) -> Path:
         raise errors.UsageError(
             f"{place.directory} was mounted to be read: there is nothing to keep", hint="mount it with --writable"
         )
+    real = Path(os.path.realpath(target.parent)) / target.name
+    if real.is_relative_to(place.directory):
+        raise errors.UsageError(
+            f"{target} lies in {place.directory}, which is unmounted first", hint="keep it in another directory"
+        )
     if not target.parent.is_dir():
         raise errors.NotFound(f"there is no directory {target.parent}", hint=f"mkdir -p '{target.parent}'")
+    if (home := _home_around(real)) is not None:
+        raise errors.UsageError(
+            f"{target} lies in {home}, a VM's home or an export, and would pass for one of its images",
+            hint="keep it in a directory outside it",
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise errors.HostFailed(f"nothing can be written in {target.parent}", hint="keep it in another directory")
     if os.path.lexists(target) and not _is_overlay(target, place.overlay):
         raise errors.Conflict(f"{target} is there already", hint="choose another name")
     if not Path(place.overlay).exists():
@@ -300,6 +312,17 @@ def _require_keepable(one: Attachment, place: Mount, keep: Path) -> Path:
             hint="make a qcow2 of it first: hvmgr image convert",
         )
     return target
+
+
+def _home_around(file: Path) -> Path | None:
+    """The home or export that a file would lie in, also where that has its images elsewhere; None outside."""
+    if (found := vm_home.around(file)) is not None:
+        return found
+    for entry in index.entries():
+        with contextlib.suppress(errors.HvmgrError):  # one that cannot be read says nothing of other places
+            if vm_home.open_home(entry.home).layout.owns(str(file)):
+                return entry.home
+    return None
 
 
 def _is_overlay(target: Path, overlay: str) -> bool:

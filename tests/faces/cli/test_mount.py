@@ -100,7 +100,15 @@ def test_what_is_written_is_thrown_away_or_kept(hvmgr, web, space, at, tmp_path)
         assert Path(one["overlay"]).stat().st_mode & 0o077 == 0
         if words:
             assert "there is no directory" in space.fails("unmount", at, "--keep", tmp_path / "no" / "where", code=3)
-            assert "is there already" in space.fails("unmount", at, "--keep", at.parent / "at", code=4)
+            assert "is there already" in space.fails("unmount", at, "--keep", tmp_path, code=4)
+            assert "is unmounted first" in space.fails("unmount", at, "--keep", at / "lost+found" / "kept", code=2)
+            bases = web / "Virtual Hard Disks"
+            assert "would pass for one of its images" in space.fails("unmount", at, "--keep", bases / "k", code=2)
+            space.sh(f"mkdir '{tmp_path}/closed'; mount -t tmpfs -o ro none '{tmp_path}/closed'")
+            assert f"written in {tmp_path}/closed" in space.fails(
+                "unmount", at, "--keep", tmp_path / "closed" / "k", code=8
+            )
+            assert space.options(at) is not None
         done = space.hvmgr("unmount", at, *words)
         assert not Path(one["overlay"]).exists()
         assert mounting.hashes(web) == before
