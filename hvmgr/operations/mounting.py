@@ -34,7 +34,7 @@ from hvmgr.operations import attaching, user_mounting
 from hvmgr.operations.inside import views, volumes
 from hvmgr.storage import attachments, durable, images, index, kept_images, runtime, vm_home
 from hvmgr.storage.attachments import Attachment, Mount, Phase
-from hvmgr.storage.filesystems.signatures import Kind
+from hvmgr.storage.filesystems import journals
 from hvmgr.storage.kept_images import Kept
 
 if TYPE_CHECKING:
@@ -47,9 +47,12 @@ _FOLDER = "mounts"
 _OVERLAY = "overlay.qcow2"
 _END_S = 20.0  # what ntfs-3g, or a program that looks at each new device, takes to let go of one
 _POLL_S = 0.1
-_JOURNALED = (Kind.EXT3, Kind.EXT4, Kind.XFS, Kind.BTRFS)
 _IN_CLEAR = "what is written lies in clear below /run, in the memory of the host as a rule, until it is unmounted"
 _WRITTEN_HINT = "hvmgr unmount {}, with --keep FILE when what was written is wanted"
+
+
+class _JournalPending(Exception):
+    """It cannot be mounted before its journal is replayed, which takes an image that can be written."""
 
 
 class State(StrEnum):
@@ -163,9 +166,8 @@ def mount(host: Host, chosen: Chosen, directory: Path, place: Mount) -> Mounted:
         return _put_up(one, chosen, driver, with_overlay=True)
     try:
         return _put_up(one, chosen, driver, with_overlay=False)
-    except file_systems.Refused as refused:
-        if volume.kind not in _JOURNALED:
-            raise _explained(refused, volume) from refused
+    except _JournalPending:
+        pass
     host.reporter.notice(
         f"{place.title} was not cleanly unmounted: its journal is replayed in a throw-away image, and what is shown is the"
         " file system after that"
@@ -198,6 +200,7 @@ def _put_up(one: Attachment, chosen: Chosen, driver: str | None, *, with_overlay
     if with_overlay:
         one = dataclasses.replace(one, mount=dataclasses.replace(one.mount, overlay=str(scratch / _OVERLAY)))
     attachments.write(one)
+    source = image_export.file_of(Path(one.folder))
     try:
         links = list(chosen.links)
         if with_overlay:
@@ -207,12 +210,16 @@ def _put_up(one: Attachment, chosen: Chosen, driver: str | None, *, with_overlay
         else:
             one = attaching.set_up(one, links, writable=with_overlay, volume=chosen.text)
             assert one.device is not None and one.mount is not None  # noqa: PT018
-            device = Path(one.device) if chosen.number is None else loop.node(Path(one.device), chosen.number)
-            file_systems.mount(device, Path(one.mount.directory), driver, writable=one.mount.writable)
+            source = Path(one.device) if chosen.number is None else loop.node(Path(one.device), chosen.number)
+            file_systems.mount(source, Path(one.mount.directory), driver, writable=one.mount.writable)
     except BaseException as error:
+        is_refused = isinstance(error, file_systems.Refused)
+        waits = is_refused and not with_overlay and journals.is_pending(chosen.volume.kind, source)
         with contextlib.suppress(errors.HvmgrError):  # 'unmount' tries again; why it came to this is told first
             _take_down(one)
-        if with_overlay and isinstance(error, file_systems.Refused):
+        if waits:
+            raise _JournalPending from error
+        if isinstance(error, file_systems.Refused):
             raise _explained(error, chosen.volume) from error
         raise
     assert one.mount is not None
