@@ -155,7 +155,13 @@ def test_snapshots_that_are_mounted_stay_and_those_below_wait(hvmgr, web, space,
 
 def test_vm_does_not_start_while_its_present_is_mounted(hvmgr, web, space, at):
     space.hvmgr("mount", "web", at)
-    for words in (("vm", "start", "web"), ("snapshot", "create", "web")):
+    for words in (
+        ("vm", "start", "web"),
+        ("snapshot", "create", "web"),
+        ("snapshot", "apply", "web", "a"),
+        ("snapshot", "revert", "web"),
+        ("freeze", "web", "--", "true"),
+    ):
         refused = hvmgr(*words)
         assert refused.code == 4, refused
         assert f"mounted at {at}" in refused.err
@@ -185,6 +191,17 @@ def test_mounts_do_not_hold_each_other_nor_those_of_others(hvmgr, web, space, di
     assert help_.is_clean()
 
 
+def test_vm_is_not_deleted_nor_moved_while_a_snapshot_is_mounted(hvmgr, web, space, at, tmp_path):
+    space.hvmgr("mount", "web", at, "--snapshot", "a")
+    for words in (("vm", "delete", "web", "--yes"), ("vm", "move", "web", web.parent / "moved")):
+        refused = hvmgr(*words)
+        assert refused.code == 4, refused
+        assert f"is mounted at {at}\n" in refused.err
+        assert f"hvmgr unmount {at}" in refused.err
+    space.hvmgr("unmount", at)
+    hvmgr.ok("vm", "delete", "web", "--yes")
+
+
 def test_journal_is_replayed_in_an_image_of_its_own(space, disk, at, tmp_path):
     dirty = tmp_path / "dirty.raw"
     offset = f"offset={mounting.START},sizelimit={15 * MIB}"
@@ -202,6 +219,18 @@ def test_journal_is_replayed_in_an_image_of_its_own(space, disk, at, tmp_path):
     assert mounting.hashes(tmp_path) == before
     space.hvmgr("unmount", at)
     assert not Path(one["overlay"]).exists()
+    assert help_.is_clean()
+
+
+def test_what_has_no_journal_to_replay_is_refused_as_it_is(space, disk, at, tmp_path):
+    damaged = tmp_path / "damaged.raw"
+    data = bytearray(disk.read_bytes())
+    data[mounting.START + 1024 + 0x18 : mounting.START + 1024 + 0x1C] = b"\xff" * 4  # the size of a block
+    damaged.write_bytes(data)
+    assert "the ext4 on damaged.raw partition 1 cannot be mounted" in space.fails(
+        "mount", "--image", damaged, at, code=8
+    )
+    assert "journal" not in space.said
     assert help_.is_clean()
 
 
