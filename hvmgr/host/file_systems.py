@@ -121,9 +121,9 @@ def full(what: str) -> errors.NoSpace:
     return errors.NoSpace(f"{what} has no space left for it", hint="free space in the guest, or put less")
 
 
-def points() -> Iterator[Point]:
-    """The table of mounts, as this process sees it."""
-    for line in Path("/proc/self/mountinfo").read_bytes().splitlines():
+def points(pid: int | None = None) -> Iterator[Point]:
+    """The table of mounts, as this process, or another one, sees it."""
+    for line in Path(f"/proc/{pid or 'self'}/mountinfo").read_bytes().splitlines():
         before, _, after = line.partition(b" - ")
         driver, source = after.split(b" ")[:2]
         yield Point(_text(before.split(b" ")[4]), os.fsdecode(driver), _text(source))

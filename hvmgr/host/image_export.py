@@ -5,7 +5,8 @@ over by a command that died is found by that alone.
 
 The export is mounted in a mount namespace of the daemon's own and reached by its ``/proc/PID/root``. It dies with the
 daemon, no dead mount stays for others to hang on, and nobody mistakes it for a file of the host. The namespace follows
-the host's (``slave``): a file system that is unmounted here is unmounted there too.
+the host's (``slave``): a file system that is unmounted here is unmounted there too. Where the host's mounts are private it
+follows nothing; so it lets go of all that the daemon needs no way through, or nobody could unmount that for good.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hvmgr import errors
-from hvmgr.host import pids, process, qemu_errors
+from hvmgr.host import file_systems, pids, process, qemu_errors
 
 PROGRAM = "qemu-storage-daemon"
 CODEC = "hvmgr"  # the format of a link that our own program serves, see ``serve``
@@ -52,7 +53,7 @@ def require() -> None:
         raise errors.Unsupported("only root can attach an image", hint="run the command as root")
     if not _FUSE.exists():
         raise errors.Unsupported("this host has no FUSE (there is no /dev/fuse)", hint="load the module: modprobe fuse")
-    for program in (PROGRAM, "unshare", "setsid"):
+    for program in (PROGRAM, "unshare", "nsenter", "umount", "setsid"):
         process.require(program)
 
 
@@ -129,6 +130,24 @@ def start(folder: Path, links: Sequence[Link], *, writable: bool, part: tuple[in
         process.run(argv, timeout_s=_START_S)
     except errors.HostFailed as error:
         raise explained(str(error.facts.get("words", error)), links[0].path) from error
+    if part is None:
+        _let_go(folder, [folder / _FILE, *(link.path for link in links)])
+
+
+def _let_go(folder: Path, needed: Sequence[Path]) -> None:
+    """Nothing is mounted in the daemon's namespace but what is on the way to these files."""
+    try:
+        pid = int((folder / _PID).read_text())
+        there = [one.directory for one in file_systems.points(pid)]
+    except (OSError, ValueError) as error:
+        raise errors.HostFailed(f"the {PROGRAM} of {folder} has ended") from error
+    ways = {os.fspath(way) for path in needed for one in (path, path.resolve()) for way in (one, *one.parents)}
+    # The deepest first. Without /proc umount does not see what is mounted; and no file of the host is to hear of it.
+    foreign = sorted((one for one in there if one not in ways | {"/proc"}), reverse=True)
+    if foreign:
+        umount = ["umount", "--lazy", "--internal-only", "--no-mtab", "--no-canonicalize", "--", *foreign]
+        # What was unmounted meanwhile is not there any more.
+        process.run(["nsenter", f"--mount=/proc/{pid}/ns/mnt", "--", *umount], timeout_s=_START_S, ok_codes=range(256))
 
 
 def explained(words: str, path: Path) -> errors.HvmgrError:

@@ -52,6 +52,7 @@ _PACKAGES = {
     "mmd": "mtools",
     "mount": "mount",
     "nbdinfo": "libnbd-bin",
+    "nsenter": "util-linux",
     "ntfs-3g": "ntfs-3g",
     "ntfscat": "ntfs-3g",
     "ntfscp": "ntfs-3g",
@@ -69,6 +70,7 @@ _PACKAGES = {
     "sfdisk": "fdisk",
     "swtpm": "swtpm",
     "swtpm_setup": "swtpm-tools",
+    "umount": "mount",
     "unshare": "util-linux",
     "virt-xml-validate": "libvirt-clients",
     "wimlib-imagex": "wimtools",
@@ -408,8 +410,11 @@ def _started(
 
 
 def require(program: str) -> None:
-    """Unsupported when a program is not installed; the hint names its package."""
+    """Unsupported when a program is not installed, or cannot be run; the hint names its package."""
     if shutil.which(program, path=_environment()["PATH"]) is None:
+        if os.sep in program and Path(program).exists():
+            what = "a directory" if Path(program).is_dir() else "not executable"
+            raise errors.Unsupported(f"'{program}' is {what}", hint="name a program that can be run", program=program)
         package = _PACKAGES.get(Path(program).name)
         hint = f"install it, on Debian with: apt install {package}" if package else f"install '{program}'"
         raise errors.Unsupported(f"the program '{program}' is not installed", hint=hint, program=program)

@@ -32,9 +32,9 @@ from hvmgr.host.image_export import Link
 from hvmgr.model.plan import Plan
 from hvmgr.operations import attaching, user_mounting
 from hvmgr.operations.inside import views, volumes
-from hvmgr.storage import attachments, durable, images, index, kept_images, runtime
+from hvmgr.storage import attachments, durable, images, index, kept_images, runtime, vm_home
 from hvmgr.storage.attachments import Attachment, Mount, Phase
-from hvmgr.storage.filesystems.signatures import Kind
+from hvmgr.storage.filesystems import journals
 from hvmgr.storage.kept_images import Kept
 
 if TYPE_CHECKING:
@@ -47,9 +47,12 @@ _FOLDER = "mounts"
 _OVERLAY = "overlay.qcow2"
 _END_S = 20.0  # what ntfs-3g, or a program that looks at each new device, takes to let go of one
 _POLL_S = 0.1
-_JOURNALED = (Kind.EXT3, Kind.EXT4, Kind.XFS, Kind.BTRFS)
 _IN_CLEAR = "what is written lies in clear below /run, in the memory of the host as a rule, until it is unmounted"
 _WRITTEN_HINT = "hvmgr unmount {}, with --keep FILE when what was written is wanted"
+
+
+class _JournalPending(Exception):
+    """It cannot be mounted before its journal is replayed, which takes an image that can be written."""
 
 
 class State(StrEnum):
@@ -163,9 +166,8 @@ def mount(host: Host, chosen: Chosen, directory: Path, place: Mount) -> Mounted:
         return _put_up(one, chosen, driver, with_overlay=True)
     try:
         return _put_up(one, chosen, driver, with_overlay=False)
-    except file_systems.Refused as refused:
-        if volume.kind not in _JOURNALED:
-            raise _explained(refused, volume) from refused
+    except _JournalPending:
+        pass
     host.reporter.notice(
         f"{place.title} was not cleanly unmounted: its journal is replayed in a throw-away image, and what is shown is the"
         " file system after that"
@@ -198,6 +200,7 @@ def _put_up(one: Attachment, chosen: Chosen, driver: str | None, *, with_overlay
     if with_overlay:
         one = dataclasses.replace(one, mount=dataclasses.replace(one.mount, overlay=str(scratch / _OVERLAY)))
     attachments.write(one)
+    source = image_export.file_of(Path(one.folder))
     try:
         links = list(chosen.links)
         if with_overlay:
@@ -207,12 +210,16 @@ def _put_up(one: Attachment, chosen: Chosen, driver: str | None, *, with_overlay
         else:
             one = attaching.set_up(one, links, writable=with_overlay, volume=chosen.text)
             assert one.device is not None and one.mount is not None  # noqa: PT018
-            device = Path(one.device) if chosen.number is None else loop.node(Path(one.device), chosen.number)
-            file_systems.mount(device, Path(one.mount.directory), driver, writable=one.mount.writable)
+            source = Path(one.device) if chosen.number is None else loop.node(Path(one.device), chosen.number)
+            file_systems.mount(source, Path(one.mount.directory), driver, writable=one.mount.writable)
     except BaseException as error:
+        is_refused = isinstance(error, file_systems.Refused)
+        waits = is_refused and not with_overlay and journals.is_pending(chosen.volume.kind, source)
         with contextlib.suppress(errors.HvmgrError):  # 'unmount' tries again; why it came to this is told first
             _take_down(one)
-        if with_overlay and isinstance(error, file_systems.Refused):
+        if waits:
+            raise _JournalPending from error
+        if isinstance(error, file_systems.Refused):
             raise _explained(error, chosen.volume) from error
         raise
     assert one.mount is not None
@@ -280,8 +287,20 @@ def _require_keepable(one: Attachment, place: Mount, keep: Path) -> Path:
         raise errors.UsageError(
             f"{place.directory} was mounted to be read: there is nothing to keep", hint="mount it with --writable"
         )
+    real = Path(os.path.realpath(target.parent)) / target.name
+    if real.is_relative_to(place.directory):
+        raise errors.UsageError(
+            f"{target} lies in {place.directory}, which is unmounted first", hint="keep it in another directory"
+        )
     if not target.parent.is_dir():
         raise errors.NotFound(f"there is no directory {target.parent}", hint=f"mkdir -p '{target.parent}'")
+    if (home := _home_around(real)) is not None:
+        raise errors.UsageError(
+            f"{target} lies in {home}, a VM's home or an export, and would pass for one of its images",
+            hint="keep it in a directory outside it",
+        )
+    if not os.access(target.parent, os.W_OK):
+        raise errors.HostFailed(f"nothing can be written in {target.parent}", hint="keep it in another directory")
     if os.path.lexists(target) and not _is_overlay(target, place.overlay):
         raise errors.Conflict(f"{target} is there already", hint="choose another name")
     if not Path(place.overlay).exists():
@@ -300,6 +319,17 @@ def _require_keepable(one: Attachment, place: Mount, keep: Path) -> Path:
             hint="make a qcow2 of it first: hvmgr image convert",
         )
     return target
+
+
+def _home_around(file: Path) -> Path | None:
+    """The home or export that a file would lie in, also where that has its images elsewhere; None outside."""
+    if (found := vm_home.around(file)) is not None:
+        return found
+    for entry in index.entries():
+        with contextlib.suppress(errors.HvmgrError):  # one that cannot be read says nothing of other places
+            if vm_home.open_home(entry.home).layout.owns(str(file)):
+                return entry.home
+    return None
 
 
 def _is_overlay(target: Path, overlay: str) -> bool:

@@ -27,7 +27,7 @@ from hvmgr.model.progress import Progress
 from hvmgr.model.tree import Tree
 from hvmgr.operations.occasions import Occasions
 from hvmgr.operations.reporter import Reporter
-from hvmgr.storage import durable, vm_home
+from hvmgr.storage import attachments, durable, vm_home
 from hvmgr.storage.vm_home import VmHome
 
 if TYPE_CHECKING:
@@ -235,7 +235,11 @@ class Session:
 
         Its parents stay closed: they are frozen, and opening a chain of 64 takes 30 ms.
         """
-        self._held.append(self.daemon.open(Path(path), fmt, writable=True, detached_backing=True))
+        try:
+            self._held.append(self.daemon.open(Path(path), fmt, writable=True, detached_backing=True))
+        except errors.Conflict:
+            attachments.require_free([path])  # which says what to do, where it is one of ours
+            raise
 
     def is_held(self, path: str) -> bool:
         """Whether the lock on an image is ours."""

@@ -183,16 +183,18 @@ def _run(host: Host, guests: Sequence[_Guest], argv: Sequence[str], limit_s: flo
             command.ask_to_end()
     seconds = time.monotonic() - started
     _require_woken(guests, argv, code)
+    again = "; the guests run again" if any(one.is_running for one in guests) else ""
+    if code is None and interrupts.wanted:
+        raise errors.Cancelled(f"'{shlex.join(argv)}' was stopped{again}", hint="what it made is not whole")
     if code is None:
-        interrupts.check()
         raise errors.HostFailed(
-            f"'{shlex.join(argv)}' did not end within {limit_s:g} s and was stopped; the guests run again",
+            f"'{shlex.join(argv)}' did not end within {limit_s:g} s and was stopped{again}",
             hint="what it made is not whole; give it more time with --limit",
             exit_code=None,
         )
     if code != 0:
         how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
-        raise errors.HostFailed(f"'{shlex.join(argv)}' {how}; the guests run again", exit_code=code)
+        raise errors.HostFailed(f"'{shlex.join(argv)}' {how}{again}", exit_code=code)
     _require_held(guests, argv)
     found = tuple(Frozen(one.session.home.vm_id, one.name, one.state, one.file_systems) for one in guests)
     return Outcome(code, found, seconds)

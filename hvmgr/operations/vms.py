@@ -14,7 +14,7 @@ from hvmgr.model.tree import Image, Keeper, Tree
 from hvmgr.operations import snapshots, undo_slot
 from hvmgr.operations.exchange import gold
 from hvmgr.operations.session import Session
-from hvmgr.storage import start_guard, transfers, vm_home
+from hvmgr.storage import attachments, start_guard, transfers, vm_home
 
 _POLL_S = 0.2
 
@@ -174,6 +174,7 @@ def _free_name(session: Session, stem: str, taken: set[str]) -> str:
 
 
 def _require_no_strangers(before: Tree) -> None:
+    attachments.require_free(path for path, names in before.strangers.items() if names)
     for path, names in before.strangers.items():
         if names:
             raise errors.Conflict(

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sqlite3
 import stat
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hvmgr import errors
 from hvmgr.storage import durable
 
 FORMAT = 2
+_POLL_S = 0.05
 _FILES = ("", "-wal", "-shm")  # what SQLite keeps beside each other
 
 _TABLES = """
@@ -128,7 +130,7 @@ class IndexFile:
         """False for a database that this is no index."""
         if not self._is_ours():
             return False
-        self._database.execute("PRAGMA journal_mode = WAL")
+        self._change_to_wal()
         self._database.execute("PRAGMA synchronous = NORMAL")
         if not anew and self._fits(vm_id):
             return True
@@ -144,6 +146,18 @@ class IndexFile:
             self._database.execute("INSERT INTO about VALUES (?)", (vm_id,))
             self._database.execute(f"PRAGMA user_version = {FORMAT}")
         return True
+
+    def _change_to_wal(self) -> None:
+        """SQLite does not wait by itself for who writes to a new file, which has no write-ahead log yet."""
+        end = time.monotonic() + self._wait_s
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > end:
+                    raise
+            time.sleep(_POLL_S)
 
     def _is_ours(self) -> bool:
         """Whether it is an index, or an empty file."""

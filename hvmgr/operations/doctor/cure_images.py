@@ -243,21 +243,29 @@ def _can_be_opened(file: Path) -> bool:
 
 
 def modes(case: Case) -> Iterator[Cure]:
-    """Folders, files and images get the modes that their users need, and nobody else's."""
+    """Folders, files and images get the modes that their users need, and nobody else's; a note that forbids more goes."""
     if case.seen is None:
         return
     forest = case.seen.tree()
+    held = image_checks.frozen_images(forest)
     right = dict(home_checks.wrong_modes(case.seen))
-    right |= dict(image_checks.wrong_modes(case.seen, forest, image_checks.frozen_images(forest)))
+    right |= dict(image_checks.wrong_modes(case.seen, forest, held))
+    stale = image_checks.stale_notes(case.seen, forest, held)
     for one in (*case.of(Code.MODE_WRONG), *case.of(Code.IMAGE_NOT_WRITABLE)):
-        mode = right.get(Path(one.where))
-        if mode is not None:
-            yield Cure(one, f"give {one.where} the mode {mode:04o}", partial(_set_mode, case, Path(one.where), mode))
+        path = Path(one.where)
+        mode, is_stale = right.get(path), path in stale
+        words = [] if mode is None else [f"give {path} the mode {mode:04o}"]
+        words += [f"forget that {path} was frozen"] if is_stale else []
+        if words:
+            yield Cure(one, " and ".join(words), partial(_set_mode, case, path, mode, forget=is_stale))
 
 
-def _set_mode(case: Case, path: Path, mode: int) -> None:
+def _set_mode(case: Case, path: Path, mode: int | None, *, forget: bool) -> None:
     with case.locked():
-        durable.set_mode(path, mode)
+        if mode is not None:
+            durable.set_mode(path, mode)
+        if forget:
+            frozen.forget(case.layout, path)
 
 
 def owners(case: Case) -> Iterator[Cure]:

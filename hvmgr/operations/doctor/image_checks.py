@@ -13,7 +13,7 @@ from hvmgr.model import outside_images, tree
 from hvmgr.model.diagnosis import Code, finding
 from hvmgr.model.finding import Finding
 from hvmgr.model.tree import Keeper, Tree
-from hvmgr.storage import access, frozen, images
+from hvmgr.storage import access, frozen, images, index, journal
 from hvmgr.storage.access import Owner
 from hvmgr.storage.frozen import Condition
 from hvmgr.storage.survey import Survey
@@ -61,9 +61,43 @@ def _left_out(seen: Survey) -> Iterator[Finding]:
 
 
 def frozen_images(forest: Tree) -> set[str]:
-    """Images that must not change: those that a snapshot names, and those that others stand on."""
-    held = {path for node in forest.nodes.values() for path in node.disks.values()} | set(forest.children())
-    return held & set(forest.images)
+    """Images that must not change: those that a snapshot names, and those that others stand on.
+
+    A working image is none for what stands on it and is of no use to anybody: a file that somebody has put into the home.
+    """
+    named = {path for node in forest.nodes.values() for path in node.disks.values()}
+    held = named | set(forest.children())
+    return held & set(forest.images) - (_working(forest) - named - _stood_on(forest))
+
+
+def _working(forest: Tree) -> set[str]:
+    """What the present and the undo slot write to."""
+    return set(forest.present.disks.values()) | (set() if forest.undo is None else set(forest.undo.disks.values()))
+
+
+def _stood_on(forest: Tree) -> set[str]:
+    """The images below those that somebody names; these themselves, too, for a snapshot of one disk alone."""
+    found: set[str] = set()
+    for top in forest.named():
+        image = forest.images.get(top)
+        while image is not None and image.parent is not None and image.parent not in found:
+            found.add(image.parent)
+            image = forest.images.get(image.parent)
+    return found | forest.lent()
+
+
+def stale_notes(seen: Survey, forest: Tree, held: set[str]) -> list[Path]:
+    """Images that the present writes to, noted as frozen although nothing needs them unchanged; none where that is not sure."""
+    layout = seen.home.layout
+    if seen.faults or seen.missing or journal.is_open(layout.journal):
+        return []  # what cannot be read could need them
+    ours = {path for path in forest.present.disks.values() if layout.owns(path) and path in forest.images} - held
+    noted = [Path(path) for path in sorted(ours) if frozen.is_recorded(layout, Path(path))]
+    others = (
+        {Path(path) for one in index.entries() if one.vm_id != seen.home.vm_id for path in one.outside} if noted else ()
+    )
+    needed = {images.identity(path) for path in others if path.exists()}
+    return [path for path in noted if images.identity(path) not in needed]
 
 
 def _chains(seen: Survey, forest: Tree) -> Iterator[Finding]:
@@ -120,6 +154,11 @@ def _modes(seen: Survey, forest: Tree, held: set[str], *, owner: Owner, dynamic:
         else:
             sentence = f"{path} has the mode {is_mode:04o}; it should be {mode:04o}"
             yield finding(Code.MODE_WRONG, sentence, path, repair=repair)
+    for path in stale_notes(seen, forest, held):
+        if not path.stat().st_mode & stat.S_IWUSR:
+            continue  # that is said already, and one cure is for both
+        sentence = f"{path} is noted as frozen, which keeps the VM from starting, and nothing needs it unchanged"
+        yield finding(Code.IMAGE_NOT_WRITABLE, sentence, path, repair="doctor --repair forgets the note")
     if owner is None or os.geteuid() != 0:
         return
     for file in (*wrong_owners(forest, owner, dynamic=dynamic), *_nvram(seen, owner, dynamic=dynamic)):
@@ -140,7 +179,7 @@ def _nvram(seen: Survey, owner: tuple[int, int], *, dynamic: bool) -> Iterator[P
 
 def wrong_modes(seen: Survey, forest: Tree, held: set[str]) -> Iterator[tuple[Path, int]]:
     """Images with another mode than their users need, with the right one."""
-    working = set(forest.present.disks.values()) | (set() if forest.undo is None else set(forest.undo.disks.values()))
+    working = _working(forest)
     for path, image in forest.images.items():
         file = Path(path)
         if not file.is_file():

@@ -24,7 +24,7 @@ from hvmgr.operations import snapshots
 from hvmgr.operations.exchange import compare_place, registering
 from hvmgr.operations.exchange.intake import Intake
 from hvmgr.operations.session import Session
-from hvmgr.storage import frozen, images, source_home, vm_home
+from hvmgr.storage import attachments, frozen, images, source_home, vm_home
 
 if TYPE_CHECKING:
     from hvmgr.model.tree import Tree
@@ -85,6 +85,7 @@ def plan_move(session: Session, folder: Path) -> Plan:
 
 
 def _require_no_strangers(before: Tree) -> None:
+    attachments.require_free(path for path, names in before.strangers.items() if names)
     for path, names in before.strangers.items():
         if names:
             raise errors.Conflict(

@@ -61,7 +61,10 @@ def restore(session: Session, vm: VM, wanted: FilesWanted, keys: Sequence[Key], 
                 f"{browser.volume.title} is not the root of a system, and where it is mounted in the guest is not known",
                 hint="name the folder in the guest: --into DIR",
             )
-        return _put(session, guest, browser, gathered, wanted.into or b"/", overwrite=overwrite)
+        into = wanted.into or b"/"
+        if not (guest.is_windows or into.startswith(b"/")):
+            into = b"/" + into  # as on a disk: there is no other folder to start from
+        return _put(session, guest, browser, gathered, into, overwrite=overwrite)
 
 
 def _put(

@@ -23,7 +23,24 @@ def test_exit_code_of_the_command_is_told(hvmgr, vm):
     answer = hvmgr("freeze", vm, "--json", "--", "sh", "-c", "exit 5")
     assert answer.code == 8
     assert answer.json["error"]["facts"]["exit_code"] == 5
-    assert "ended with code 5" in answer.json["error"]["message"]
+    assert answer.json["error"]["message"].endswith("ended with code 5")
+
+
+def test_command_that_is_stopped_had_begun(hvmgr, vm):
+    answer = hvmgr("freeze", vm, "--", "sh", "-c", "kill $PPID; exec sleep 60")
+    assert answer.code == 130, answer
+    assert "was stopped" in answer.err
+    assert "what it made is not whole" in answer.err
+    assert "nothing was changed" not in answer.err
+
+
+def test_what_cannot_be_run_is_named_as_that(hvmgr, vm, tmp_path):
+    file = tmp_path / "script"
+    file.touch(0o644)
+    for path, what in ((file, "not executable"), (tmp_path, "a directory")):
+        answer = hvmgr("freeze", vm, "--", path)
+        assert answer.code == 5, answer
+        assert f"'{path}' is {what}" in answer.err
 
 
 def test_command_that_would_wait_for_itself_is_told_at_once(hvmgr, vm, monkeypatch):

@@ -100,7 +100,15 @@ def test_what_is_written_is_thrown_away_or_kept(hvmgr, web, space, at, tmp_path)
         assert Path(one["overlay"]).stat().st_mode & 0o077 == 0
         if words:
             assert "there is no directory" in space.fails("unmount", at, "--keep", tmp_path / "no" / "where", code=3)
-            assert "is there already" in space.fails("unmount", at, "--keep", at.parent / "at", code=4)
+            assert "is there already" in space.fails("unmount", at, "--keep", tmp_path, code=4)
+            assert "is unmounted first" in space.fails("unmount", at, "--keep", at / "lost+found" / "kept", code=2)
+            bases = web / "Virtual Hard Disks"
+            assert "would pass for one of its images" in space.fails("unmount", at, "--keep", bases / "k", code=2)
+            space.sh(f"mkdir '{tmp_path}/closed'; mount -t tmpfs -o ro none '{tmp_path}/closed'")
+            assert f"written in {tmp_path}/closed" in space.fails(
+                "unmount", at, "--keep", tmp_path / "closed" / "k", code=8
+            )
+            assert space.options(at) is not None
         done = space.hvmgr("unmount", at, *words)
         assert not Path(one["overlay"]).exists()
         assert mounting.hashes(web) == before
@@ -147,13 +155,51 @@ def test_snapshots_that_are_mounted_stay_and_those_below_wait(hvmgr, web, space,
 
 def test_vm_does_not_start_while_its_present_is_mounted(hvmgr, web, space, at):
     space.hvmgr("mount", "web", at)
-    for words in (("vm", "start", "web"), ("snapshot", "create", "web")):
+    for words in (
+        ("vm", "start", "web"),
+        ("snapshot", "create", "web"),
+        ("snapshot", "apply", "web", "a"),
+        ("snapshot", "revert", "web"),
+        ("freeze", "web", "--", "true"),
+    ):
         refused = hvmgr(*words)
         assert refused.code == 4, refused
         assert f"mounted at {at}" in refused.err
         assert f"hvmgr unmount {at}" in refused.err
     space.hvmgr("unmount", at)
     hvmgr.ok("snapshot", "create", "web", "b")
+
+
+def test_mounts_do_not_hold_each_other_nor_those_of_others(hvmgr, web, space, disk, at, tmp_path):
+    """Where nothing that is mounted or unmounted is heard of in another namespace."""
+    others, foreign, second = tmp_path / "others.img", tmp_path / "foreign", tmp_path / "second"
+    foreign.mkdir()
+    second.mkdir()
+    with others.open("wb") as file:
+        file.truncate(4 * MIB)
+    subprocess.run(["mke2fs", "-q", "-F", others], check=True, timeout=60)
+    space.sh(f"mount -o loop '{others}' '{foreign}'")
+    space.hvmgr("mount", "web", at, "--snapshot", "a")
+    space.hvmgr("mount", "web", second, "--snapshot", "a")
+    assert help_.run("losetup", "--associated", others)
+    space.sh(f"umount '{foreign}'")
+    assert help_.run("losetup", "--associated", others) == ""
+    space.hvmgr("unmount", at)
+    assert [one["directory"] for one in space.hvmgr("mounts")["mounts"]] == [str(second)]
+    assert seen(space, second) == FILES
+    space.hvmgr("unmount", second)
+    assert help_.is_clean()
+
+
+def test_vm_is_not_deleted_nor_moved_while_a_snapshot_is_mounted(hvmgr, web, space, at, tmp_path):
+    space.hvmgr("mount", "web", at, "--snapshot", "a")
+    for words in (("vm", "delete", "web", "--yes"), ("vm", "move", "web", web.parent / "moved")):
+        refused = hvmgr(*words)
+        assert refused.code == 4, refused
+        assert f"is mounted at {at}\n" in refused.err
+        assert f"hvmgr unmount {at}" in refused.err
+    space.hvmgr("unmount", at)
+    hvmgr.ok("vm", "delete", "web", "--yes")
 
 
 def test_journal_is_replayed_in_an_image_of_its_own(space, disk, at, tmp_path):
@@ -173,6 +219,18 @@ def test_journal_is_replayed_in_an_image_of_its_own(space, disk, at, tmp_path):
     assert mounting.hashes(tmp_path) == before
     space.hvmgr("unmount", at)
     assert not Path(one["overlay"]).exists()
+    assert help_.is_clean()
+
+
+def test_what_has_no_journal_to_replay_is_refused_as_it_is(space, disk, at, tmp_path):
+    damaged = tmp_path / "damaged.raw"
+    data = bytearray(disk.read_bytes())
+    data[mounting.START + 1024 + 0x18 : mounting.START + 1024 + 0x1C] = b"\xff" * 4  # the size of a block
+    damaged.write_bytes(data)
+    assert "the ext4 on damaged.raw partition 1 cannot be mounted" in space.fails(
+        "mount", "--image", damaged, at, code=8
+    )
+    assert "journal" not in space.said
     assert help_.is_clean()
 
 

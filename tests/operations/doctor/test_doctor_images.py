@@ -11,7 +11,7 @@ import pytest
 from hvmgr import errors
 from hvmgr.model.tree import WARN_DEPTH
 from hvmgr.operations import merge
-from hvmgr.storage import frozen, index
+from hvmgr.storage import frozen, index, start_guard
 
 MIB = 1 << 20
 
@@ -211,6 +211,42 @@ def test_lost_records_are_noted_again(bench, vm):
     assert frozen.is_recorded(vm.home.layout, frozen_at(vm, "a"))
     append(frozen_at(vm, "a"))
     assert "image-changed" in bench.codes(vm)
+
+
+def test_file_that_stands_on_the_present_does_not_freeze_it(bench, vm):
+    path = working(vm)
+    stray = vm.home.layout.bases / "stray.qcow2"
+    bench.run("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", path, stray)
+    assert [one for one in bench.find(vm) if one.where == str(path)] == []
+    bench.repair(vm)
+    assert path.stat().st_mode & 0o200
+    assert not frozen.is_recorded(vm.home.layout, path)
+    assert frozen_at(vm, "b").stat().st_mode & 0o777 == 0o400
+    stray.unlink()
+    bench.healthy(vm)
+
+
+@pytest.mark.parametrize("mode", [0o400, 0o600])
+def test_note_that_the_present_is_frozen_is_forgotten(bench, vm, mode):
+    layout, path = vm.home.layout, working(vm)
+    frozen.record(layout, path)
+    path.chmod(mode)
+    assert [one.code for one in start_guard.refusals(start_guard.examine(vm.home.present()))] == ["image-frozen"]
+    assert "image-not-writable" in bench.would(vm)
+    assert bench.repair(vm) == ["image-not-writable"]
+    assert start_guard.examine(vm.home.present()) == []
+    assert frozen.is_recorded(layout, frozen_at(vm, "b")), "what a snapshot needs stays frozen"
+    bench.healthy(vm)
+
+
+def test_note_stays_where_a_snapshot_cannot_be_read(bench, vm):
+    layout, path = vm.home.layout, working(vm)
+    frozen.record(layout, path)
+    file = layout.snapshot(vm.snapshot("b").id)
+    file.write_bytes(b"nothing")
+    assert "image-not-writable" not in bench.codes(vm)
+    bench.host.repair(str(vm.path))
+    assert frozen.is_recorded(layout, path)
 
 
 # --- damaged ----------------------------------------------------------------------------------------------------------

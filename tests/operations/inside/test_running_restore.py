@@ -96,7 +96,7 @@ def test_files_come_back_into_the_guest_that_runs(machine, monkeypatch, tmp_path
     assert machine.files.digest("/files/tree/data", 600 << 10) == data
     assert machine.shell("cd /files/tree; stat -c '%u:%g %a %Y' data; stat -c %s empty") == "7:8 4750 1600000000\n0"
     machine.shell("rm /files/tree/deep")
-    done = restore(machine, b"/tree/deep")
+    done = restore(machine, b"/tree/deep", into=b"files/tree")
     assert done.files == 3
     machine.shell("cd /files/tree; rm -r deep; chown 7 .")  # what others may write in is filled from outside
     assert restore(machine, b"/tree/deep", b"/tree/empty", overwrite=True).replaced == 1
