@@ -39,9 +39,13 @@ def require_possible(path: str) -> None:
     letters = [one for one in name if not one.isascii() and not _is_common(one)]
     spelled = _spelled(letters) if letters else ""
     if "." in spelled:
-        raise errors.Unsupported(f"{path}: mtools would make several dots of a letter in its short name", hint="rename it")
+        raise errors.Unsupported(
+            f"{path}: mtools would make several dots of a letter in its short name", hint="rename it"
+        )
     if _SHORT.fullmatch(name) and spelled != "?" * len(letters):
-        raise errors.Unsupported(f"{path}: mtools loses such letters in a short name (8.3)", hint="give it a longer name")
+        raise errors.Unsupported(
+            f"{path}: mtools loses such letters in a short name (8.3)", hint="give it a longer name"
+        )
 
 
 def _is_common(letter: str) -> bool:

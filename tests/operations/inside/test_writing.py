@@ -111,7 +111,9 @@ def test_names_on_fat_with_letters_beyond_ascii(fat, tmp_path):
     assert read(fat, *(f"/{name}".encode() for name in names)) == wanted
 
 
-@pytest.mark.parametrize("name", ["à.txt", "ünï", "a….txt", "ǈ", "x©", "three dots … in a long one", "😀", "a long name with 😀", "a[b].txt"])
+@pytest.mark.parametrize(
+    "name", ["à.txt", "ünï", "a….txt", "ǈ", "x©", "three dots … in a long one", "😀", "a long name with 😀", "a[b].txt"]
+)
 def test_a_name_that_mtools_cannot_write_is_refused_before_it_is_tried(fat, tmp_path, name):
     """It hangs on some of them."""
     before = fat.read_bytes()
