@@ -168,6 +168,16 @@ class TestBtrfs:
             with pytest.raises(errors.Corrupt, match="damaged: a content of 18446744073709551615 bytes"):
                 reader.content(node)
 
+    def test_a_name_of_an_inode_of_no_type(self, image, tmp_path):
+        with File(image) as disk:
+            reader = opened(disk)
+            number = dict(file_trees.walked(reader))[b"file"].id
+            ((place, _),) = items(reader, number, 1)
+        with File(patched(image, tmp_path, (place + 52, bytes(4)))) as disk:
+            reader = opened(disk)
+            with pytest.raises(errors.Corrupt, match=f"inode {number} is free"):
+                reader.stat(dict(reader.names(reader.root()))[b"file"])
+
     def test_a_content_behind_the_end_of_the_disk_is_not_short(self, image, tmp_path):
         with File(image) as disk:
             reader = opened(disk)
@@ -341,6 +351,16 @@ class TestXfs:
                 return
             with pytest.raises(errors.Corrupt, match=match):
                 list(reader._extents(3, fork, 0, 1))
+
+    def test_a_name_of_an_inode_of_no_type(self, image, tmp_path, require_program):
+        copy = patched(image, tmp_path)
+        with File(copy) as disk:
+            reader = opened(disk)
+            number = dict(reader.names(reader.root()))[b"file"]
+        file_trees.run(require_program("xfs_db"), "-x", "-c", f"inode {number}", "-c", "write core.mode 0x3000", copy)
+        with File(copy) as disk, pytest.raises(errors.Corrupt, match=f"inode {number} is free"):
+            reader = opened(disk)
+            reader.stat(dict(reader.names(reader.root()))[b"file"])
 
     @pytest.mark.parametrize("limit", ["_ENTRIES_MAX", "_TOTAL_MAX"])
     def test_extended_attributes_have_an_end(self, monkeypatch, limit):
