@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -414,12 +415,18 @@ def test_json_says_who_read_it_and_gives_the_bytes_of_names(hvmgr, tmp_path):
     tree = tmp_path / "tree"
     tree.mkdir()
     file_trees.write(os.fsencode(tree) + b"/\xff\n", b"x")
+    os.symlink(b"to/\xfe\xff", os.fsencode(tree) + b"/link")
+    os.symlink(b"to", os.fsencode(tree) + b"/plain")
     image = file_trees.ext(tmp_path / "image", tree, size="4M")
     answer = hvmgr.ok("file", "list", "--image", image, "/", "--json")
     document = json.loads(answer.out)
     assert document["sources"][0]["reader"] == "hvmgr's own reader of ext2/3/4"
     (entry,) = (one for one in document["entries"] if "path_base64" in one)
     assert entry["path_base64"] == "L/8K"
+    targets = {one["path"]: one.get("target_base64") for one in document["entries"] if one["target"] is not None}
+    assert targets == {"/link": base64.b64encode(b"to/\xfe\xff").decode(), "/plain": None}
+    (entry,) = hvmgr.ok("file", "stat", "--image", image, "/link", "--json").json["entries"]
+    assert (entry["target"], base64.b64decode(entry["target_base64"])) == ("to/\ufffd\ufffd", b"to/\xfe\xff")
     assert "read by hvmgr's own reader of ext2/3/4" in hvmgr("-v", "file", "list", "--image", image, "/").err
 
 
