@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import os
 import struct
 import zlib
@@ -458,3 +459,17 @@ class TestIso:
             node = reader.stat(dict(reader.names(reader.root()))[b"few"])
             with pytest.raises(errors.Corrupt, match="larger than the disk"):
                 reader.content(node)
+
+    @pytest.mark.parametrize(("zone", "hours"), [(0, 0), (8, 2), (0xD0, -12), (53, 0), (0x80, 0)])
+    def test_a_zone_that_cannot_be_is_none(self, image, tmp_path, zone, hours):
+        file_trees.run("genisoimage", "-quiet", "-o", tmp_path / "image", image.parent / "tree")
+        with File(tmp_path / "image") as disk:
+            reader = opened(disk)
+            raw = dict(reader.names(reader.root()))[b"few"].raw
+        place = (tmp_path / "image").read_bytes().index(raw) + 24
+        with File(patched(tmp_path / "image", tmp_path, (place, bytes([zone])))) as disk:
+            reader = opened(disk)
+            node = reader.stat(dict(reader.names(reader.root()))[b"few"])
+        year, *rest = raw[18:24]
+        local = dt.datetime(1900 + year, *rest, tzinfo=dt.UTC)
+        assert node.modified == int((local - dt.timedelta(hours=hours)).timestamp()) * 10**9
