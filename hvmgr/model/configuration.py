@@ -419,13 +419,17 @@ def salvage_metadata(data: bytes) -> Metadata | None:
 def same(first: bytes | str, second: bytes | str) -> bool:
     """Whether two domain XMLs describe the same configuration.
 
-    White space between elements, the order of attributes, comments and the id of a running domain do not count.
+    White space between elements, the order of attributes and of controllers, comments and the id of a running domain do not
+    count. libvirt sorts the controllers that it added by itself when it reads the domain again.
     """
     if first == second:
         return True
     one, other = parse(first, source="first XML"), parse(second, source="second XML")
     for configuration in (one, other):
         xml_tree.drop_attribute(configuration.root, "id")
+        for devices in configuration.root.findall("devices"):
+            controllers = devices.findall("controller")
+            devices.extend(sorted(controllers, key=lambda element: xml_tree.canonical(element)))  # they move to the end
     return xml_tree.canonical(one.root) == xml_tree.canonical(other.root)
 
 

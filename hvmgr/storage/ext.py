@@ -6,7 +6,6 @@ The bytes are read by ``filesystems/ext``. A journal that waits to be played bac
 from __future__ import annotations
 
 import contextlib
-import posixpath
 import struct
 from collections.abc import Iterator
 
@@ -61,25 +60,30 @@ class FileSystem:
             return whole(self._reader.content(node), _FILE_MAX)
 
     def _find(self, path: str) -> Node | None:
-        parts, node, trail = _parts(path), self._reader.root(), ""
+        parts, trail = _parts(path), [self._reader.root()]
         links = 0
         while parts:
             name = parts.pop(0)
-            ref = self._entries(node).get(name) if node.is_folder else None
+            if not trail[-1].is_folder:
+                return None
+            if name == "..":
+                trail = trail[:-1] or trail
+                continue
+            ref = self._entries(trail[-1]).get(name)
             if ref is None:
                 return None
             found = self._reader.stat(ref)
             if found.type is not Type.LINK:
-                node, trail = found, f"{trail}/{name}"
+                trail.append(found)
                 continue
             links += 1
             if links > _LINKS_MAX:
                 return None
             # Texts of a link lead within the file system only, whatever they say.
             text = (found.target or b"").decode("utf-8", "surrogateescape")
-            parts = [*_parts(posixpath.join(trail or "/", text)), *parts]
-            node, trail = self._reader.root(), ""
-        return node
+            parts = [*_parts(text), *parts]
+            trail = trail[:1] if text.startswith("/") else trail
+        return trail[-1]
 
     def _entries(self, folder: Node) -> dict[str, object]:
         names = ((name.decode("utf-8", "surrogateescape"), ref) for name, ref in self._reader.names(folder))
@@ -98,7 +102,7 @@ class FileSystem:
 
 
 def _parts(path: str) -> list[str]:
-    return [part for part in posixpath.normpath(f"/{path}").split("/") if part]
+    return [part for part in path.split("/") if part not in {"", "."}]
 
 
 def _bytes(disk: Disk, offset: int, length: int) -> bytes:

@@ -36,6 +36,7 @@ from hvmgr.storage.index_file import IndexFile
 
 BLOCK = 4096  # bytes of a volume
 _MOST = (1 << 63) - 1  # what SQLite can hold
+_TIME = 16  # bytes of a time that SQLite cannot hold: seconds may have 64 bits
 _AT_ONCE = 500
 _LEAST = 3  # characters that the full-text index can look for
 _UNPACKED_MOST = 256 << 20
@@ -291,7 +292,7 @@ class FileIndex(IndexFile):
         for path, name, point, *facts in rows:
             far = line.get(point)
             if far is not None and (name not in nearest or far < nearest[name][0]):
-                nearest[name] = (far, path, Entry(*facts))
+                nearest[name] = (far, path, _entry(facts))
         return {name: (path, one) for name, (_, path, one) in nearest.items() if one.type is not None}
 
     def entry(self, line: dict[int, int], path: int) -> Entry | None:
@@ -307,12 +308,12 @@ class FileIndex(IndexFile):
             some = wanted[start : start + _AT_ONCE]
             marks = ",".join("?" * len(some))
             for path, point, *facts in self._rows(f"SELECT * FROM entries WHERE path IN ({marks})", some):  # noqa: S608
-                found.setdefault(path, {})[point] = None if facts[0] is None else Entry(*facts)
+                found.setdefault(path, {})[point] = None if facts[0] is None else _entry(facts)
         return found
 
     def put(self, path: int, point: Point, entry: Entry | None) -> None:
         """What a path is from this snapshot on; None: it is gone."""
-        facts = (None,) * len(Entry._fields) if entry is None else held(entry)
+        facts = (None,) * len(Entry._fields) if entry is None else _facts(held(entry))
         self._database.execute(
             "INSERT OR REPLACE INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (path, point.id, *facts)
         )
@@ -352,11 +353,22 @@ def as_text(name: bytes) -> str:
 
 def held(entry: Entry) -> Entry:
     """An entry as it comes back."""
+    return entry if entry.size <= _MOST else entry._replace(size=_MOST)
+
+
+def _facts(entry: Entry) -> tuple[object, ...]:
+    """What SQLite holds of an entry: a time that is none of its numbers, as all after the year 2262 are, as bytes."""
     modified = entry.modified
-    if -_MOST <= (modified or 0) <= _MOST and entry.size <= _MOST:
+    if modified is None or -_MOST <= modified <= _MOST:
         return entry
-    modified = None if modified is None else max(-_MOST, min(modified, _MOST))
-    return entry._replace(size=min(entry.size, _MOST), modified=modified)
+    return (*entry[:-2], modified.to_bytes(_TIME, "big", signed=True), entry.ref)
+
+
+def _entry(facts: Sequence[Any]) -> Entry:
+    *others, modified, ref = facts
+    if isinstance(modified, bytes):
+        modified = int.from_bytes(modified, "big", signed=True)
+    return Entry._make([*others, modified, ref])
 
 
 def known(geometry: Geometry | None) -> Geometry | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from hvmgr import errors
 from hvmgr.storage import durable
 
-FORMAT = 2
+FORMAT = 3  # 2: without times after the year 2262
 _POLL_S = 0.05
 _FILES = ("", "-wal", "-shm")  # what SQLite keeps beside each other
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import os
 import struct
 import zlib
@@ -167,6 +168,16 @@ class TestBtrfs:
             assert node.size == (1 << 64) - 1
             with pytest.raises(errors.Corrupt, match="damaged: a content of 18446744073709551615 bytes"):
                 reader.content(node)
+
+    def test_a_name_of_an_inode_of_no_type(self, image, tmp_path):
+        with File(image) as disk:
+            reader = opened(disk)
+            number = dict(file_trees.walked(reader))[b"file"].id
+            ((place, _),) = items(reader, number, 1)
+        with File(patched(image, tmp_path, (place + 52, bytes(4)))) as disk:
+            reader = opened(disk)
+            with pytest.raises(errors.Corrupt, match=f"inode {number} is free"):
+                reader.stat(dict(reader.names(reader.root()))[b"file"])
 
     def test_a_content_behind_the_end_of_the_disk_is_not_short(self, image, tmp_path):
         with File(image) as disk:
@@ -342,6 +353,16 @@ class TestXfs:
             with pytest.raises(errors.Corrupt, match=match):
                 list(reader._extents(3, fork, 0, 1))
 
+    def test_a_name_of_an_inode_of_no_type(self, image, tmp_path, require_program):
+        copy = patched(image, tmp_path)
+        with File(copy) as disk:
+            reader = opened(disk)
+            number = dict(reader.names(reader.root()))[b"file"]
+        file_trees.run(require_program("xfs_db"), "-x", "-c", f"inode {number}", "-c", "write core.mode 0x3000", copy)
+        with File(copy) as disk, pytest.raises(errors.Corrupt, match=f"inode {number} is free"):
+            reader = opened(disk)
+            reader.stat(dict(reader.names(reader.root()))[b"file"])
+
     @pytest.mark.parametrize("limit", ["_ENTRIES_MAX", "_TOTAL_MAX"])
     def test_extended_attributes_have_an_end(self, monkeypatch, limit):
         monkeypatch.setattr(xfs_attributes, limit, 1000)
@@ -438,3 +459,17 @@ class TestIso:
             node = reader.stat(dict(reader.names(reader.root()))[b"few"])
             with pytest.raises(errors.Corrupt, match="larger than the disk"):
                 reader.content(node)
+
+    @pytest.mark.parametrize(("zone", "hours"), [(0, 0), (8, 2), (0xD0, -12), (53, 0), (0x80, 0)])
+    def test_a_zone_that_cannot_be_is_none(self, image, tmp_path, zone, hours):
+        file_trees.run("genisoimage", "-quiet", "-o", tmp_path / "image", image.parent / "tree")
+        with File(tmp_path / "image") as disk:
+            reader = opened(disk)
+            raw = dict(reader.names(reader.root()))[b"few"].raw
+        place = (tmp_path / "image").read_bytes().index(raw) + 24
+        with File(patched(tmp_path / "image", tmp_path, (place, bytes([zone])))) as disk:
+            reader = opened(disk)
+            node = reader.stat(dict(reader.names(reader.root()))[b"few"])
+        year, *rest = raw[18:24]
+        local = dt.datetime(1900 + year, *rest, tzinfo=dt.UTC)
+        assert node.modified == int((local - dt.timedelta(hours=hours)).timestamp()) * 10**9

@@ -39,6 +39,11 @@ def tree(tmp_path_factory):
     (root / "up").symlink_to("../../../etc/small")
     (root / "far").symlink_to("./" * 40 + "large")
     (root / "circle").symlink_to("circle")
+    (root / "other" / "in").mkdir(parents=True)
+    (root / "other" / "small").write_bytes(b"the other one")
+    (root / "folder").symlink_to("other/in")
+    (root / "back").symlink_to("folder/../small")
+    (root / "small").write_bytes(b"at the root")
     return root
 
 
@@ -64,6 +69,8 @@ def test_reads_what_is_there(volume, tree, system):
         assert found.read(f"/{name}") == (tree / name).read_bytes()
     assert found.listing("/many") == sorted(one.name for one in (tree / "many").iterdir())
     assert found.read("/short") == found.read("/absolute/small") == found.read("/up") == b"hello"
+    for name in ("/folder/../small", "/back"):  # as the kernel finds it
+        assert found.read(name) == (tree / name[1:]).read_bytes() == b"the other one"
     assert found.read("/far") == (tree / "large").read_bytes()
     for name in ("/circle", "/nothing", "/etc/small/below", "/etc"):
         assert found.read(name) is None

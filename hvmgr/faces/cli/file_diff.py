@@ -180,6 +180,8 @@ def _tell(outcome: Outcome) -> None:
     for one in outcome.uncompared:
         render.notice(f"{one.volume.title} was written to, and cannot be compared: {one.why}")
     options.tell_left_out(outcome.left_out)
+    browsers = dict.fromkeys(one for pair in outcome.browsers for one in pair if one is not None)
+    options.tell_damaged(list(dict.fromkeys(path for one in browsers for path in one.damaged)))
 
 
 def _show(outcome: Outcome, *, null: bool) -> None:

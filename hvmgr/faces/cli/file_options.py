@@ -205,9 +205,10 @@ def tell_damaged(paths: Sequence[bytes]) -> None:
 
 
 def about(browsers: Sequence[Browser]) -> dict[str, Any]:
-    """Where a list comes from, and what is not in it, for JSON; the latter is told besides."""
+    """Where a list comes from, and what is not in it, for JSON; the latter is told besides, what is damaged by its name."""
     from hvmgr.operations.inside import browsing
 
     left_out = browsing.left_out(browsers)
     tell_left_out(left_out)
+    tell_damaged([path for one in dict.fromkeys(browsers) for path in one.damaged])
     return {"sources": sources(browsers), "left_out": left_out}

@@ -33,10 +33,14 @@ _BRANCH, _LAST, _BAR, _GAP = "├── ", "└── ", "│   ", "    "
 
 def name_of(path: bytes) -> dict[str, Any]:
     """A path in JSON; ``path_base64`` has its bytes where they are no UTF-8."""
+    return _bytes("path", path)
+
+
+def _bytes(key: str, value: bytes) -> dict[str, Any]:
     try:
-        return {"path": path.decode()}
+        return {key: value.decode()}
     except UnicodeDecodeError:
-        return {"path": path.decode("utf-8", "replace"), "path_base64": base64.b64encode(path).decode()}
+        return {key: value.decode("utf-8", "replace"), f"{key}_base64": base64.b64encode(value).decode()}
 
 
 def entry(browser: Browser, one: Found, *, extras: bool = False) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def entry(browser: Browser, one: Found, *, extras: bool = False) -> dict[str, An
         "changed": stored(node.changed),
         "accessed": stored(node.accessed),
         "born": stored(node.born),
-        "target": None if node.target is None else node.target.decode("utf-8", "replace"),
+        **({"target": None} if node.target is None else _bytes("target", node.target)),
         "device": None if node.device is None else list(node.device),
         "streams": [{"name": name, "size": size} for name, size in node.streams],
         "attributes": list(node.attributes),

@@ -200,7 +200,6 @@ def hash_(request: Request, where: options.Where, *, algorithm: str) -> None:
                 file_render.show_hash(hashes[-1][1], one)
         about = options.about([one for one, _ in tops])
         unread = list(dict.fromkeys(path for browser, _ in tops for path in browser.damaged))
-        options.tell_damaged(unread)
         if request.json:
             files = [{**file_render.name_of(one.path), "size": one.size, "hash": value} for one, value in hashes]
             bad = [*(one.path for one, _ in failed), *unread]

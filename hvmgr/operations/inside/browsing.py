@@ -1,7 +1,7 @@
 """One file system to look around in: paths, patterns, links, whole trees. Names are bytes, as they are on the disk.
 
-Links are followed inside the file system alone: an absolute one starts at its root. A folder that lies in itself, as only
-a damaged file system has it, is Corrupt.
+Links are followed inside the file system alone: an absolute one starts at its root, and ``..`` is the folder above the one
+that was reached, as a kernel has it. A folder that lies in itself, as only a damaged file system has it, is left out.
 """
 
 from __future__ import annotations
@@ -80,8 +80,11 @@ class Browser:
     # -- paths ---------------------------------------------------------------------------------------------------
 
     def root(self) -> Found:
-        """The topmost folder."""
-        return Found(b"/", self.reader.root())
+        """The topmost folder; Corrupt where it is none."""
+        node = self.reader.root()
+        if not node.is_folder:
+            raise reader.damaged("its root is no folder")
+        return Found(b"/", node)
 
     def find(self, path: bytes, *, follow: bool = True) -> Found:
         """What has the path; NotFound with near names. ``follow``: what a link at its end leads to."""
@@ -118,37 +121,45 @@ class Browser:
     def _parts(self, path: bytes) -> list[bytes]:
         return patterns.parts_of(path, ignoring_case=self.reader.ignores_case)
 
-    def _walk_to(self, parts: list[bytes], *, follow: bool, budget: Iterator[int] | None = None) -> Found | None:
-        """What has the path. ``budget``: as many links may yet be followed for it, wherever on the way they lie."""
-        budget = iter(range(_LINKS_MAX)) if budget is None else budget
-        trail = [self.root()]
+    def _walk_to(self, parts: Sequence[bytes], *, follow: bool) -> Found | None:
+        """What has the path, by a path without links and ``..``."""
+        trail = self._trail([self.root()], parts, follow=follow, budget=iter(range(_LINKS_MAX)))
+        return None if trail is None else trail[-1]
+
+    def _trail(
+        self, start: Sequence[Found], parts: Sequence[bytes], *, follow: bool, budget: Iterator[int]
+    ) -> list[Found] | None:
+        """All folders from the root down to what has the path from ``start`` on, each in the one before it.
+
+        ``budget``: as many links may yet be followed for it, wherever on the way they lie.
+        """
+        trail = list(start)
         for index, part in enumerate(parts):
+            if not trail[-1].node.is_folder:
+                return None
             if part == b"..":
                 trail = trail[:-1] or trail
                 continue
-            here = trail[-1]
-            if not here.node.is_folder:
-                return None
-            child = self.child(here, part)
+            child = self.child(trail[-1], part)
             if child is None:
                 return None
             if child.node.type is Type.LINK and (follow or index < len(parts) - 1):
-                child = self._follow(child, trail, budget)
-                if child is None:
+                led = self._follow(child, trail, budget)
+                if led is None:
                     return None
-            trail.append(child)
-        return trail[-1]
+                trail = led
+            else:
+                trail.append(child)
+        return trail
 
-    def _follow(self, link: Found, trail: list[Found], budget: Iterator[int]) -> Found | None:
+    def _follow(self, link: Found, trail: list[Found], budget: Iterator[int]) -> list[Found] | None:
         if next(budget, None) is None:
             raise errors.UsageError(
                 f"{shown(link.path)} is a link that leads round in a circle, or over more than {_LINKS_MAX} links"
             )
         target = link.node.target or b""
-        base = [] if target.startswith(b"/") else [part for part in trail[-1].path.split(b"/") if part]
-        return self._walk_to(
-            [*base, *(one for one in target.split(b"/") if one not in {b"", b"."})], follow=True, budget=budget
-        )
+        start = trail[:1] if target.startswith(b"/") else trail
+        return self._trail(start, _names(target), follow=True, budget=budget)
 
     def _find_stream(self, parts: list[bytes]) -> Found | None:
         """``FILE:STREAM``, where no file has that name."""
@@ -231,7 +242,7 @@ class Browser:
 
     def is_damaged(self, path: bytes) -> bool:
         """Whether something of this path was come by, and could not be read."""
-        return (path if len(path) <= _PATH_MAX else hashlib.sha256(path).digest()) in self._damaged
+        return _key(path) in self._damaged
 
     def sound(self, folder: Found, name: bytes, ref: Any) -> Found | None:
         """What has a name in a folder; None where that is damaged, which is counted."""
@@ -241,8 +252,12 @@ class Browser:
                 return Found(path, self.reader.stat(ref))
         except errors.Corrupt:
             pass  # the other names may be sound
-        self._damaged.add(path if len(path) <= _PATH_MAX else hashlib.sha256(path).digest())
+        self.leave_out(path)
         return None
+
+    def leave_out(self, path: bytes) -> None:
+        """What has the path is counted as damaged."""
+        self._damaged.add(_key(path))
 
     def _entries(self, folder: Node) -> dict[bytes, Any]:
         found = self._known.get(folder.id)
@@ -263,40 +278,50 @@ class Browser:
         return found
 
     def walk(self, top: Found, *, depth: int | None = None) -> Iterator[tuple[int, Found]]:
-        """``top`` and all below it, each folder before what is in it, with how deep it lies."""
+        """``top`` and all below it, each folder before what is in it, with how deep it lies.
+
+        A folder that was here already, as it lies in itself or in two places, is left out and counted.
+        """
         trail: list[tuple[Iterator[Found], Found]] = []
-        seen: set[int] = set()
+        seen = {top.node.id}
         yield 0, top
         if top.node.is_folder and depth != 0:
             trail.append((self.children(top), top))
-            seen.add(top.node.id)
         while trail:
             try:
                 one = next(trail[-1][0], None)
             except errors.Corrupt:
                 if len(trail) == 1:
                     raise
-                self._damaged.add(trail[-1][1].path)  # this folder cannot be read, and the others may be
+                self.leave_out(trail[-1][1].path)  # this folder cannot be read, and the others may be
                 one = None
             if one is None:
                 trail.pop()
                 continue
+            if one.node.is_folder and (one.node.id in seen or len(trail) > _DEPTH_MAX):
+                self.leave_out(one.path)
+                continue
             yield len(trail), one
-            if one.node.is_folder and (depth is None or len(trail) < depth):
-                if one.node.id in seen or len(trail) > _DEPTH_MAX:
-                    raise reader.damaged(f"the folder {shown(one.path)} is in two places, or in itself")
+            if one.node.is_folder:
                 seen.add(one.node.id)
-                trail.append((self.children(one), one))
+                if depth is None or len(trail) < depth:
+                    trail.append((self.children(one), one))
 
     def _match(self, places: list[Found], parts: list[bytes], *, follow: bool) -> Iterator[Found]:
         if not parts:
             yield from places
             return
         part, rest = parts[0], parts[1:]
+        if part == b"..":
+            above = [self._walk_to([*_names(one.path), part], follow=True) for one in places]
+            yield from self._match(
+                list({one.path: one for one in above if one is not None}.values()), rest, follow=follow
+            )
+            return
         for place in places:
             here = place
             if here.node.type is Type.LINK:
-                step = self._walk_to([one for one in here.path.split(b"/") if one], follow=True)
+                step = self._walk_to(_names(here.path), follow=True)
                 here = Found(here.path, step.node) if step is not None else here
             if not here.node.is_folder:
                 continue
@@ -305,7 +330,7 @@ class Browser:
             except errors.Corrupt:
                 if len(places) == 1:
                     raise
-                self._damaged.add(here.path)  # the others may be sound
+                self.leave_out(here.path)  # the others may be sound
                 continue
             yield from self._match(below, rest, follow=follow)
 
@@ -354,6 +379,14 @@ def left_out(browsers: Sequence[Browser]) -> dict[str, int]:
 def shown(path: bytes) -> str:
     """A path as text that can be turned back."""
     return os.fsdecode(path)
+
+
+def _names(path: bytes) -> list[bytes]:
+    return [one for one in path.split(b"/") if one not in {b"", b"."}]
+
+
+def _key(path: bytes) -> bytes:
+    return path if len(path) <= _PATH_MAX else hashlib.sha256(path).digest()
 
 
 def _join(folder: bytes, name: bytes) -> bytes:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from hvmgr import errors
 from hvmgr.model.ranges import Ranges
 from hvmgr.operations.inside import contents
-from hvmgr.operations.inside.browsing import DAMAGED, shown
-from hvmgr.storage.filesystems import reader
+from hvmgr.operations.inside.browsing import DAMAGED
 from hvmgr.storage.filesystems.reader import Type
 
 if TYPE_CHECKING:
@@ -92,21 +91,23 @@ class Comparison:
         removed: dict[bytes, Found] = {}
         added: dict[bytes, Found] = {}
         found: list[Difference] = []
-        pending = list(tops)
-        seen: set[tuple[int | None, int | None]] = set()
-        while pending:
-            old, new = pending.pop()
-            self._require_new(old, new, seen)
-            if old is not None and new is not None:
-                found += self._one(old, new)
-            try:
-                pending += self._below(old, new)
-            except (errors.Corrupt, errors.Unsupported) as error:
-                self._leave_out(error)
-            if new is None and old is not None:
-                removed[old.path] = old
-            if old is None and new is not None:
-                added[new.path] = new
+        for top in tops:
+            pending = [top]
+            seen: tuple[set[int], set[int]] = (set(), set())  # folders of both moments
+            while pending:
+                old, new = pending.pop()
+                if self._are_in_themselves((old, new), seen):
+                    continue
+                if old is not None and new is not None:
+                    found += self._one(old, new)
+                try:
+                    pending += self._below(old, new)
+                except (errors.Corrupt, errors.Unsupported) as error:
+                    self._leave_out(error)
+                if new is None and old is not None:
+                    removed[old.path] = old
+                if old is None and new is not None:
+                    added[new.path] = new
         found += self._moves(removed, added)
         return sorted(found, key=lambda one: one.path)
 
@@ -116,15 +117,17 @@ class Comparison:
 
     # -- folders -------------------------------------------------------------------------------------------------
 
-    def _require_new(self, old: Found | None, new: Found | None, seen: set[tuple[int | None, int | None]]) -> None:
-        """Corrupt for folders that were here before: they lie in themselves."""
-        if not any(one is not None and one.node.is_folder for one in (old, new)):
-            return
-        key = (None if old is None else old.node.id, None if new is None else new.node.id)
-        if key in seen:
-            path = (new or old).path  # type: ignore[union-attr]  # one of them is there
-            raise reader.damaged(f"the folder {shown(path)} is in two places, or in itself")
-        seen.add(key)
+    def _are_in_themselves(self, pair: tuple[Found | None, Found | None], seen: tuple[set[int], set[int]]) -> bool:
+        """Whether one of them is a folder that was here before, as it lies in itself or in two places; it counts as damaged."""
+        is_one = False
+        for browser, one, those in zip((self._old, self._new), pair, seen, strict=True):
+            if browser is None or one is None or not one.node.is_folder:
+                continue
+            if one.node.id in those:
+                browser.leave_out(one.path)
+                is_one = True
+            those.add(one.node.id)
+        return is_one
 
     def _below(self, old: Found | None, new: Found | None) -> Iterator[tuple[Found | None, Found | None]]:
         """What is in two folders, by name."""

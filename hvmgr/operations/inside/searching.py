@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,7 +53,8 @@ def disks_of(place: Place) -> set[str]:
 def search(index: FileIndex, wish: Wish) -> list[Hit]:
     """All that fit, by path; a file that changed in between is as many hits as it has been files.
 
-    NotFound for a disk or a partition that no snapshot has. What may be in something encrypted is told by ``locked``.
+    NotFound for a disk or a partition that no snapshot has, UsageError for ``..`` behind a link: the index does not know where
+    that leads. What may be in something encrypted is told by ``locked``.
     """
     points = index.points()
     there = {point.id: index.places(point) for point in points}
@@ -67,6 +69,7 @@ def search(index: FileIndex, wish: Wish) -> list[Hit]:
             roots.setdefault(root, {})[one.ignores_case] = one
     if wish.partition is not None and not roots and not locked(points, wish):
         raise errors.NotFound(f"there is no partition {wish.partition} in the index")
+    _require_no_link_above(index, wish, roots)
     paths = _Paths(index, roots)
     orders = {root: _in_order(there, root) for root in roots}
     fitting = {one: path for one, name in _candidates(index, wish, roots) if (path := paths.fitting(one, name, wish))}
@@ -192,6 +195,20 @@ def _reached(index: FileIndex, places: list[int], parts: Sequence[bytes], *, ign
             if any(patterns.beginnings([name], [part], ignoring_case=ignoring_case))
         ]
     return places
+
+
+def _require_no_link_above(index: FileIndex, wish: Wish, roots: dict[int, dict[bool, Place]]) -> None:
+    for path in wish.paths:
+        for root, ignoring in ((root, one) for root, cases in roots.items() for one in cases):
+            parts = patterns.parts_of(path, ignoring_case=ignoring)
+            for count in (count for count, part in enumerate(parts) if part == b".."):
+                before = _reached(index, [root], _resolved(parts[:count]), ignoring_case=ignoring)
+                rows = index.entries(before).values()
+                if any(one is not None and one.type == "link" for those in rows for one in those.values()):
+                    raise errors.UsageError(
+                        f"{os.fsdecode(path)} has .. behind a link, and the index follows none",
+                        hint="write the path without .., or leave out --index",
+                    )
 
 
 def _resolved(parts: Sequence[bytes]) -> list[bytes]:

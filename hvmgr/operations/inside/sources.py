@@ -73,9 +73,9 @@ class Gathered:
         """Bytes of all contents."""
         return sum(one.size for one in self.items if one.type is Type.FILE)
 
-    def leave_out(self, why: str) -> None:
-        """One thing more that is not put."""
-        self.left_out[why] = self.left_out.get(why, 0) + 1
+    def leave_out(self, why: str, count: int = 1) -> None:
+        """So many things more that are not put."""
+        self.left_out[why] = self.left_out.get(why, 0) + count
 
 
 # --- this host's files ------------------------------------------------------------------------------------------------
@@ -291,7 +291,7 @@ def _zeros(count: int, at_once: int) -> Iterator[bytes]:
 
 def of_browser(wanted: Sequence[tuple[Browser, Found]], *, whole_path: bool) -> Gathered:
     """Each file, or folder with all in it, with owners, modes and attributes; by its whole path, or by its last name."""
-    gathered = Gathered([], browsing.left_out([browser for browser, _ in wanted]))
+    gathered = Gathered([], {})
     seen: set[tuple[bytes, ...]] = set()
     for browser, top in wanted:
         trail = tuple(part for part in top.path.split(b"/") if part)
@@ -307,6 +307,8 @@ def of_browser(wanted: Sequence[tuple[Browser, Found]], *, whole_path: bool) -> 
             _add_folders_above(gathered, browser, trail, seen)
         for _, one in browser.walk(top):
             _add(gathered, browser, one, tuple(part for part in one.path.split(b"/") if part)[skipped:])
+    for why, count in browsing.left_out([browser for browser, _ in wanted]).items():
+        gathered.leave_out(why, count)
     return gathered
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import functools
-import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from hvmgr import errors
 from hvmgr.model.ranges import Range
 from hvmgr.storage.filesystems import btrfs_data, btrfs_leaves, btrfs_log, reader
 from hvmgr.storage.filesystems.btrfs_data import Extent, Extents
-from hvmgr.storage.filesystems.ext import TYPES
+from hvmgr.storage.filesystems.ext import type_of
 from hvmgr.storage.filesystems.reader import Content, Node, Reader, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached
 from hvmgr.storage.partitions import Disk
@@ -182,7 +181,7 @@ class Btrfs(Watched):
         with reader.parsing(f"inode {number}"):
             raw = self._inode(tree, number)
             size, used, _, links, uid, gid, mode, device = struct.unpack_from("<QQQIIIIQ", raw, 16)
-            kind = TYPES.get(stat.S_IFMT(mode), Type.OTHER)
+            kind = type_of(mode, number)
             target = None
             if kind is Type.LINK:
                 target = reader.whole(self._content(tree, number, size), 4096)

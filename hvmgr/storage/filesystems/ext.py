@@ -43,6 +43,14 @@ TYPES = {
 }
 
 
+def type_of(mode: int, number: int) -> Type:
+    """What an inode is; Corrupt for one that is free, or of a kind that nobody knows: no name may lead to it."""
+    kind = TYPES.get(stat.S_IFMT(mode))
+    if kind is None:
+        raise damaged(f"inode {number} is free, or of no known type")
+    return kind
+
+
 @dataclass(frozen=True, slots=True)
 class _Super:
     """What the superblock says."""
@@ -162,7 +170,7 @@ class Ext(Watched):
         _, uid, _, atime, ctime, mtime, _, gid, links, blocks, *_ = _INODE.unpack_from(raw)
         blocks_high, _, uid_high, gid_high = struct.unpack_from("<HHHH", raw, 116)
         extra = struct.unpack_from("<H", raw, 128)[0] if len(raw) > 128 else 0
-        kind = TYPES.get(stat.S_IFMT(inode.mode), Type.OTHER)
+        kind = type_of(inode.mode, number)
         target = self._target(inode) if kind is Type.LINK else None
         unit = self._super.block if inode.flags & 0x40000 else 512
         return Node(

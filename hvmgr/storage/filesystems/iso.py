@@ -25,6 +25,7 @@ _PRIMARY, _SUPPLEMENTARY, _END = 1, 2, 255
 _JOLIET = {b"%/@", b"%/C", b"%/E"}
 _FOLDER, _GOES_ON = 2, 128
 _FOLDER_MAX = 256 << 20
+_ZONE_MAX = 52  # quarters of an hour
 _AREAS_MAX, _NAME_MAX, _LINK_MAX = 100, 255, 4096
 _TIMES = ("born", "modified", "accessed", "changed")
 
@@ -45,6 +46,7 @@ class _Rock:
     is_moved: bool = False
     place: int | None = None
     is_compressed: bool = False
+    size: int | None = None  # of what is compressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,8 @@ class _File:
 
     @property
     def size(self) -> int:
+        if self.rock is not None and self.rock.size is not None:
+            return self.rock.size
         return sum(length for _, length in self.parts)
 
 
@@ -75,6 +79,8 @@ class Iso(Watched):
             first = self._cached.read(self._root.parts[0][0], 255)
             use = first[33 + first[32] : first[0]] if first else b""
             if len(use) >= 7 and use[:2] == b"SP" and use[4:6] == b"\xbe\xef":
+                # Only the folder's own entry says what the root is; nothing is skipped in that one.
+                self._root = _File(self._root.parts, first, self._rock(first[: first[0]], 0), 0)
                 self._skip = use[6]
             elif joliet is not None:
                 self._joliet = True
@@ -135,7 +141,7 @@ class Iso(Watched):
 
     def _record(self, raw: bytes, place: int) -> _File:
         extent, size = struct.unpack_from("<I4xI", raw, 2)
-        rock = self._rock(raw) if self._skip >= 0 else None
+        rock = self._rock(raw, self._skip) if self._skip >= 0 else None
         if rock is not None and rock.place is not None:  # a folder that was moved up, because it lay too deep
             start = rock.place * self._block
             first = self._cached.read(start, 34)
@@ -195,9 +201,9 @@ class Iso(Watched):
 
     # -- Rock Ridge ----------------------------------------------------------------------------------------------
 
-    def _rock(self, raw: bytes) -> _Rock:
+    def _rock(self, raw: bytes, skip: int) -> _Rock:
         found = _Rock()
-        at = 33 + raw[32] + (1 - raw[32] % 2) + self._skip
+        at = 33 + raw[32] + (1 - raw[32] % 2) + skip
         area: bytes | None = raw[at:]
         for _ in range(_AREAS_MAX):
             if area is None:
@@ -243,6 +249,8 @@ def _take_in(kind: bytes, data: bytes, found: _Rock) -> None:
         (found.place,) = struct.unpack_from("<I", data)
     elif kind == b"ZF":
         found.is_compressed = True
+        if data[:2] == b"pz":
+            (found.size,) = struct.unpack_from("<I", data, 4)
 
 
 def _take_in_target(data: bytes, found: _Rock) -> None:
@@ -285,4 +293,5 @@ def _time(raw: bytes) -> int | None:
     if len(raw) < 7 or not 1 <= raw[1] <= 12 or not 1 <= raw[2] <= 31:
         return None
     zone = raw[6] - 256 if raw[6] > 127 else raw[6]
+    zone = zone if abs(zone) <= _ZONE_MAX else 0  # as Linux does: some programs write anything there
     return (calendar.timegm((1900 + raw[0], raw[1], raw[2], raw[3], raw[4], raw[5])) - zone * 900) * 1_000_000_000

@@ -6,7 +6,6 @@ guest has one, is replayed into a throw-away layer (``xfs_log``).
 
 from __future__ import annotations
 
-import stat
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 from hvmgr import errors
 from hvmgr.model.ranges import Range
 from hvmgr.storage.filesystems import reader, xfs_attributes, xfs_log
-from hvmgr.storage.filesystems.ext import TYPES
+from hvmgr.storage.filesystems.ext import type_of
 from hvmgr.storage.filesystems.reader import Bytes, Content, Geometry, Node, Runs, Type, Watched, damaged
 from hvmgr.storage.filesystems.window import Cached, Run
 from hvmgr.storage.partitions import Disk
@@ -149,7 +148,7 @@ class Xfs(Watched):
         raw = inode.raw
         uid, gid, links = struct.unpack_from(">III", raw, 8)
         (blocks,) = struct.unpack_from(">Q", raw, 64)
-        kind = TYPES.get(stat.S_IFMT(inode.mode), Type.OTHER)
+        kind = type_of(inode.mode, inode.number)
         return Node(
             id=inode.number,
             ref=inode.number,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -134,6 +135,56 @@ def test_links_patterns_and_conditions(hvmgr, made):
     ]
     (entry,) = hvmgr.ok("file", "stat", *image, "/var/etc", "--json").json["entries"]
     assert (entry["type"], entry["target"], entry["mode"]) == ("link", "/etc", "0777")
+
+
+class TestAboveAFolder:
+    """``..`` behind a link is the folder above the one that the link leads to; the host's kernel says which file that is."""
+
+    PATHS = ("/bin/../lib/f", "/links/x", "/links/viadot", "/links/dirl/../hl/a", "/bin/../../lib/f", "/links/../lib/f")
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def disk(cls, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("above")
+        tree = folder / "tree"
+        for name in ("usr/bin", "usr/lib", "lib", "links", "odd", "hl"):
+            (tree / name).mkdir(parents=True)
+        for name, text in (("usr/lib/f", "usrlib"), ("lib/f", "rootlib"), ("hl/a", "A")):
+            (tree / name).write_text(text)
+        links = {"bin": "usr/bin", "links/dirl": "../odd", "links/viadot": "dirl/../hl/a", "links/x": "../bin/../lib/f"}
+        for name, target in {**links, "links/out": "../bin/../../../..", "links/file": "../lib/f/.."}.items():
+            (tree / name).symlink_to(target)
+        return tree, file_trees.ext(folder / "disk", tree, "-t", "ext4", size="20M")
+
+    def test_is_where_the_kernel_finds_it(self, hvmgr, disk):
+        tree, image = disk
+        for path in self.PATHS:
+            assert hvmgr.ok("file", "cat", path, "--image", image).out == Path(f"{tree}{path}").read_text(), path
+        hashed = hvmgr.ok("file", "hash", "/bin/../lib/f", "--image", image).out
+        assert hashed == f"{hashlib.sha256(b'usrlib').hexdigest()}  /usr/lib/f\n"
+        (entry,) = hvmgr.ok("file", "stat", "/bin/../lib/f", "--image", image, "--json").json["entries"]
+        assert entry["path"] == "/usr/lib/f"
+        assert hvmgr.ok("file", "find", "/bin/../lib", "--image", image).lines == [["/usr/lib"], ["/usr/lib/f"]]
+        for pattern in ("/bin/../lib/*", "/b*/../lib/f", "/usr/*/../lib/f"):
+            assert hvmgr.ok("file", "list", pattern, "/usr/lib/f", "--null", "--image", image).out == "/usr/lib/f\0" * 2
+
+    def test_is_never_above_the_root(self, hvmgr, disk):
+        _, image = disk
+        root = hvmgr.ok("file", "list", "/", "--image", image).out
+        for path in ("/..", "/bin/../../..", "/links/out"):
+            assert hvmgr.ok("file", "list", path, "--image", image).out == root
+
+    def test_is_not_above_a_file(self, hvmgr, disk):
+        _, image = disk
+        for path in ("/lib/f/../f", "/links/file", "/none/../lib/f"):
+            assert hvmgr("file", "cat", path, "--image", image).code == 3, path
+
+    def test_is_taken_by_its_own_name(self, hvmgr, disk, tmp_path):
+        _, image = disk
+        hvmgr.ok("file", "get", "/bin/../lib", "/links/out/hl", "--image", image, "--to", tmp_path / "to")
+        assert sorted(os.listdir(tmp_path)) == ["to"]
+        assert {one.name: sorted(os.listdir(one)) for one in (tmp_path / "to").iterdir()} == {"lib": ["f"], "hl": ["a"]}
+        assert (tmp_path / "to" / "lib" / "f").read_text() == "usrlib"
 
 
 class TestGet:
@@ -364,12 +415,18 @@ def test_json_says_who_read_it_and_gives_the_bytes_of_names(hvmgr, tmp_path):
     tree = tmp_path / "tree"
     tree.mkdir()
     file_trees.write(os.fsencode(tree) + b"/\xff\n", b"x")
+    os.symlink(b"to/\xfe\xff", os.fsencode(tree) + b"/link")
+    os.symlink(b"to", os.fsencode(tree) + b"/plain")
     image = file_trees.ext(tmp_path / "image", tree, size="4M")
     answer = hvmgr.ok("file", "list", "--image", image, "/", "--json")
     document = json.loads(answer.out)
     assert document["sources"][0]["reader"] == "hvmgr's own reader of ext2/3/4"
     (entry,) = (one for one in document["entries"] if "path_base64" in one)
     assert entry["path_base64"] == "L/8K"
+    targets = {one["path"]: one.get("target_base64") for one in document["entries"] if one["target"] is not None}
+    assert targets == {"/link": base64.b64encode(b"to/\xfe\xff").decode(), "/plain": None}
+    (entry,) = hvmgr.ok("file", "stat", "--image", image, "/link", "--json").json["entries"]
+    assert (entry["target"], base64.b64decode(entry["target_base64"])) == ("to/\ufffd\ufffd", b"to/\xfe\xff")
     assert "read by hvmgr's own reader of ext2/3/4" in hvmgr("-v", "file", "list", "--image", image, "/").err
 
 
@@ -438,6 +495,57 @@ def test_one_damaged_file_costs_no_other(hvmgr, tmp_path):
     assert (answer.code, answer.json["damaged"]) == (6, [{"path": "/in/file1"}])
     with tarfile.open(tmp_path / "tar") as archive:
         assert archive.getnames() == ["in", "in/file0", "in/file2"]
+
+
+def test_names_of_free_inodes_are_damage(hvmgr, made, tmp_path):
+    image = file_trees.ext(tmp_path / "disk", made / "tree0", "-t", "ext4", size="20M")
+    file_trees.run("debugfs", "-w", "-R", "clri /etc", image)
+    where = ["--image", image]
+    for words, code in ((["list", "/"], 0), (["tree", "/"], 0), (["find", "/"], 0), (["hash", "/"], 6)):
+        answer = hvmgr("file", *words, *where)
+        assert (answer.code, "/etc is damaged and left out" in answer.err) == (code, True), answer
+    for words in ([], ["--archive"]):
+        answer = hvmgr("file", "get", "/", *where, *words, "--to", tmp_path / f"to{len(words)}")
+        assert (answer.code, "/etc is damaged and left out" in answer.err) == (6, True), answer
+    assert sorted(os.listdir(tmp_path / "to0")) == ["loop", "lost+found", "var"]
+    for command in ("list", "stat", "get"):
+        answer = hvmgr("file", command, "/etc", *where)
+        assert (answer.code, "is free" in answer.err) == (6, True), answer
+
+
+@pytest.mark.parametrize("damage", ["clri <2>", "set_inode_field <2> mode 0100644"], ids=["free", "a file"])
+def test_a_root_that_is_no_folder_is_damage_and_not_empty(hvmgr, made, tmp_path, damage):
+    image = file_trees.ext(tmp_path / "disk", made / "tree0", "-t", "ext4", size="20M")
+    file_trees.run("debugfs", "-w", "-R", damage, image)
+    for words in (["list"], ["tree"], ["find"], ["hash"], ["stat"], ["get", "--to", tmp_path / "to"]):
+        answer = hvmgr("file", *words, "--image", image, "/")
+        assert (answer.code, "is damaged" in answer.err, answer.out) == (6, True, ""), answer
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_folder_in_itself_costs_no_other(hvmgr, tmp_path):
+    tree = tmp_path / "tree"
+    (tree / "top" / "sub" / "loopdir").mkdir(parents=True)
+    (tree / "top" / "sub" / "loopdir" / "file").write_text("x")
+    (tree / "zz").write_text("z")
+    image = file_trees.ext(tmp_path / "disk", tree, "-t", "ext4", "-O", "^metadata_csum,^dir_index", size="20M")
+    sound = tmp_path / "sound"
+    shutil.copyfile(image, sound)
+    file_trees.run("debugfs", "-w", "-R", "ln /top /top/sub/loopdir/again", image)
+    said = "/top/sub/loopdir/again is damaged and left out"
+    expected = ["/", "/lost+found", "/top", "/top/sub", "/top/sub/loopdir", "/top/sub/loopdir/file", "/zz"]
+    for words, code in ((["find", "/"], 0), (["tree", "/"], 0), (["hash", "/"], 6)):
+        answer = hvmgr("file", *words, "--image", image)
+        assert (answer.code, said in answer.err, "zz" in answer.out) == (code, True, True), answer
+    assert [one for (one,) in hvmgr("file", "find", "/", "--image", image).lines] == expected
+    answer = hvmgr("file", "get", "/", "--image", image, "--to", tmp_path / "to")
+    assert (answer.code, said in answer.err) == (6, True), answer
+    assert sorted(f"/{one.relative_to(tmp_path / 'to')}" for one in (tmp_path / "to").rglob("*")) == expected[1:]
+    answer = hvmgr("file", "get", "/top", "--image", image, "--archive", "--to", tmp_path / "tar")
+    with tarfile.open(tmp_path / "tar") as archive:
+        assert (answer.code, archive.getnames()) == (6, [one[1:] for one in expected[2:-1]])
+    answer = hvmgr("file", "diff", "--image", sound, "--image", image)
+    assert (answer.code, said in answer.err, "cannot be compared" in answer.err) == (0, True, False), answer
 
 
 def test_ten_thousand_files(hvmgr, tmp_path):

@@ -232,6 +232,27 @@ def rows(database):
 
 
 class TestIndex:
+    def test_holds_times_that_are_far_away_and_refuses_what_is_above_a_link(self, hvmgr, root, tmp_path):
+        (tmp_path / "tree" / "folder").mkdir(parents=True)
+        (tmp_path / "tree" / "late").touch()
+        (tmp_path / "tree" / "link").symlink_to("folder")
+        disk = raw_disk(tmp_path / "disk", tmp_path / "tree")
+        # 3 << 32 seconds more: past what 64 bits of nanoseconds hold
+        debugfs(disk, "set_inode_field /late mtime @1431655765", "set_inode_field /late mtime_extra 3")
+        hvmgr.ok("vm", "create", "late", "--memory", "64M", "--disk", disk, "--network", "none", "--accel", "tcg")
+        for snapshot in ("a", "b"):
+            hvmgr.ok("snapshot", "create", "late", snapshot)
+            (hit,) = hvmgr.ok("--json", "file", "find", "late", "/late", "--index").json["entries"]
+            assert hit["modified"] == "2423-09-03T21:34:13.000000Z"
+        assert [one["name"] for one in hit["snapshots"]] == ["a", "b"]
+        (found,) = hvmgr.ok("--json", "file", "stat", "late", "/late").json["entries"]
+        assert found["modified"] == hit["modified"]
+        assert hvmgr.ok("file", "find", "late", "/", "--newer", "2400-01-01", "--index").lines[0][0] == "/late"
+        assert hvmgr.ok("file", "find", "late", "/folder/../late", "--index").lines == [["/late", "a, b"]]
+        for path in ("/link/../late", "/l*/../late"):
+            answer = hvmgr("file", "find", "late", path, "--index")
+            assert (answer.code, "behind a link" in answer.err) == (2, True), answer
+
     def test_says_which_snapshots_have_a_file(self, hvmgr, web, database, tmp_path, monkeypatch):
         def find(*words):
             return hvmgr.ok("file", "find", web, *words, "--index").lines

@@ -139,6 +139,14 @@ def test_a_tree_lands_with_times_and_modes_and_the_snapshot_is_what_was(hvmgr, w
     assert stat(hvmgr, "/srv/tree/empty")["size"] == 0
 
 
+def test_above_a_link_is_the_folder_above_where_it_leads(hvmgr, web, tmp_path):
+    """As a kernel has it: ``/srv/link`` leads to ``/etc``."""
+    (tmp_path / "new").write_text("new")
+    assert hvmgr.ok("file", "put", web, tmp_path / "new", "/srv/link/../", "--json").json["to"] == {"path": "/"}
+    assert hvmgr.ok("file", "cat", web, "/new").out == "new"
+    assert hvmgr("file", "stat", web, "/srv/new").code == 3
+
+
 def sha(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 

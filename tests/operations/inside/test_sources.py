@@ -12,10 +12,12 @@ import pytest
 
 from hvmgr import errors
 from hvmgr.model import plan
-from hvmgr.operations.inside import putting, sources
+from hvmgr.operations.inside import looking, putting, sources, views
+from hvmgr.operations.inside.browsing import DAMAGED
 from hvmgr.operations.inside.kernel_writing import KernelWriter
 from hvmgr.operations.steps import put_steps
 from hvmgr.storage.filesystems.reader import Type
+from tests.storage import file_trees
 
 RUN = "/run/hvmgr/0123456789ab"
 
@@ -122,6 +124,16 @@ def test_what_another_moment_holds_comes_with_its_holes():
         == hashlib.sha256(bytes(10) + b"x" * 50 + bytes(440) + b"y" * 7 + bytes(493)).digest()
     )
     assert one.data_size() == 57
+
+
+def test_what_is_damaged_at_another_moment_is_counted(tree, tmp_path):
+    image = file_trees.ext(tmp_path / "image", tree, "-t", "ext4", size="8M")
+    file_trees.run("debugfs", "-w", "-R", "ln /a /a/a/again", image)
+    with looking.opened([views.of_image(image, "raw")]) as inside:
+        browser = inside.choose(b"/")
+        found = sources.of_browser([(browser, browser.find(b"/a"))], whole_path=True)
+    assert found.left_out == {DAMAGED: 1}
+    assert [b"/".join(one.parts) for one in found.items] == [b"a", b"a/a", b"a/a/file"]
 
 
 def test_a_put_that_was_killed_leaves_no_copies(tmp_path, monkeypatch):
