@@ -429,7 +429,7 @@ def same(first: bytes | str, second: bytes | str) -> bool:
         xml_tree.drop_attribute(configuration.root, "id")
         for devices in configuration.root.findall("devices"):
             controllers = devices.findall("controller")
-            devices.extend(sorted(controllers, key=lambda element: xml_tree.canonical(element)))  # they move to the end
+            devices.extend(sorted(controllers, key=xml_tree.canonical))  # they move to the end
     return xml_tree.canonical(one.root) == xml_tree.canonical(other.root)
 
 

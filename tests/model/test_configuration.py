@@ -558,6 +558,13 @@ def test_same_sees_content_and_nothing_else(change, equal):
     assert configuration.same(XML, change(XML)) is equal
 
 
+def test_same_sees_controllers_in_any_order_and_what_they_are():
+    one, two = (f'<controller type="pci" index="{number}" model="pcie-root-port"/>' for number in (13, 14))
+    xml, sorted_xml = (XML.replace("</devices>", f"{both}</devices>") for both in (two + one, one + two))
+    assert configuration.same(xml, sorted_xml)
+    assert not configuration.same(xml, sorted_xml.replace('index="13"', 'index="15"'))
+
+
 def test_origin_that_is_not_known_is_nobodys_to_remove():
     one = make(MINIMAL)
     one.set_metadata(FACTS)
