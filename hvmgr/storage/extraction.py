@@ -1,8 +1,8 @@
 """Files of a strange file system written below a folder of this host: nothing ever lands outside of it.
 
 Every step is taken from an open folder (``openat``) and never through a link, every name is one that cannot lead away, and
-what is there already is never followed or replaced, except by ``overwrite``, which removes the name first. Device nodes are
-not made. A file that was not completed does not stay.
+what is there already is never followed or replaced, except by ``overwrite``, which removes the name first, but never that of a
+device, socket or pipe. Device nodes are not made. A file that was not completed does not stay.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ UNLINKABLE = "links whose target is none here"
 _NAME_MAX = 255
 _SIZE_MAX = (1 << 63) - 1
 _KINDS = {Type.FOLDER: stat.S_IFDIR, Type.PIPE: stat.S_IFIFO}
+_KEPT = {
+    stat.S_IFBLK: "block device",
+    stat.S_IFCHR: "character device",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+}
 _NOBODY = (1 << 32) - 1  # to chown this means: as it is
 _ALONE = "name a folder with --to that nobody else can write to"
 _ROOT_ONLY = ("security.", "trusted.")
@@ -72,7 +78,7 @@ class Target:
                 if not stat.S_ISDIR(facts.st_mode):
                     if not self.overwrite:
                         raise
-                    self._remove(parent, parts[-1])
+                    self._make_way(parent, parts)
                     os.mkdir(parts[-1], 0o700, dir_fd=parent)
         return True
 
@@ -89,7 +95,7 @@ class Target:
             self.leave_out("files larger than a file can be")
             return None
         with self._parent(parts) as parent:
-            descriptor = self._created(parent, parts[-1])
+            descriptor = self._created(parent, parts)
             try:
                 _fill(descriptor, content, report)
             except BaseException:
@@ -107,7 +113,7 @@ class Target:
             return False
         with self._parent(first) as source, self._parent(parts) as parent:
             if self.overwrite:
-                self._remove(parent, parts[-1])
+                self._make_way(parent, parts)
             os.link(first[-1], parts[-1], src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
         return True
 
@@ -120,7 +126,7 @@ class Target:
             return False
         with self._parent(parts) as parent:
             if self.overwrite:
-                self._remove(parent, parts[-1])
+                self._make_way(parent, parts, pipe=node.type is Type.PIPE)
             if node.type is Type.PIPE:
                 os.mkfifo(parts[-1], 0o600, dir_fd=parent)
             elif not node.target or b"\0" in node.target or len(node.target) > 4095:
@@ -212,14 +218,25 @@ class Target:
         finally:
             os.close(descriptor)
 
-    def _created(self, parent: int, name: bytes) -> int:
+    def _created(self, parent: int, parts: tuple[bytes, ...]) -> int:
+        name = parts[-1]
         try:
             return os.open(name, _FILE_FLAGS, 0o600, dir_fd=parent)
         except FileExistsError:
             if not self.overwrite or stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
                 raise
-        self._remove(parent, name)
+        self._make_way(parent, parts)
         return os.open(name, _FILE_FLAGS, 0o600, dir_fd=parent)
+
+    def _make_way(self, parent: int, parts: tuple[bytes, ...], *, pipe: bool = False) -> None:
+        """What has the name is removed, unless it is a folder, or special; ``pipe``: a pipe takes the place of one."""
+        try:
+            mode = os.lstat(parts[-1], dir_fd=parent).st_mode
+        except FileNotFoundError:
+            return
+        if not (pipe and stat.S_ISFIFO(mode)):
+            require_replaceable(self.path / os.fsdecode(b"/".join(parts)), mode)
+        self._remove(parent, parts[-1])
 
     def _remove(self, parent: int, name: bytes) -> None:
         """The name is gone, unless it is a folder's."""
@@ -253,9 +270,18 @@ def _nothing_replaced(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
+        with contextlib.suppress(OSError):
+            require_replaceable(path, path.lstat().st_mode)
         raise errors.Conflict(
             f"{path} exists already", hint="name another folder with --to, or replace it with --overwrite"
         ) from error
+
+
+def require_replaceable(path: Path, mode: int) -> None:
+    """Conflict where ``path`` is a device, a socket or a pipe: whoever uses it would lose it."""
+    what = _KEPT.get(stat.S_IFMT(mode))
+    if what is not None:
+        raise errors.Conflict(f"{path} is a {what}, which nothing replaces", hint="give another name with --to")
 
 
 def stays(name: bytes) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _GETS = (*READS[:-2], 7, *READS[-2:])
 _STANDARD = "-"
+_STDOUT = {_STANDARD, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
+_NO_TERMINAL = "an archive is nothing for a terminal"
 
 
 @click.command("cat", cls=Command, codes=READS, examples=["hvmgr file cat web /etc/fstab --snapshot before"])
@@ -95,6 +98,7 @@ def get(request: Request, where: options.Where, *, to: str, archive: bool, strea
     named and left out, and the exit code is 6 at the end.
     """
     options.require_paths(where)
+    to = _STANDARD if to in _STDOUT else to
     if to == _STANDARD and request.json:
         raise errors.UsageError("--json and the files would both go to stdout", hint="name a folder with --to")
     with options.opened(request, where) as inside:
@@ -151,12 +155,19 @@ def _get_archive(request: Request, gathered: Any, to: str, *, overwrite: bool) -
 
     if to == _STANDARD:
         if sys.stdout.isatty():
-            raise errors.UsageError("an archive is nothing for a terminal", hint="pipe it on, or name a file with --to")
+            raise errors.UsageError(_NO_TERMINAL, hint="pipe it on, or name a file with --to")
         return getting.into_archive(gathered, _out, request.report)
     path = Path(to)
     if path.is_dir():
         raise errors.UsageError(f"{to} is a folder", hint=f"name the archive: --to {path / 'files.tar'}")
-    if path.exists() and not overwrite:
+    if _is_stream(path):
+        with explained(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY), "wb") as stream:
+            if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise errors.Conflict(f"{to} was replaced meanwhile", hint="run the command again")
+            if stream.isatty():
+                raise errors.UsageError(_NO_TERMINAL, hint="name a file with --to")
+            return getting.into_archive(gathered, lambda piece: _write(stream, piece), request.report)
+    if os.path.lexists(path) and not overwrite:
         raise errors.Conflict(f"{to} exists already", hint="give it another name, or --overwrite")
     with (
         explained(path),
@@ -164,6 +175,28 @@ def _get_archive(request: Request, gathered: Any, to: str, *, overwrite: bool) -
         open(descriptor, "wb", closefd=False) as file,
     ):
         return getting.into_archive(gathered, lambda piece: _write(file, piece), request.report)
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a character device or a named pipe, which is written into as it is.
+
+    Conflict for what is there and is no file either: nothing replaces it.
+    """
+    from hvmgr.os_errors import explained
+    from hvmgr.storage import extraction
+
+    with explained(path):
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return False
+        if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+            return True
+        extraction.require_replaceable(path, mode)
+        if path.is_symlink() and str(path.readlink()).startswith("/proc/"):
+            what = f"{path} is a link to an open file, which nothing replaces"
+            raise errors.Conflict(what, hint="name the file itself")
+    return False
 
 
 def _write(file: Any, piece: memoryview) -> None:

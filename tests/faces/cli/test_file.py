@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -206,6 +207,50 @@ class TestGet:
         assert (answer.code, answer.err) == (3, f"hvmgr: there is no {tmp_path / 'no'}\n")
         hvmgr.ok(*words, "--overwrite")
         assert (tmp_path / "passwd").read_text() == "root of moment 0\n"
+
+    @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+    def test_devices_pipes_and_sockets_are_not_replaced(self, hvmgr, made, tmp_path, require, overwrite):
+        require(os.geteuid() == 0, "root makes device nodes")
+        words = ["file", "get", "--image", made / "disk0", "/etc/passwd", *overwrite, "--to"]
+        place = tmp_path / "passwd"
+        kinds = {"block device": stat.S_IFBLK, "character device": stat.S_IFCHR, "named pipe": stat.S_IFIFO,
+                 "socket": stat.S_IFSOCK}  # fmt: skip
+        for what, kind in kinds.items():
+            os.mknod(place, kind | 0o600, os.makedev(1, 3) if what == "character device" else os.makedev(0x7FF, 0))
+            for given in ([tmp_path], [place, "--archive"]):
+                if given[1:] and what in {"character device", "named pipe"}:
+                    continue  # it is written into
+                answer = hvmgr(*words, *given)
+                assert (answer.code, f"is a {what}" in answer.err, "--overwrite" in answer.err) == (4, True, False)
+                assert stat.S_IFMT(place.lstat().st_mode) == kind
+            place.unlink()
+        link = tmp_path / "link"
+        with (tmp_path / "open").open("wb") as file:
+            link.symlink_to(f"/proc/self/fd/{file.fileno()}")  # as /dev/stderr is
+            answer = hvmgr(*words, link, "--archive")
+        assert (answer.code, "is a link to an open file" in answer.err, link.is_symlink()) == (4, True, True)
+
+    def test_an_archive_is_written_into_a_device_or_pipe(self, hvmgr, made, tmp_path, require):
+        words = ["file", "get", "--image", made / "disk0", "/etc", "--archive", "--to"]
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        with subprocess.Popen(["tar", "-tf", pipe], stdout=subprocess.PIPE) as reading:
+            answer = hvmgr(*words, pipe)
+            assert reading.stdout.read() == b"etc/\netc/only0.conf\netc/passwd\n"
+        assert (answer.code, stat.S_ISFIFO(pipe.lstat().st_mode)) == (0, True)
+        require(os.geteuid() == 0, "root makes device nodes")
+        null = tmp_path / "null"
+        os.mknod(null, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        for overwrite in ([], ["--overwrite"]):
+            hvmgr.ok(*words, null, *overwrite)
+            assert stat.S_ISCHR(null.lstat().st_mode)
+
+    def test_the_name_of_stdout_means_stdout(self, made, tmp_path):
+        command = [sys.executable, "-m", "hvmgr", "file", "get", "--image", made / "disk0", "/etc", "--archive"]
+        with (tmp_path / "all.tar").open("wb") as file:
+            subprocess.run([*command, "--to", "/dev/stdout"], stdout=file, check=True, timeout=60)
+        with tarfile.open(tmp_path / "all.tar") as archive:
+            assert archive.getnames() == ["etc", "etc/only0.conf", "etc/passwd"]
 
     def test_to_stdout_as_an_ordinary_user(self, made, tmp_path, require):
         """A process of its own, without any right but to read the image."""
