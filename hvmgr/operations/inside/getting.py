@@ -308,8 +308,8 @@ def _is_keyword(name: str) -> bool:
 
 
 def _seconds(nanoseconds: int) -> str:
-    whole, rest = divmod(nanoseconds, 1_000_000_000)
-    return f"{whole}.{rest:09}" if whole >= 0 else str(whole)
+    whole, rest = divmod(abs(nanoseconds), 1_000_000_000)
+    return f"{'-' if nanoseconds < 0 else ''}{whole}.{rest:09}"
 
 
 def _require_space(gathered: Gathered, folder: Path) -> None:

@@ -226,6 +226,14 @@ def test_files_of_two_file_systems_with_one_number_are_no_hard_links(tmp_path):
 
 
 class TestNumbersAndWords:
+    @pytest.mark.parametrize("moment", [-4_999_999_999, -5_000_000_000, -1, 0, 4_999_999_999])
+    def test_times_before_1970_keep_their_fraction(self, moment, tmp_path):
+        found = gathered(Reader({1: {b"old": file(2, modified=moment)}}))
+        with (tmp_path / "tar").open("wb") as archive:
+            getting.into_archive(found, archive.write, lambda _: None)
+        subprocess.run(["tar", "-xf", tmp_path / "tar", "-C", tmp_path], check=True, timeout=60)
+        assert (tmp_path / "old").stat().st_mtime_ns == moment
+
     def test_sizes_that_no_file_can_have(self, tmp_path):
         reader = Reader(
             {1: {b"huge": file(2), **CLEAR}},
