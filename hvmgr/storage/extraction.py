@@ -13,7 +13,6 @@ import stat
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hvmgr import errors
 from hvmgr.storage import durable
@@ -32,7 +31,8 @@ UNNAMEABLE = "names that cannot be names here"
 UNLINKABLE = "links whose target is none here"
 _NAME_MAX = 255
 _SIZE_MAX = (1 << 63) - 1
-_KINDS = {Type.FOLDER: stat.S_IFDIR, Type.PIPE: stat.S_IFIFO}
+_KINDS = {Type.FOLDER: stat.S_IFDIR, Type.PIPE: stat.S_IFIFO, Type.LINK: stat.S_IFLNK}
+_UNOPENED = {Type.PIPE, Type.LINK}  # a pipe would wait for whoever writes, a link leads elsewhere
 _KEPT = {
     stat.S_IFBLK: "block device",
     stat.S_IFCHR: "character device",
@@ -146,21 +146,17 @@ class Target:
                 self._settle(descriptor, node, extras)
             return
         with self._parent(parts) as parent, self._opened(parent, parts[-1], node) as found:
-            if found is not None:
-                self._settle(found, node, extras)
-                return
-            self._own(parts[-1], node, dir_fd=parent, follow_symlinks=False)
-            _set_times(parts[-1], node, dir_fd=parent, follow_symlinks=False)
+            self._settle(found, node, extras)
 
     def _settle(self, descriptor: int, node: Node, extras: Mapping[str, bytes]) -> None:
-        place: int | str = descriptor if node.type is not Type.PIPE else f"/proc/self/fd/{descriptor}"
+        place: int | str = descriptor if node.type not in _UNOPENED else f"/proc/self/fd/{descriptor}"
         is_owned = self._own(place, node)
-        if node.type is not Type.PIPE:
-            self._set_extras(descriptor, extras, is_owned=is_owned)
-        os.chmod(place, _mode(node, as_owner=is_owned))  # noqa: PTH101 - it may be a descriptor
+        self._set_extras(place, extras, is_owned=is_owned)
+        if node.type is not Type.LINK:
+            os.chmod(place, _mode(node, as_owner=is_owned))  # noqa: PTH101 - it may be a descriptor
         _set_times(place, node)
 
-    def _own(self, place: int | str | bytes, node: Node, **how: Any) -> bool:
+    def _own(self, place: int | str, node: Node) -> bool:
         """Whether it has the owner that it has inside."""
         if not self.as_owner:
             return False
@@ -168,17 +164,17 @@ class Target:
             return True
         if not (0 <= node.uid < _NOBODY and 0 <= node.gid < _NOBODY):
             return False
-        os.chown(place, node.uid, node.gid, **how)
+        os.chown(place, node.uid, node.gid)
         return True
 
-    def _set_extras(self, descriptor: int, extras: Mapping[str, bytes], *, is_owned: bool) -> None:
+    def _set_extras(self, place: int | str, extras: Mapping[str, bytes], *, is_owned: bool) -> None:
         for name, value in extras.items():
             if name.startswith(_ROOT_ONLY) and not is_owned:
                 continue
             if name.startswith("system.ntfs"):
                 continue  # nobody but NTFS can hold them
             try:
-                os.setxattr(descriptor, name, value)
+                os.setxattr(place, name, value)
             except (OSError, ValueError):  # ValueError: a zero byte in the name, or what is no text
                 self.leave_out("extended attributes that this file system does not take")
 
@@ -202,13 +198,9 @@ class Target:
                 os.close(here)
 
     @contextlib.contextmanager
-    def _opened(self, parent: int, name: bytes, node: Node) -> Iterator[int | None]:
-        """What was made, by its name; None of a link. Nothing else that took the name meanwhile."""
-        if node.type is Type.LINK:
-            yield None
-            return
-        # A pipe is not opened: that would wait for whoever writes.
-        how = os.O_PATH if node.type is Type.PIPE else os.O_RDONLY | os.O_NONBLOCK
+    def _opened(self, parent: int, name: bytes, node: Node) -> Iterator[int]:
+        """What was made, by its name; nothing else that took the name meanwhile."""
+        how = os.O_PATH if node.type in _UNOPENED else os.O_RDONLY | os.O_NONBLOCK
         descriptor = os.open(name, how | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -293,11 +285,11 @@ def _is_safe(name: bytes) -> bool:
     return stays(name) and len(name) <= _NAME_MAX
 
 
-def _set_times(place: int | str | bytes, node: Node, **how: Any) -> None:
+def _set_times(place: int | str, node: Node) -> None:
     if node.modified is not None:
         times = (node.accessed if node.accessed is not None else node.modified, node.modified)
         with contextlib.suppress(OverflowError):
-            os.utime(place, ns=times, **how)
+            os.utime(place, ns=times)
 
 
 def _mode(node: Node, *, as_owner: bool) -> int:

@@ -163,6 +163,21 @@ class TestGet:
         assert (out / "sparse").stat().st_blocks * 512 < 1 << 20
         assert os.getxattr(out / "deep" / "size60", "user.word") == b"value"
 
+    def test_links_and_pipes_keep_their_attributes(self, hvmgr, tmp_path, require):
+        require(os.geteuid() == 0, "only root sees such attributes")
+        tree, image, out = tmp_path / "tree", tmp_path / "image", tmp_path / "out"
+        tree.mkdir()
+        (tree / "link").symlink_to("nowhere")
+        os.mkfifo(tree / "pipe")
+        os.utime(tree / "link", ns=(5, 5), follow_symlinks=False)
+        file_trees.ext(image, tree)
+        for name in ("link", "pipe"):
+            file_trees.run("debugfs", "-w", "-R", f"ea_set /{name} trusted.word value", image)
+        hvmgr.ok("file", "get", "--image", image, "/link", "/pipe", "--to", out)
+        for name in ("link", "pipe"):
+            assert os.getxattr(out / name, "trusted.word", follow_symlinks=False) == b"value"
+        assert ((out / "link").lstat().st_mtime, os.readlink(out / "link")) == (0, "nowhere")
+
     def test_hashes_are_those_of_sha256sum(self, hvmgr, full):
         image, tree = full
         names = sorted(one.name for one in (tree / "deep").iterdir() if one.is_file())
