@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -13,21 +14,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
+from hvmgr.faces.cli import CUT_OFF, file_render, forget_stdout, json_out, render
 from hvmgr.faces.cli import file_options as options
-from hvmgr.faces.cli import file_render, json_out, render
 from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.operations.inside.browsing import Browser, Found
 
-_GETS = (*READS[:-2], 7, *READS[-2:])
+_CATS = (*READS, CUT_OFF)
+_GETS = (*READS[:-2], 7, *READS[-2:], CUT_OFF)
 _STANDARD = "-"
 _STDOUT = {_STANDARD, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
 _NO_TERMINAL = "an archive is nothing for a terminal"
 
 
-@click.command("cat", cls=Command, codes=READS, examples=["hvmgr file cat web /etc/fstab --snapshot before"])
+@click.command("cat", cls=Command, codes=_CATS, examples=["hvmgr file cat web /etc/fstab --snapshot before"])
 @options.where("VM PATH...")
 def cat(request: Request, where: options.Where) -> None:
     """Write what is in files to stdout, one after the other.
@@ -62,12 +64,13 @@ def _zeros(count: int) -> None:
 
 
 def _out(piece: bytes | memoryview) -> None:
-    """Bytes to stdout; HostFailed when they cannot be written."""
+    """Bytes to stdout; HostFailed when they cannot be written. The command ends when nobody reads them any more."""
     try:
         sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        forget_stdout()
+        raise click.exceptions.Exit(CUT_OFF) from error
     except OSError as error:
         raise errors.HostFailed(f"cannot write the output: {error.strerror}") from error
 
@@ -161,7 +164,11 @@ def _get_archive(request: Request, gathered: Any, to: str, *, overwrite: bool) -
     if path.is_dir():
         raise errors.UsageError(f"{to} is a folder", hint=f"name the archive: --to {path / 'files.tar'}")
     if _is_stream(path):
-        with explained(path), os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY), "wb") as stream:
+        with (
+            _cut_off(),
+            explained(path),
+            os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY), "wb") as stream,
+        ):
             if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                 raise errors.Conflict(f"{to} was replaced meanwhile", hint="run the command again")
             if stream.isatty():
@@ -175,6 +182,17 @@ def _get_archive(request: Request, gathered: Any, to: str, *, overwrite: bool) -
         open(descriptor, "wb", closefd=False) as file,
     ):
         return getting.into_archive(gathered, lambda piece: _write(file, piece), request.report)
+
+
+@contextlib.contextmanager
+def _cut_off() -> Iterator[None]:
+    """The command ends when nobody reads the named pipe any more."""
+    try:
+        yield
+    except errors.HostFailed as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            raise click.exceptions.Exit(CUT_OFF) from error
+        raise
 
 
 def _is_stream(path: Path) -> bool:

@@ -260,6 +260,26 @@ class TestGet:
             hvmgr.ok(*words, null, *overwrite)
             assert stat.S_ISCHR(null.lstat().st_mode)
 
+    @pytest.mark.parametrize("to", [None, "-", "/dev/stdout", "pipe"])
+    def test_a_reader_that_goes_early_is_no_success(self, tmp_path, to):
+        tree, image, pipe = tmp_path / "tree", tmp_path / "image", tmp_path / "pipe"
+        tree.mkdir()
+        (tree / "large").write_bytes(bytes(range(256)) * (4 << 10))
+        file_trees.ext(image, tree, size="8M")
+        os.mkfifo(pipe)
+        words = ["cat", "/large"] if to is None else ["get", "/", "--archive", "--to", pipe if to == "pipe" else to]
+        command = [sys.executable, "-m", "hvmgr", "file", *words, "--image", image]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+            with pipe.open("rb") if to == "pipe" else running.stdout as reader:
+                assert len(reader.read(100)) == 100
+            assert (running.wait(60), running.stderr.read()) == (141, b"")
+
+    def test_lines_may_be_read_in_part(self, made, tmp_path):
+        command = [sys.executable, "-m", "hvmgr", "file", "hash", "/etc", "--image", made / "disk0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+            running.stdout.close()
+            assert running.wait(60) == 0
+
     def test_the_name_of_stdout_means_stdout(self, made, tmp_path):
         command = [sys.executable, "-m", "hvmgr", "file", "get", "--image", made / "disk0", "/etc", "--archive"]
         with (tmp_path / "all.tar").open("wb") as file:
