@@ -235,7 +235,7 @@ def hash_(request: Request, where: options.Where, *, algorithm: str) -> None:
     """
     options.require_paths(where)
     with options.opened(request, where) as inside:
-        tops = options.found(request, inside, where.paths)
+        tops = options.found(request, inside, where.paths, special=False)
         hashes: list[tuple[Found, str]] = []
         failed: list[tuple[Found, errors.HvmgrError]] = []
         for browser, one in _files(tops):

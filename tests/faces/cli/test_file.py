@@ -494,6 +494,19 @@ def test_the_exit_code_of_hashes(hvmgr, tmp_path, monkeypatch):
     assert hvmgr("file", "hash", "/efs", "/good", "--image", image).code == 6
 
 
+def test_what_has_no_bytes_has_no_hash(hvmgr, tmp_path):
+    tree, image = tmp_path / "tree", tmp_path / "disk"
+    (tree / "in").mkdir(parents=True)
+    os.mkfifo(tree / "in" / "fifo")
+    (tree / "in" / "plain").write_text("plain")
+    file_trees.ext(image, tree, "-t", "ext4", "-b", "4096", size="8M")
+    for words in (["/in/fifo"], ["/in/plain", "/in/fifo"]):
+        answer = hvmgr("file", "hash", *words, "--image", image)
+        assert (answer.code, answer.out, "/in/fifo is no plain file (pipe)" in answer.err) == (2, "", True), answer
+    for word in ("/in", "/in/*"):
+        assert hvmgr.ok("file", "hash", word, "--image", image).out.split()[1:] == ["/in/plain"]
+
+
 def test_one_damaged_file_costs_no_other(hvmgr, tmp_path):
     """As sha256sum does: it is named, the others are hashed and taken, and the exit code says that something is wrong."""
     tree, image = tmp_path / "tree", tmp_path / "disk"
