@@ -248,8 +248,12 @@ class Target:
 def opened(path: Path, *, overwrite: bool = False) -> Iterator[Target]:
     """The folder, made if only its last part is missing."""
     with durable.explained(path):
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir()
+        except FileExistsError:
+            pass
+        except FileNotFoundError as error:
+            raise errors.NotFound(f"there is no {path.parent}", hint="make it first") from error
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             yield Target(path, descriptor, overwrite, as_owner=os.geteuid() == 0)

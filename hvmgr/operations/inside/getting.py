@@ -324,9 +324,9 @@ def _require_space(gathered: Gathered, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     left = min(_SPACE_LEFT, needed)
     if needed + left > free:
+        stays = f", of which {units.format_size(left)} have to stay" if needed <= free else ""
         raise errors.NoSpace(
-            f"{units.format_size(needed)} are to be written, and {folder} has {units.format_size(free)} free, of which"
-            f" {units.format_size(left)} have to stay",
+            f"{units.format_size(needed)} are to be written, and {folder} has {units.format_size(free)} free{stays}",
             hint="free space there, or name another folder with --to",
         )
 

@@ -287,6 +287,21 @@ class TestGet:
         with tarfile.open(tmp_path / "all.tar") as archive:
             assert archive.getnames() == ["etc", "etc/only0.conf", "etc/passwd"]
 
+    def test_what_is_in_the_way_is_named(self, hvmgr, made, tmp_path, require):
+        words = ["file", "get", "--image", made / "disk0", "/etc", "--to"]
+        answer = hvmgr(*words, tmp_path / "missing" / "new")
+        assert (answer.code, answer.err) == (3, f"hvmgr: there is no {tmp_path / 'missing'}\n  make it first\n")
+        fixed = tmp_path / "fixed"
+        fixed.mkdir()
+        changed = subprocess.run(["chattr", "+i", fixed], capture_output=True, check=False, timeout=60)
+        require(changed.returncode == 0, "root and a file system that knows chattr +i")
+        try:
+            answers = [hvmgr(*words, fixed), hvmgr(*words, fixed / "all.tar", "--archive")]
+        finally:
+            subprocess.run(["chattr", "-i", fixed], check=True, timeout=60)
+        for answer in answers:
+            assert (answer.code, "not even root" in answer.err, "immutable" in answer.err) == (8, True, True), answer
+
     def test_to_stdout_as_an_ordinary_user(self, made, tmp_path, require):
         """A process of its own, without any right but to read the image."""
         from tests import ordinary_user

@@ -120,6 +120,11 @@ class TestSpace:
             getting.into_folder(found, small, lambda _: None, streams=False, overwrite=False)
         assert {one.name for one in small.iterdir()} == {"filler"}
 
+    def test_what_can_never_fit_speaks_of_no_rest(self, small):
+        found = gathered(Reader({1: {b"large": replace(file(2), size=14 << 20)}}))
+        with pytest.raises(errors.NoSpace, match=r"14 MiB are to be written, and .* has 2\.0 MiB free$"):
+            getting.into_folder(found, small, lambda _: None, streams=False, overwrite=False)
+
     def test_many_small_files_take_whole_blocks(self, small):
         names = {f"file{number}".encode(): file(2 + number) for number in range(400)}
         with pytest.raises(errors.NoSpace, match=r"1\.6 MiB are to be written"):
