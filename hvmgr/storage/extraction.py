@@ -80,6 +80,8 @@ class Target:
                         raise
                     self._make_way(parent, parts)
                     os.mkdir(parts[-1], 0o700, dir_fd=parent)
+                elif self.overwrite and not self.as_owner:
+                    _unclose(parent, parts[-1])
         return True
 
     def file(
@@ -283,6 +285,17 @@ def require_replaceable(path: Path, mode: int) -> None:
 def stays(name: bytes) -> bool:
     """Whether a name means something in its own folder, and nothing elsewhere."""
     return name not in {b"", b".", b".."} and b"/" not in name and b"\0" not in name
+
+
+def _unclose(parent: int, name: bytes) -> None:
+    """A folder of our own lets us write into it, as a new one does: it may have come with a mode that does not."""
+    descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        facts = os.fstat(descriptor)
+        if facts.st_uid == os.geteuid() and facts.st_mode & 0o700 != 0o700:
+            os.chmod(f"/proc/self/fd/{descriptor}", stat.S_IMODE(facts.st_mode) | 0o700)  # noqa: PTH101 - not by its name
+    finally:
+        os.close(descriptor)
 
 
 def _is_safe(name: bytes) -> bool:

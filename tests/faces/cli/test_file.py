@@ -302,8 +302,8 @@ class TestGet:
         for answer in answers:
             assert (answer.code, "not even root" in answer.err, "immutable" in answer.err) == (8, True, True), answer
 
-    def test_to_stdout_as_an_ordinary_user(self, made, tmp_path, require):
-        """A process of its own, without any right but to read the image."""
+    def test_as_an_ordinary_user(self, made, tmp_path, require):
+        """A process of its own, without any right but to read the image: to stdout, and twice into a folder that it closes itself."""
         from tests import ordinary_user
 
         require(os.geteuid() == 0, "root makes a user of no rights")
@@ -330,8 +330,18 @@ class TestGet:
                 f"PYTHONPATH={path}",
                 "HOME=/tmp",
             ]
-            words += [python, "-m", "hvmgr", "file", "get", "--image", image, "/etc/passwd", "--to", "-"]
-            assert file_trees.run(*words, cwd="/") == b"root of moment 1\n"
+            words += [python, "-m", "hvmgr", "file", "get", "--image"]
+            assert file_trees.run(*words, image, "/etc/passwd", "--to", "-", cwd="/") == b"root of moment 1\n"
+            (tmp_path / "tree" / "closed" / "in").mkdir(parents=True)
+            (tmp_path / "tree" / "closed" / "in" / "file").write_text("content")
+            (tmp_path / "tree" / "closed").chmod(0)
+            image, out = file_trees.ext(place / "closed.raw", tmp_path / "tree", size="4M"), place / "out"
+            out.mkdir()
+            os.chown(out, 65534, 65534)
+            for _ in range(2):
+                file_trees.run(*words, image, "/closed", "--to", out, "--overwrite", cwd="/")
+                assert stat.S_IMODE((out / "closed").stat().st_mode) == 0
+                assert (out / "closed" / "in" / "file").read_text() == "content"
         finally:
             shutil.rmtree(place)
 
