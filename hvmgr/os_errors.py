@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hvmgr import errors
 
 TEMPORARY = ".hvmgr-part-"  # how the names of unfinished files begin, by which they are known and swept
+_IMMUTABLE = "it may be immutable (lsattr shows it, chattr -i ends it), or this process lacks a capability"
 
 
 @contextlib.contextmanager
@@ -38,6 +40,8 @@ def _named(error: OSError, path: Path) -> object:
 
 
 def _as_ours(error: OSError, path: object) -> errors.HvmgrError:
+    if error.errno == errno.EPERM and os.geteuid() == 0:
+        return errors.HostFailed(f"not even root may change {path}", hint=_IMMUTABLE)
     for kind, make in _KINDS.items():
         if error.errno in kind:
             return make(path, error.strerror)

@@ -1,8 +1,8 @@
 """Files of a strange file system written below a folder of this host: nothing ever lands outside of it.
 
 Every step is taken from an open folder (``openat``) and never through a link, every name is one that cannot lead away, and
-what is there already is never followed or replaced, except by ``overwrite``, which removes the name first. Device nodes are
-not made. A file that was not completed does not stay.
+what is there already is never followed or replaced, except by ``overwrite``, which removes the name first, but never that of a
+device, socket or pipe. Device nodes are not made. A file that was not completed does not stay.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import stat
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from hvmgr import errors
 from hvmgr.storage import durable
@@ -32,7 +31,14 @@ UNNAMEABLE = "names that cannot be names here"
 UNLINKABLE = "links whose target is none here"
 _NAME_MAX = 255
 _SIZE_MAX = (1 << 63) - 1
-_KINDS = {Type.FOLDER: stat.S_IFDIR, Type.PIPE: stat.S_IFIFO}
+_KINDS = {Type.FOLDER: stat.S_IFDIR, Type.PIPE: stat.S_IFIFO, Type.LINK: stat.S_IFLNK}
+_UNOPENED = {Type.PIPE, Type.LINK}  # a pipe would wait for whoever writes, a link leads elsewhere
+_KEPT = {
+    stat.S_IFBLK: "block device",
+    stat.S_IFCHR: "character device",
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+}
 _NOBODY = (1 << 32) - 1  # to chown this means: as it is
 _ALONE = "name a folder with --to that nobody else can write to"
 _ROOT_ONLY = ("security.", "trusted.")
@@ -72,8 +78,10 @@ class Target:
                 if not stat.S_ISDIR(facts.st_mode):
                     if not self.overwrite:
                         raise
-                    self._remove(parent, parts[-1])
+                    self._make_way(parent, parts)
                     os.mkdir(parts[-1], 0o700, dir_fd=parent)
+                elif self.overwrite and not self.as_owner:
+                    _unclose(parent, parts[-1])
         return True
 
     def file(
@@ -89,7 +97,7 @@ class Target:
             self.leave_out("files larger than a file can be")
             return None
         with self._parent(parts) as parent:
-            descriptor = self._created(parent, parts[-1])
+            descriptor = self._created(parent, parts)
             try:
                 _fill(descriptor, content, report)
             except BaseException:
@@ -107,7 +115,7 @@ class Target:
             return False
         with self._parent(first) as source, self._parent(parts) as parent:
             if self.overwrite:
-                self._remove(parent, parts[-1])
+                self._make_way(parent, parts)
             os.link(first[-1], parts[-1], src_dir_fd=source, dst_dir_fd=parent, follow_symlinks=False)
         return True
 
@@ -120,7 +128,7 @@ class Target:
             return False
         with self._parent(parts) as parent:
             if self.overwrite:
-                self._remove(parent, parts[-1])
+                self._make_way(parent, parts, pipe=node.type is Type.PIPE)
             if node.type is Type.PIPE:
                 os.mkfifo(parts[-1], 0o600, dir_fd=parent)
             elif not node.target or b"\0" in node.target or len(node.target) > 4095:
@@ -140,21 +148,17 @@ class Target:
                 self._settle(descriptor, node, extras)
             return
         with self._parent(parts) as parent, self._opened(parent, parts[-1], node) as found:
-            if found is not None:
-                self._settle(found, node, extras)
-                return
-            self._own(parts[-1], node, dir_fd=parent, follow_symlinks=False)
-            _set_times(parts[-1], node, dir_fd=parent, follow_symlinks=False)
+            self._settle(found, node, extras)
 
     def _settle(self, descriptor: int, node: Node, extras: Mapping[str, bytes]) -> None:
-        place: int | str = descriptor if node.type is not Type.PIPE else f"/proc/self/fd/{descriptor}"
+        place: int | str = descriptor if node.type not in _UNOPENED else f"/proc/self/fd/{descriptor}"
         is_owned = self._own(place, node)
-        if node.type is not Type.PIPE:
-            self._set_extras(descriptor, extras, is_owned=is_owned)
-        os.chmod(place, _mode(node, as_owner=is_owned))  # noqa: PTH101 - it may be a descriptor
+        self._set_extras(place, extras, is_owned=is_owned)
+        if node.type is not Type.LINK:
+            os.chmod(place, _mode(node, as_owner=is_owned))  # noqa: PTH101 - it may be a descriptor
         _set_times(place, node)
 
-    def _own(self, place: int | str | bytes, node: Node, **how: Any) -> bool:
+    def _own(self, place: int | str, node: Node) -> bool:
         """Whether it has the owner that it has inside."""
         if not self.as_owner:
             return False
@@ -162,17 +166,17 @@ class Target:
             return True
         if not (0 <= node.uid < _NOBODY and 0 <= node.gid < _NOBODY):
             return False
-        os.chown(place, node.uid, node.gid, **how)
+        os.chown(place, node.uid, node.gid)
         return True
 
-    def _set_extras(self, descriptor: int, extras: Mapping[str, bytes], *, is_owned: bool) -> None:
+    def _set_extras(self, place: int | str, extras: Mapping[str, bytes], *, is_owned: bool) -> None:
         for name, value in extras.items():
             if name.startswith(_ROOT_ONLY) and not is_owned:
                 continue
             if name.startswith("system.ntfs"):
                 continue  # nobody but NTFS can hold them
             try:
-                os.setxattr(descriptor, name, value)
+                os.setxattr(place, name, value)
             except (OSError, ValueError):  # ValueError: a zero byte in the name, or what is no text
                 self.leave_out("extended attributes that this file system does not take")
 
@@ -196,13 +200,9 @@ class Target:
                 os.close(here)
 
     @contextlib.contextmanager
-    def _opened(self, parent: int, name: bytes, node: Node) -> Iterator[int | None]:
-        """What was made, by its name; None of a link. Nothing else that took the name meanwhile."""
-        if node.type is Type.LINK:
-            yield None
-            return
-        # A pipe is not opened: that would wait for whoever writes.
-        how = os.O_PATH if node.type is Type.PIPE else os.O_RDONLY | os.O_NONBLOCK
+    def _opened(self, parent: int, name: bytes, node: Node) -> Iterator[int]:
+        """What was made, by its name; nothing else that took the name meanwhile."""
+        how = os.O_PATH if node.type in _UNOPENED else os.O_RDONLY | os.O_NONBLOCK
         descriptor = os.open(name, how | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
         try:
             kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
@@ -212,14 +212,25 @@ class Target:
         finally:
             os.close(descriptor)
 
-    def _created(self, parent: int, name: bytes) -> int:
+    def _created(self, parent: int, parts: tuple[bytes, ...]) -> int:
+        name = parts[-1]
         try:
             return os.open(name, _FILE_FLAGS, 0o600, dir_fd=parent)
         except FileExistsError:
             if not self.overwrite or stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
                 raise
-        self._remove(parent, name)
+        self._make_way(parent, parts)
         return os.open(name, _FILE_FLAGS, 0o600, dir_fd=parent)
+
+    def _make_way(self, parent: int, parts: tuple[bytes, ...], *, pipe: bool = False) -> None:
+        """What has the name is removed, unless it is a folder, or special; ``pipe``: a pipe takes the place of one."""
+        try:
+            mode = os.lstat(parts[-1], dir_fd=parent).st_mode
+        except FileNotFoundError:
+            return
+        if not (pipe and stat.S_ISFIFO(mode)):
+            require_replaceable(self.path / os.fsdecode(b"/".join(parts)), mode)
+        self._remove(parent, parts[-1])
 
     def _remove(self, parent: int, name: bytes) -> None:
         """The name is gone, unless it is a folder's."""
@@ -239,8 +250,12 @@ class Target:
 def opened(path: Path, *, overwrite: bool = False) -> Iterator[Target]:
     """The folder, made if only its last part is missing."""
     with durable.explained(path):
-        with contextlib.suppress(FileExistsError):
+        try:
             path.mkdir()
+        except FileExistsError:
+            pass
+        except FileNotFoundError as error:
+            raise errors.NotFound(f"there is no {path.parent}", hint="make it first") from error
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             yield Target(path, descriptor, overwrite, as_owner=os.geteuid() == 0)
@@ -253,9 +268,18 @@ def _nothing_replaced(path: Path) -> Iterator[None]:
     try:
         yield
     except FileExistsError as error:
+        with contextlib.suppress(OSError):
+            require_replaceable(path, path.lstat().st_mode)
         raise errors.Conflict(
             f"{path} exists already", hint="name another folder with --to, or replace it with --overwrite"
         ) from error
+
+
+def require_replaceable(path: Path, mode: int) -> None:
+    """Conflict where ``path`` is a device, a socket or a pipe: whoever uses it would lose it."""
+    what = _KEPT.get(stat.S_IFMT(mode))
+    if what is not None:
+        raise errors.Conflict(f"{path} is a {what}, which nothing replaces", hint="give another name with --to")
 
 
 def stays(name: bytes) -> bool:
@@ -263,15 +287,26 @@ def stays(name: bytes) -> bool:
     return name not in {b"", b".", b".."} and b"/" not in name and b"\0" not in name
 
 
+def _unclose(parent: int, name: bytes) -> None:
+    """A folder of our own lets us write into it, as a new one does: it may have come with a mode that does not."""
+    descriptor = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+    try:
+        facts = os.fstat(descriptor)
+        if facts.st_uid == os.geteuid() and facts.st_mode & 0o700 != 0o700:
+            os.chmod(f"/proc/self/fd/{descriptor}", stat.S_IMODE(facts.st_mode) | 0o700)  # noqa: PTH101 - not by its name
+    finally:
+        os.close(descriptor)
+
+
 def _is_safe(name: bytes) -> bool:
     return stays(name) and len(name) <= _NAME_MAX
 
 
-def _set_times(place: int | str | bytes, node: Node, **how: Any) -> None:
+def _set_times(place: int | str, node: Node) -> None:
     if node.modified is not None:
         times = (node.accessed if node.accessed is not None else node.modified, node.modified)
         with contextlib.suppress(OverflowError):
-            os.utime(place, ns=times, **how)
+            os.utime(place, ns=times)
 
 
 def _mode(node: Node, *, as_owner: bool) -> int:

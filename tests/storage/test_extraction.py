@@ -57,9 +57,17 @@ def test_file_whose_name_is_taken_meanwhile_keeps_what_is_its_own(target, victim
     os.close(descriptor)
 
 
-@pytest.mark.parametrize("type", [Type.PIPE, Type.FOLDER])
-@pytest.mark.parametrize("replace", [os.link, os.symlink])
-def test_pipe_and_folder_whose_names_are_taken_meanwhile_are_refused(target, victim, type, replace):
+@pytest.mark.parametrize(
+    ("type", "replace"),
+    [
+        (Type.PIPE, os.link),
+        (Type.PIPE, os.symlink),
+        (Type.FOLDER, os.link),
+        (Type.FOLDER, os.symlink),
+        (Type.LINK, os.link),
+    ],
+)
+def test_pipe_folder_and_link_whose_names_are_taken_meanwhile_are_refused(target, victim, type, replace):
     if type is Type.PIPE:
         target.special((b"name",), node(type))
         (target.path / "name").unlink()

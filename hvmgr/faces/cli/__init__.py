@@ -14,6 +14,7 @@ from hvmgr import errors
 from hvmgr.errors import HvmgrError
 
 DEFECT = 1
+CUT_OFF = 141  # as of a program that ends by SIGPIPE
 
 
 def run(argv: Sequence[str]) -> int:
@@ -23,10 +24,10 @@ def run(argv: Sequence[str]) -> int:
         code = _tell_version() if arguments == ["--version"] else _carry_out(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        _forget_stdout()  # whoever read us has seen enough; what was asked for is done
+        forget_stdout()  # whoever read our lines has seen enough; what was asked for is done
         return 0
     except OSError as error:
-        _forget_stdout()
+        forget_stdout()
         return _fail(errors.HostFailed(f"cannot write the output: {error.strerror}"), [])
     return code
 
@@ -138,7 +139,7 @@ def _wants(arguments: list[str], option: str) -> bool:
     return option in arguments[:end]
 
 
-def _forget_stdout() -> None:
+def forget_stdout() -> None:
     """Nothing more can be written: not by us, and not by Python when it ends."""
     try:
         descriptor = os.open(os.devnull, os.O_WRONLY)

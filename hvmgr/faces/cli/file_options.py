@@ -156,9 +156,14 @@ def opened(request: Request, where: Where) -> Iterator[Inside]:
 
 
 def found(
-    request: Request, inside: Inside, paths: Sequence[bytes], *, follow: bool = True
+    request: Request, inside: Inside, paths: Sequence[bytes], *, follow: bool = True, special: bool = True
 ) -> list[tuple[Browser, Found]]:
-    """What the paths mean, in order; what is to be known of the file systems is told once."""
+    """What the paths mean, in order; what is to be known of the file systems is told once.
+
+    Unless ``special`` it is a UsageError that one without ``*`` and its like names neither a folder nor what has bytes.
+    """
+    from hvmgr.model import patterns
+
     those: list[tuple[Browser, Found]] = []
     told: list[Browser] = []
     for path in paths:
@@ -166,7 +171,12 @@ def found(
         if browser not in told:
             told.append(browser)
             _tell(request, browser)
-        those += [(browser, one) for one in browser.expand(path, follow=follow)]
+        ones = browser.expand(path, follow=follow)
+        if not special and not patterns.is_pattern(path):
+            for one in ones:
+                if not one.node.is_folder:
+                    browser.require_plain(one)
+        those += [(browser, one) for one in ones]
     return those
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,19 +14,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from hvmgr import errors
+from hvmgr.faces.cli import CUT_OFF, file_render, forget_stdout, json_out, render
 from hvmgr.faces.cli import file_options as options
-from hvmgr.faces.cli import file_render, json_out, render
 from hvmgr.faces.cli.groups import READS, Command
 from hvmgr.faces.cli.request import Request
 
 if TYPE_CHECKING:
     from hvmgr.operations.inside.browsing import Browser, Found
 
-_GETS = (*READS[:-2], 7, *READS[-2:])
+_CATS = (*READS, CUT_OFF)
+_GETS = (*READS[:-2], 7, *READS[-2:], CUT_OFF)
 _STANDARD = "-"
+_STDOUT = {_STANDARD, "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"}
+_NO_TERMINAL = "an archive is nothing for a terminal"
 
 
-@click.command("cat", cls=Command, codes=READS, examples=["hvmgr file cat web /etc/fstab --snapshot before"])
+@click.command("cat", cls=Command, codes=_CATS, examples=["hvmgr file cat web /etc/fstab --snapshot before"])
 @options.where("VM PATH...")
 def cat(request: Request, where: options.Where) -> None:
     """Write what is in files to stdout, one after the other.
@@ -59,12 +64,13 @@ def _zeros(count: int) -> None:
 
 
 def _out(piece: bytes | memoryview) -> None:
-    """Bytes to stdout; HostFailed when they cannot be written."""
+    """Bytes to stdout; HostFailed when they cannot be written. The command ends when nobody reads them any more."""
     try:
         sys.stdout.buffer.write(piece)
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise
+    except BrokenPipeError as error:
+        forget_stdout()
+        raise click.exceptions.Exit(CUT_OFF) from error
     except OSError as error:
         raise errors.HostFailed(f"cannot write the output: {error.strerror}") from error
 
@@ -95,6 +101,7 @@ def get(request: Request, where: options.Where, *, to: str, archive: bool, strea
     named and left out, and the exit code is 6 at the end.
     """
     options.require_paths(where)
+    to = _STANDARD if to in _STDOUT else to
     if to == _STANDARD and request.json:
         raise errors.UsageError("--json and the files would both go to stdout", hint="name a folder with --to")
     with options.opened(request, where) as inside:
@@ -151,12 +158,23 @@ def _get_archive(request: Request, gathered: Any, to: str, *, overwrite: bool) -
 
     if to == _STANDARD:
         if sys.stdout.isatty():
-            raise errors.UsageError("an archive is nothing for a terminal", hint="pipe it on, or name a file with --to")
+            raise errors.UsageError(_NO_TERMINAL, hint="pipe it on, or name a file with --to")
         return getting.into_archive(gathered, _out, request.report)
     path = Path(to)
     if path.is_dir():
         raise errors.UsageError(f"{to} is a folder", hint=f"name the archive: --to {path / 'files.tar'}")
-    if path.exists() and not overwrite:
+    if _is_stream(path):
+        with (
+            _cut_off(),
+            explained(path),
+            os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY), "wb") as stream,
+        ):
+            if stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise errors.Conflict(f"{to} was replaced meanwhile", hint="run the command again")
+            if stream.isatty():
+                raise errors.UsageError(_NO_TERMINAL, hint="name a file with --to")
+            return getting.into_archive(gathered, lambda piece: _write(stream, piece), request.report)
+    if os.path.lexists(path) and not overwrite:
         raise errors.Conflict(f"{to} exists already", hint="give it another name, or --overwrite")
     with (
         explained(path),
@@ -164,6 +182,39 @@ def _get_archive(request: Request, gathered: Any, to: str, *, overwrite: bool) -
         open(descriptor, "wb", closefd=False) as file,
     ):
         return getting.into_archive(gathered, lambda piece: _write(file, piece), request.report)
+
+
+@contextlib.contextmanager
+def _cut_off() -> Iterator[None]:
+    """The command ends when nobody reads the named pipe any more."""
+    try:
+        yield
+    except errors.HostFailed as error:
+        if isinstance(error.__cause__, BrokenPipeError):
+            raise click.exceptions.Exit(CUT_OFF) from error
+        raise
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether it is a character device or a named pipe, which is written into as it is.
+
+    Conflict for what is there and is no file either: nothing replaces it.
+    """
+    from hvmgr.os_errors import explained
+    from hvmgr.storage import extraction
+
+    with explained(path):
+        try:
+            mode = path.stat().st_mode
+        except FileNotFoundError:
+            return False
+        if stat.S_ISCHR(mode) or stat.S_ISFIFO(mode):
+            return True
+        extraction.require_replaceable(path, mode)
+        if path.is_symlink() and str(path.readlink()).startswith("/proc/"):
+            what = f"{path} is a link to an open file, which nothing replaces"
+            raise errors.Conflict(what, hint="name the file itself")
+    return False
 
 
 def _write(file: Any, piece: memoryview) -> None:
@@ -184,7 +235,7 @@ def hash_(request: Request, where: options.Where, *, algorithm: str) -> None:
     """
     options.require_paths(where)
     with options.opened(request, where) as inside:
-        tops = options.found(request, inside, where.paths)
+        tops = options.found(request, inside, where.paths, special=False)
         hashes: list[tuple[Found, str]] = []
         failed: list[tuple[Found, errors.HvmgrError]] = []
         for browser, one in _files(tops):

@@ -15,7 +15,7 @@ import click
 from click.core import ParameterSource
 
 from hvmgr import errors, settings
-from hvmgr.faces.cli import arguments, words
+from hvmgr.faces.cli import CUT_OFF, arguments, words
 
 EXIT_CODES = {
     0: "done",
@@ -29,9 +29,10 @@ EXIT_CODES = {
     8: "libvirt, QEMU or a program said no",
     9: "contact was lost; the next command asks what happened",
     130: "stopped by the user; nothing half-done is left",
+    CUT_OFF: "whoever read the bytes of files went before all were written",
 }
 READS = (0, 1, 2, 3, 4, 5, 6, 8, 130)  # the codes of a command that only looks
-CHANGES = tuple(EXIT_CODES)
+CHANGES = tuple(code for code in EXIT_CODES if code != CUT_OFF)
 
 
 class Seconds(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.4, not before

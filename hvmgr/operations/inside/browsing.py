@@ -357,14 +357,18 @@ class Browser:
 
     def content(self, found: Found) -> Content:
         """The bytes of a file or stream; UsageError for what has none."""
-        if found.node.type is not Type.FILE and not found.stream:
-            what = "a folder" if found.node.is_folder else f"no plain file ({found.node.type.value})"
-            hint = "its files: hvmgr file list, or all of it: hvmgr file get" if found.node.is_folder else None
-            raise errors.UsageError(f"{shown(found.path)} is {what}", hint=hint)
+        self.require_plain(found)
         try:
             return self.reader.content(found.node, found.stream)
         except errors.HvmgrError as error:
             raise type(error)(f"{shown(found.path)}: {error.message}", hint=error.hint, **error.facts) from error
+
+    def require_plain(self, found: Found) -> None:
+        """UsageError for what is neither a file nor a stream."""
+        if found.node.type is not Type.FILE and not found.stream:
+            what = "a folder" if found.node.is_folder else f"no plain file ({found.node.type.value})"
+            hint = "its files: hvmgr file list, or all of it: hvmgr file get" if found.node.is_folder else None
+            raise errors.UsageError(f"{shown(found.path)} is {what}", hint=hint)
 
 
 def left_out(browsers: Sequence[Browser]) -> dict[str, int]:

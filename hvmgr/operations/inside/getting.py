@@ -308,8 +308,8 @@ def _is_keyword(name: str) -> bool:
 
 
 def _seconds(nanoseconds: int) -> str:
-    whole, rest = divmod(nanoseconds, 1_000_000_000)
-    return f"{whole}.{rest:09}" if whole >= 0 else str(whole)
+    whole, rest = divmod(abs(nanoseconds), 1_000_000_000)
+    return f"{'-' if nanoseconds < 0 else ''}{whole}.{rest:09}"
 
 
 def _require_space(gathered: Gathered, folder: Path) -> None:
@@ -324,9 +324,9 @@ def _require_space(gathered: Gathered, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     left = min(_SPACE_LEFT, needed)
     if needed + left > free:
+        stays = f", of which {units.format_size(left)} have to stay" if needed <= free else ""
         raise errors.NoSpace(
-            f"{units.format_size(needed)} are to be written, and {folder} has {units.format_size(free)} free, of which"
-            f" {units.format_size(left)} have to stay",
+            f"{units.format_size(needed)} are to be written, and {folder} has {units.format_size(free)} free{stays}",
             hint="free space there, or name another folder with --to",
         )
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import tarfile
@@ -213,6 +214,21 @@ class TestGet:
         assert (out / "sparse").stat().st_blocks * 512 < 1 << 20
         assert os.getxattr(out / "deep" / "size60", "user.word") == b"value"
 
+    def test_links_and_pipes_keep_their_attributes(self, hvmgr, tmp_path, require):
+        require(os.geteuid() == 0, "only root sees such attributes")
+        tree, image, out = tmp_path / "tree", tmp_path / "image", tmp_path / "out"
+        tree.mkdir()
+        (tree / "link").symlink_to("nowhere")
+        os.mkfifo(tree / "pipe")
+        os.utime(tree / "link", ns=(5, 5), follow_symlinks=False)
+        file_trees.ext(image, tree)
+        for name in ("link", "pipe"):
+            file_trees.run("debugfs", "-w", "-R", f"ea_set /{name} trusted.word value", image)
+        hvmgr.ok("file", "get", "--image", image, "/link", "/pipe", "--to", out)
+        for name in ("link", "pipe"):
+            assert os.getxattr(out / name, "trusted.word", follow_symlinks=False) == b"value"
+        assert ((out / "link").lstat().st_mtime, os.readlink(out / "link")) == (0, "nowhere")
+
     def test_hashes_are_those_of_sha256sum(self, hvmgr, full):
         image, tree = full
         names = sorted(one.name for one in (tree / "deep").iterdir() if one.is_file())
@@ -258,8 +274,90 @@ class TestGet:
         hvmgr.ok(*words, "--overwrite")
         assert (tmp_path / "passwd").read_text() == "root of moment 0\n"
 
-    def test_to_stdout_as_an_ordinary_user(self, made, tmp_path, require):
-        """A process of its own, without any right but to read the image."""
+    @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+    def test_devices_pipes_and_sockets_are_not_replaced(self, hvmgr, made, tmp_path, require, overwrite):
+        require(os.geteuid() == 0, "root makes device nodes")
+        words = ["file", "get", "--image", made / "disk0", "/etc/passwd", *overwrite, "--to"]
+        place = tmp_path / "passwd"
+        kinds = {"block device": stat.S_IFBLK, "character device": stat.S_IFCHR, "named pipe": stat.S_IFIFO,
+                 "socket": stat.S_IFSOCK}  # fmt: skip
+        for what, kind in kinds.items():
+            os.mknod(place, kind | 0o600, os.makedev(1, 3) if what == "character device" else os.makedev(0x7FF, 0))
+            for given in ([tmp_path], [place, "--archive"]):
+                if given[1:] and what in {"character device", "named pipe"}:
+                    continue  # it is written into
+                answer = hvmgr(*words, *given)
+                assert (answer.code, f"is a {what}" in answer.err, "--overwrite" in answer.err) == (4, True, False)
+                assert stat.S_IFMT(place.lstat().st_mode) == kind
+            place.unlink()
+        link = tmp_path / "link"
+        with (tmp_path / "open").open("wb") as file:
+            link.symlink_to(f"/proc/self/fd/{file.fileno()}")  # as /dev/stderr is
+            answer = hvmgr(*words, link, "--archive")
+        assert (answer.code, "is a link to an open file" in answer.err, link.is_symlink()) == (4, True, True)
+
+    def test_an_archive_is_written_into_a_device_or_pipe(self, hvmgr, made, tmp_path, require):
+        words = ["file", "get", "--image", made / "disk0", "/etc", "--archive", "--to"]
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        with subprocess.Popen(["timeout", "60", "tar", "-tf", pipe], stdout=subprocess.PIPE) as reading:
+            answer = hvmgr(*words, pipe)
+            assert reading.stdout.read() == b"etc/\netc/only0.conf\netc/passwd\n"
+        assert (answer.code, stat.S_ISFIFO(pipe.lstat().st_mode)) == (0, True)
+        require(os.geteuid() == 0, "root makes device nodes")
+        null = tmp_path / "null"
+        os.mknod(null, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        for overwrite in ([], ["--overwrite"]):
+            hvmgr.ok(*words, null, *overwrite)
+            assert stat.S_ISCHR(null.lstat().st_mode)
+
+    @pytest.mark.parametrize("to", [None, "-", "/dev/stdout", "pipe"])
+    def test_a_reader_that_goes_early_is_no_success(self, tmp_path, to):
+        tree, image, pipe = tmp_path / "tree", tmp_path / "image", tmp_path / "pipe"
+        tree.mkdir()
+        (tree / "large").write_bytes(bytes(range(256)) * (4 << 10))
+        file_trees.ext(image, tree, size="8M")
+        os.mkfifo(pipe)
+        words = ["cat", "/large"] if to is None else ["get", "/", "--archive", "--to", pipe if to == "pipe" else to]
+        command = [sys.executable, "-m", "hvmgr", "file", *words, "--image", image]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+            if to == "pipe":
+                assert len(file_trees.run("timeout", "60", "head", "-c", "100", pipe)) == 100
+            else:
+                assert len(running.stdout.read(100)) == 100
+                running.stdout.close()
+            assert (running.wait(60), running.stderr.read()) == (141, b"")
+
+    def test_lines_may_be_read_in_part(self, made, tmp_path):
+        command = [sys.executable, "-m", "hvmgr", "file", "hash", "/etc", "--image", made / "disk0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as running:
+            running.stdout.close()
+            assert running.wait(60) == 0
+
+    def test_the_name_of_stdout_means_stdout(self, made, tmp_path):
+        command = [sys.executable, "-m", "hvmgr", "file", "get", "--image", made / "disk0", "/etc", "--archive"]
+        with (tmp_path / "all.tar").open("wb") as file:
+            subprocess.run([*command, "--to", "/dev/stdout"], stdout=file, check=True, timeout=60)
+        with tarfile.open(tmp_path / "all.tar") as archive:
+            assert archive.getnames() == ["etc", "etc/only0.conf", "etc/passwd"]
+
+    def test_what_is_in_the_way_is_named(self, hvmgr, made, tmp_path, require):
+        words = ["file", "get", "--image", made / "disk0", "/etc", "--to"]
+        answer = hvmgr(*words, tmp_path / "missing" / "new")
+        assert (answer.code, answer.err) == (3, f"hvmgr: there is no {tmp_path / 'missing'}\n  make it first\n")
+        fixed = tmp_path / "fixed"
+        fixed.mkdir()
+        changed = subprocess.run(["chattr", "+i", fixed], capture_output=True, check=False, timeout=60)
+        require(changed.returncode == 0, "root and a file system that knows chattr +i")
+        try:
+            answers = [hvmgr(*words, fixed), hvmgr(*words, fixed / "all.tar", "--archive")]
+        finally:
+            subprocess.run(["chattr", "-i", fixed], check=True, timeout=60)
+        for answer in answers:
+            assert (answer.code, "not even root" in answer.err, "immutable" in answer.err) == (8, True, True), answer
+
+    def test_as_an_ordinary_user(self, made, tmp_path, require):
+        """A process of its own, without any right but to read the image: to stdout, and twice into a folder that it closes itself."""
         from tests import ordinary_user
 
         require(os.geteuid() == 0, "root makes a user of no rights")
@@ -286,8 +384,18 @@ class TestGet:
                 f"PYTHONPATH={path}",
                 "HOME=/tmp",
             ]
-            words += [python, "-m", "hvmgr", "file", "get", "--image", image, "/etc/passwd", "--to", "-"]
-            assert file_trees.run(*words, cwd="/") == b"root of moment 1\n"
+            words += [python, "-m", "hvmgr", "file", "get", "--image"]
+            assert file_trees.run(*words, image, "/etc/passwd", "--to", "-", cwd="/") == b"root of moment 1\n"
+            (tmp_path / "tree" / "closed" / "in").mkdir(parents=True)
+            (tmp_path / "tree" / "closed" / "in" / "file").write_text("content")
+            (tmp_path / "tree" / "closed").chmod(0)
+            image, out = file_trees.ext(place / "closed.raw", tmp_path / "tree", size="4M"), place / "out"
+            out.mkdir()
+            os.chown(out, 65534, 65534)
+            for _ in range(2):
+                file_trees.run(*words, image, "/closed", "--to", out, "--overwrite", cwd="/")
+                assert stat.S_IMODE((out / "closed").stat().st_mode) == 0
+                assert (out / "closed" / "in" / "file").read_text() == "content"
         finally:
             shutil.rmtree(place)
 
@@ -469,6 +577,19 @@ def test_the_exit_code_of_hashes(hvmgr, tmp_path, monkeypatch):
         assert (answer.code, answer.out.split()[1]) == (code, "/good"), answer
     monkeypatch.setattr(Browser, "damaged", [b"/unread"])
     assert hvmgr("file", "hash", "/efs", "/good", "--image", image).code == 6
+
+
+def test_what_has_no_bytes_has_no_hash(hvmgr, tmp_path):
+    tree, image = tmp_path / "tree", tmp_path / "disk"
+    (tree / "in").mkdir(parents=True)
+    os.mkfifo(tree / "in" / "fifo")
+    (tree / "in" / "plain").write_text("plain")
+    file_trees.ext(image, tree, "-t", "ext4", "-b", "4096", size="8M")
+    for words in (["/in/fifo"], ["/in/plain", "/in/fifo"]):
+        answer = hvmgr("file", "hash", *words, "--image", image)
+        assert (answer.code, answer.out, "/in/fifo is no plain file (pipe)" in answer.err) == (2, "", True), answer
+    for word in ("/in", "/in/*"):
+        assert hvmgr.ok("file", "hash", word, "--image", image).out.split()[1:] == ["/in/plain"]
 
 
 def test_one_damaged_file_costs_no_other(hvmgr, tmp_path):

@@ -120,6 +120,11 @@ class TestSpace:
             getting.into_folder(found, small, lambda _: None, streams=False, overwrite=False)
         assert {one.name for one in small.iterdir()} == {"filler"}
 
+    def test_what_can_never_fit_speaks_of_no_rest(self, small):
+        found = gathered(Reader({1: {b"large": replace(file(2), size=14 << 20)}}))
+        with pytest.raises(errors.NoSpace, match=r"14 MiB are to be written, and .* has 2\.0 MiB free$"):
+            getting.into_folder(found, small, lambda _: None, streams=False, overwrite=False)
+
     def test_many_small_files_take_whole_blocks(self, small):
         names = {f"file{number}".encode(): file(2 + number) for number in range(400)}
         with pytest.raises(errors.NoSpace, match=r"1\.6 MiB are to be written"):
@@ -226,6 +231,14 @@ def test_files_of_two_file_systems_with_one_number_are_no_hard_links(tmp_path):
 
 
 class TestNumbersAndWords:
+    @pytest.mark.parametrize("moment", [-4_999_999_999, -5_000_000_000, -1, 0, 4_999_999_999])
+    def test_times_before_1970_keep_their_fraction(self, moment, tmp_path):
+        found = gathered(Reader({1: {b"old": file(2, modified=moment)}}))
+        with (tmp_path / "tar").open("wb") as archive:
+            getting.into_archive(found, archive.write, lambda _: None)
+        subprocess.run(["tar", "-xf", tmp_path / "tar", "-C", tmp_path], check=True, timeout=60)
+        assert (tmp_path / "old").stat().st_mtime_ns == moment
+
     def test_sizes_that_no_file_can_have(self, tmp_path):
         reader = Reader(
             {1: {b"huge": file(2), **CLEAR}},
